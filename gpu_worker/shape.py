@@ -1,0 +1,44 @@
+"""The few numbers that the cache has to know of a model."""
+
+from dataclasses import dataclass
+
+import torch
+
+_BLOCK_LAYER_BYTES = 2 * 2**20  # one layer's part of a block: large enough for full PCIe speed
+_BLOCK_TOKENS = (64, 512)
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Shape of a model's KV cache. A row is one token of one KV head: K then V, contiguous."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def row_bytes(self) -> int:
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's KV over all layers and heads."""
+        return self.layers * self.kv_heads * self.row_bytes
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block: a power of two so that one layer's part is about 2 MiB, within 64 to 512."""
+        smallest, largest = _BLOCK_TOKENS
+        fitting = _BLOCK_LAYER_BYTES // (self.kv_heads * self.row_bytes)
+        return max(smallest, min(largest, 1 << max(0, fitting.bit_length() - 1)))
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_tokens * self.token_bytes

@@ -1,0 +1,1 @@
+"""Every operation of the decode path, each beside its plain PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Configuration, messages, the request router and the client."""

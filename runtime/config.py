@@ -1,0 +1,149 @@
+"""Configuration: frozen, validated when made, and passed to the processes as JSON."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from runtime.errors import ConfigError
+
+Attention = Literal["clo", "topk", "full"]
+Prefetch = Literal["auto", "off", "correct", "accept"]
+LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cuda", "cpu"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``8GiB``, ``512M`` or ``1073741824``; units are powers of 1024.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"'{text}' is not a size; write for example 512MiB or 8GiB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_size(size: float) -> str:
+    """A size in the largest binary unit that keeps it above 1: ``8.0 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The three knobs of the cache and what surrounds them.
+
+    A head reuses its rows while the cosine between its query and the query of its last selection is at least
+    ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
+    longest ago among its ``resident`` rows. All resident rows are attended, beside ``sinks`` first tokens and
+    the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
+
+    ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
+    ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``auto`` is
+    ``correct`` on a GPU and ``off`` on the CPU, where there is no transfer to hide.
+    """
+
+    attention: Attention = "clo"
+    select_k: int = 128
+    resident: int = 1024
+    gate: float | None = None
+    prefetch: Prefetch = "auto"
+    prefetch_from: int = 3
+    sinks: int = 4
+    recent: int = 64
+
+    def __post_init__(self) -> None:
+        if self.select_k < 1:
+            raise ConfigError(f"--select-k is {self.select_k}; it must be at least 1.")
+        if self.attention == "clo" and self.resident < self.select_k:
+            raise ConfigError(
+                f"--resident {self.resident} is below --select-k {self.select_k}; "
+                "the rows selected in one step must fit into the resident set."
+            )
+        if self.gate is not None and not 0.0 <= self.gate <= 1.0:
+            raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the selected set that one head keeps: ``topk`` keeps just what it selects."""
+        return self.select_k if self.attention == "topk" else self.resident
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held. ``max_model_len`` None takes the model's own."""
+
+    model: str = DEFAULT_MODEL
+    load_format: LoadFormat = "auto"
+    dtype: DType = "auto"
+    device: Device = "auto"
+    max_model_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"--max-model-len is {self.max_model_len}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """One KV store: its name (``numa0``), NUMA node, arena size in bytes and control address."""
+
+    name: str
+    node: int
+    arena_bytes: int
+    endpoint: str
+    log_level: str = "warning"
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One worker. ``router`` and ``store`` are addresses of control channels."""
+
+    worker: int
+    node: int
+    router: str
+    store: str
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    max_num_seqs: int = 8
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that ``launch.py`` was asked for."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    workers: int = 1
+    stores: tuple[str, ...] = ("numa0",)
+    kv_bytes: int = 4 * 2**30
+    max_num_seqs: int = 8
+    host: str = "127.0.0.1"
+    port: int = 5555
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
+        for name in self.stores:
+            if re.fullmatch(r"numa\d+", name) is None:
+                raise ConfigError(f"--kvstore '{name}' is not of the form numa0 or numa0,numa1.")
+        if len(set(self.stores)) < len(self.stores):
+            raise ConfigError(f"--kvstore names a node twice: {','.join(self.stores)}.")

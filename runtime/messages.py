@@ -1,0 +1,374 @@
+"""Every message of CLO, one dataclass each, grouped by who receives it.
+
+The wire format is MessagePack. A message is a map with its class name under ``type``; decoding checks the
+name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one message on any socket: a prompt of 10 M tokens fits
+MAX_LOGPROBS = 20
+
+RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+class Text(Message):
+    """A plain text prompt; tokenised as it is, with the special tokens that the tokenizer adds."""
+
+    text: str
+
+
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class Chat(Message):
+    """Chat messages; rendered with the model's chat template."""
+
+    turns: list[Turn]
+
+
+class Tokens(Message):
+    """Token ids, used as they are."""
+
+    ids: list[TokenId]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are chosen. Names and meanings are vLLM's.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0 keeps all; ``seed`` makes a request repeatable in any batch;
+    ``logprobs`` n returns the log-probability of each token and of the n most likely ones.
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] = 256
+    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)] = []
+    seed: Annotated[int, Meta(ge=0, lt=2**63)] | None = None
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class Logprob(msgspec.Struct, frozen=True):
+    """Natural log-probabilities at one position: the token's own, and the most likely tokens' by falling
+    probability."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CacheStats(msgspec.Struct, frozen=True):
+    """What the cache did for one request, summed over its decode steps, layers and KV heads."""
+
+    steps: int  # decode steps
+    head_steps: int  # steps x layers x KV heads: the denominator of a rate per step and head
+    selections: int  # head_steps at which the head selected anew (missed the gate)
+    selected_rows: int  # rows that those selections chose
+    fetched_rows: int  # of these, rows that were not resident and crossed from CPU memory
+    fetched_bytes: int
+    resident_bytes: int  # rows held on the worker for this request
+    index_bytes: int  # codes held on the worker for this request
+    kv_bytes: int  # the whole KV of this request, in the store
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of selected rows that were resident already."""
+        return 1.0 - self.fetched_rows / self.selected_rows if self.selected_rows else 1.0
+
+    @property
+    def reuse_rate(self) -> float:
+        """Share of head_steps that kept their rows without selecting (the gate's hit rate)."""
+        return 1.0 - self.selections / self.head_steps if self.head_steps else 0.0
+
+    @property
+    def rows_per_step_and_head(self) -> float:
+        return self.fetched_rows / self.head_steps if self.head_steps else 0.0
+
+
+class StoreStats(msgspec.Struct, frozen=True):
+    store: str
+    arena_bytes: int
+    block_bytes: int  # 0 until a worker has attached
+    blocks: int
+    free_blocks: int
+    sequences: int
+    waiting: int  # allocations that wait for blocks
+
+
+class WorkerStats(msgspec.Struct, frozen=True):
+    worker: int
+    running: int
+    waiting: int
+    steps: int
+    generated_tokens: int
+    resident_bytes: int  # allocated for all slots
+    index_bytes: int
+    private_bytes: int  # memory of the worker process that is not the arena (RssAnon)
+
+
+# ------------------------------------------------------------------- client -> router (TCP, DEALER)
+
+
+class Generate(Message):
+    """Generate from a prompt. With ``continuation`` the model is teacher-forced instead: these tokens are
+    fed one by one through the decode path and their log-probabilities returned."""
+
+    request: RequestId
+    prompt: Text | Chat | Tokens
+    sampling: Sampling = Sampling()
+    continuation: Text | Tokens | None = None
+
+
+class Cancel(Message):
+    request: RequestId
+
+
+class GetInfo(Message):
+    request: RequestId
+
+
+ToRouter = Generate | Cancel | GetInfo
+
+
+# ------------------------------------------------------------------------------ router -> client
+
+
+class Progress(Message):
+    """Sent while a request waits or prefills, at least once a second."""
+
+    request: str
+    stage: str  # "queued" or "prefill"
+    done: int  # tokens prefilled
+    total: int
+
+
+class Chunk(Message):
+    """New text. ``text`` may be empty while a stop string or a character is incomplete."""
+
+    request: str
+    text: str
+    tokens: list[int]
+    logprobs: list[Logprob] | None
+
+
+class Finished(Message):
+    request: str
+    reason: str  # "stop", "length" or "cancelled"
+    usage: Usage
+    cache: CacheStats
+
+
+class Failed(Message):
+    """The request ended without a result. ``request`` is empty where none could be read."""
+
+    request: str
+    code: str
+    text: str
+
+
+class Info(Message):
+    request: str
+    model: str
+    max_model_len: int
+    capacity_tokens: int
+    attention: str
+    workers: list[WorkerStats]
+    stores: list[StoreStats]
+
+
+ToClient = Progress | Chunk | Finished | Failed | Info
+
+
+# ---------------------------------------------------------------------- router -> worker (ipc, DEALER)
+
+
+class Run(Message):
+    """Serve a request. ``sequence`` is unique in the router's life."""
+
+    sequence: int
+    tokens: list[int]
+    sampling: Sampling
+    seed: int
+    eos: list[int]
+    forced: list[int] | None
+
+
+class Abort(Message):
+    """Stop a request; answered with ``Done`` (reason "cancelled"). Unknown sequences are ignored."""
+
+    sequence: int
+
+
+class GetWorkerStats(Message):
+    pass
+
+
+class Stop(Message):
+    """Leave in good order."""
+
+
+ToWorker = Run | Abort | GetWorkerStats | Stop
+
+
+# ------------------------------------------------------------------------------ worker -> router
+
+
+class Ready(Message):
+    worker: int
+    pid: int
+    store: str
+    capacity_tokens: int  # of its store
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """One new token of one sequence."""
+
+    sequence: int
+    token: int
+    logprob: Logprob | None
+
+
+class Stepped(Message):
+    """The tokens of one decode step, all sequences together."""
+
+    steps: list[Step]
+
+
+class Prefilled(Message):
+    sequence: int
+    done: int
+    total: int
+
+
+class Done(Message):
+    sequence: int
+    reason: str
+    cache: CacheStats
+
+
+class Refused(Message):
+    sequence: int
+    code: str
+    text: str
+
+
+class WorkerReport(Message):
+    worker: WorkerStats
+    store: StoreStats
+
+
+FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
+
+
+# ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
+
+
+class Attach(Message):
+    """First message of a worker: the shape of its blocks. The first worker decides; others must agree."""
+
+    worker: int
+    pid: int
+    block_tokens: Annotated[int, Meta(ge=1)]
+    block_bytes: Annotated[int, Meta(ge=1)]
+
+
+class Allocate(Message):
+    """Ask for ``blocks`` blocks. Answered by ``Allocated`` when they are free, in order of asking, or by
+    ``Denied`` at once when the store could never hold them."""
+
+    sequence: Count
+    blocks: Annotated[int, Meta(ge=1)]
+
+
+class Commit(Message):
+    """Tokens ``start`` .. ``start + len(tokens) - 1`` of a sequence now stand in its blocks."""
+
+    sequence: Count
+    start: Count
+    tokens: list[TokenId]
+
+
+class Free(Message):
+    """Give back all blocks of a sequence, or withdraw its waiting ``Allocate``; answered by ``Freed``."""
+
+    sequence: Count
+
+
+class GetStoreStats(Message):
+    pass
+
+
+class Describe(Message):
+    """Ask what the blocks of one sequence hold."""
+
+    sequence: Count
+
+
+ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe
+
+
+# ------------------------------------------------------------------------------- store -> worker
+
+
+class Attached(Message):
+    """Where the arena is: file descriptor ``fd`` of process ``pid``, to be opened through /proc."""
+
+    store: str
+    pid: int
+    fd: int
+    arena_bytes: int
+    blocks: int
+
+
+class Allocated(Message):
+    sequence: int
+    blocks: list[int]
+
+
+class Denied(Message):
+    """``sequence`` is -1 where the message was not about one."""
+
+    sequence: int
+    code: str
+    text: str
+
+
+class Freed(Message):
+    sequence: int
+    blocks: int
+
+
+class StoreReport(Message):
+    stats: StoreStats
+
+
+class Described(Message):
+    """Block ids of a sequence and, for each, the tokens that it holds."""
+
+    sequence: int
+    blocks: list[int]
+    tokens: list[list[int]]
+
+
+FromStore = Attached | Allocated | Denied | Freed | StoreReport | Described
