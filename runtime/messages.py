@@ -24,7 +24,7 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=True, forbid_un
 # ---------------------------------------------------------------------------------------- parts
 
 
-class Text(Message):
+class Text(Message, frozen=True):
     """A plain text prompt; tokenised as it is, with the special tokens that the tokenizer adds."""
 
     text: str
@@ -35,13 +35,13 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class Chat(Message):
+class Chat(Message, frozen=True):
     """Chat messages; rendered with the model's chat template."""
 
     turns: list[Turn]
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     """Token ids, used as they are."""
 
     ids: list[TokenId]
@@ -130,7 +130,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------- client -> router (TCP, DEALER)
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Generate from a prompt. With ``continuation`` the model is teacher-forced instead: these tokens are
     fed one by one through the decode path and their log-probabilities returned."""
 
@@ -140,11 +140,11 @@ class Generate(Message):
     continuation: Text | Tokens | None = None
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     request: RequestId
 
 
-class GetInfo(Message):
+class GetInfo(Message, frozen=True):
     request: RequestId
 
 
@@ -154,7 +154,7 @@ ToRouter = Generate | Cancel | GetInfo
 # ------------------------------------------------------------------------------ router -> client
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Sent while a request waits or prefills, at least once a second."""
 
     request: str
@@ -163,7 +163,7 @@ class Progress(Message):
     total: int
 
 
-class Chunk(Message):
+class Chunk(Message, frozen=True):
     """New text. ``text`` may be empty while a stop string or a character is incomplete."""
 
     request: str
@@ -172,14 +172,14 @@ class Chunk(Message):
     logprobs: list[Logprob] | None
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     request: str
     reason: str  # "stop", "length" or "cancelled"
     usage: Usage
     cache: CacheStats
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The request ended without a result. ``request`` is empty where none could be read."""
 
     request: str
@@ -187,7 +187,7 @@ class Failed(Message):
     text: str
 
 
-class Info(Message):
+class Info(Message, frozen=True):
     request: str
     model: str
     max_model_len: int
@@ -203,7 +203,7 @@ ToClient = Progress | Chunk | Finished | Failed | Info
 # ---------------------------------------------------------------------- router -> worker (ipc, DEALER)
 
 
-class Run(Message):
+class Run(Message, frozen=True):
     """Serve a request. ``sequence`` is unique in the router's life."""
 
     sequence: int
@@ -214,17 +214,17 @@ class Run(Message):
     forced: list[int] | None
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Stop a request; answered with ``Done`` (reason "cancelled"). Unknown sequences are ignored."""
 
     sequence: int
 
 
-class GetWorkerStats(Message):
+class GetWorkerStats(Message, frozen=True):
     pass
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Leave in good order."""
 
 
@@ -234,7 +234,7 @@ ToWorker = Run | Abort | GetWorkerStats | Stop
 # ------------------------------------------------------------------------------ worker -> router
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     worker: int
     pid: int
     store: str
@@ -249,31 +249,31 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     logprob: Logprob | None
 
 
-class Stepped(Message):
+class Stepped(Message, frozen=True):
     """The tokens of one decode step, all sequences together."""
 
     steps: list[Step]
 
 
-class Prefilled(Message):
+class Prefilled(Message, frozen=True):
     sequence: int
     done: int
     total: int
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     sequence: int
     reason: str
     cache: CacheStats
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     sequence: int
     code: str
     text: str
 
 
-class WorkerReport(Message):
+class WorkerReport(Message, frozen=True):
     worker: WorkerStats
     store: StoreStats
 
@@ -284,7 +284,7 @@ FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """First message of a worker: the shape of its blocks. The first worker decides; others must agree."""
 
     worker: int
@@ -293,7 +293,7 @@ class Attach(Message):
     block_bytes: Annotated[int, Meta(ge=1)]
 
 
-class Allocate(Message):
+class Allocate(Message, frozen=True):
     """Ask for ``blocks`` blocks. Answered by ``Allocated`` when they are free, in order of asking, or by
     ``Denied`` at once when the store could never hold them."""
 
@@ -301,7 +301,7 @@ class Allocate(Message):
     blocks: Annotated[int, Meta(ge=1)]
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """Tokens ``start`` .. ``start + len(tokens) - 1`` of a sequence now stand in its blocks."""
 
     sequence: Count
@@ -309,17 +309,17 @@ class Commit(Message):
     tokens: list[TokenId]
 
 
-class Free(Message):
+class Free(Message, frozen=True):
     """Give back all blocks of a sequence, or withdraw its waiting ``Allocate``; answered by ``Freed``."""
 
     sequence: Count
 
 
-class GetStoreStats(Message):
+class GetStoreStats(Message, frozen=True):
     pass
 
 
-class Describe(Message):
+class Describe(Message, frozen=True):
     """Ask what the blocks of one sequence hold."""
 
     sequence: Count
@@ -331,7 +331,7 @@ ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe
 # ------------------------------------------------------------------------------- store -> worker
 
 
-class Attached(Message):
+class Attached(Message, frozen=True):
     """Where the arena is: file descriptor ``fd`` of process ``pid``, to be opened through /proc."""
 
     store: str
@@ -341,12 +341,12 @@ class Attached(Message):
     blocks: int
 
 
-class Allocated(Message):
+class Allocated(Message, frozen=True):
     sequence: int
     blocks: list[int]
 
 
-class Denied(Message):
+class Denied(Message, frozen=True):
     """``sequence`` is -1 where the message was not about one."""
 
     sequence: int
@@ -354,16 +354,16 @@ class Denied(Message):
     text: str
 
 
-class Freed(Message):
+class Freed(Message, frozen=True):
     sequence: int
     blocks: int
 
 
-class StoreReport(Message):
+class StoreReport(Message, frozen=True):
     stats: StoreStats
 
 
-class Described(Message):
+class Described(Message, frozen=True):
     """Block ids of a sequence and, for each, the tokens that it holds."""
 
     sequence: int
