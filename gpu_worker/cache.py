@@ -1,0 +1,219 @@
+"""The KV cache as one worker sees it: rows in the arena, an index over them, and the resident rows.
+
+A slot is a place for one sequence; row b of every batch is slot b, so no kernel needs a slot map, and a batch
+is the first B slots. The cache knows the shape of the KV and nothing else of the model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpu_worker.index import ExactIndex, Index, TwoBitIndex
+from gpu_worker.shape import KVShape
+from kernels.append import append
+from kernels.attend import attend, attend_all
+from kernels.fetch import fetch
+from kernels.gate import gate
+from kernels.paging import locate
+from kernels.select import choose
+from runtime.config import CacheConfig
+from runtime.messages import CacheStats
+
+_PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
+_NEVER_REUSE = 2.0  # above any cosine
+
+
+@dataclass
+class Batch:
+    """What every layer of one decode step shares: slots 0 .. B-1."""
+
+    lengths: Tensor  # [B] int64, with the new token; 0 for a slot not in use
+    table: Tensor  # [B, max_blocks] int64
+    blocks: Tensor  # [N] int64, block of each active slot's new token
+    offsets: Tensor  # [N] int64
+    previous: Tensor  # [N] int64, the block before it
+    active: Tensor  # [N] int64, slots in use
+
+
+class KVCache:
+    """Resident rows, index, labels and counters of all slots.
+
+    Args:
+        shape: of the model's KV.
+        arena: [blocks, layers, kv_heads, block_tokens, 2, head_dim], shared with the KV store.
+        config: the knobs; ``attention`` chooses full attention over the arena, exact top-k, or CLO.
+        slots: sequences at a time.
+        scale: of the softmax.
+        device: of everything but the arena.
+    """
+
+    def __init__(
+        self,
+        shape: KVShape,
+        arena: Tensor,
+        config: CacheConfig,
+        slots: int,
+        scale: float,
+        device: torch.device,
+    ) -> None:
+        self.shape = shape
+        self.full = config.attention == "full"
+        self._arena, self._scale = arena, scale
+        self._sinks, self._recent, self._k = config.sinks, config.recent, config.select_k
+        self._capacity = 0 if self.full else config.capacity
+        self._index: Index
+        if config.attention == "clo":
+            self._index = TwoBitIndex(shape, arena.shape[0], device)
+        else:
+            self._index = ExactIndex(arena)
+
+        heads = (shape.layers, slots, shape.kv_heads)
+        self._first = self._sinks + self._recent  # row at which the set starts
+        rows = self._first + self._capacity
+        self._resident = torch.zeros(*heads, rows, 2, shape.head_dim, dtype=shape.dtype, device=device)
+        self._members = torch.full((*heads, self._capacity), -1, dtype=torch.int64, device=device)
+        self._stamps = torch.full((*heads, self._capacity), -1, dtype=torch.int64, device=device)
+        label_width = 0 if self.full else shape.group * shape.head_dim
+        self._labels = torch.zeros(*heads, label_width, dtype=shape.dtype, device=device)
+        never = _NEVER_REUSE if config.gate is None else config.gate
+        self.thresholds = torch.full((shape.layers, shape.kv_heads), never, device=device)
+        self._selections, self._selected, self._moved = torch.zeros(
+            3, *heads, dtype=torch.int64, device=device
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the resident rows of all slots."""
+        return self._resident.nbytes
+
+    @property
+    def index_token_bytes(self) -> int:
+        return self._index.token_bytes
+
+    # ------------------------------------------------------------------------------------- prompt
+
+    def take_prompt(self, slot: int, layer: int, rows: Tensor, queries: Tensor, table: Tensor) -> None:
+        """Store one layer of a prompt and choose its first resident rows.
+
+        Args:
+            slot: of the sequence.
+            rows: [T, kv_heads, 2, head_dim], the layer's whole KV.
+            queries: [W, query_heads, head_dim], of the prompt's last W tokens.
+            table: [max_blocks] int64, the sequence's blocks.
+        """
+        total = rows.shape[0]
+        for start in range(0, total, self.shape.block_tokens):
+            part = rows[start : start + self.shape.block_tokens]
+            self._arena[table[start // self.shape.block_tokens], layer, :, : len(part)] = part.transpose(0, 1)
+        if self.full:
+            return
+        self._index.write_prompt(layer, rows[:, :, 0], table)
+        self._labels[layer, slot] = 0  # no label: the first decode step selects
+        for counter in (self._selections, self._selected, self._moved):
+            counter[layer, slot] = 0
+        resident, members = self._resident[layer, slot], self._members[layer, slot]
+        by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
+        head = min(self._sinks, total)
+        resident[:, :head] = by_head[:, :head]
+        latest = torch.arange(max(self._sinks, total - self._recent), total, device=resident.device)
+        ring = self._sinks + torch.remainder(latest - self._sinks, self._recent)
+        resident[:, ring] = by_head[:, latest]
+
+        members.fill_(-1)
+        self._stamps[layer, slot].fill_(-1)
+        candidates = total - self._sinks - self._recent
+        if candidates <= 0:
+            return
+        if candidates <= self._capacity:  # all fit, each in the slot that `append` expects
+            chosen = torch.arange(self._sinks, self._sinks + candidates, device=resident.device)
+            chosen = chosen.expand(self.shape.kv_heads, -1)
+        else:
+            chosen = self._rank_prompt(by_head[:, self._sinks : total - self._recent, 0], queries)
+        count = chosen.shape[1]
+        members[:, :count] = chosen
+        self._stamps[layer, slot, :, :count] = torch.arange(count - 1, -1, -1, device=resident.device)
+        heads = torch.arange(self.shape.kv_heads, device=resident.device).unsqueeze(1)
+        resident[:, self._first : self._first + count] = by_head[heads, chosen]
+
+    def _rank_prompt(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """Positions [kv_heads, capacity] of the keys that the last queries weigh most, best first."""
+        kv_heads = self.shape.kv_heads
+        last = queries[-_PROMPT_QUERIES:].float()
+        grouped = last.view(len(last), kv_heads, -1, self.shape.head_dim).transpose(0, 1).flatten(1, 2)
+        products = grouped @ keys.float().transpose(1, 2) * self._scale  # [kv_heads, W * group, T']
+        return products.softmax(-1).mean(1).topk(self._capacity).indices + self._sinks
+
+    # ------------------------------------------------------------------------------------- decode
+
+    def batch(self, lengths: Tensor, table: Tensor) -> Batch:
+        """The shared part of a decode step. lengths: [B] int64 with the new token; table: [B, max_blocks]."""
+        active = (lengths > 0).nonzero().squeeze(1)
+        at = (lengths[active] - 1).unsqueeze(1)
+        blocks, offsets = locate(at, table[active], self.shape.block_tokens)
+        previous, _ = locate(
+            (at - self.shape.block_tokens).clamp_min(0), table[active], self.shape.block_tokens
+        )
+        return Batch(lengths, table, blocks.squeeze(1), offsets.squeeze(1), previous.squeeze(1), active)
+
+    def prefetch(self, layer: int, query: Tensor, batch: Batch) -> None:
+        """Gate, select and fetch for a layer with a predicted query, ahead of the layer itself."""
+        self._refresh(layer, query, batch)
+
+    def attend(self, layer: int, query: Tensor, kv: Tensor, batch: Batch, *, select: bool = True) -> Tensor:
+        """One layer of a decode step: append, gate, select, fetch, attend.
+
+        Args:
+            query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
+            select: False accepts the rows that a prefetch left.
+
+        Returns:
+            [B, query_heads, head_dim].
+        """
+        count = len(batch.lengths)
+        arena = self._arena[:, layer]
+        resident, members = self._resident[layer, :count], self._members[layer, :count]
+        append(
+            kv, batch.lengths, batch.table, arena, resident, members, self._stamps[layer, :count],
+            self._sinks, self._recent,
+        )  # fmt: skip
+        if self.full:
+            return attend_all(query, arena, batch.table, batch.lengths, self._scale)
+        self._index.write(layer, kv[batch.active, :, 0], batch.blocks, batch.offsets, batch.previous)
+        if select:
+            self._refresh(layer, query, batch)
+        return attend(query, resident, members, batch.lengths, self._sinks, self._recent, self._scale)
+
+    def _refresh(self, layer: int, query: Tensor, batch: Batch) -> None:
+        count = len(batch.lengths)
+        miss = gate(query, self._labels[layer, :count], self.thresholds[layer], batch.lengths)
+        products = self._index.products(layer, query, batch.table)
+        chosen = choose(products, miss, batch.lengths, self._k, self._sinks, self._recent, self._scale)
+        selected, moved = fetch(
+            chosen, batch.lengths, batch.table, self._arena[:, layer], self._resident[layer, :count],
+            self._members[layer, :count], self._stamps[layer, :count], self._first,
+        )  # fmt: skip
+        self._selections[layer, :count] += miss
+        self._selected[layer, :count] += selected
+        self._moved[layer, :count] += moved
+
+    # ---------------------------------------------------------------------------------- accounting
+
+    def stats(self, slot: int, tokens: int, steps: int) -> CacheStats:
+        """What the cache did for the sequence in a slot. Waits for the device.
+
+        Args:
+            tokens: length of the sequence; steps: decode steps that it took.
+        """
+        moved = int(self._moved[:, slot].sum())
+        return CacheStats(
+            steps=steps,
+            head_steps=steps * self.shape.layers * self.shape.kv_heads,
+            selections=int(self._selections[:, slot].sum()),
+            selected_rows=int(self._selected[:, slot].sum()),
+            fetched_rows=moved,
+            fetched_bytes=moved * self.shape.row_bytes,
+            resident_bytes=self._resident[:, slot].nbytes,
+            index_bytes=tokens * self._index.token_bytes,
+            kv_bytes=tokens * self.shape.token_bytes,
+        )

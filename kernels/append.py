@@ -1,0 +1,48 @@
+"""Append: the new token's row goes to the recent ring and to the arena."""
+
+import torch
+from torch import Tensor
+
+from kernels.paging import locate
+
+
+def append(
+    kv: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    arena: Tensor,
+    resident: Tensor,
+    members: Tensor,
+    stamps: Tensor,
+    sinks: int,
+    recent: int,
+) -> None:
+    """Write one new row per sequence and KV head, in place.
+
+    The resident buffer is ``[sinks | recent ring | set]``. The token that the new one displaces from the ring
+    moves into the set while the set still has room for the whole context (slot = position - sinks); later it
+    is left to the selection, its row being in the arena since it was new.
+
+    Args:
+        kv: [B, kv_heads, 2, head_dim], the new rows.
+        lengths: [B] int64, tokens of each sequence with the new one; 0 for a slot not in use.
+        table: [B, max_blocks] int64, block ids in the arena.
+        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
+        resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
+        members: [B, kv_heads, C] int64, the position that each row of the set holds, -1 where empty.
+        stamps: [B, kv_heads, C] int64, length of the sequence when the row was last selected.
+    """
+    active = (lengths > 0).nonzero().squeeze(1)
+    at = lengths[active] - 1  # position of the new token
+    blocks, offsets = locate(at.unsqueeze(1), table[active], arena.shape[2])
+    arena[blocks.squeeze(1), :, offsets.squeeze(1)] = kv[active]
+
+    ring = torch.where(at < sinks, at, sinks + torch.remainder(at - sinks, recent))
+    oldest = at - recent  # position that the ring holds in this place
+    home = oldest - sinks
+    moves = (home >= 0) & (home < members.shape[2])
+    rows, home = active[moves], home[moves]
+    resident[rows, :, sinks + recent + home] = resident[rows, :, ring[moves]]
+    members[rows, :, home] = oldest[moves].unsqueeze(1)
+    stamps[rows, :, home] = at[moves].unsqueeze(1)
+    resident[active, :, ring] = kv[active]
