@@ -11,6 +11,7 @@ Prefetch = Literal["auto", "off", "correct", "accept"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -92,6 +93,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ConfigError(f"--max-model-len is {self.max_model_len}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to 2**63 - 1.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class StoreConfig:
     node: int
     arena_bytes: int
     endpoint: str
-    log_level: str = "warning"
+    log_level: LogLevel = "warning"
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,7 @@ class WorkerConfig:
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     max_num_seqs: int = 8
-    log_level: str = "warning"
-
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+    log_level: LogLevel = "warning"
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,18 @@ class ServerConfig:
     max_num_seqs: int = 8
     host: str = "127.0.0.1"
     port: int = 5555
-    log_level: str = "warning"
+    log_level: LogLevel = "warning"
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+        if not self.host.startswith("127."):
+            raise ConfigError(
+                f"--host {self.host} is not a loopback address such as 127.0.0.1; "
+                "clients of other machines can come through an ssh tunnel."
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
         for name in self.stores:
