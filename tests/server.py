@@ -1,0 +1,95 @@
+"""A real server for tests: ``launch.py`` with its children, started, observed and cleared away."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+READY_S = 60.0
+STOP_S = 15.0
+
+
+class Server:
+    """One running ``launch.py``.
+
+    Attributes:
+        process: the launcher.
+        stdout, stderr: files that collect its output and its children's.
+        address: where clients connect; empty until the server is ready.
+    """
+
+    def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "launch.py", "--port", "0", *arguments],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+        self.address = ""
+
+    def wait_ready(self) -> None:
+        """Wait for the ready line; ``AssertionError`` where the launcher ends or is too slow."""
+        deadline = time.monotonic() + READY_S
+        while not (line := self.stdout.read_text()).endswith("\n"):
+            assert self.process.poll() is None, f"the launcher ended: {self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"not ready in {READY_S} s: {self.stderr.read_text()}"
+            time.sleep(0.02)
+        self.address = line.split()[1]
+
+    def children(self, package: str = "") -> list[psutil.Process]:
+        """Its stores (``package`` "kvstore"), workers ("gpu_worker") or both, by their command lines, so that
+        orphans are found as well."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if len(command) == 5 and command[1] == "-m" and command[4] == str(self.process.pid):
+                found += [process] if package in ("", command[2]) else []
+        return found
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """The launcher's exit code, once it and all children are gone; ``AssertionError`` if they stay."""
+        code = self.process.wait(STOP_S)
+        deadline = time.monotonic() + STOP_S
+        while left := self.children():
+            assert time.monotonic() < deadline, f"left behind: {[process.cmdline() for process in left]}"
+            time.sleep(0.02)
+        return code
+
+
+@contextmanager
+def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
+    """Start ``launch.py --port 0 ARGUMENTS``; at the end stop it and see that nothing of it is left.
+
+    Args:
+        ready: wait until it serves.
+    """
+    shared_memory = set(os.listdir("/dev/shm"))
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(arguments, Path(folder))
+        try:
+            if ready:
+                server.wait_ready()
+            yield server
+            if server.process.poll() is None:
+                server.signal(signal.SIGTERM)
+            server.wait()
+        finally:
+            server.process.kill()
+            server.process.wait()
+            for process in server.children():
+                process.kill()
+    assert set(os.listdir("/dev/shm")) <= shared_memory, "shared memory left behind"
