@@ -110,8 +110,6 @@ class KVCache:
             return
         self._index.write_prompt(layer, rows[:, :, 0], table)
         self._labels[layer, slot] = 0  # no label: the first decode step selects
-        for counter in (self._selections, self._selected, self._moved):
-            counter[layer, slot] = 0
         resident, members = self._resident[layer, slot], self._members[layer, slot]
         by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
         head = min(self._sinks, total)
@@ -198,6 +196,11 @@ class KVCache:
         self._moved[layer, :count] += moved
 
     # ---------------------------------------------------------------------------------- accounting
+
+    def reset_stats(self, slot: int) -> None:
+        """Begin to count anew for the next sequence of a slot."""
+        for counter in (self._selections, self._selected, self._moved):
+            counter[:, slot] = 0
 
     def stats(self, slot: int, tokens: int, steps: int) -> CacheStats:
         """What the cache did for the sequence in a slot. Waits for the device.

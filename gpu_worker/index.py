@@ -22,8 +22,8 @@ class Index(Protocol):
     def write(self, layer: int, keys: Tensor, blocks: Tensor, offsets: Tensor, previous: Tensor) -> None:
         """Index one new key a sequence.
 
-        keys: [N, kv_heads, head_dim]; blocks, offsets: [N] int64, where the new key stands; previous: [N] int64,
-        the block before that one (the same at the start of a sequence).
+        keys: [N, kv_heads, head_dim]; blocks, offsets: [N] int64, where the new key stands;
+        previous: [N] int64, the block before that one (the same at the start of a sequence).
         """
 
     def products(self, layer: int, query: Tensor, table: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""Prefill, layer by layer: only one layer's KV is on the worker at a time; each row leaves it once."""
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cache import KVCache
+from gpu_worker.model import Decoder
+from kernels.attend import attend_prompt
+
+CHUNK_TOKENS = 512
+
+
+class Prefill:
+    """The prefill of one prompt, cut into units of one layer of one chunk so that decoding can go on between.
+
+    Args:
+        decoder: the model.
+        cache: takes each layer's rows.
+        slot: of the sequence.
+        tokens: the prompt, at least one token.
+        table: [max_blocks] int64, blocks of the sequence.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache, slot: int, tokens: list[int], table: Tensor) -> None:
+        self._decoder, self._cache, self._slot, self._table = decoder, cache, slot, table
+        self.total = len(tokens)
+        device, shape = table.device, decoder.shape
+        self._hidden = decoder.embed(torch.tensor(tokens, device=device))
+        self._rope = decoder.rope(torch.arange(self.total, device=device))
+        self._rows = torch.empty(
+            self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=device
+        )
+        chunks = -(-self.total // CHUNK_TOKENS)
+        self._chunk = -(
+            -self.total // chunks
+        )  # equal chunks: the last one holds queries enough to select with
+        self._layer = self._start = 0
+
+    @property
+    def done(self) -> int:
+        """Prompt tokens' worth of work that is finished, of ``total``."""
+        return (self._layer * self.total + self._start) // self._decoder.shape.layers
+
+    def advance(self) -> Tensor | None:
+        """One unit of work; returns the logits [1, vocab] after the last one, else None."""
+        layer, start = self._layer, self._start
+        end = min(start + self._chunk, self.total)
+        hidden = self._hidden[start:end]
+        cos, sin = self._rope
+        query, rows = self._decoder.qkv(layer, hidden, (cos[start:end], sin[start:end]))
+        self._rows[start:end] = rows
+        attended = attend_prompt(query, self._rows[:end], self._decoder.scale)
+        self._hidden[start:end] = self._decoder.finish(layer, hidden, attended)
+        self._start = end
+        if end < self.total:
+            return None
+        self._cache.take_prompt(self._slot, layer, self._rows, query, self._table)
+        self._layer, self._start = layer + 1, 0
+        if self._layer < self._decoder.shape.layers:
+            return None
+        return self._decoder.logits(self._hidden[-1:])

@@ -1,0 +1,142 @@
+"""The worker process: start, serve, report."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from gpu_worker.engine import Engine
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.scheduler import Scheduler
+from kvstore.arena import Arena
+from kvstore.client import attach
+from kvstore.numa import bind
+from runtime.channel import Dealer
+from runtime.config import WorkerConfig
+from runtime.errors import CLOError, ProtocolError
+from runtime.messages import (
+    Abort,
+    Allocated,
+    Attach,
+    Denied,
+    FromStore,
+    FromWorker,
+    GetStoreStats,
+    GetWorkerStats,
+    Ready,
+    Run,
+    Stop,
+    StoreReport,
+    ToStore,
+    ToWorker,
+    WorkerReport,
+    WorkerStats,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def private_bytes() -> int:
+    """Memory of this process that is not shared with others, so not the arena (RssAnon)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Worker:
+    """One worker: its channels, its engine and the loop that turns messages into steps.
+
+    Args:
+        config: as the launcher passed it.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or the store cannot hold one block of it.
+        WorkerDied: the store does not answer.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        bind(config.node)
+        self._config = config
+        model = resolve(config.model)
+        decoder = load_decoder(model)
+        shape = decoder.shape
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._store: Dealer[ToStore, FromStore] = Dealer(self._context, config.store, FromStore)
+        attached = attach(self._store, config.worker, shape.block_tokens, shape.block_bytes)
+        self._arena = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
+        layout = (attached.blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim)
+        arena = self._arena.tensor(shape.dtype, layout)
+        self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
+        self._router: Dealer[FromWorker, ToWorker] = Dealer(
+            self._context, config.router, ToWorker, identity=b"worker-%d" % config.worker
+        )
+        self._scheduler = Scheduler(
+            self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send
+        )
+        capacity = attached.blocks * shape.block_tokens
+        self._ready = Ready(config.worker, 0, attached.store, capacity)
+
+    def serve(self) -> None:
+        """Serve until the router says ``Stop``."""
+        poller = zmq.Poller()
+        poller.register(self._router.socket, zmq.POLLIN)
+        poller.register(self._store.socket, zmq.POLLIN)
+        self._router.send(self._ready)
+        while True:
+            poller.poll(0 if self._scheduler.busy else None)
+            while (message := self._receive()) is not None:
+                if isinstance(message, Stop):
+                    return
+                self._handle(message)
+            if self._scheduler.busy:
+                self._scheduler.advance()
+            else:
+                self._scheduler.check_integrity()
+
+    def _receive(self) -> ToWorker | FromStore | None:
+        for channel in (self._store, self._router):
+            try:
+                message = channel.receive()
+            except ProtocolError as error:
+                logger.warning("a message was ignored: %s", error)
+                continue
+            if message is not None:
+                return message
+        return None
+
+    def _handle(self, message: ToWorker | FromStore) -> None:
+        match message:
+            case Run():
+                self._scheduler.add(message)
+            case Abort():
+                self._scheduler.abort(message)
+            case Allocated():
+                self._scheduler.granted(message)
+            case Denied():
+                self._scheduler.denied(message)
+            case GetWorkerStats():
+                self._store.send(GetStoreStats())  # answered together with the store's
+            case StoreReport():
+                self._router.send(WorkerReport(self._stats(), message.stats))
+
+    def _stats(self) -> WorkerStats:
+        cache, scheduler = self._engine.cache, self._scheduler
+        return WorkerStats(
+            worker=self._config.worker,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            steps=scheduler.steps,
+            generated_tokens=scheduler.generated,
+            resident_bytes=cache.resident_bytes,
+            index_bytes=cache.index_token_bytes * self._ready.capacity_tokens,
+            private_bytes=private_bytes(),
+        )
+
+    def close(self) -> None:
+        self._router.close()
+        self._store.close()
+        self._context.term()
+        self._arena.close()
