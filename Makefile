@@ -17,7 +17,7 @@ $(VENV)/.done: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,23 @@
+"""``python -m gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
+
+import sys
+
+import msgspec
+
+from gpu_worker.worker import Worker
+from runtime.config import WorkerConfig
+from runtime.process import configure_logging, die_with_parent, run_process
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[2]))
+    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
+    configure_logging(config.log_level)
+    worker = Worker(config)
+    try:
+        worker.serve()
+    finally:
+        worker.close()
+
+
+run_process(main)
