@@ -20,7 +20,7 @@ def handlers_of(owner: type, union: Any) -> dict[type[Message], Callable[..., No
         if not name.startswith("on_"):
             continue
         kind = get_type_hints(method).get("message")
-        if kind not in get_args(union) or kind in table:
+        if kind is None or kind not in get_args(union) or kind in table:
             raise TypeError(f"{owner.__name__}.{name} does not handle a message of its own: {kind}.")
         table[kind] = method
     missing = [kind.__name__ for kind in get_args(union) if kind not in table]

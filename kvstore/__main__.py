@@ -1,0 +1,27 @@
+"""One KV store: ``python -m kvstore CONFIG PARENT``, a ``StoreConfig`` as JSON and the launcher's pid."""
+
+import sys
+
+import msgspec
+import zmq
+
+from kvstore import numa
+from kvstore.arena import Arena
+from kvstore.memory import check_memory
+from kvstore.server import StoreServer, listen
+from runtime.config import StoreConfig
+from runtime.process import configure_logging, die_with_parent, run_process
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[2]))
+    config = msgspec.json.decode(sys.argv[1], type=StoreConfig)
+    configure_logging(config.log_level)
+    numa.bind(config.node)
+    with zmq.Context() as context, listen(context, config.endpoint) as socket:
+        check_memory({config.node: config.arena_bytes})
+        StoreServer(config, Arena.create(config.arena_bytes), socket).run()
+
+
+if __name__ == "__main__":
+    run_process(main)

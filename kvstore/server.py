@@ -1,0 +1,195 @@
+"""The store's message loop: workers ask for blocks, and get back everything that a dead worker held."""
+
+import logging
+import os
+from typing import Any
+
+import msgspec
+import zmq
+
+from kvstore.arena import Arena
+from kvstore.blocks import BlockPool
+from runtime.channel import Decoder, configure, encode
+from runtime.config import StoreConfig
+from runtime.errors import CLOError, ConfigError, ProtocolError
+from runtime.handlers import handlers_of
+from runtime.messages import (
+    Allocate,
+    Allocated,
+    Attach,
+    Attached,
+    Commit,
+    Denied,
+    Describe,
+    Described,
+    Free,
+    Freed,
+    FromStore,
+    GetStoreStats,
+    StoreReport,
+    StoreStats,
+    ToStore,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class _Worker(msgspec.Struct, frozen=True):
+    """An attached worker: its number, the name of its socket, and a descriptor readable once it has died."""
+
+    number: int
+    identity: bytes
+    pidfd: int
+
+
+def listen(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
+    """The socket to which workers connect.
+
+    Raises:
+        ConfigError: ``endpoint`` cannot be used.
+    """
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    configure(socket)
+    socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; a worker bounds them by what it asks
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"The KV store cannot listen at {endpoint}: {error}.") from None
+    return socket
+
+
+class StoreServer:
+    """Serves one arena over one ROUTER socket. It sleeps in ``poll`` and has no timers."""
+
+    def __init__(self, config: StoreConfig, arena: Arena, socket: zmq.Socket[bytes]) -> None:
+        self._config = config
+        self._arena = arena
+        self._socket = socket
+        self._decode: Decoder[ToStore] = Decoder(ToStore)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._pool: BlockPool | None = None  # made when the first worker tells the shape of its blocks
+        self._block_bytes = 0
+        self._by_number: dict[int, _Worker] = {}
+        self._by_identity: dict[bytes, _Worker] = {}
+
+    def run(self) -> None:
+        """Serve until an exception, such as that of SIGTERM, ends it."""
+        while True:
+            ready = dict(self._poller.poll())
+            for worker in list(self._by_number.values()):
+                if worker.pidfd in ready:
+                    _logger.warning("Worker %d died; its blocks are free again.", worker.number)
+                    self._forget(worker)
+            if self._socket in ready:
+                self._answer(*self._socket.recv_multipart())
+
+    def _answer(self, identity: bytes, *frames: bytes) -> None:
+        sequence = -1
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"A message has one frame, this one has {len(frames)}.")
+            message = self._decode(frames[0])
+            sequence = getattr(message, "sequence", -1)
+            _HANDLERS[type(message)](self, identity, message)
+        except CLOError as error:
+            _logger.info("Denied: %s", error)
+            self._send(identity, Denied(sequence, error.code, str(error)))
+
+    def on_attach(self, identity: bytes, message: Attach) -> None:
+        pool = self._pool_for(message)
+        try:
+            pidfd = os.pidfd_open(message.pid)
+        except (OSError, OverflowError):
+            raise ProtocolError(f"There is no process {message.pid} that could attach.") from None
+        for former in (self._by_number.get(message.worker), self._by_identity.get(identity)):
+            if former is not None and former.number in self._by_number:
+                self._forget(former)
+        worker = _Worker(message.worker, identity, pidfd)
+        self._by_number[message.worker] = self._by_identity[identity] = worker
+        self._poller.register(pidfd, zmq.POLLIN)
+        self._send(
+            identity,
+            Attached(self._config.name, os.getpid(), self._arena.fd, self._arena.size, pool.blocks),
+        )
+
+    def on_allocate(self, identity: bytes, message: Allocate) -> None:
+        pool, worker = self._attached(identity)
+        pool.allocate(worker, message.sequence, message.blocks)
+        self._grant(pool)
+
+    def on_commit(self, identity: bytes, message: Commit) -> None:
+        pool, worker = self._attached(identity)
+        pool.commit(worker, message.sequence, message.start, message.tokens)
+
+    def on_free(self, identity: bytes, message: Free) -> None:
+        pool, worker = self._attached(identity)
+        self._send(identity, Freed(message.sequence, pool.free(worker, message.sequence)))
+        self._grant(pool)
+
+    def on_get_stats(self, identity: bytes, message: GetStoreStats) -> None:
+        pool, _ = self._attached(identity)
+        stats = StoreStats(
+            store=self._config.name,
+            arena_bytes=self._arena.size,
+            block_bytes=self._block_bytes,
+            blocks=pool.blocks,
+            free_blocks=pool.free_blocks,
+            sequences=pool.sequences,
+            waiting=pool.waiting,
+        )
+        self._send(identity, StoreReport(stats))
+
+    def on_describe(self, identity: bytes, message: Describe) -> None:
+        pool, worker = self._attached(identity)
+        self._send(identity, Described(message.sequence, *pool.describe(worker, message.sequence)))
+
+    def _pool_for(self, message: Attach) -> BlockPool:
+        """The pool, made by the first worker. Raises ``ConfigError`` where the worker's blocks do not fit."""
+        if self._pool is None:
+            blocks = self._arena.size // message.block_bytes
+            if blocks == 0:
+                raise ConfigError(
+                    f"One block of the KV cache takes {message.block_bytes} bytes, {self._config.name} has "
+                    f"only {self._arena.size}: raise --kv-size."
+                )
+            self._pool = BlockPool(blocks, message.block_tokens)
+            self._block_bytes = message.block_bytes
+        own = (self._pool.block_tokens, self._block_bytes)
+        if own != (message.block_tokens, message.block_bytes):
+            raise ConfigError(
+                f"Worker {message.worker} has blocks of {message.block_tokens} tokens and "
+                f"{message.block_bytes} bytes, {self._config.name} has {own[0]} tokens and {own[1]} bytes: "
+                "use one model and dtype for all workers of a store."
+            )
+        return self._pool
+
+    def _attached(self, identity: bytes) -> tuple[BlockPool, int]:
+        """The pool and the number of the worker that asks."""
+        worker = self._by_identity.get(identity)
+        if worker is None or self._pool is None:
+            raise ProtocolError("A worker's first message has to be Attach.")
+        return self._pool, worker.number
+
+    def _forget(self, worker: _Worker) -> None:
+        """Free all that a worker held and let those that wait have it."""
+        del self._by_number[worker.number], self._by_identity[worker.identity]
+        self._poller.unregister(worker.pidfd)
+        os.close(worker.pidfd)
+        if self._pool is not None:
+            self._pool.free_worker(worker.number)
+            self._grant(self._pool)
+
+    def _grant(self, pool: BlockPool) -> None:
+        for grant in pool.grants():
+            identity = self._by_number[grant.worker].identity
+            self._send(identity, Allocated(grant.sequence, grant.blocks))
+        if pool.sequences == 0:
+            pool.check_integrity()  # costs nothing that anybody waits for
+
+    def _send(self, identity: bytes, message: FromStore) -> None:
+        self._socket.send_multipart([identity, encode(message)])
+
+
+_HANDLERS = handlers_of(StoreServer, ToStore)
