@@ -1,7 +1,7 @@
 """The main job on the default model: two questions about one real document, answered from the KV store.
 
-Starts two servers one after the other, with full attention and with CLO, asks the same questions, and compares
-the perplexity of the same text. Run it with ``make demo``.
+Starts two servers one after the other, with full attention and with CLO, and compares the perplexity of the
+same text on both. Run it with ``make demo``.
 """
 
 import math

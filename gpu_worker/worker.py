@@ -1,21 +1,21 @@
 """The worker process: start, serve, report."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import zmq
 
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.scheduler import Scheduler
 from kvstore.arena import Arena
-from kvstore.client import attach
+from kvstore.client import StoreClient
 from kvstore.numa import bind
 from runtime.channel import Dealer
 from runtime.config import WorkerConfig
-from runtime.errors import CLOError, ProtocolError
+from runtime.errors import ProtocolError
 from runtime.messages import (
     Abort,
     Allocated,
@@ -29,13 +29,14 @@ from runtime.messages import (
     Run,
     Stop,
     StoreReport,
-    ToStore,
     ToWorker,
     WorkerReport,
     WorkerStats,
 )
 
 logger = logging.getLogger(__name__)
+
+ATTACH_SECONDS = 600.0  # the store answers once it has touched its arena, at a GiB or so a second
 
 
 def private_bytes() -> int:
@@ -64,11 +65,12 @@ class Worker:
         decoder = load_decoder(model)
         shape = decoder.shape
         self._context: zmq.Context[Any] = zmq.Context()
-        self._store: Dealer[ToStore, FromStore] = Dealer(self._context, config.store, FromStore)
-        attached = attach(self._store, config.worker, shape.block_tokens, shape.block_bytes)
-        self._arena = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
+        self._store = StoreClient(self._context, config.store)
+        attach = Attach(config.worker, os.getpid(), shape.block_tokens, shape.block_bytes)
+        attached = self._store.attach(attach, ATTACH_SECONDS)
+        shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
         layout = (attached.blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim)
-        arena = self._arena.tensor(shape.dtype, layout)
+        arena = shared.tensor(shape.dtype, layout)
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
         self._router: Dealer[FromWorker, ToWorker] = Dealer(
             self._context, config.router, ToWorker, identity=b"worker-%d" % config.worker
@@ -77,7 +79,7 @@ class Worker:
             self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send
         )
         capacity = attached.blocks * shape.block_tokens
-        self._ready = Ready(config.worker, 0, attached.store, capacity)
+        self._ready = Ready(config.worker, os.getpid(), attached.store, capacity)
 
     def serve(self) -> None:
         """Serve until the router says ``Stop``."""
@@ -139,4 +141,3 @@ class Worker:
         self._router.close()
         self._store.close()
         self._context.term()
-        self._arena.close()

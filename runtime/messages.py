@@ -83,7 +83,10 @@ class CacheStats(msgspec.Struct, frozen=True):
 
     steps: int  # decode steps
     head_steps: int  # steps x layers x KV heads: the denominator of a rate per step and head
-    selections: int  # head_steps at which the head selected anew (missed the gate)
+    gate_checks: (
+        int  # times that a head's query met the gate: once a head_step, twice where a prefetch did too
+    )
+    selections: int  # of these, times that the head selected anew
     selected_rows: int  # rows that those selections chose
     fetched_rows: int  # of these, rows that were not resident and crossed from CPU memory
     fetched_bytes: int
@@ -98,8 +101,8 @@ class CacheStats(msgspec.Struct, frozen=True):
 
     @property
     def reuse_rate(self) -> float:
-        """Share of head_steps that kept their rows without selecting (the gate's hit rate)."""
-        return 1.0 - self.selections / self.head_steps if self.head_steps else 0.0
+        """Share of gate checks after which the head kept its rows without selecting."""
+        return 1.0 - self.selections / self.gate_checks if self.gate_checks else 0.0
 
     @property
     def rows_per_step_and_head(self) -> float:
