@@ -78,8 +78,8 @@ class KVCache:
         self._labels = torch.zeros(*heads, label_width, dtype=shape.dtype, device=device)
         never = _NEVER_REUSE if config.gate is None else config.gate
         self.thresholds = torch.full((shape.layers, shape.kv_heads), never, device=device)
-        self._selections, self._selected, self._moved = torch.zeros(
-            3, *heads, dtype=torch.int64, device=device
+        self._checks, self._selections, self._selected, self._moved = torch.zeros(
+            4, *heads, dtype=torch.int64, device=device
         )
 
     @property
@@ -191,6 +191,7 @@ class KVCache:
             chosen, batch.lengths, batch.table, self._arena[:, layer], self._resident[layer, :count],
             self._members[layer, :count], self._stamps[layer, :count], self._first,
         )  # fmt: skip
+        self._checks[layer, :count] += (batch.lengths > 0).unsqueeze(1)
         self._selections[layer, :count] += miss
         self._selected[layer, :count] += selected
         self._moved[layer, :count] += moved
@@ -199,7 +200,7 @@ class KVCache:
 
     def reset_stats(self, slot: int) -> None:
         """Begin to count anew for the next sequence of a slot."""
-        for counter in (self._selections, self._selected, self._moved):
+        for counter in (self._checks, self._selections, self._selected, self._moved):
             counter[:, slot] = 0
 
     def stats(self, slot: int, tokens: int, steps: int) -> CacheStats:
@@ -212,6 +213,7 @@ class KVCache:
         return CacheStats(
             steps=steps,
             head_steps=steps * self.shape.layers * self.shape.kv_heads,
+            gate_checks=int(self._checks[:, slot].sum()),
             selections=int(self._selections[:, slot].sum()),
             selected_rows=int(self._selected[:, slot].sum()),
             fetched_rows=moved,

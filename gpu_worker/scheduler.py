@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PREFILL_UNITS_PER_STEP = 4  # a unit is one layer of one chunk; about as long as a decode step
 PROGRESS_SECONDS = 0.25
-NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
+NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
 
 
 @dataclass
