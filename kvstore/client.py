@@ -1,6 +1,5 @@
 """A worker's connection to its KV store."""
 
-import os
 from typing import Any
 
 import zmq
@@ -16,15 +15,15 @@ class StoreClient(Dealer[ToStore, FromStore]):
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         super().__init__(context, endpoint, FromStore)
 
-    def attach(self, worker: int, block_tokens: int, block_bytes: int, timeout_s: float) -> Attached:
-        """Make this process known to the store as ``worker`` and wait for the answer, which comes once the
-        store has touched its whole arena.
+    def attach(self, message: Attach, timeout_s: float) -> Attached:
+        """Make this worker known to the store and wait for the answer, which comes once the store has touched
+        its whole arena.
 
         Raises:
             CLOError: the store denies it, such as ``ConfigError`` where the blocks do not fit.
             WorkerDied: nothing answers within ``timeout_s``.
         """
-        self.send(Attach(worker, os.getpid(), block_tokens, block_bytes))
+        self.send(message)
         answer = self.receive(timeout_ms=int(1000 * timeout_s))
         match answer:
             case Attached():
@@ -33,7 +32,7 @@ class StoreClient(Dealer[ToStore, FromStore]):
                 raise error_from(answer.code, answer.text)
             case None:
                 raise WorkerDied(
-                    f"The KV store did not answer worker {worker} within {timeout_s:g} s; "
+                    f"The KV store did not answer worker {message.worker} within {timeout_s:g} s; "
                     "see its messages above and start the server again."
                 )
             case _:
