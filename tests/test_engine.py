@@ -1,0 +1,109 @@
+"""The decode path on a tiny random model: exact where nothing is dropped, and the algorithm where it is."""
+
+import pytest
+import torch
+
+from gpu_worker.engine import Engine
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.model import Decoder
+from runtime.config import CacheConfig, ModelConfig
+from tests.reference import divergence, force, load_transformers, make_engine, prefill, transformers_greedy
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: str) -> Decoder:
+    return load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+
+
+def random_tokens(decoder: Decoder, count: int) -> list[int]:
+    tokens: list[int] = torch.randint(0, decoder.vocab, (count,)).tolist()
+    return tokens
+
+
+def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy continuations of all prompts in one batch."""
+    lengths = [len(prompt) for prompt in prompts]
+    total = max(lengths) + count
+    generated = [
+        engine.sample(prefill(engine, slot, prompt, total), [slot]) for slot, prompt in enumerate(prompts)
+    ]
+    slots = list(range(len(prompts)))
+    for step in range(1, count):
+        logits = engine.forward(len(prompts), max(lengths) + step)
+        for slot, token in enumerate(engine.sample(logits, slots)):
+            generated[slot].append(token)
+    return generated
+
+
+@pytest.mark.parametrize("attention", ["full", "clo"])
+def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
+    decoder: Decoder, tiny_model: str, attention: str
+) -> None:
+    config = CacheConfig(attention=attention, resident=1600, select_k=64)  # type: ignore[arg-type]
+    prompts = [random_tokens(decoder, count) for count in (1, 3, 63, 70, 511, 512, 700, 1300)]
+    model = load_transformers(str(tiny_model))
+    expected = [transformers_greedy(model, prompt, 20) for prompt in prompts]
+    assert greedy(make_engine(decoder, config, 8, 1600), prompts, 20) == expected
+    alone = make_engine(decoder, config, 1, 1600)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert greedy(alone, [prompt], 20) == [tokens]
+        alone.release(0)
+
+
+@pytest.mark.parametrize("prefetch", ["off", "correct", "accept"])
+def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch: str) -> None:
+    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300)
+    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)
+    config = CacheConfig(resident=600, prefetch=prefetch, prefetch_from=1)  # type: ignore[arg-type]
+    engine = make_engine(decoder, config, 1, 600)
+    torch.testing.assert_close(force(engine, prompt, continuation), full, rtol=1e-3, atol=1e-4)
+    stats = engine.cache.stats(0, 599, 299)
+    assert stats.fetched_rows == 0, "whatever leaves the ring stays resident while there is room"
+    assert stats.hit_rate == 1.0
+
+
+def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
+    """A prompt that fits entirely, generation far past the set: rows are fetched back from the arena."""
+    prompt, continuation = random_tokens(decoder, 50), random_tokens(decoder, 400)
+    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 450), prompt, continuation)
+    config = CacheConfig(select_k=32, resident=64, recent=16)
+    engine = make_engine(decoder, config, 1, 450)
+    logits = force(engine, prompt, continuation)
+    stats = engine.cache.stats(0, 449, 399)
+    assert stats.fetched_rows > 0
+    window = make_engine(decoder, CacheConfig(select_k=1, resident=1, recent=16), 1, 450)
+    dropped = divergence(force(window, prompt, continuation), full)
+    assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
+
+
+def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
+    prompt, continuation = random_tokens(decoder, 400), random_tokens(decoder, 50)
+    reuse = {}
+    for gate in (None, 0.5, 0.0):
+        engine = make_engine(decoder, CacheConfig(select_k=16, resident=16, gate=gate), 1, 450)
+        force(engine, prompt, continuation)
+        stats = engine.cache.stats(0, 449, 49)
+        assert stats.gate_checks == stats.head_steps
+        assert stats.selected_rows == 16 * stats.selections
+        reuse[gate] = stats.reuse_rate
+    assert reuse[None] == 0.0
+    assert 0.0 < reuse[0.5] < reuse[0.0]
+
+
+def test_exact_topk_attends_what_it_selects(decoder: Decoder) -> None:
+    """With k as large as the context, exact top-k is full attention; with a small k it is not."""
+    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 20)
+    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 320), prompt, continuation)
+    everything = CacheConfig(attention="topk", select_k=320)
+    logits = force(make_engine(decoder, everything, 1, 320), prompt, continuation)
+    torch.testing.assert_close(logits, full, rtol=1e-3, atol=1e-4)
+
+
+def test_a_slot_keeps_nothing_of_its_predecessor(decoder: Decoder) -> None:
+    config = CacheConfig(select_k=32, resident=64)
+    first, second = random_tokens(decoder, 600), random_tokens(decoder, 200)
+    fresh = greedy(make_engine(decoder, config, 1, 700), [second], 30)
+    used = make_engine(decoder, config, 1, 700)
+    greedy(used, [first], 30)
+    used.release(0)
+    assert greedy(used, [second], 30) == fresh
