@@ -1,0 +1,173 @@
+"""Starts, watches and stops the processes of one server."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from gpu_worker.loader import resolve
+from kvstore.arena import check_memory
+from runtime.config import ServerConfig, StoreConfig, WorkerConfig
+from runtime.errors import CLOError, ServerStopped, WorkerDied
+from runtime.placement import place_workers, store_nodes
+from runtime.process import EXIT_EXPLAINED
+from runtime.router import Router
+
+STOP_S = 5.0  # for the children to leave in good order
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process of the server; ``name`` is what users read of it: "worker 0", "KV store numa0"."""
+
+    name: str
+    process: asyncio.subprocess.Process
+
+    @classmethod
+    async def start(cls, name: str, package: str, config: StoreConfig | WorkerConfig) -> "Child":
+        """Run ``python -m PACKAGE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
+
+        To be called in the main thread: a child dies with the thread that started it. What a child prints
+        goes to stderr, so that stdout carries the ready line and nothing else.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", package, msgspec.json.encode(config).decode(), str(os.getpid())),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.stderr,
+            start_new_session=True,
+        )
+        _logger.info("Started %s as process %d.", name, process.pid)
+        return cls(name, process)
+
+    def send(self, number: signal.Signals) -> None:
+        """Nothing happens where the process has ended."""
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):  # it ended a moment ago
+                os.kill(self.process.pid, number)
+
+    async def watch(self) -> None:
+        """Raises ``WorkerDied`` when the process ends, saying how."""
+        code = await self.process.wait()
+        if code == EXIT_EXPLAINED:
+            how = "ended with an error that the server has printed"
+        elif code == -signal.SIGKILL:
+            how = "was killed by SIGKILL (the kernel does so when memory runs out, see dmesg)"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        raise WorkerDied(f"{self.name} {how}; the server has stopped, start it again.")
+
+
+class Supervisor:
+    """One server, from the checks to the last process.
+
+    Raises:
+        ConfigError: the model, the machine's memory, its GPUs or nodes, or the port do not allow it.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._nodes = store_nodes(config)
+        self._places = place_workers(config)
+        check_memory(config.kv_bytes * len(config.stores))
+        model = resolve(config.model)
+        self._router = Router(config, model)
+        self._stores: list[Child] = []
+        self._workers: list[Child] = []
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until a signal comes or something fails; returns the launcher's exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        try:
+            await self._start_children()
+            error = await self._first_failure()
+            self._router.fail_all(error)
+        finally:
+            await self._stop_children()
+            self._router.close()
+        if isinstance(error, ServerStopped):
+            return 0
+        if not any(child.process.returncode == EXIT_EXPLAINED for child in self._stores + self._workers):
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            for child in self._stores + self._workers:
+                child.send(signal.SIGKILL)
+        self._stopping.set()
+
+    async def _start_children(self) -> None:
+        config = self._config
+        unique = uuid.uuid4()
+        for name, node in zip(config.stores, self._nodes, strict=True):
+            store = StoreConfig(name, node, config.kv_bytes, f"ipc://@clo-{unique}-{name}", config.log_level)
+            self._stores.append(await Child.start(f"KV store {name}", "kvstore", store))
+        for index, place in enumerate(self._places):
+            worker = WorkerConfig(
+                worker=index,
+                node=place.node,
+                router=self._router.workers_endpoint,
+                store=f"ipc://@clo-{unique}-{config.stores[place.store]}",
+                model=config.model,
+                cache=config.cache,
+                max_num_seqs=config.max_num_seqs,
+                log_level=config.log_level,
+            )
+            self._workers.append(await Child.start(f"worker {index}", "gpu_worker", worker))
+
+    async def _first_failure(self) -> CLOError:
+        """Serve until a signal, the end of a child or an error in the router; says which it was.
+
+        Where several are seen at once, the first of this order is taken for the cause of the others.
+        """
+        watched = [
+            asyncio.create_task(work)
+            for work in (
+                self._until_stopped(),
+                *(child.watch() for child in self._stores + self._workers),
+                self._router.serve(),
+                self._announce(),
+            )
+        ]
+        done, pending = await asyncio.wait(watched, return_when=asyncio.FIRST_EXCEPTION)
+        for task in pending:
+            task.cancel()
+        error = next(error for task in watched if task in done and (error := task.exception()))
+        if isinstance(error, CLOError):
+            return error
+        _logger.debug("The router failed.", exc_info=error)
+        return CLOError(f"The router failed with {error!r}; --log-level debug shows where.")
+
+    async def _until_stopped(self) -> None:
+        await self._stopping.wait()
+        raise ServerStopped("The server was stopped.")
+
+    async def _announce(self) -> None:
+        capacity = await self._router.ready
+        name = self._config.model.model
+        print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
+
+    async def _stop_children(self) -> None:
+        """SIGTERM and up to 5 s; then SIGKILL. Workers leave first, or they would report a lost store."""
+        deadline = asyncio.get_running_loop().time() + STOP_S
+        for children in (self._workers, self._stores):
+            for child in children:
+                child.send(signal.SIGTERM)
+            endings = [asyncio.create_task(child.process.wait()) for child in children]
+            if endings:
+                await asyncio.wait(endings, timeout=deadline - asyncio.get_running_loop().time())
+            for child in children:
+                child.send(signal.SIGKILL)
+            await asyncio.gather(*endings)

@@ -1,0 +1,95 @@
+"""The command line: what is accepted, what is refused and how, and the help."""
+
+import subprocess
+import sys
+
+import pytest
+
+import launch
+from runtime.config import CacheConfig, ModelConfig, ServerConfig
+from tests.server import ROOT
+
+
+def test_no_options_give_the_configured_defaults() -> None:
+    assert launch.config_from([]) == ServerConfig()
+
+
+def test_every_option_reaches_the_configuration() -> None:
+    line = (
+        "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 --max-num-seqs 3 "
+        "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
+        "--gate 0.5 --prefetch accept --host 127.0.0.2 --port 0 --seed 7 --log-level info"
+    )
+    assert launch.config_from(line.split()) == ServerConfig(
+        model=ModelConfig("m", "dummy", "bfloat16", "cpu", 100, 7),
+        cache=CacheConfig("topk", 5, 6, 0.5, "accept"),
+        workers=2,
+        stores=("numa0", "numa1"),
+        kv_bytes=3 * 2**19,
+        max_num_seqs=3,
+        host="127.0.0.2",
+        port=0,
+        log_level="info",
+    )
+    options = set(launch.parser()._option_string_actions) - {"-h", "--help"}
+    assert options == {word for word in line.split() if word.startswith("--")}
+
+
+def test_gate_and_model_length_can_be_switched_off_by_name() -> None:
+    config = launch.config_from(["--gate", "off", "--max-model-len", "auto"])
+    assert config.cache.gate is None
+    assert config.model.max_model_len is None
+
+
+WRONG_OPTIONS = {
+    "unknown option": ("--kv-sise 8GiB", "unrecognized arguments: --kv-sise 8GiB"),
+    "abbreviated option": ("--work 1", "unrecognized arguments: --work 1"),
+    "unknown option value": ("--attention sparse", "invalid choice: 'sparse' (choose from"),
+    "no value": ("--model", "--model: expected one argument"),
+    "word for a number": ("--workers two", "--workers: invalid int value: 'two'"),
+    "no workers": ("--workers 0", "--workers is 0; it must be at least 1."),
+    "no sequences": ("--max-num-seqs 0", "--max-num-seqs is 0; it must be at least 1."),
+    "no rows selected": ("--select-k 0", "--select-k is 0; it must be at least 1."),
+    "resident below select-k": ("--select-k 64 --resident 63", "--resident 63 is below --select-k 64"),
+    "gate that is no cosine": ("--gate 1.1", "--gate is 1.1; it is a cosine from 0 to 1"),
+    "gate that is no number": ("--gate low", "'low' is neither a number nor 'off'"),
+    "gate that is not a number": ("--gate nan", "--gate is nan; it is a cosine from 0 to 1"),
+    "size without a number": ("--kv-size much", "'much' is not a size; write for example 512MiB or 8GiB."),
+    "empty size": ("--kv-size 0", "'0' is not a size"),
+    "no tokens": ("--max-model-len 0", "--max-model-len is 0; it must be at least 1."),
+    "negative seed": ("--seed -1", "--seed is -1"),
+    "port out of range": ("--port 65536", "--port is 65536; it must be from 0 to 65535."),
+    "address open to the network": ("--host 0.0.0.0", "not a loopback address"),
+    "store that is no node": ("--kvstore gpu", "--kvstore 'gpu' is not of the form numa0"),
+    "same node twice": ("--kvstore numa0,numa0", "--kvstore names a node twice"),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_wrong_option(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence on stderr that names option and value; exit code 2."""
+    assert launch.main(line.split()) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert expected in output.err
+
+
+def test_other_systems_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert launch.main([]) == 1
+    assert capsys.readouterr().err == "error: CLO runs on Linux only, and this is darwin.\n"
+
+
+def test_help_fits_100_columns_and_states_every_default() -> None:
+    output = subprocess.run(
+        [sys.executable, "launch.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert output.returncode == 0
+    assert output.stderr == ""
+    assert all(len(line) <= 100 for line in output.stdout.splitlines())
+    for action in launch.parser()._actions[1:]:
+        assert f"({action.default})" in output.stdout, f"the default of {action.option_strings} is not stated"
