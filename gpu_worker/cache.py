@@ -114,7 +114,7 @@ class KVCache:
         by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
         head = min(self._sinks, total)
         resident[:, :head] = by_head[:, :head]
-        latest = torch.arange(max(self._sinks, total - self._recent), total, device=resident.device)
+        latest = torch.arange(max(head, total - self._recent), total, device=resident.device)
         ring = self._sinks + torch.remainder(latest - self._sinks, self._recent)
         resident[:, ring] = by_head[:, latest]
 

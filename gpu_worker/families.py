@@ -43,7 +43,7 @@ def _check(config: Any, path: Path) -> None:
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
         raise ConfigError(
-            f"{path} is of a model quantised with '{method}'; CLO takes float32, bfloat16 and float16 weights."
+            f"{path} is of a model quantised with '{method}'; CLO takes float32, bfloat16 or float16."
         )
     if config.hidden_act != "silu":
         raise ConfigError(f"{path} has the activation '{config.hidden_act}'; CLO knows silu.")

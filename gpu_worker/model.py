@@ -97,8 +97,8 @@ class Decoder:
             rope: ``rope(positions)`` of the tokens.
 
         Returns:
-            Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), both contiguous
-            and both with RoPE applied to what has one.
+            Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), both
+            contiguous, and with RoPE applied to queries and keys.
         """
         queries, keys = self.shape.query_heads, self.shape.kv_heads
         heads = self._project(layer, hidden, queries + 2 * keys)
