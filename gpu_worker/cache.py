@@ -156,7 +156,8 @@ class KVCache:
 
     def prefetch(self, layer: int, query: Tensor, batch: Batch) -> None:
         """Gate, select and fetch for a layer with a predicted query, ahead of the layer itself."""
-        self._refresh(layer, query, batch)
+        # The layer has not appended the new token yet: what that will displace still stands in the ring.
+        self._refresh(layer, query, batch, batch.lengths - 1)
 
     def attend(self, layer: int, query: Tensor, kv: Tensor, batch: Batch, *, select: bool = True) -> Tensor:
         """One layer of a decode step: append, gate, select, fetch, attend.
@@ -179,14 +180,15 @@ class KVCache:
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
         self._index.write(layer, kv[batch.active, :, 0], batch.blocks, batch.offsets, batch.previous)
         if select:
-            self._refresh(layer, query, batch)
+            self._refresh(layer, query, batch, batch.lengths)
         return attend(query, resident, members, batch.lengths, self._sinks, self._recent, self._scale)
 
-    def _refresh(self, layer: int, query: Tensor, batch: Batch) -> None:
+    def _refresh(self, layer: int, query: Tensor, batch: Batch, appended: Tensor) -> None:
+        """Gate, select and fetch; ``appended`` [B] int64 is the number of tokens that the layer holds."""
         count = len(batch.lengths)
         miss = gate(query, self._labels[layer, :count], self.thresholds[layer], batch.lengths)
         products = self._index.products(layer, query, batch.table)
-        chosen = choose(products, miss, batch.lengths, self._k, self._sinks, self._recent, self._scale)
+        chosen = choose(products, miss, appended, self._k, self._sinks, self._recent, self._scale)
         selected, moved = fetch(
             chosen, batch.lengths, batch.table, self._arena[:, layer], self._resident[layer, :count],
             self._members[layer, :count], self._stamps[layer, :count], self._first,

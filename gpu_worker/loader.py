@@ -111,7 +111,7 @@ def _load(model: Resolved) -> Any:
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise ConfigError(
-                f"The weights in {model.folder} do not fit its config.json ({kind}: {sorted(report[kind])[0]})."
+                f"The weights in {model.folder} do not fit config.json ({kind}: {sorted(report[kind])[0]})."
             )
     for name, tensor in source.state_dict().items():
         if not tensor.isfinite().all():
