@@ -1,7 +1,6 @@
 """Start a CLO server: ``python launch.py --workers 1 --kvstore numa0``."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,18 +20,20 @@ from runtime.config import (
     parse_size,
 )
 from runtime.errors import CLOError, ConfigError
+from runtime.process import configure_logging
 
 DESCRIPTION = """\
-Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index of
-all keys and, for each KV head, the rows that the head attends to; missing rows come from CPU memory.
-A size or a number is never rounded or reduced in silence: what does not fit is an error."""
+Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index
+of all keys and, for each KV head, the rows that the head attends to; missing rows come from CPU
+memory. No size is reduced in silence: what does not fit is an error."""
 
 EPILOG = """\
 what to set:
-  --select-k, --resident and --gate trade exactness against memory and transfers. The defaults keep many
-  more rows than one step selects, so that a row once fetched serves many steps. The cache of the paper
-  (arXiv 2511.14510) holds exactly one selection and reuses it while the query stays close to the one
-  that made it:  --select-k 1024 --resident 1024 --gate 0.8
+  --select-k, --resident and --gate trade exactness against memory and transfers. The defaults keep
+  many more rows than one step selects, so that a row once fetched serves many steps. The cache of
+  the paper (arXiv 2511.14510) has --resident equal to --select-k: it holds one selection and reuses
+  it while the query stays close to the one that made it:
+  --select-k 1024 --resident 1024 --gate 0.8
 
 examples:
   python launch.py --workers 1 --kvstore numa0
@@ -41,8 +42,9 @@ examples:
 
 When the server accepts requests it prints one line:
   ready tcp://127.0.0.1:5555 model=NAME capacity=N tokens
-Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. The exit code is 0 after
-such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it died."""
+Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. The exit code is 0
+after such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it
+died."""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -240,7 +242,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(config.log_level)
     from runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
 
     try:

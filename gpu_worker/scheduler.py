@@ -11,10 +11,10 @@ from torch import Tensor
 from gpu_worker.engine import Engine, logprob_of
 from gpu_worker.prefill import Prefill
 from runtime.messages import (
+    NO_STATS,
     Abort,
     Allocate,
     Allocated,
-    CacheStats,
     Commit,
     Denied,
     Done,
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 PREFILL_UNITS_PER_STEP = 4  # a unit is one layer of one chunk; about as long as a decode step
 PROGRESS_SECONDS = 0.25
-NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
 
 
 @dataclass

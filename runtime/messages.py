@@ -109,6 +109,9 @@ class CacheStats(msgspec.Struct, frozen=True):
         return self.fetched_rows / self.head_steps if self.head_steps else 0.0
 
 
+NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
+
+
 class StoreStats(msgspec.Struct, frozen=True):
     store: str
     arena_bytes: int

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gpu_worker.loader import resolve
-from kvstore.arena import check_memory
+from kvstore.memory import check_memory
 from runtime.config import ServerConfig, StoreConfig, WorkerConfig
 from runtime.errors import CLOError, ServerStopped, WorkerDied
 from runtime.placement import place_workers, store_nodes
@@ -78,7 +78,7 @@ class Supervisor:
         self._config = config
         self._nodes = store_nodes(config)
         self._places = place_workers(config)
-        check_memory(config.kv_bytes * len(config.stores))
+        check_memory(dict.fromkeys(self._nodes, config.kv_bytes))
         model = resolve(config.model)
         self._router = Router(config, model)
         self._stores: list[Child] = []
@@ -155,7 +155,7 @@ class Supervisor:
         raise ServerStopped("The server was stopped.")
 
     async def _announce(self) -> None:
-        capacity = await self._router.ready
+        capacity = await self._router.ready()
         name = self._config.model.model
         print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
 

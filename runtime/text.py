@@ -1,149 +1,199 @@
-"""Text to tokens and tokens to text, in the router's process."""
+"""From prompts to token ids and from token ids back to text, in the router's process."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import jinja2
 
-from runtime.errors import ConfigError, InvalidRequest
+from runtime.errors import ConfigError, InvalidRequest, PromptTooLong
 from runtime.messages import Chat, Text, Tokens
 
-_UNFINISHED = "\ufffd"  # what a tokenizer shows for the first bytes of a character
+_WINDOW = 8  # tokens that are decoded again with every new one
+_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
 
 
-class TextCodec:
-    """A model's tokenizer.
+class Tokenizer:
+    """The tokenizer of a model folder. Threads may share it.
 
     Args:
-        folder: of the model, in Hugging Face format.
-        vocab: token ids that the model knows.
+        folder: of the model, in the Hugging Face layout.
+        vocab_size: of the model; larger token ids are refused.
+
+    Attributes:
+        eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded.
     """
 
-    def __init__(self, folder: Path, vocab: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        from transformers import AutoTokenizer  # takes seconds: while the workers start
+
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}") from None
-        self._vocab = vocab
-        self.eos = self._eos(folder)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # the library raises many kinds, and Exception itself for a broken file
+            raise ConfigError(f"The tokenizer of {folder} cannot be loaded: {error}") from error
+        self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
+        self._vocab_size = vocab_size
+        self._longest = max(map(len, self._tokenizer.get_vocab()))
+        self.eos = _eos_of(self._tokenizer, folder)
+        added = self._tokenizer.added_tokens_decoder
+        self.silent = {token for token, entry in added.items() if entry.special} | set(self.eos)
 
-    def _eos(self, folder: Path) -> list[int]:
-        """Tokens that end a text: the tokenizer's own and those of generation_config.json."""
-        found = {self._tokenizer.eos_token_id}
-        path = folder / "generation_config.json"
-        if path.is_file():
-            named = json.loads(path.read_text()).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named}
-        return sorted(found - {None})
+    def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, at least one.
 
-    def encode(self, prompt: Text | Chat | Tokens) -> list[int]:
-        """Token ids of a prompt.
+        Args:
+            limit: tokens of the longest prompt; a text that is certainly above it is not even read.
+            add_special_tokens: whether a plain text gets those that the tokenizer adds.
 
         Raises:
-            InvalidRequest: it is empty, holds unknown token ids, or the model has no chat template.
+            InvalidRequest: the prompt is empty, an id is not in the vocabulary, or the chat template is
+                missing or refuses the messages.
+            PromptTooLong: the text cannot have as few as ``limit`` tokens.
         """
-        match prompt:
-            case Text():
-                ids = self._tokenizer(prompt.text)["input_ids"]
-            case Chat():
-                ids = self._tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
-            case Tokens():
-                ids = self._known(prompt.ids)
-        return self._filled(ids, "prompt")
-
-    def encode_continuation(self, continuation: Text | Tokens) -> list[int]:
-        """Token ids of what follows a prompt; no special tokens are added.
-
-        Raises:
-            InvalidRequest: it is empty or holds unknown token ids.
-        """
-        if isinstance(continuation, Tokens):
-            ids = self._known(continuation.ids)
+        if isinstance(prompt, Tokens):
+            tokens = prompt.ids
+            if tokens and max(tokens) >= self._vocab_size:
+                raise InvalidRequest(
+                    f"Token id {max(tokens)} is not in the vocabulary; ids go up to {self._vocab_size - 1}."
+                )
         else:
-            ids = self._tokenizer(continuation.text, add_special_tokens=False)["input_ids"]
-        return self._filled(ids, "continuation")
+            text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
+            if len(text) > limit * self._longest:
+                raise PromptTooLong(
+                    f"The text of {len(text)} characters cannot fit into the model length of {limit} tokens; "
+                    "shorten it."
+                )
+            tokens = self._encode(text, add_special_tokens and isinstance(prompt, Text))
+        if not tokens:
+            raise InvalidRequest("The prompt is empty; give at least one token.")
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        return ids
 
     def _render(self, chat: Chat) -> str:
+        if self._tokenizer.chat_template is None:
+            raise InvalidRequest("The model has no chat template; send a text or token ids.")
         if not chat.turns:
-            raise InvalidRequest("The prompt is empty; send at least one message.")
+            raise InvalidRequest("The chat is empty; give at least one message.")
         turns = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
         try:
-            text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are code of the model and raise what they like
-            raise InvalidRequest(f"The model's chat template does not take these messages: {error}") from None
+            text: str = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"The model's chat template refuses the messages: {error}.") from None
         return text
 
-    def _known(self, ids: list[int]) -> list[int]:
-        if ids and max(ids) >= self._vocab:
-            raise InvalidRequest(f"Token id {max(ids)} is not in the vocabulary of {self._vocab}.")
-        return ids
 
-    def _filled(self, ids: list[int], what: str) -> list[int]:
-        if not ids:
-            raise InvalidRequest(f"The {what} is empty; send at least one token.")
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+def _eos_of(tokenizer: Any, folder: Path) -> list[int]:
+    """Ids that end a text."""
+    file = folder / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(found - {None})
 
 
 class Detokenizer:
-    """Text of one growing sequence of tokens, given out as soon as it is certain.
+    """Text of one sequence, token by token, up to a stop string.
 
-    Held back are incomplete characters and whatever may be the beginning of a stop string.
+    What is returned never changes later: an incomplete character and what may be the beginning of a stop
+    string are held back. All parts together are the text of all tokens. (One exception: tokenizers that fall
+    back to byte tokens decode a run of them together, and where such a run is no UTF-8 the number of
+    replacement characters may differ.)
 
     Args:
-        codec: of the model.
-        stop: strings before which the text ends.
+        stop: strings that end the text, each at least one character. The text ends before the first one
+            that is complete.
+
+    Attributes:
+        stopped: a stop string was found; nothing comes any more.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
-        self._codec, self._stop = codec, stop
-        self._tokens: list[int] = []  # from the last point at which the text was certain, and a few before it
-        self._before = 0  # of these, tokens whose text has been taken
-        self._held = ""
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the latest tokens
+        self._given = 0  # characters of the window's text that were passed on
+        self._pending = 0  # tokens since all of the window's text was passed on
+        self._stops = [_StopString(text) for text in stop]
+        self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """New text after one more token; sets ``stopped`` when a stop string has come."""
-        self._tokens.append(token)
-        known = self._codec.decode(self._tokens[: self._before])
-        text = self._codec.decode(self._tokens)
-        if text.endswith(_UNFINISHED):
+        """New text, often empty."""
+        if self.stopped or token in self._tokenizer.silent:
             return ""
-        # The tokens of the last piece stay: some tokenizers write a token differently at the start of a text.
-        self._tokens = self._tokens[self._before :]
-        self._before = len(self._tokens)
-        return self._release(text[len(known) :])
+        self._window.append(token)
+        self._pending += 1
+        text = self._tokenizer.decode(self._window)
+        stable = len(text)
+        if text.endswith("\ufffd"):  # perhaps a character that is not complete
+            # Pending for longer than any character: the bytes are no UTF-8, and only the last can change.
+            stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
+        else:
+            self._pending = 0
+        new = text[self._given : stable]
+        self._given = max(self._given, stable)
+        if len(self._window) >= 2 * _WINDOW:
+            # Only the text's beginning depends on the tokens before it, so count from its end.
+            open_characters = len(text) - self._given
+            self._window = self._window[-_WINDOW:]
+            self._given = len(self._tokenizer.decode(self._window)) - open_characters
+        return self._until_stop(new)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
-        known = self._codec.decode(self._tokens[: self._before])
-        rest = self._codec.decode(self._tokens)[len(known) :]
-        text, self._held = self._release(rest) + self._held, ""
-        return "" if self.stopped else text
-
-    def _release(self, new: str) -> str:
+        """The rest, at the end of the sequence."""
         if self.stopped:
             return ""
+        rest = self._until_stop(self._tokenizer.decode(self._window)[self._given :])
+        return rest + self._held  # nothing is held back behind a stop string
+
+    def _until_stop(self, new: str) -> str:
+        """What of the text held back and ``new`` is certain not to belong to a stop string."""
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        for end, character in enumerate(new, len(self._held) + 1):
+            complete = [stop.length for stop in self._stops if stop.push(character)]
+            if complete:
+                self.stopped = True
+                self._held = ""
+                return text[: end - max(complete)]
+        certain = len(text) - max((stop.matched for stop in self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` with which ``stop`` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+class _StopString:
+    """Finds a string in a stream of characters, each looked at once (Knuth, Morris and Pratt).
+
+    Attributes:
+        matched: characters of the string that the stream ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self.length = len(text)
+        self.matched = 0
+        self._shorter = [0] * len(text)  # for each prefix, the longest shorter prefix that it ends with
+        for index in range(1, len(text)):
+            self._advance(text[index])
+            self._shorter[index] = self.matched
+        self.matched = 0
+
+    def push(self, character: str) -> bool:
+        """Whether the string is complete now."""
+        self._advance(character)
+        return self.matched == self.length
+
+    def _advance(self, character: str) -> None:
+        while self.matched and self._text[self.matched] != character:
+            self.matched = self._shorter[self.matched - 1]
+        self.matched += self._text[self.matched] == character
