@@ -1,4 +1,4 @@
-"""The router: tokenises requests, gives them to workers and streams text back. Runs in the launcher's process."""
+"""The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ from runtime.messages import (
     Usage,
     WorkerReport,
 )
-from runtime.text import Detokenizer, TextCodec
+from runtime.text import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +92,13 @@ class Router:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(
-                f"Address {config.host}:{config.port} cannot be used ({error.strerror}); choose another --port."
+                f"Address {config.host}:{config.port} cannot be used ({error.strerror}); choose another."
             ) from None
         self.address: str = self._clients.getsockopt_string(zmq.LAST_ENDPOINT)
         self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"
         self._workers = self._socket()
         self._workers.bind(self.workers_endpoint)
-        self._codec = TextCodec(model.folder, model.config.vocab_size)
+        self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
         self._from_client: Decoder[ToRouter] = Decoder(ToRouter)  # type: ignore[type-var]
         self._from_worker: Decoder[FromWorker] = Decoder(FromWorker)  # type: ignore[type-var]
         self._requests: dict[Key, Open] = {}
@@ -179,9 +179,11 @@ class Router:
         """Tokenise, check and give to a worker."""
         sampling, forced = message.sampling, None
         try:
-            tokens = await asyncio.to_thread(self._codec.encode, message.prompt)
+            tokens = await asyncio.to_thread(self._tokenizer.encode, message.prompt, self._max_len)
             if message.continuation is not None:
-                forced = await asyncio.to_thread(self._codec.encode_continuation, message.continuation)
+                forced = await asyncio.to_thread(
+                    self._tokenizer.encode, message.continuation, self._max_len, False
+                )
                 sampling = Sampling(0.0, max_tokens=len(forced), logprobs=sampling.logprobs or 0)
             if len(tokens) + sampling.max_tokens > self._max_len:
                 raise PromptTooLong(
@@ -192,7 +194,7 @@ class Router:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
         request.prompt_tokens, request.sampling = len(tokens), sampling
-        request.text = Detokenizer(self._codec, sampling.stop)
+        request.text = Detokenizer(self._tokenizer, sampling.stop)
         await self._ready.wait()
         if (request.client, request.name) not in self._requests:  # ended while it waited
             return
@@ -202,7 +204,7 @@ class Router:
         self._load[request.worker] += len(tokens) + sampling.max_tokens
         self._by_sequence[request.sequence] = request
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self._order(request, Run(request.sequence, tokens, sampling, seed, self._codec.eos, forced))
+        self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
     def _cancel(self, request: Open | None) -> None:
         if request is None or request.cancelled:
