@@ -84,7 +84,7 @@ def _request(name: str, prompt: Any, sampling: dict[str, Any], continuation: Any
         data = msgspec.msgpack.encode(fields)
         if len(data) > MAX_MESSAGE_BYTES:
             raise InvalidRequest(
-                f"The request takes {len(data)} bytes; a message has at most {MAX_MESSAGE_BYTES}."
+                f"The request takes {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are sent."
             )
         message: Generate = msgspec.msgpack.decode(data, type=Generate)
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:

@@ -171,3 +171,16 @@ class Supervisor:
             for child in children:
                 child.send(signal.SIGKILL)
             await asyncio.gather(*endings)
+
+
+def supervise(config: ServerConfig) -> int:
+    """Run a server to its end; returns the launcher's exit code.
+
+    Raises:
+        ConfigError: see ``Supervisor``.
+    """
+
+    async def run() -> int:
+        return await Supervisor(config).run()
+
+    return asyncio.run(run())
