@@ -26,10 +26,9 @@ CONTEXT, STEPS = 6000, 40
 def clo_step(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds of the median decode step, and rows fetched per step and head."""
     pages = -(-(CONTEXT + STEPS) // engine.decoder.shape.block_tokens)
-    with torch.inference_mode():
-        work = engine.prefill(0, prompt, list(range(pages)))
-        while (logits := work.advance()) is None:
-            pass
+    work = engine.prefill(0, prompt, list(range(pages)))
+    while (logits := work.advance()) is None:
+        pass
     engine.activate(0, CONTEXT, Sampling(temperature=0.0), 0)
     engine.sample(logits, [0])
     times = []

@@ -41,6 +41,7 @@ class Prefill:
         """Prompt tokens' worth of work that is finished, of ``total``."""
         return (self._layer * self.total + self._start) // self._decoder.shape.layers
 
+    @torch.inference_mode()
     def advance(self) -> Tensor | None:
         """One unit of work; returns the logits [1, vocab] after the last one, else None."""
         layer, start = self._layer, self._start

@@ -29,10 +29,9 @@ def make_engine(decoder: Decoder, config: CacheConfig, slots: int, max_tokens: i
 def prefill(engine: Engine, slot: int, tokens: list[int], total: int) -> Tensor:
     """Prefill a slot at once and make it decode; returns the logits [1, vocab]."""
     pages = -(-total // engine.decoder.shape.block_tokens)
-    with torch.inference_mode():
-        work = engine.prefill(slot, tokens, [1 + slot * pages + page for page in range(pages)])
-        while (logits := work.advance()) is None:
-            pass
+    work = engine.prefill(slot, tokens, [1 + slot * pages + page for page in range(pages)])
+    while (logits := work.advance()) is None:
+        pass
     engine.activate(slot, len(tokens), GREEDY, 0)
     return logits
 
