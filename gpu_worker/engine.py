@@ -119,7 +119,8 @@ class Engine:
                 self._lengths[at],
             )
         self._tokens[at] = drawn
-        return drawn.tolist()  # type: ignore[no-any-return]
+        tokens: list[int] = drawn.tolist()
+        return tokens
 
 
 def logprob_of(logits: Tensor, token: int, top: int) -> Logprob:

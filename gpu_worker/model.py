@@ -140,7 +140,7 @@ class Decoder:
         """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""
         weights = self._weights.layers[layer]
         projection = weights.qkv.first(heads * self.shape.head_dim)
-        return projection(self._norm(hidden, weights.attention_norm)).unflatten(1, (heads, -1))
+        return projection(self._norm(hidden, weights.attention_norm)).view(len(hidden), heads, -1)
 
     def _rotate(self, layer: int, heads: Tensor, rope: Rope) -> Tensor:
         """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], query heads first."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def place_workers(config: ServerConfig) -> list[Place]:
 
 def _gpu_node(gpu: int) -> int:
     """NUMA node of a GPU, or -1 where the machine does not say."""
-    device = torch.cuda.get_device_properties(gpu)
+    device: Any = torch.cuda.get_device_properties(gpu)
     address = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
     entry = _PCI_DEVICES / address / "numa_node"
     return int(entry.read_text()) if entry.exists() else -1

@@ -99,8 +99,8 @@ class Router:
         self._workers = self._socket()
         self._workers.bind(self.workers_endpoint)
         self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
-        self._from_client: Decoder[ToRouter] = Decoder(ToRouter)  # type: ignore[type-var]
-        self._from_worker: Decoder[FromWorker] = Decoder(FromWorker)  # type: ignore[type-var]
+        self._from_client: Decoder[ToRouter] = Decoder(ToRouter)
+        self._from_worker: Decoder[FromWorker] = Decoder(FromWorker)
         self._requests: dict[Key, Open] = {}
         self._by_sequence: dict[int, Open] = {}
         self._next_sequence = 0
@@ -265,7 +265,7 @@ class Router:
 
     def _deliver(self, socket: zmq.asyncio.Socket, peer: bytes, message: Message) -> bool:
         """Send without waiting; False where the peer is gone or does not read."""
-        sent = socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)  # a future that is done already
+        sent: Any = socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)  # a future that is done
         error = sent.exception()
         if isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             return False
@@ -326,7 +326,8 @@ class Router:
     def _take(self, request: Open, token: int, logprobs: list[Any] | None) -> None:
         """One new token of a request that has not been stopped."""
         assert request.text is not None
-        if request.text.stopped or request.cancelled:
+        ended = request.text.stopped or request.cancelled
+        if ended:
             return
         request.generated += 1
         self._load[request.worker] -= 1
