@@ -15,7 +15,6 @@ from gpu_worker.loader import resolve
 from kvstore.memory import check_memory
 from runtime.config import ServerConfig, StoreConfig, WorkerConfig
 from runtime.errors import CLOError, ServerStopped, WorkerDied
-from runtime.placement import place_workers, store_nodes
 from runtime.process import EXIT_EXPLAINED
 from runtime.router import Router
 
@@ -71,13 +70,12 @@ class Supervisor:
     """One server, from the checks to the last process.
 
     Raises:
-        ConfigError: the model, the machine's memory, its GPUs or nodes, or the port do not allow it.
+        ConfigError: the model, the machine's memory or the port do not allow it.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._nodes = store_nodes(config)
-        self._places = place_workers(config)
+        self._nodes = [int(name.removeprefix("numa")) for name in config.stores]
         check_memory(dict.fromkeys(self._nodes, config.kv_bytes))
         model = resolve(config.model)
         self._router = Router(config, model)
@@ -114,12 +112,13 @@ class Supervisor:
         for name, node in zip(config.stores, self._nodes, strict=True):
             store = StoreConfig(name, node, config.kv_bytes, f"ipc://@clo-{unique}-{name}", config.log_level)
             self._stores.append(await Child.start(f"KV store {name}", "kvstore", store))
-        for index, place in enumerate(self._places):
+        for index in range(config.workers):
+            near = index % len(self._nodes)  # a worker without a GPU is as near to one store as to another
             worker = WorkerConfig(
                 worker=index,
-                node=place.node,
+                node=self._nodes[near],
                 router=self._router.workers_endpoint,
-                store=f"ipc://@clo-{unique}-{config.stores[place.store]}",
+                store=f"ipc://@clo-{unique}-{config.stores[near]}",
                 model=config.model,
                 cache=config.cache,
                 max_num_seqs=config.max_num_seqs,
