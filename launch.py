@@ -1,6 +1,7 @@
 """Start a CLO server: ``python launch.py --workers 1 --kvstore numa0``."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -243,9 +244,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     configure_logging(config.log_level)
-    from runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
+        from runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
+
         return supervise(config)
     except CLOError as error:
         print(f"error: {error}", file=sys.stderr)

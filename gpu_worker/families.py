@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from gpu_worker.shape import KVShape
 from runtime.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -52,6 +54,9 @@ def _check(config: Any, path: Path) -> None:
             f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV heads; "
             "the first must be a multiple of the second."
         )
+    head_dim = kv_shape(config, torch.float32).head_dim
+    if head_dim % 4:
+        raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a multiple of 4.")
     rope = config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES:
         raise ConfigError(
@@ -61,6 +66,17 @@ def _check(config: Any, path: Path) -> None:
         raise ConfigError(
             f"{path} rotates only a part of each head (partial_rotary_factor); CLO rotates all."
         )
+
+
+def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
+    """Shape of the KV cache of a model whose weights are held in ``dtype``."""
+    return KVShape(
+        layers=config.num_hidden_layers,
+        query_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+    )
 
 
 def context_length(config: Any, asked: int | None) -> int:
@@ -75,7 +91,7 @@ def context_length(config: Any, asked: int | None) -> int:
         raise ConfigError(
             f"--max-model-len {length} exceeds the {own} positions that the model was made for."
         )
-    window = sliding_window(config)
+    window = _sliding_window(config)
     if window is not None and length > window:
         raise ConfigError(
             f"The model attends to a sliding window of {window} tokens, which CLO does not do; "
@@ -84,9 +100,9 @@ def context_length(config: Any, asked: int | None) -> int:
     return length
 
 
-def sliding_window(config: Any) -> int | None:
+def _sliding_window(config: Any) -> int | None:
     """Tokens of the sliding window that some layer really uses, or None."""
-    window: int | None = None
-    if config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        window = config.sliding_window
+    layers = getattr(config, "layer_types", None) or ()
+    slides = config.model_type == "mistral" or "sliding_attention" in layers
+    window: int | None = config.sliding_window if slides else None
     return window

@@ -1,26 +1,35 @@
 """From ``ModelConfig`` to a checked folder (launcher and worker) and from there to a ``Decoder`` (worker)."""
 
-import logging
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the HTTP library below it
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from gpu_worker.families import context_length, read_config
+from gpu_worker.families import context_length, kv_shape, read_config
 from gpu_worker.gguf import default_model
 from gpu_worker.model import Decoder, Layer, Linear, Weights
-from gpu_worker.shape import KVShape
 from runtime.config import DEFAULT_MODEL, LoadFormat, ModelConfig
 from runtime.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]
+_HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
+_HUB_SECONDS = 5.0
+_DUMMY_DEVIATION = 0.02
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
+Place = Callable[[str, Tensor], Tensor]  # name and parameter -> the tensor that the decoder keeps
 
 
 @dataclass(frozen=True)
@@ -38,22 +47,32 @@ class Resolved:
 
 
 def resolve(model: ModelConfig) -> Resolved:
-    """Find the model and check all that can be checked without its weights.
+    """Find the model and check all that can be checked without reading its weights.
 
     Raises:
-        ConfigError: unknown model or family, a model that CLO would compute wrongly, or a missing GPU.
+        ConfigError: no such model, weights cut short, a model that CLO would compute wrongly, or ``cuda``.
     """
-    folder = _find(model.model)
-    config = read_config(folder)
+    transformers_logging.set_verbosity_error()
     if model.device == "cuda":
         raise ConfigError("This version computes on the CPU only; start with --device cpu.")
-    dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    length = context_length(config, model.max_model_len)
-    device = torch.device("cpu")
-    return Resolved(model.model, folder, config, length, dtype, device, model.load_format, model.seed)
+    folder = _find(model)
+    config = read_config(folder)
+    if model.load_format != "dummy":
+        _check_files(folder)
+    return Resolved(
+        name=model.model,
+        folder=folder,
+        config=config,
+        max_model_len=context_length(config, model.max_model_len),
+        dtype=torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype),
+        device=torch.device("cpu"),
+        load_format=model.load_format,
+        seed=model.seed,
+    )
 
 
-def _find(name: str) -> Path:
+def _find(model: ModelConfig) -> Path:
+    name = model.model
     if name == DEFAULT_MODEL:
         return default_model()
     folder = Path(name).expanduser()
@@ -61,116 +80,164 @@ def _find(name: str) -> Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ConfigError(f"--model {name} is neither a folder nor the name of a model on the hub.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    wanted = _HUB_FILES if model.load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), etag_timeout=5))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--model {name} could not be taken from the hub: {reason}") from None
+        return Path(
+            snapshot_download(
+                name, allow_patterns=wanted, ignore_patterns=_HUB_SKIPPED, etag_timeout=_HUB_SECONDS
+            )
+        )
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"The Hugging Face hub shows no model '{name}'; check the name, or log in if it needs a licence."
+        ) from None
+    except (HTTPError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"--model {name} is no folder, and the Hugging Face hub did not give it ({reason}); "
+            "give a local folder, or try again with a network."
+        ) from None
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse missing weight files, and damaged ones as far as their headers and lengths show it."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists() and index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ConfigError(f"{index} is damaged; copy the model again.") from None
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except FileNotFoundError:
+            raise ConfigError(f"{folder / name} is missing; CLO takes weights as safetensors only.") from None
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder / name} is damaged ({error}); copy the model again.") from None
 
 
 def load_decoder(model: Resolved) -> Decoder:
     """Load the weights, or make random ones (``load_format`` "dummy").
 
     Raises:
-        ConfigError: weights are missing, corrupt, of the wrong shape or not finite.
+        ConfigError: weights are missing, too many, damaged, of the wrong shape or not finite.
     """
-    config = model.config
-    source = _dummy(model) if model.load_format == "dummy" else _load(model)
-    shape = KVShape(
-        layers=config.num_hidden_layers,
-        query_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dtype=model.dtype,
+    if model.load_format == "dummy":
+        with torch.device("meta"):
+            source = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        place: Place = partial(_random, torch.Generator(model.device).manual_seed(model.seed))
+    else:
+        source, place = _read(model), partial(_checked, model)
+    rotary = type(source.model.rotary_emb)(model.config)  # a meta model's own has no values
+    shape = kv_shape(model.config, model.dtype)
+    tensors = _Tensors(source, place)
+    del source  # from here on only the tensors still to be taken are held
+    embedding = tensors.take("model.embed_tokens.weight")
+    weights = Weights(
+        embedding=embedding,
+        layers=tuple(
+            tensors.layer(f"model.layers.{index}.", shape.query_heads, shape.kv_heads)
+            for index in range(shape.layers)
+        ),
+        norm=tensors.take("model.norm.weight"),
+        head=tensors.take("lm_head.weight") if "lm_head.weight" in tensors else embedding,
+        rope_frequencies=rotary.inv_freq.to(model.device),
+        rope_scale=float(rotary.attention_scaling),
     )
-    if shape.head_dim % 4:
-        raise ConfigError(f"The model's head_dim is {shape.head_dim}; the index needs a multiple of 4.")
-    return Decoder(_fuse(source), shape, config.rms_norm_eps, config.max_position_embeddings)
+    return Decoder(weights, shape, model.config.rms_norm_eps, model.config.max_position_embeddings)
 
 
-def _load(model: Resolved) -> Any:
-    if not any(model.folder.glob("*.safetensors")):
-        raise ConfigError(f"{model.folder} holds no *.safetensors; CLO loads no other weights.")
-    transformers_logging.set_verbosity_error()
+def _read(model: Resolved) -> Any:
+    """transformers' model with the weights of the folder, all of which must fit."""
     try:
         source, report = AutoModelForCausalLM.from_pretrained(
             model.folder,
+            config=model.config,
             dtype=model.dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
             local_files_only=True,
             use_safetensors=True,
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"The weights in {model.folder} cannot be loaded, copy them again: {reason}"
+            f"The weights in {model.folder} cannot be loaded ({reason}); copy the model again."
         ) from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            raise ConfigError(
-                f"The weights in {model.folder} do not fit config.json ({kind}: {sorted(report[kind])[0]})."
-            )
-    for name, tensor in source.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ConfigError(
-                f"The weights in {model.folder} are damaged: {name} holds values that are not finite."
-            )
-    return source.to(model.device)
-
-
-def _dummy(model: Resolved) -> Any:
-    """Random weights, normal with deviation 0.02 and norms at 1, made on the device in the final dtype."""
-    with torch.device(model.device), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(model.seed)
-        return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-
-
-def _fuse(source: Any) -> Weights:
-    """Take the tensors of transformers' model, one layer after the other, so that nothing is held twice."""
-    base = source.model
-    layers = []
-    for index, block in enumerate(base.layers):
-        attention, mlp = block.self_attn, block.mlp
-        norms = None
-        if hasattr(attention, "q_norm"):
-            queries = attention.q_proj.out_features // attention.head_dim
-            keys = attention.k_proj.out_features // attention.head_dim
-            parts = [
-                attention.q_norm.weight.data.expand(queries, -1),
-                attention.k_norm.weight.data.expand(keys, -1),
-            ]
-            norms = torch.cat(parts)
-        layers.append(
-            Layer(
-                attention_norm=block.input_layernorm.weight.data,
-                qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
-                qk_norm=norms,
-                output=_join(attention.o_proj),
-                mlp_norm=block.post_attention_layernorm.weight.data,
-                gate_up=_join(mlp.gate_proj, mlp.up_proj),
-                down=_join(mlp.down_proj),
-            )
+    unfit = [f"lack {name}" for name in sorted(report["missing_keys"])]
+    unfit += [f"have {name}, which is not part of it" for name in sorted(report["unexpected_keys"])]
+    unfit += [
+        f"have {name} as {list(found)} in place of {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if unfit:
+        raise ConfigError(
+            f"The weights in {model.folder} do not fit its config: they {unfit[0]}; copy the model again."
         )
-        base.layers[index] = torch.nn.Identity()
-    rotary = base.rotary_emb
-    return Weights(
-        embedding=base.embed_tokens.weight.data,
-        layers=tuple(layers),
-        norm=base.norm.weight.data,
-        head=source.lm_head.weight.data,
-        rope_frequencies=rotary.inv_freq.float(),
-        rope_scale=float(rotary.attention_scaling),
-    )
+    return source
 
 
-def _join(*linears: torch.nn.Linear) -> Linear:
-    """One projection whose outputs are those of all, in order."""
-    if len(linears) == 1:
-        only = linears[0]
-        return Linear(only.weight.data, None if only.bias is None else only.bias.data)
-    biases: list[Tensor] = [linear.bias.data for linear in linears if linear.bias is not None]
-    weight = torch.cat([linear.weight.data for linear in linears])
-    return Linear(weight, torch.cat(biases) if biases else None)
+def _checked(model: Resolved, name: str, parameter: Tensor) -> Tensor:
+    tensor = parameter.to(model.device, copy=True)  # the parameter itself is a mapped file, which may change
+    if not tensor.isfinite().all():
+        raise ConfigError(
+            f"The weights in {model.folder} are damaged: {name} holds values that are not finite in "
+            f"{str(model.dtype).removeprefix('torch.')}; copy the model again, or choose another --dtype."
+        )
+    return tensor
+
+
+def _random(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
+    """Norms are 1 and all else is normal, made in the final dtype on the generator's device."""
+    tensor = torch.empty_like(parameter, device=generator.device)
+    if name.endswith("norm.weight"):
+        return tensor.fill_(1.0)
+    return tensor.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
+
+
+class _Tensors:
+    """The parameters of transformers' model, each handed out once, so that memory holds no weight twice.
+
+    Args:
+        source: the model; parameters that are tied appear once, under their first name.
+        place: makes of a parameter the tensor to keep.
+    """
+
+    def __init__(self, source: Any, place: Place) -> None:
+        self._parameters: dict[str, Tensor] = dict(source.named_parameters())
+        self._place = place
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def take(self, name: str) -> Tensor:
+        return self._place(name, self._parameters.pop(name).detach())
+
+    def linear(self, *names: str) -> Linear:
+        """One projection whose outputs are those of all, in order."""
+        weights = [self.take(f"{name}.weight") for name in names]
+        biases = [self.take(f"{name}.bias") for name in names if f"{name}.bias" in self]
+        return Linear(_join(weights), _join(biases) if biases else None)
+
+    def layer(self, prefix: str, query_heads: int, kv_heads: int) -> Layer:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qk_norm = None
+        if f"{attention}q_norm.weight" in self:
+            query = self.take(f"{attention}q_norm.weight").expand(query_heads, -1)
+            key = self.take(f"{attention}k_norm.weight").expand(kv_heads, -1)
+            qk_norm = torch.cat((query, key))
+        return Layer(
+            attention_norm=self.take(f"{prefix}input_layernorm.weight"),
+            qkv=self.linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+            qk_norm=qk_norm,
+            output=self.linear(f"{attention}o_proj"),
+            mlp_norm=self.take(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self.linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down=self.linear(f"{mlp}down_proj"),
+        )
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]

@@ -141,11 +141,6 @@ class ServerConfig:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
         if self.max_num_seqs < 1:
             raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
-        if not self.host.startswith("127."):
-            raise ConfigError(
-                f"--host {self.host} is not a loopback address such as 127.0.0.1; "
-                "clients of other machines can come through an ssh tunnel."
-            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
         for name in self.stores:

@@ -1,26 +1,26 @@
 """The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import time
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from gpu_worker.loader import Resolved
-from runtime.channel import Decoder, configure, encode
 from runtime.config import ServerConfig
-from runtime.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong, ProtocolError
+from runtime.errors import CLOError, ConfigError, InvalidRequest, Overloaded, PromptTooLong, ProtocolError
+from runtime.handlers import handlers_of
 from runtime.messages import (
     NO_STATS,
     Abort,
     Cancel,
+    Chat,
     Chunk,
     Done,
     Failed,
@@ -30,335 +30,352 @@ from runtime.messages import (
     GetInfo,
     GetWorkerStats,
     Info,
-    Message,
     Prefilled,
     Progress,
     Ready,
     Refused,
     Run,
-    Sampling,
+    Step,
     Stepped,
+    Text,
+    ToClient,
+    Tokens,
     ToRouter,
+    ToWorker,
     Usage,
     WorkerReport,
 )
+from runtime.peers import Delivery, Peers
 from runtime.text import Detokenizer, Tokenizer
 
-logger = logging.getLogger(__name__)
+UNREAD_MESSAGES = 20_000  # that a client may leave before its requests are dropped
+QUIET_S = 0.7  # a client hears something at least once a second while a request is open
+TICK_S = 0.25
+INFO_S = 2.0
+FLUSH_MS = 1_000
+THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
 
-PROGRESS_SECONDS = 0.5  # a client hears at least one message a second while a request is open
-INFO_SECONDS = 2.0
-SEND_QUEUE = 100_000  # messages that a client may leave unread
-FLUSH_MS = 1000
-
-Key = tuple[bytes, str]  # a client's identity and its name for a request
+_logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Open:
-    """A request that has not ended."""
+@dataclass(eq=False)
+class Request:
+    """A request from its ``Generate`` until its worker is done with it."""
 
     client: bytes
     name: str
-    sampling: Sampling
-    sequence: int = -1  # -1 until it is with a worker
+    heard: float  # when the client was last sent something for it, in the event loop's time
+    open: bool = True  # its client waits for more
+    cancelled: bool = False
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    generated: int = 0
+    prefilled: int | None = None  # tokens; None while it is queued
+    sequence: int | None = None  # None until a worker has it
     worker: bytes = b""
     text: Detokenizer | None = None
-    prompt_tokens: int = 0
-    generated: int = 0
-    prefilled: int = -1  # tokens, -1 while queued
-    heard: float = field(default_factory=time.monotonic)  # when the client was last sent something
-    cancelled: bool = False
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens that its worker still has to compute, at most."""
+        return self.prompt_tokens - (self.prefilled or 0) + self.max_tokens - self.generated
 
 
 class Router:
     """Between clients (TCP) and workers (ipc).
 
     Args:
-        config: host, port, number of workers.
-        model: as the loader resolved it.
+        config: host, port, number of workers, attention.
+        model: what is served.
+
+    Attributes:
+        address: where clients connect.
+        workers_endpoint: where workers connect, each under the identity ``worker-N``.
 
     Raises:
-        ConfigError: the port is taken, or the model has no tokenizer.
+        ConfigError: the port cannot be used, or the model has no tokenizer.
     """
 
     def __init__(self, config: ServerConfig, model: Resolved) -> None:
-        self._config, self._max_len = config, model.max_model_len
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._clients = self._socket()
-        self._clients.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        self._config, self._model = config, model
+        self._handlers = handlers_of(Router, ToRouter | FromWorker)
+        self._context = zmq.asyncio.Context()
         try:
-            self._clients.bind(f"tcp://{config.host}:{config.port}")
+            self._clients: Peers[ToClient, ToRouter] = Peers(
+                self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES
+            )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(
-                f"Address {config.host}:{config.port} cannot be used ({error.strerror}); choose another."
+                f"Port {config.port} of {config.host} cannot be used ({error.strerror}); try another --port."
             ) from None
-        self.address: str = self._clients.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self._clients.endpoint
         self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"
-        self._workers = self._socket()
-        self._workers.bind(self.workers_endpoint)
-        self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
-        self._from_client: Decoder[ToRouter] = Decoder(ToRouter)
-        self._from_worker: Decoder[FromWorker] = Decoder(FromWorker)
-        self._requests: dict[Key, Open] = {}
-        self._by_sequence: dict[int, Open] = {}
-        self._next_sequence = 0
-        self._load: dict[bytes, int] = {}  # tokens that each ready worker has before it
-        self._capacity: dict[str, int] = {}  # by store
-        self._reports: list[WorkerReport] = []
-        self._all_reported = asyncio.Event()
+        self._workers: Peers[ToWorker, FromWorker] = Peers(
+            self._context, self.workers_endpoint, FromWorker, queue=0
+        )
+        try:
+            self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+        except ConfigError:
+            self.close()
+            raise
+        self._open: dict[tuple[bytes, str], Request] = {}
+        self._running: dict[int, Request] = {}  # by sequence; also those that are no longer open
+        self._sequences = 0
+        self._ready_workers: dict[bytes, Ready] = {}
+        self._all_ready = asyncio.Event()
+        self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for and not here yet
+        self._owed: dict[bytes, list[Failed]] = {}  # to clients whose queue was full
         self._failure: CLOError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ready = asyncio.Event()
 
-    def _socket(self) -> zmq.asyncio.Socket:
-        socket = self._context.socket(zmq.ROUTER)
-        configure(socket)
-        socket.setsockopt(zmq.LINGER, FLUSH_MS)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        return socket
+    @property
+    def capacity_tokens(self) -> int:
+        """Of all stores together."""
+        return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
 
     async def ready(self) -> int:
-        """Wait until all workers are ready; returns the tokens that all stores hold together."""
-        await self._ready.wait()
-        return sum(self._capacity.values())
+        """Wait until all workers are ready; returns ``capacity_tokens``."""
+        await self._all_ready.wait()
+        return self.capacity_tokens
 
     async def serve(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. Requests that come before the workers are ready wait for them."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._serve_clients())
-            group.create_task(self._serve_workers())
-            group.create_task(self._keep_clients_informed())
+            group.create_task(self._receive(self._clients))
+            group.create_task(self._receive(self._workers))
+            group.create_task(self._keep_in_touch())
 
     def fail_all(self, error: CLOError) -> None:
-        """End every open request with ``error``, and every later one too."""
+        """End every open request with ``error``, and every later one at once."""
         self._failure = error
-        for request in list(self._requests.values()):
+        for request in list(self._open.values()):
             self._end(request, Failed(request.name, error.code, str(error)))
 
     def close(self) -> None:
-        """Close the sockets; what was sent gets up to a second to leave."""
+        """Close the sockets, after ``serve`` has ended. What was sent gets up to a second to leave."""
         for task in self._tasks:
             task.cancel()
         self._context.destroy(linger=FLUSH_MS)
 
-    # ------------------------------------------------------------------------------------- clients
-
-    async def _serve_clients(self) -> None:
+    async def _receive(self, peers: Peers[Any, Any]) -> None:
         while True:
-            client, *frames = await self._clients.recv_multipart()
-            try:
-                if len(frames) != 1:
-                    raise ProtocolError(f"A message has one frame, not {len(frames)}.")
-                message = self._from_client(frames[0])
-            except ProtocolError as error:
-                self._send(client, Failed("", error.code, str(error)))
-                continue
-            match message:
-                case Generate():
-                    self._begin(client, message)
-                case Cancel():
-                    self._cancel(self._requests.get((client, message.request)))
-                case GetInfo():
-                    self._spawn(self._inform(client, message))
+            peer, message = await peers.receive()
+            if not isinstance(message, ProtocolError):
+                self._handlers[type(message)](self, peer, message)
+            elif peers is self._clients:
+                self._send(peer, Failed("", message.code, str(message)))
+            else:
+                _logger.error("%s sent what cannot be read: %s", peer.decode(errors="replace"), message)
 
-    def _begin(self, client: bytes, message: Generate) -> None:
+    # ------------------------------------------------------------------------------ from clients
+
+    def on_generate(self, client: bytes, message: Generate) -> None:
+        name = message.request
         if self._failure is not None:
-            self._send(client, Failed(message.request, self._failure.code, str(self._failure)))
-            return
-        if (client, message.request) in self._requests:
-            text = f"A request named '{message.request}' is open already; choose another name."
-            self._send(client, Failed(message.request, InvalidRequest.code, text))
-            return
-        request = Open(client, message.request, message.sampling)
-        self._requests[client, message.request] = request
-        self._spawn(self._submit(request, message))
+            self._send(client, Failed(name, self._failure.code, str(self._failure)))
+        elif (client, name) in self._open:
+            text = f"A request '{name}' is open already; give each request an id of its own."
+            self._send(client, Failed(name, InvalidRequest.code, text))
+        else:
+            request = Request(client, name, heard=asyncio.get_running_loop().time())
+            self._open[client, name] = request
+            self._spawn(self._admit(request, message))
 
-    async def _submit(self, request: Open, message: Generate) -> None:
-        """Tokenise, check and give to a worker."""
-        sampling, forced = message.sampling, None
+    def on_cancel(self, client: bytes, message: Cancel) -> None:
+        request = self._open.get((client, message.request))
+        if request is None:  # it has ended meanwhile
+            return
+        request.cancelled = True
+        if request.sequence is None:
+            self._end(request, Finished(request.name, "cancelled", Usage(request.prompt_tokens, 0), NO_STATS))
+        else:
+            self._order(request, Abort(request.sequence))
+
+    def on_get_info(self, client: bytes, message: GetInfo) -> None:
+        self._spawn(self._inform(client, message.request))
+
+    async def _admit(self, request: Request, message: Generate) -> None:
+        """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
         try:
-            tokens = await asyncio.to_thread(self._tokenizer.encode, message.prompt, self._max_len)
+            tokens = await self._tokens(message.prompt)
+            forced, sampling = None, message.sampling
             if message.continuation is not None:
-                forced = await asyncio.to_thread(
-                    self._tokenizer.encode, message.continuation, self._max_len, False
+                forced = await self._tokens(message.continuation, add_special_tokens=False)
+                sampling = msgspec.structs.replace(
+                    sampling, max_tokens=len(forced), stop=[], logprobs=sampling.logprobs or 0
                 )
-                sampling = Sampling(0.0, max_tokens=len(forced), logprobs=sampling.logprobs or 0)
-            if len(tokens) + sampling.max_tokens > self._max_len:
+            longest = self._model.max_model_len
+            if len(tokens) + sampling.max_tokens > longest:
                 raise PromptTooLong(
-                    f"The prompt has {len(tokens)} tokens and {sampling.max_tokens} may follow; together the "
-                    f"model takes {self._max_len}. Shorten the prompt or lower max_tokens."
+                    f"The prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together "
+                    f"they exceed the model length of {longest}. Shorten the prompt or lower max_tokens."
                 )
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
-        request.prompt_tokens, request.sampling = len(tokens), sampling
-        request.text = Detokenizer(self._tokenizer, sampling.stop)
-        await self._ready.wait()
-        if (request.client, request.name) not in self._requests:  # ended while it waited
+        except Exception:  # a tokenizer runs code of the model's authors; it must not end the server
+            _logger.exception("A prompt could not be tokenised.")
+            self._end(request, Failed(request.name, CLOError.code, "The prompt could not be tokenised."))
             return
-        request.sequence = self._next_sequence
-        self._next_sequence += 1
-        request.worker = min(self._load, key=lambda name: self._load[name])
-        self._load[request.worker] += len(tokens) + sampling.max_tokens
-        self._by_sequence[request.sequence] = request
+        request.prompt_tokens, request.max_tokens = len(tokens), sampling.max_tokens
+        request.text = Detokenizer(self._tokenizer, sampling.stop)
+        await self._all_ready.wait()
+        if not request.open:
+            return
+        request.worker = min(self._ready_workers, key=self._load)
+        request.sequence = self._sequences
+        self._sequences += 1
+        self._running[request.sequence] = request
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
-    def _cancel(self, request: Open | None) -> None:
-        if request is None or request.cancelled:
+    async def _tokens(self, prompt: Text | Chat | Tokens, add_special_tokens: bool = True) -> list[int]:
+        match prompt:
+            case Text():
+                characters = len(prompt.text)
+            case Chat():
+                characters = sum(len(turn.content) for turn in prompt.turns)
+            case Tokens():
+                characters = 0
+        arguments = (prompt, self._model.max_model_len, add_special_tokens)
+        if characters < THREAD_CHARACTERS:
+            return self._tokenizer.encode(*arguments)
+        return await asyncio.to_thread(self._tokenizer.encode, *arguments)
+
+    def _load(self, worker: bytes) -> int:
+        return sum(request.outstanding for request in self._running.values() if request.worker == worker)
+
+    async def _inform(self, client: bytes, name: str) -> None:
+        """Answer ``GetInfo``, with the reports of the workers that give one within 2 s."""
+        for worker in self._ready_workers:
+            if worker not in self._reports:
+                self._reports[worker] = asyncio.get_running_loop().create_future()
+                self._workers.send(worker, GetWorkerStats())
+        reports: list[WorkerReport] = []
+        if self._reports:
+            done, _ = await asyncio.wait(self._reports.values(), timeout=INFO_S)
+            reports = sorted((report.result() for report in done), key=lambda report: report.worker.worker)
+        if self._failure is not None:
+            self._send(client, Failed(name, self._failure.code, str(self._failure)))
             return
-        request.cancelled = True
-        if request.sequence >= 0:
-            self._order(request, Abort(request.sequence))
-        else:  # no worker knows it
-            self._send(request.client, self._nothing_done(request))
-            self._forget(request)
-
-    def _nothing_done(self, request: Open) -> Finished:
-        return Finished(request.name, "cancelled", Usage(request.prompt_tokens, 0), NO_STATS)
-
-    async def _inform(self, client: bytes, message: GetInfo) -> None:
-        self._reports, self._all_reported = [], asyncio.Event()
-        for worker in self._load:
-            self._deliver(self._workers, worker, GetWorkerStats())
-        if self._load:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all_reported.wait(), INFO_SECONDS)
-        stores = {report.store.store: report.store for report in self._reports}
+        stores = {report.store.store: report.store for report in reports}
         info = Info(
-            request=message.request,
-            model=self._config.model.model,
-            max_model_len=self._max_len,
-            capacity_tokens=sum(self._capacity.values()),
+            request=name,
+            model=self._model.name,
+            max_model_len=self._model.max_model_len,
+            capacity_tokens=self.capacity_tokens,
             attention=self._config.cache.attention,
-            workers=[report.worker for report in self._reports],
+            workers=[report.worker for report in reports],
             stores=list(stores.values()),
         )
         self._send(client, info)
 
-    async def _keep_clients_informed(self) -> None:
-        """Progress for those who have not heard for a while; it also shows which clients are gone."""
-        while True:
-            await asyncio.sleep(PROGRESS_SECONDS / 2)
-            late = time.monotonic() - PROGRESS_SECONDS
-            for request in list(self._requests.values()):
-                if request.heard < late:
-                    stage = "queued" if request.prefilled < 0 else "prefill"
-                    done = max(request.prefilled, 0)
-                    self._tell(request, Progress(request.name, stage, done, request.prompt_tokens))
+    # ------------------------------------------------------------------------------ from workers
 
-    def _tell(self, request: Open, message: Message) -> None:
-        request.heard = time.monotonic()
-        self._send(request.client, message)
+    def on_ready(self, worker: bytes, message: Ready) -> None:
+        self._ready_workers[worker] = message
+        if len(self._ready_workers) == self._config.workers:
+            self._all_ready.set()
 
-    def _send(self, client: bytes, message: Message) -> None:
-        if not self._deliver(self._clients, client, message):
-            gone = [request for key, request in self._requests.items() if key[0] == client]
-            for request in gone:
-                logger.info("a client is gone, request %s ends", request.name)
-                self._forget(request)
-                if request.sequence >= 0 and not request.cancelled:
-                    request.cancelled = True
-                    self._order(request, Abort(request.sequence))
+    def on_prefilled(self, worker: bytes, message: Prefilled) -> None:
+        request = self._running.get(message.sequence)
+        if request is not None:
+            request.prefilled = message.done
+            self._tell(request, Progress(request.name, "prefill", message.done, message.total))
 
-    def _deliver(self, socket: zmq.asyncio.Socket, peer: bytes, message: Message) -> bool:
-        """Send without waiting; False where the peer is gone or does not read."""
-        sent: Any = socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)  # a future that is done
-        error = sent.exception()
-        if isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-            return False
-        if error is not None:
-            raise error
-        return True
+    def on_stepped(self, worker: bytes, message: Stepped) -> None:
+        for step in message.steps:
+            request = self._running.get(step.sequence)
+            if request is not None:
+                self._take(request, step)
 
-    def _end(self, request: Open, message: Finished | Failed) -> None:
-        self._forget(request)
-        self._send(request.client, message)
-
-    def _forget(self, request: Open) -> None:
-        self._requests.pop((request.client, request.name), None)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    # ------------------------------------------------------------------------------------- workers
-
-    async def _serve_workers(self) -> None:
-        while True:
-            worker, data = await self._workers.recv_multipart()
-            try:
-                message = self._from_worker(data)
-            except ProtocolError as error:
-                logger.warning("a message of %s was ignored: %s", worker.decode(errors="replace"), error)
-                continue
-            match message:
-                case Ready():
-                    self._capacity[message.store] = message.capacity_tokens
-                    self._load[worker] = 0
-                    if len(self._load) == self._config.workers:
-                        self._ready.set()
-                case Stepped():
-                    for step in message.steps:
-                        request = self._by_sequence.get(step.sequence)
-                        if request is not None:
-                            self._take(request, step.token, [step.logprob] if step.logprob else None)
-                case Prefilled():
-                    request = self._by_sequence.get(message.sequence)
-                    if request is not None:
-                        request.prefilled = message.done
-                        progress = Progress(request.name, "prefill", message.done, message.total)
-                        self._tell(request, progress)
-                case Done():
-                    self._done(message)
-                case Refused():
-                    request = self._leave(message.sequence)
-                    if request is not None:
-                        self._end(request, Failed(request.name, message.code, message.text))
-                case WorkerReport():
-                    self._reports.append(message)
-                    if len(self._reports) == len(self._load):
-                        self._all_reported.set()
-
-    def _take(self, request: Open, token: int, logprobs: list[Any] | None) -> None:
-        """One new token of a request that has not been stopped."""
+    def _take(self, request: Request, step: Step) -> None:
+        """One new token of a request."""
         assert request.text is not None
-        ended = request.text.stopped or request.cancelled
-        if ended:
+        if request.cancelled:  # the worker has not read the Abort yet
             return
         request.generated += 1
-        self._load[request.worker] -= 1
-        text = request.text.push(token)
-        self._tell(request, Chunk(request.name, text, [token], logprobs))
+        text = request.text.push(step.token)
+        logprobs = None if step.logprob is None else [step.logprob]
+        self._tell(request, Chunk(request.name, text, [step.token], logprobs))
         if request.text.stopped:
-            self._order(request, Abort(request.sequence))
+            request.cancelled = True
+            self._order(request, Abort(step.sequence))
 
-    def _done(self, message: Done) -> None:
-        request = self._leave(message.sequence)
-        if request is None:
+    def on_done(self, worker: bytes, message: Done) -> None:
+        request = self._running.pop(message.sequence, None)
+        if request is None or not request.open:
             return
         assert request.text is not None
-        reason = "stop" if request.text.stopped else message.reason
-        rest = request.text.flush()
-        if rest:
+        if rest := request.text.flush():
             self._tell(request, Chunk(request.name, rest, [], None))
-        if request.text.stopped and message.reason != "cancelled":
-            reason = "stop"
+        reason = "stop" if request.text.stopped else "cancelled" if request.cancelled else message.reason
         usage = Usage(request.prompt_tokens, request.generated)
-        if (request.client, request.name) in self._requests:
-            self._end(request, Finished(request.name, reason, usage, message.cache))
+        self._end(request, Finished(request.name, reason, usage, message.cache))
 
-    def _leave(self, sequence: int) -> Open | None:
-        """The worker is done with a sequence."""
-        request = self._by_sequence.pop(sequence, None)
+    def on_refused(self, worker: bytes, message: Refused) -> None:
+        request = self._running.pop(message.sequence, None)
         if request is not None:
-            total = request.prompt_tokens + request.sampling.max_tokens
-            self._load[request.worker] -= total - request.generated
-        return request
+            self._end(request, Failed(request.name, message.code, message.text))
 
-    def _order(self, request: Open, message: Run | Abort) -> None:
-        if not self._deliver(self._workers, request.worker, message):
-            logger.warning("%s does not take messages", request.worker.decode())
+    def on_worker_report(self, worker: bytes, message: WorkerReport) -> None:
+        if worker in self._reports:
+            self._reports.pop(worker).set_result(message)
+
+    # ---------------------------------------------------------------------------------- sending
+
+    async def _keep_in_touch(self) -> None:
+        """Tell quiet clients how far their requests are; that also finds the clients that are gone."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            late = asyncio.get_running_loop().time() - QUIET_S
+            for request in list(self._open.values()):
+                if request.open and request.heard < late:
+                    stage = "queued" if request.prefilled is None else "prefill"
+                    done = request.prefilled or 0
+                    self._tell(request, Progress(request.name, stage, done, request.prompt_tokens))
+            for client in list(self._owed):
+                owed = self._owed[client]
+                while owed and self._clients.send(client, owed[-1]) is not Delivery.FULL:
+                    owed.pop()
+                if not owed:
+                    del self._owed[client]
+
+    def _tell(self, request: Request, message: ToClient) -> None:
+        if request.open:
+            request.heard = asyncio.get_running_loop().time()
+            self._send(request.client, message)
+
+    def _end(self, request: Request, message: Finished | Failed) -> None:
+        """The last message of a request."""
+        self._tell(request, message)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        request.open = False
+        self._open.pop((request.client, request.name), None)
+
+    def _send(self, client: bytes, message: ToClient) -> None:
+        """Send to a client; one that is gone or does not read loses its requests."""
+        delivery = self._clients.send(client, message)
+        if delivery is Delivery.SENT:
+            return
+        for request in [request for request in self._open.values() if request.client == client]:
+            _logger.info("Request %s is dropped: its client is %s.", request.name, delivery.value)
+            self._forget(request)
+            if request.sequence is not None:
+                self._order(request, Abort(request.sequence))
+            if delivery is Delivery.FULL:
+                text = "The client did not read its stream and its requests were dropped; read it faster."
+                self._owed.setdefault(client, []).append(Failed(request.name, Overloaded.code, text))
+
+    def _order(self, request: Request, message: Run | Abort) -> None:
+        """Send to a request's worker. One that is gone needs nothing here: the supervisor ends the server."""
+        if self._workers.send(request.worker, message) is not Delivery.SENT:
+            _logger.warning("%s does not take messages.", request.worker.decode())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from transformers import AutoTokenizer
 
 from runtime.errors import ConfigError, InvalidRequest, PromptTooLong
 from runtime.messages import Chat, Text, Tokens
@@ -28,12 +29,11 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        from transformers import AutoTokenizer  # takes seconds: while the workers start
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the library raises many kinds, and Exception itself for a broken file
-            raise ConfigError(f"The tokenizer of {folder} cannot be loaded: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
         self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
         self._vocab_size = vocab_size
         self._longest = max(map(len, self._tokenizer.get_vocab()))

@@ -1,6 +1,6 @@
 """A real server for tests: ``launch.py`` with its children, started, observed and cleared away."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ class Server:
         process: the launcher.
         stdout, stderr: files that collect its output and its children's.
         address: where clients connect; empty until the server is ready.
+        endpoints: addresses of the control channels of store and worker; known once the server is ready.
     """
 
     def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
@@ -37,6 +38,7 @@ class Server:
                 stderr=err,
             )
         self.address = ""
+        self.endpoints: list[str] = []
 
     def wait_ready(self) -> None:
         """Wait for the ready line; ``AssertionError`` where the launcher ends or is too slow."""
@@ -46,6 +48,9 @@ class Server:
             assert time.monotonic() < deadline, f"not ready in {READY_S} s: {self.stderr.read_text()}"
             time.sleep(0.02)
         self.address = line.split()[1]
+        for child in self.children():
+            config = json.loads(child.cmdline()[3])
+            self.endpoints.append(config["endpoint"] if "endpoint" in config else config["router"])
 
     def children(self, package: str = "") -> list[psutil.Process]:
         """Its stores (``package`` "kvstore"), workers ("gpu_worker") or both, by their command lines, so that
@@ -61,12 +66,17 @@ class Server:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """The launcher's exit code, once it and all children are gone; ``AssertionError`` if they stay."""
+        """The launcher's exit code, once it and all children are gone; ``AssertionError`` if they, or
+        anything that others could see of them, stay."""
         code = self.process.wait(STOP_S)
         deadline = time.monotonic() + STOP_S
         while left := self.children():
             assert time.monotonic() < deadline, f"left behind: {[process.cmdline() for process in left]}"
             time.sleep(0.02)
+        sockets = Path("/proc/net/unix").read_text()
+        assert not [endpoint for endpoint in self.endpoints if endpoint.removeprefix("ipc://") in sockets]
+        files = [path for folder in (ROOT, Path("/dev/shm")) for path in folder.glob("*clo-*")]
+        assert not files, f"left behind: {files}"
         return code
 
 
@@ -77,7 +87,6 @@ def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
     Args:
         ready: wait until it serves.
     """
-    shared_memory = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as folder:
         server = Server(arguments, Path(folder))
         try:
@@ -92,4 +101,3 @@ def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
             server.process.wait()
             for process in server.children():
                 process.kill()
-    assert set(os.listdir("/dev/shm")) <= shared_memory, "shared memory left behind"
