@@ -65,7 +65,8 @@ def choose(
         scale: of the softmax.
 
     Returns:
-        [B, kv_heads, k] int64 positions, -1 where a head does not select or has no more candidates.
+        [B, kv_heads, k] int64 positions, -1 where a head does not select or has no more candidates; ascending,
+        so that what follows does not depend on the other sequences of the batch.
     """
     position = torch.arange(products.shape[-1], device=products.device)
     candidate = (position >= sinks) & (position < (lengths - recent).unsqueeze(1))  # [B, T]
@@ -73,4 +74,4 @@ def choose(
     weight = masked.softmax(-1).mean(2).masked_fill_(~candidate[:, None], -1.0)  # [B, kv_heads, T]
     best, chosen = weight.topk(min(k, weight.shape[-1]), sorted=False)
     chosen = chosen.masked_fill_((best < 0) | ~miss.unsqueeze(-1), -1)
-    return torch.nn.functional.pad(chosen, (0, k - chosen.shape[-1]), value=-1)
+    return torch.nn.functional.pad(chosen, (k - chosen.shape[-1], 0), value=-1).sort(-1).values

@@ -1,0 +1,128 @@
+"""The whole system over real sockets: exact tokens, many clients at once, memory where it belongs."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.client import AsyncClient, Client
+from runtime.errors import PromptTooLong
+from runtime.messages import Info
+from tests.reference import load_transformers, transformers_greedy
+from tests.server import Server
+
+Launch = Callable[..., AbstractContextManager[Server]]
+
+
+def prompts_of(lengths: tuple[int, ...], vocabulary: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary - 3, (n,), generator=generator).tolist() for n in lengths]
+
+
+async def assert_all_free(client: AsyncClient) -> None:
+    """Blocks of ended requests come back at once, those of cancelled ones within moments."""
+    for _ in range(50):
+        info: Info = await client.info()
+        if all(store.free_blocks == store.blocks and not store.sequences for store in info.stores):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"blocks are still held: {info.stores}")
+
+
+@pytest.mark.parametrize("prefetch", ["off", "correct"])
+def test_concurrent_streams_equal_the_ones_generated_alone(
+    launch: Launch, tiny_model: Path, prefetch: str
+) -> None:
+    """Eight clients of different lengths, one cancelled, one refused."""
+    lengths = (5, 40, 180, 513, 700, 1100, 2000, 3000)
+    prompts = prompts_of(lengths, 512, seed=3)
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+
+    async def together(address: str) -> list[str]:
+        async def one(number: int) -> str:
+            async with AsyncClient(address, timeout=120) as client:
+                if number == 3:
+                    stream = client.stream(prompts[number], **{**options, "max_tokens": 900})
+                    count = 0
+                    async for _ in stream:
+                        count += 1
+                        if count == 10:
+                            await stream.cancel()
+                    assert stream.result.finish_reason == "cancelled"
+                    return "cancelled"
+                if number == 5:
+                    with pytest.raises(PromptTooLong, match="4096"):
+                        await client.generate(prompts[number], **{**options, "max_tokens": 4096})
+                    return "refused"
+                return (await client.generate(prompts[number], **options)).text
+
+        texts = await asyncio.gather(*(one(number) for number in range(len(prompts))))
+        async with AsyncClient(address) as client:
+            await assert_all_free(client)
+        return texts
+
+    small = ("--select-k", "32", "--resident", "128", "--prefetch", prefetch)
+    with launch("--model", str(tiny_model), "--kv-size", "64MiB", *small) as server:
+        with Client(server.address, timeout=120) as client:
+            alone = [client.generate(prompt, **options).text for prompt in prompts]
+        alone[3], alone[5] = "cancelled", "refused"
+        assert asyncio.run(together(server.address)) == alone
+        assert asyncio.run(together(server.address)) == alone, "a second time, over slots that were used"
+
+
+def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_model: Path) -> None:
+    """A node that the machine lacks costs one warning."""
+    prompts = prompts_of((30, 200, 600, 900), 512, seed=5)
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
+    model = load_transformers(str(tiny_model))
+    expected = [transformers_greedy(model, prompt, 20) for prompt in prompts]
+
+    async def run(address: str) -> None:
+        async with AsyncClient(address, timeout=60) as client:
+            results = await asyncio.gather(*(client.generate(prompt, **options) for prompt in prompts))
+            assert [result.tokens for result in results] == expected
+            info = await client.info()
+            assert sorted(worker.worker for worker in info.workers) == [0, 1]
+            assert sorted(store.store for store in info.stores) == ["numa0", "numa1"]
+            assert all(worker.generated_tokens > 0 for worker in info.workers)
+            await assert_all_free(client)
+
+    arguments = (
+        "--model",
+        str(tiny_model),
+        "--kv-size",
+        "64MiB",
+        "--workers",
+        "2",
+        "--kvstore",
+        "numa0,numa1",
+    )
+    with launch(*arguments, "--resident", "2000") as server:
+        asyncio.run(run(server.address))
+        if not Path("/sys/devices/system/node/node1").exists():
+            text = server.stderr.read_text()
+            assert text.count("NUMA node 1") == 2, text  # one for the store, one for the worker
+
+
+def test_sampling_is_repeatable_and_logprobs_are_those_of_the_model(launch: Launch, tiny_model: Path) -> None:
+    prompt = prompts_of((50,), 512, seed=9)[0]
+    model = load_transformers(str(tiny_model))
+    with launch("--model", str(tiny_model), "--kv-size", "64MiB") as server, Client(server.address) as client:
+        first = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
+        again = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
+        other = client.generate(prompt, seed=5, max_tokens=20, temperature=0.9, ignore_eos=True)
+        assert first.tokens == again.tokens != other.tokens
+
+        continuation = prompts_of((12,), 512, seed=10)[0]
+        scored = client.score(prompt, continuation)
+        assert scored.tokens == continuation
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation).unsqueeze(1)).squeeze(1)
+        assert scored.logprobs is not None
+        got = torch.tensor([entry.logprob for entry in scored.logprobs])
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
