@@ -168,7 +168,7 @@ def parser() -> Parser:
         "--host",
         default=server.host,
         metavar="ADDRESS",
-        help="address for clients, this machine's own (%(default)s)",
+        help="address for clients; anyone who reaches it may use the server (%(default)s)",
     )
     group.add_argument(
         "--port",

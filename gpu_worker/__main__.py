@@ -13,11 +13,8 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     configure_logging(config.log_level)
-    worker = Worker(config)
-    try:
-        worker.serve()
-    finally:
-        worker.close()
+    Worker(config).serve()
 
 
-run_process(main)
+if __name__ == "__main__":
+    run_process(main)

@@ -27,7 +27,6 @@ from runtime.messages import (
     GetWorkerStats,
     Ready,
     Run,
-    Stop,
     StoreReport,
     ToWorker,
     WorkerReport,
@@ -64,8 +63,8 @@ class Worker:
         model = resolve(config.model)
         decoder = load_decoder(model)
         shape = decoder.shape
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._store = StoreClient(self._context, config.store)
+        context: zmq.Context[Any] = zmq.Context()
+        self._store = StoreClient(context, config.store)
         attach = Attach(config.worker, os.getpid(), shape.block_tokens, shape.block_bytes)
         attached = self._store.attach(attach, ATTACH_SECONDS)
         shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
@@ -73,7 +72,7 @@ class Worker:
         arena = shared.tensor(shape.dtype, layout)
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
         self._router: Dealer[FromWorker, ToWorker] = Dealer(
-            self._context, config.router, ToWorker, identity=b"worker-%d" % config.worker
+            context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
         self._scheduler = Scheduler(
             self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send
@@ -82,7 +81,7 @@ class Worker:
         self._ready = Ready(config.worker, os.getpid(), attached.store, capacity)
 
     def serve(self) -> None:
-        """Serve until the router says ``Stop``."""
+        """Serve until the process is ended."""
         poller = zmq.Poller()
         poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._store.socket, zmq.POLLIN)
@@ -90,8 +89,6 @@ class Worker:
         while True:
             poller.poll(0 if self._scheduler.busy else None)
             while (message := self._receive()) is not None:
-                if isinstance(message, Stop):
-                    return
                 self._handle(message)
             if self._scheduler.busy:
                 self._scheduler.advance()
@@ -136,8 +133,3 @@ class Worker:
             index_bytes=cache.index_token_bytes * self._ready.capacity_tokens,
             private_bytes=private_bytes(),
         )
-
-    def close(self) -> None:
-        self._router.close()
-        self._store.close()
-        self._context.term()

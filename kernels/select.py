@@ -65,8 +65,8 @@ def choose(
         scale: of the softmax.
 
     Returns:
-        [B, kv_heads, k] int64 positions, -1 where a head does not select or has no more candidates; ascending,
-        so that what follows does not depend on the other sequences of the batch.
+        [B, kv_heads, k] int64 positions, -1 where a head does not select or has no more candidates;
+        ascending, so that what follows does not depend on the other sequences of the batch.
     """
     position = torch.arange(products.shape[-1], device=products.device)
     candidate = (position >= sinks) & (position < (lengths - recent).unsqueeze(1))  # [B, T]

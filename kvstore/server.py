@@ -75,7 +75,7 @@ class StoreServer:
         self._by_identity: dict[bytes, _Worker] = {}
 
     def run(self) -> None:
-        """Serve until an exception, such as that of SIGTERM, ends it."""
+        """Serve until the process is ended."""
         while True:
             ready = dict(self._poller.poll())
             for worker in list(self._by_number.values()):

@@ -230,11 +230,7 @@ class GetWorkerStats(Message, frozen=True):
     pass
 
 
-class Stop(Message, frozen=True):
-    """Leave in good order."""
-
-
-ToWorker = Run | Abort | GetWorkerStats | Stop
+ToWorker = Run | Abort | GetWorkerStats
 
 
 # ------------------------------------------------------------------------------ worker -> router

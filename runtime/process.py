@@ -48,15 +48,13 @@ def run_process(main: Callable[[], None]) -> None:
     """Run ``main`` as the whole work of a child process.
 
     SIGINT is ignored: at Ctrl-C the terminal signals every process, and the launcher alone decides. SIGTERM
-    raises ``SystemExit(0)`` in the main thread, wherever it waits, so that ``with`` and ``finally`` blocks
-    close what is open.
+    keeps its default action, an immediate end: nothing that a child holds outlives it.
 
     Raises:
         SystemExit: code 3 after a ``CLOError``, whose sentence goes to stderr; code 1 after any other
-            exception, whose traceback is logged; code 0 after SIGTERM.
+            exception, whose traceback is logged.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
     try:
         main()
     except CLOError as error:
@@ -65,7 +63,3 @@ def run_process(main: Callable[[], None]) -> None:
     except Exception:
         _logger.exception("Unexpected error in process %d.", os.getpid())
         sys.exit(EXIT_UNEXPECTED)
-
-
-def _leave(signum: int, frame: object) -> None:
-    sys.exit(0)

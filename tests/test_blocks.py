@@ -1,0 +1,144 @@
+"""Allocation of blocks: order, limits, what a block holds, and bookkeeping under random use."""
+
+import random
+
+import pytest
+
+from kvstore.blocks import BlockPool, Grant
+from runtime.errors import PromptTooLong, ProtocolError
+
+
+def granted(pool: BlockPool) -> list[tuple[int, int]]:
+    return [(grant.worker, grant.sequence) for grant in pool.grants()]
+
+
+def test_blocks_are_granted_in_order_of_asking_and_the_head_blocks_the_rest() -> None:
+    pool = BlockPool(blocks=10, block_tokens=4)
+    pool.allocate(0, 1, 8)
+    assert list(pool.grants()) == [Grant(0, 1, list(range(8)))]
+    pool.allocate(0, 2, 9)
+    pool.allocate(1, 1, 1)  # would fit, but is behind the large one
+    assert granted(pool) == []
+    pool.free(0, 1)
+    assert granted(pool) == [(0, 2), (1, 1)]
+    pool.check_integrity()
+
+
+def test_an_allocation_that_can_never_fit_is_denied_and_does_not_queue() -> None:
+    pool = BlockPool(blocks=10, block_tokens=4)
+    with pytest.raises(PromptTooLong, match=r"44 tokens.*40.*raise --kv-size"):
+        pool.allocate(0, 1, 11)
+    assert pool.waiting == 0
+    pool.allocate(0, 1, 10)
+    assert granted(pool) == [(0, 1)]
+
+
+def test_withdrawing_the_head_of_the_queue_serves_those_behind_it() -> None:
+    pool = BlockPool(blocks=4, block_tokens=4)
+    pool.allocate(0, 1, 2)
+    assert granted(pool) == [(0, 1)]
+    pool.allocate(0, 2, 4)
+    pool.allocate(0, 3, 1)
+    assert pool.free(0, 2) == 0
+    assert granted(pool) == [(0, 3)]
+    pool.check_integrity()
+
+
+def test_a_second_allocation_of_a_sequence_is_refused_whether_it_owns_or_waits() -> None:
+    pool = BlockPool(blocks=2, block_tokens=4)
+    pool.allocate(0, 1, 2)
+    with pytest.raises(ProtocolError):
+        pool.allocate(0, 1, 1)
+    assert granted(pool) == [(0, 1)]
+    with pytest.raises(ProtocolError):
+        pool.allocate(0, 1, 1)
+    pool.allocate(1, 1, 1)  # the same number of another worker is another sequence
+    assert pool.waiting == 1
+
+
+def test_commits_continue_where_the_last_ended_and_stay_inside_the_blocks() -> None:
+    pool = BlockPool(blocks=4, block_tokens=4)
+    pool.allocate(0, 1, 2)
+    blocks = next(pool.grants()).blocks
+    pool.commit(0, 1, 0, [1, 2, 3, 4, 5])
+    for start, tokens in ((4, [6]), (6, [6]), (5, [6, 7, 8, 9])):
+        with pytest.raises(ProtocolError):
+            pool.commit(0, 1, start, tokens)
+    with pytest.raises(ProtocolError):
+        pool.commit(1, 1, 0, [1])
+    pool.commit(0, 1, 5, [6, 7, 8])
+    assert pool.describe(0, 1) == (blocks, [[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def test_freed_blocks_forget_their_tokens() -> None:
+    pool = BlockPool(blocks=1, block_tokens=4)
+    pool.allocate(0, 1, 1)
+    assert granted(pool) == [(0, 1)]
+    pool.commit(0, 1, 0, [1, 2])
+    assert pool.free(0, 1) == 1
+    assert pool.free(0, 1) == 0
+    pool.allocate(0, 1, 1)
+    assert granted(pool) == [(0, 1)]
+    assert pool.describe(0, 1) == ([0], [[]])
+
+
+@pytest.mark.parametrize("damage", ["lost", "twice", "foreign", "overfull", "idle queue"])
+def test_check_integrity_finds_damage(damage: str) -> None:
+    pool = BlockPool(blocks=4, block_tokens=2)
+    pool.allocate(0, 1, 2)
+    assert granted(pool) == [(0, 1)]
+    holding = pool._held[0][1]
+    match damage:
+        case "lost":
+            pool._free.pop()
+        case "twice":
+            pool._free.append(holding.blocks[0])
+        case "foreign":
+            pool._free[0] = 4
+        case "overfull":
+            holding.tokens.extend([1] * 5)
+        case "idle queue":
+            pool.allocate(0, 2, 1)
+    with pytest.raises(AssertionError):
+        pool.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_use_keeps_the_books_right(seed: int) -> None:
+    """Against a plain model: who owns what is followed from the grants alone."""
+    rng = random.Random(seed)
+    pool = BlockPool(blocks=20, block_tokens=3)
+    queue: list[tuple[int, int, int]] = []  # worker, sequence, blocks
+    owned: dict[tuple[int, int], list[int]] = {}
+    tokens: dict[tuple[int, int], list[int]] = {}
+    for _ in range(1000):
+        worker, sequence = key = (rng.randrange(3), rng.randrange(8))
+        match rng.choice(["allocate", "allocate", "commit", "free", "free worker"]):
+            case "allocate" if key not in owned and key not in [entry[:2] for entry in queue]:
+                count = rng.randint(1, 12)
+                pool.allocate(worker, sequence, count)
+                queue.append((worker, sequence, count))
+            case "commit" if key in owned:
+                start = len(tokens[key])
+                new = [rng.randrange(2**31) for _ in range(rng.randint(0, len(owned[key]) * 3 - start))]
+                pool.commit(worker, sequence, start, new)
+                tokens[key] += new
+            case "free":
+                assert pool.free(worker, sequence) == len(owned.pop(key, []))
+                queue = [entry for entry in queue if entry[:2] != key]
+            case "free worker" if rng.random() < 0.1:
+                gone = [other for other in owned if other[0] == worker]
+                assert pool.free_worker(worker) == sum(len(owned.pop(other)) for other in gone)
+                queue = [entry for entry in queue if entry[0] != worker]
+        for grant in pool.grants():
+            assert (grant.worker, grant.sequence, len(grant.blocks)) == queue.pop(0)
+            assert not set(grant.blocks) & {block for blocks in owned.values() for block in blocks}
+            owned[grant.worker, grant.sequence] = grant.blocks
+            tokens[grant.worker, grant.sequence] = []
+        pool.check_integrity()
+        assert (pool.waiting, pool.sequences) == (len(queue), len(owned))
+        assert pool.free_blocks == 20 - sum(map(len, owned.values()))
+        for (worker, sequence), blocks in owned.items():
+            described, parts = pool.describe(worker, sequence)
+            assert described == blocks
+            assert [token for part in parts for token in part] == tokens[worker, sequence]

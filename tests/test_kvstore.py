@@ -1,0 +1,215 @@
+"""The KV store as a process: blocks over a socket, workers that die, malformed messages."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from kvstore.client import StoreClient
+from runtime.errors import ConfigError, ProtocolError, WorkerDied
+from runtime.messages import (
+    MAX_MESSAGE_BYTES,
+    Allocate,
+    Allocated,
+    Attach,
+    Commit,
+    Denied,
+    Describe,
+    Described,
+    Free,
+    Freed,
+    FromStore,
+    GetStoreStats,
+    StoreReport,
+    StoreStats,
+)
+from tests.store import ARENA_BYTES, MIB, WAIT_MS, Store, ask, running_store
+
+BLOCKS = ARENA_BYTES // MIB
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with running_store() as store:
+        yield store
+
+
+def stats(client: StoreClient) -> StoreStats:
+    report = ask(client, GetStoreStats())
+    assert isinstance(report, StoreReport)
+    return report.stats
+
+
+def test_a_sequence_from_allocation_to_freeing(store: Store) -> None:
+    client, attached = store.worker(0)
+    assert (attached.store, attached.pid, attached.blocks) == ("numa0", store.process.pid, BLOCKS)
+    allocated = ask(client, Allocate(7, 2))
+    assert isinstance(allocated, Allocated)
+    assert len(set(allocated.blocks)) == 2
+    assert set(allocated.blocks) <= set(range(BLOCKS))
+    client.send(Commit(7, 0, list(range(10))))
+    client.send(Commit(7, 10, list(range(10, 20))))
+    assert ask(client, Describe(7)) == Described(7, allocated.blocks, [list(range(16)), list(range(16, 20))])
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+    assert ask(client, Free(7)) == Freed(7, 2)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+    denied = ask(client, Describe(7))
+    assert isinstance(denied, Denied) and (denied.sequence, denied.code) == (7, "protocol")
+
+
+def test_waiting_allocations_of_two_workers_are_served_in_order(store: Store) -> None:
+    (one, _), (two, _) = store.worker(1), store.worker(2)
+    assert isinstance(ask(one, Allocate(1, BLOCKS)), Allocated)
+    one.send(Allocate(2, BLOCKS - 1))
+    assert stats(one).waiting == 1
+    two.send(Allocate(1, 2))
+    assert stats(two).waiting == 2
+    assert ask(one, Free(1)) == Freed(1, BLOCKS)
+    answer = one.receive(WAIT_MS)
+    assert isinstance(answer, Allocated) and answer.sequence == 2
+    assert stats(two).waiting == 1  # the first answer that reaches it: it has no blocks yet
+    assert ask(one, Free(2)) == Freed(2, BLOCKS - 1)
+    answer = two.receive(WAIT_MS)
+    assert isinstance(answer, Allocated) and len(answer.blocks) == 2
+
+
+def test_an_allocation_that_can_never_fit_is_denied_at_once(store: Store) -> None:
+    client, _ = store.worker(0)
+    for blocks in (BLOCKS + 1, 2**63):
+        denied = ask(client, Allocate(3, blocks))
+        assert isinstance(denied, Denied) and (denied.sequence, denied.code) == (3, "prompt_too_long")
+        assert "--kv-size" in denied.text
+
+
+def test_a_killed_worker_gives_its_blocks_to_one_that_waits(store: Store) -> None:
+    code = f"""
+import os, signal, zmq
+from kvstore.client import StoreClient
+from runtime.messages import Allocate, Attach
+client = StoreClient(zmq.Context(), {store.endpoint!r})
+client.attach(Attach(1, os.getpid(), 16, {MIB}), 20)
+client.send(Allocate(1, {BLOCKS}))
+assert len(client.receive(20000).blocks) == {BLOCKS}
+client.send(Allocate(2, {BLOCKS}))  # waits, and must not be served once this process is dead
+print("holds", flush=True)
+signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
+        try:
+            assert worker.stdout is not None and worker.stdout.readline() == "holds\n"
+            client, _ = store.worker(2)
+            client.send(Allocate(1, 3))
+            assert stats(client).waiting == 2
+        finally:
+            worker.kill()
+        answer = client.receive(WAIT_MS)
+    assert isinstance(answer, Allocated) and len(answer.blocks) == 3
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 3, 1, 0)
+
+
+def test_a_restarted_worker_frees_what_its_predecessor_held(store: Store) -> None:
+    former, _ = store.worker(1)
+    assert isinstance(ask(former, Allocate(1, BLOCKS)), Allocated)
+    successor, _ = store.worker(1)
+    assert isinstance(ask(successor, Allocate(1, BLOCKS)), Allocated)
+    denied = ask(former, Free(1))
+    assert isinstance(denied, Denied) and denied.code == "protocol"
+    assert stats(successor).free_blocks == 0
+
+
+def test_workers_of_one_store_must_have_the_same_blocks(store: Store) -> None:
+    client, _ = store.worker(0)
+    with pytest.raises(ConfigError, match="one model and dtype"):
+        store.worker(1, block_bytes=2 * MIB)
+    with pytest.raises(ConfigError):
+        store.client().attach(Attach(1, os.getpid(), 32, MIB), WAIT_MS / 1000)
+    assert isinstance(ask(client, Allocate(0, 1)), Allocated)
+
+
+def test_a_block_larger_than_the_arena_is_refused_and_does_not_fix_the_shape(store: Store) -> None:
+    with pytest.raises(ConfigError, match="--kv-size"):
+        store.worker(0, block_bytes=ARENA_BYTES + 1)
+    assert store.worker(0)[1].blocks == BLOCKS
+
+
+def test_a_process_that_is_gone_cannot_attach(store: Store) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid in (gone.pid, -1, 0, 2**40):
+        with pytest.raises(ProtocolError, match="no process"):
+            store.client().attach(Attach(0, pid, 16, MIB), WAIT_MS / 1000)
+
+
+def test_without_a_store_attach_ends_with_an_error() -> None:
+    with zmq.Context() as context:
+        client = StoreClient(context, "ipc://@clo-test-nobody")
+        with pytest.raises(WorkerDied, match="did not answer"):
+            client.attach(Attach(0, os.getpid(), 16, MIB), timeout_s=0.05)
+        client.close()
+
+
+def malformed() -> list[list[bytes]]:
+    """Messages of one or more frames that no store can accept."""
+    rng = random.Random(0)
+    pack = msgspec.msgpack.encode
+    valid = {"type": "Allocate", "sequence": 1, "blocks": 1}
+    return [
+        *([rng.randbytes(rng.randrange(1, 200))] for _ in range(100)),
+        [b""],
+        [b"", pack(valid)],
+        [pack(valid), pack(valid)],
+        [b"\x91" * 100_000],
+        [pack(None)],
+        [pack({})],
+        [pack([1, 2, 3])],
+        [pack({"type": "Generate"})],
+        [pack({"type": 3})],
+        [pack({"type": "Allocate"})],
+        [pack(valid | {"blocks": 0})],
+        [pack(valid | {"blocks": "1"})],
+        [pack(valid | {"sequence": -1})],
+        [pack(valid | {"more": 1})],
+        [pack({"type": "Commit", "sequence": 1, "start": 0, "tokens": [2**31]})],
+        [pack({"type": "Commit", "sequence": 1, "start": 0, "tokens": [0.5]})],
+        [pack(valid)[:-1]],
+        [pack(valid) + b"\x00"],
+    ]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_malformed_messages_are_denied_and_change_nothing(store: Store, attached: bool) -> None:
+    client, _ = store.worker(0)
+    socket = store.raw()
+    if attached:
+        socket.send(msgspec.msgpack.encode(Attach(1, os.getpid(), 16, MIB)))
+        assert socket.poll(WAIT_MS)
+        socket.recv()
+    for frames in malformed():
+        socket.send_multipart(frames)
+        assert socket.poll(WAIT_MS), f"no answer to {frames!r:.200}"
+        answer = msgspec.msgpack.decode(socket.recv(), type=FromStore)
+        assert isinstance(answer, Denied) and (answer.sequence, answer.code) == (-1, "protocol"), frames
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+
+
+def test_a_message_before_attach_is_denied(store: Store) -> None:
+    client = store.client()
+    for message in (Allocate(1, 1), Commit(1, 0, []), Free(1), Describe(1), GetStoreStats()):
+        denied = ask(client, message)
+        assert isinstance(denied, Denied) and denied.code == "protocol" and "Attach" in denied.text
+
+
+def test_an_oversized_message_costs_only_its_sender_the_connection(store: Store) -> None:
+    client, _ = store.worker(0)
+    socket = store.raw()
+    monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    socket.send(bytes(MAX_MESSAGE_BYTES + 1))
+    assert monitor.poll(WAIT_MS), "the store keeps the connection"
+    socket.disable_monitor()
+    socket.close(linger=0)
+    assert isinstance(ask(client, Allocate(1, 1)), Allocated)

@@ -1,0 +1,121 @@
+"""Binding to a NUMA node, and the memory that is available there, in a container and on the machine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvstore import memory
+from runtime.errors import ConfigError
+from tests.store import running_store
+
+GIB = 2**30
+NODE_0 = Path("/sys/devices/system/node/node0/cpulist")
+
+
+def test_a_store_for_a_node_that_is_missing_warns_once_and_serves() -> None:
+    with running_store(node=999) as store:
+        store.worker(0)
+        store.process.terminate()
+        warnings = store.process.communicate()[1]
+    assert warnings.count("\n") == 1
+    assert "Not bound to NUMA node 999" in warnings
+
+
+@pytest.mark.skipif(not NODE_0.exists(), reason="this kernel has no NUMA")
+def test_binding_keeps_threads_and_memory_on_the_node() -> None:
+    code = """
+import logging, mmap, os
+from kvstore.numa import bind
+bind(0)
+memory = mmap.mmap(-1, 2**24)
+memory.write(b"x" * 2**24)
+print(sorted(os.sched_getaffinity(0)))
+print(open("/proc/self/numa_maps").read())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if "set_mempolicy" in done.stderr:
+        pytest.skip("this container forbids set_mempolicy")
+    assert done.stderr == ""
+    cpus, *maps = done.stdout.splitlines()
+    assert set(map(int, re.findall(r"\d+", cpus))) <= os.sched_getaffinity(0)
+    assert any(" bind:0 " in line and " N0=4096 " in line for line in maps)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Root of a made-up machine with 64 GiB available, two nodes of 40 GiB and no control groups."""
+    files = {
+        "proc/meminfo": f"MemTotal: 99 kB\nMemAvailable: {64 * 2**20} kB\n",
+        "proc/self/cgroup": "",
+        "proc/self/mountinfo": "22 27 0:21 / /proc rw,relatime - proc proc rw\n",
+    }
+    for node in (0, 1):
+        files[f"sys/devices/system/node/node{node}/meminfo"] = "".join(
+            f"Node {node} {name}: {gib * 2**20} kB\n"
+            for name, gib in (("MemFree", 30), ("Active(file)", 4), ("Inactive(file)", 6), ("Shmem", 50))
+        )
+    write(tmp_path, files)
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    return tmp_path
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_arenas_have_to_fit_the_machine_together_and_each_its_node(machine: Path) -> None:
+    memory.check_memory({0: 32 * GIB, 1: 32 * GIB})
+    with pytest.raises(ConfigError, match=r"wants 66\.0 GiB .* only 64\.0 GiB .* on this machine"):
+        memory.check_memory({0: 33 * GIB, 1: 33 * GIB})
+    memory.check_memory({1: 40 * GIB})
+    with pytest.raises(ConfigError, match=r"wants 41\.0 GiB .* only 40\.0 GiB .* on NUMA node 1: lower --kv"):
+        memory.check_memory({1: 41 * GIB})
+
+
+def test_the_only_node_is_the_machine(machine: Path) -> None:
+    (machine / "sys/devices/system/node/node1").rename(machine / "gone")
+    memory.check_memory({0: 64 * GIB})
+
+
+def group(limit: str, usage: int, cache: int, version: int) -> dict[str, str]:
+    """Files of one memory control group; sizes in GiB, half of the page cache active."""
+    names = (
+        ("memory.max", "memory.current", "")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    )
+    half = cache * GIB // 2
+    stat = f"anon 1\n{names[2]}active_file {half}\n{names[2]}inactive_file {half}\n"
+    return {names[0]: limit, names[1]: str(usage * GIB), "memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("version", "cgroup", "mount"),
+    [
+        (2, "0::/outer/inner", "/ /sys/fs/cgroup rw - cgroup2 cgroup rw"),
+        (1, "3:cpu:/\n4:cpuacct,memory:/outer/inner", "/ /sys/fs/cgroup rw - cgroup cgroup rw,memory"),
+        (1, "4:memory:/host/outer/inner", "/host /sys/fs/cgroup rw - cgroup cgroup rw,memory"),
+    ],
+)
+def test_the_smallest_room_of_all_groups_around_the_process_counts(
+    machine: Path, version: int, cgroup: str, mount: str
+) -> None:
+    unlimited = "max" if version == 2 else "9223372036854771712"
+    files = {
+        "proc/self/cgroup": cgroup + "\n",
+        "proc/self/mountinfo": f"30 20 0:27 {mount}\n31 20 0:28 / /cpu rw - cgroup cgroup rw,cpu\n",
+    }
+    outer = group(str(20 * GIB), usage=10, cache=4, version=version)  # 14 GiB of room
+    inner = group(unlimited, usage=5, cache=0, version=version)
+    files |= {f"sys/fs/cgroup/outer/{name}": text for name, text in outer.items()}
+    files |= {f"sys/fs/cgroup/outer/inner/{name}": text for name, text in inner.items()}
+    write(machine, files)
+    memory.check_memory({0: 14 * GIB})
+    with pytest.raises(ConfigError, match=r"only 14\.0 GiB .* container"):
+        memory.check_memory({0: 15 * GIB})

@@ -1,0 +1,76 @@
+"""What child processes share: exit codes, and handlers checked against the messages they have to serve."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runtime.handlers import handlers_of
+from runtime.messages import Commit, Describe, Free
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    code = f"""
+import os, signal
+from runtime.errors import ConfigError
+from runtime.process import run_process
+def main():
+    {body}
+run_process(main)
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_an_explained_error_is_one_line_and_exit_code_3() -> None:
+    done = run("raise ConfigError('Do this.')")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "error: Do this.\n")
+
+
+def test_an_unexpected_error_is_logged_with_its_traceback_and_exit_code_1() -> None:
+    done = run("{}['missing']")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "KeyError: 'missing'" in done.stderr
+
+
+def test_sigterm_ends_the_process_and_sigint_does_not() -> None:
+    done = run(
+        """
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "goes on\n", "")
+
+
+class OneMissing:
+    def on_free(self, message: Free) -> None: ...
+
+
+class Complete(OneMissing):
+    def on_describe(self, message: Describe) -> None: ...
+
+
+class OneTooMany(Complete):
+    def on_commit(self, message: Commit) -> None: ...
+
+
+class Twice(Complete):
+    def on_free_again(self, message: Free) -> None: ...
+
+
+class Untyped(Complete):
+    def on_what(self) -> None: ...
+
+
+def test_handlers_match_their_union_exactly() -> None:
+    assert handlers_of(Complete, Free | Describe) == {
+        Free: Complete.on_free,
+        Describe: Complete.on_describe,
+    }
+    with pytest.raises(TypeError, match="no handler for Describe"):
+        handlers_of(OneMissing, Free | Describe)
+    for owner in (OneTooMany, Twice, Untyped):
+        with pytest.raises(TypeError, match="does not handle a message of its own"):
+            handlers_of(owner, Free | Describe)
