@@ -13,6 +13,15 @@ from runtime.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_COUNTS = (  # transformers takes any whole number for these
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -49,14 +58,17 @@ def _check(config: Any, path: Path) -> None:
         )
     if config.hidden_act != "silu":
         raise ConfigError(f"{path} has the activation '{config.hidden_act}'; CLO knows silu.")
+    for name in _COUNTS:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{path} has a {name} of {getattr(config, name)}; copy the model again.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV heads; "
             "the first must be a multiple of the second."
         )
     head_dim = kv_shape(config, torch.float32).head_dim
-    if head_dim % 4:
-        raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a multiple of 4.")
+    if head_dim < 1 or head_dim % 4:
+        raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a positive multiple of 4.")
     rope = config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """From ``ModelConfig`` to a checked folder (launcher and worker) and from there to a ``Decoder`` (worker)."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,8 @@ def resolve(model: ModelConfig) -> Resolved:
         ConfigError: no such model, weights cut short, a model that CLO would compute wrongly, or ``cuda``.
     """
     transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     if model.device == "cuda":
         raise ConfigError("This version computes on the CPU only; start with --device cpu.")
     folder = _find(model)

@@ -25,7 +25,7 @@ class Tokenizer:
         eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
 
     Raises:
-        ConfigError: the folder holds no tokenizer that can be loaded.
+        ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
@@ -55,10 +55,6 @@ class Tokenizer:
         """
         if isinstance(prompt, Tokens):
             tokens = prompt.ids
-            if tokens and max(tokens) >= self._vocab_size:
-                raise InvalidRequest(
-                    f"Token id {max(tokens)} is not in the vocabulary; ids go up to {self._vocab_size - 1}."
-                )
         else:
             text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
             if len(text) > limit * self._longest:
@@ -69,6 +65,10 @@ class Tokenizer:
             tokens = self._encode(text, add_special_tokens and isinstance(prompt, Text))
         if not tokens:
             raise InvalidRequest("The prompt is empty; give at least one token.")
+        if max(tokens) >= self._vocab_size:  # of a text too: a tokenizer may know more tokens than the model
+            raise InvalidRequest(
+                f"Token id {max(tokens)} is not in the vocabulary; ids go up to {self._vocab_size - 1}."
+            )
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
@@ -98,9 +98,12 @@ class Tokenizer:
 def _eos_of(tokenizer: Any, folder: Path) -> list[int]:
     """Ids that end a text."""
     file = folder / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return sorted(found - {None})
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+        found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+        return sorted(found - {None})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); copy the model again.") from None
 
 
 class Detokenizer:

@@ -1,0 +1,110 @@
+"""Every family computes what transformers computes, over prefill and decode."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.model import Decoder
+from runtime.config import CacheConfig, DType, ModelConfig
+from tests.reference import divergence, force, load_transformers, make_engine
+
+PROMPT, CONTINUATION = 1018, 20  # two prefill chunks; decoding goes from the second block into the third
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-2),
+    "llama-tied-llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-biases-yarn": LlamaConfig(**SIZES, rope_parameters=YARN, attention_bias=True, mlp_bias=True),
+    "mistral-linear": MistralConfig(**SIZES, rope_parameters=LINEAR, sliding_window=None, head_dim=24),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3-tied": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "one-kv-head": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
+}
+
+
+def save(name: str, folder: Path) -> str:
+    """A model of the named configuration, no parameter of which could be left out unseen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases, which transformers sets to 1 and 0
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, dtype: DType = "auto") -> Decoder:
+    return load_decoder(resolve(ModelConfig(model=folder, device="cpu", dtype=dtype)))
+
+
+def random_tokens() -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    tokens: list[int] = torch.randint(300, (PROMPT + CONTINUATION,), generator=generator).tolist()
+    return tokens
+
+
+def engine_logits(decoder: Decoder, tokens: list[int]) -> Tensor:
+    """[CONTINUATION, vocab]: the first row from prefill, the others from decoding."""
+    engine = make_engine(decoder, CacheConfig(attention="full"), 1, len(tokens))
+    return force(engine, tokens[:-CONTINUATION], tokens[-CONTINUATION:])
+
+
+@torch.inference_mode()
+def transformers_logits(model: Any, tokens: list[int]) -> Tensor:
+    """The same of transformers, in one pass and without a cache."""
+    logits: Tensor = model(torch.tensor([tokens])).logits[0, -CONTINUATION - 1 : -1].float()
+    return logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder, tokens = save(name, tmp_path), random_tokens()
+    expected = transformers_logits(load_transformers(folder), tokens)
+    logits = engine_logits(load(folder), tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    assert logits.argmax(-1).tolist() == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "nats"), [("float16", 2e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize("name", ["llama-tied-llama3", "llama-biases-yarn", "qwen2", "qwen3-tied"])
+def test_half_precision_stays_close(name: str, dtype: DType, nats: float, tmp_path: Path) -> None:
+    """Positions lie above 256, where bfloat16 no longer counts."""
+    folder, tokens = save(name, tmp_path), random_tokens()[-400:]
+    exact = transformers_logits(load_transformers(folder), tokens)
+    decoder = load(folder, dtype)
+    assert decoder.shape.dtype == getattr(torch, dtype)
+    assert divergence(engine_logits(decoder, tokens), exact) < nats
+
+
+@pytest.mark.parametrize("name", ["llama-biases-yarn", "qwen2", "qwen3-tied"])
+def test_the_predicting_query_is_the_layers_own(name: str, tmp_path: Path) -> None:
+    decoder = load(save(name, tmp_path))
+    hidden = decoder.embed(torch.arange(7))
+    rope = decoder.rope(torch.arange(100, 107))
+    for layer in range(decoder.shape.layers):
+        query, _ = decoder.qkv(layer, hidden, rope)
+        torch.testing.assert_close(decoder.query(layer, hidden, rope), query)
