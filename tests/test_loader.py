@@ -1,0 +1,363 @@
+"""What the loader refuses, and with which sentence; what it makes without weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpu_worker import gguf, loader
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.model import Decoder
+from runtime.config import ModelConfig
+from runtime.errors import ConfigError
+from runtime.messages import Text
+from runtime.text import Tokenizer
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def named(folder: Path | str, **options: Any) -> ModelConfig:
+    return ModelConfig(model=str(folder), device="cpu", **options)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights into two files and an index; returns the index's weight map."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(tensors)
+    files = {"first.safetensors": names[:10], "second.safetensors": names[10:]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def hidden_states(decoder: Decoder) -> Tensor:
+    """Something that depends on every weight."""
+    tokens = torch.arange(50)
+    hidden, rope = decoder.embed(tokens), decoder.rope(tokens)
+    for layer in range(decoder.shape.layers):
+        query, rows = decoder.qkv(layer, hidden, rope)
+        values = rows.sum(dim=2).repeat_interleave(decoder.shape.group, dim=1)
+        hidden = decoder.finish(layer, hidden, query + values)
+    return decoder.logits(hidden)
+
+
+ROPE = {"rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt2"}, "family 'gpt2'; CLO knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "family 'None'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_size": "wide"}, "not a valid configuration: .*hidden_size"),
+        ({"num_attention_heads": 0}, "not a valid configuration"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads of 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers of -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings of 0"),
+        ({"num_key_value_heads": 3}, "4 query heads and 3 KV heads"),
+        ({"head_dim": 18}, "head_dim of 18; the index needs a positive multiple of 4"),
+        ({"head_dim": -4}, "head_dim of -4"),
+        ({"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling of type 'dynamic'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "spiral"}}, "RoPE scaling of type 'spiral'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "llama3"}}, "not a valid configuration"),
+        ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
+        ({"model_type": "mistral", "sliding_window": 512}, "window of 512 tokens.*--max-model-len 512"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256, "max_window_layers": 3},
+            "window of 256 tokens",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_would_be_computed_wrongly_is_refused(
+    folder: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(named(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_model_len", "length"),
+    [
+        ({}, None, 4096),
+        ({}, 100, 100),
+        ({"model_type": "mistral", "sliding_window": 512}, 512, 512),
+        ({"model_type": "mistral", "sliding_window": None}, None, 4096),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 256}, None, 4096),
+        (  # no layer is that far up
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256, "max_window_layers": 4},
+            None,
+            4096,
+        ),
+    ],
+)  # fmt: skip
+def test_a_window_that_makes_no_difference_is_none(
+    folder: Path, changes: dict[str, Any], max_model_len: int | None, length: int
+) -> None:
+    edit_config(folder, **changes)
+    assert resolve(named(folder, max_model_len=max_model_len)).max_model_len == length
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"max_model_len": 4097}, "4097 exceeds the 4096 positions"), ({"device": "cuda"}, "--device cpu")],
+)
+def test_options_that_the_model_or_this_version_cannot_meet(
+    tiny_model: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(ModelConfig(model=str(tiny_model), **options))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [(None, "holds no config.json"), ("{", "cannot be read"), ("[]", "family 'None'"), ("\xff", "cannot be read")],
+)  # fmt: skip
+def test_a_missing_or_broken_config_file(folder: Path, text: str | None, sentence: str) -> None:
+    path = folder / "config.json"
+    path.unlink() if text is None else path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(named(folder))
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "./no/folder", "/no/folder", "~/no-such-folder", "a/b/c"])
+def test_a_name_that_cannot_be_on_the_hub_is_not_looked_up(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ConfigError, match="neither a folder nor the name of a model on the hub"):
+        resolve(named(name))
+
+
+def test_a_file_is_no_model(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a folder"):
+        resolve(named(folder / WEIGHTS))
+
+
+def test_without_a_network_an_unknown_hub_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="the Hugging Face hub did not give it .*; give a local folder"):
+        resolve(named("nobody/nothing"))
+
+
+def test_what_the_hub_does_not_show_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **_: object) -> str:
+        raise RepositoryNotFoundError("404", response=Mock())
+
+    monkeypatch.setattr(loader, "snapshot_download", download)
+    with pytest.raises(ConfigError, match="shows no model 'nobody/nothing'"):
+        resolve(named("nobody/nothing"))
+
+
+@pytest.mark.parametrize(("load_format", "weights"), [("auto", True), ("dummy", False)])
+def test_a_hub_model_is_served_from_the_downloaded_folder(
+    tiny_model: Path, load_format: str, weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        wanted.extend(allow_patterns)
+        return str(tiny_model)
+
+    monkeypatch.setattr(loader, "snapshot_download", download)
+    model = resolve(named("some/model", load_format=load_format))
+    assert (model.name, model.folder) == ("some/model", tiny_model)
+    assert ("*.safetensors" in wanted) is weights
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_empty(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def damage_text(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("version https://example.org/spec/v1\nsize 123\n")
+
+
+def damage_index(folder: Path) -> None:
+    shard(folder)
+    (folder / INDEX).write_text((folder / INDEX).read_text()[:-1])
+
+
+def damage_index_without_map(folder: Path) -> None:
+    shard(folder)
+    (folder / INDEX).write_text("[]")
+
+
+def damage_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "second.safetensors").unlink()
+
+
+def damage_truncated_shard(folder: Path) -> None:
+    shard(folder)
+    path = folder / "second.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (damage_missing, "model.safetensors is missing"),
+        (damage_truncated, "model.safetensors is damaged"),
+        (damage_empty, "model.safetensors is damaged"),
+        (damage_text, "model.safetensors is damaged"),
+        (damage_index, "index.json is damaged"),
+        (damage_index_without_map, "index.json is damaged"),
+        (damage_missing_shard, "second.safetensors is missing"),
+        (damage_truncated_shard, "second.safetensors is damaged"),
+    ],
+)
+def test_damaged_files_are_refused_before_any_weight_is_read(
+    folder: Path, damage: Callable[[Path], None], sentence: str
+) -> None:
+    damage(folder)
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(named(folder))
+    assert resolve(named(folder, load_format="dummy")).folder == folder, "dummy weights need no files"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(NORM), f"lack {NORM}"),
+        (lambda t: t.pop("lm_head.weight"), "lack lm_head.weight"),
+        (lambda t: t.update(extra=torch.ones(1)), "have extra, which is not part of it"),
+        (lambda t: t.update({NORM: torch.ones(32)}), rf"have {NORM} as \[32\] in place of \[64\]"),
+        (lambda t: t[NORM].__setitem__(3, float("nan")), f"{NORM} holds values that are not finite"),
+        (lambda t: t["model.layers.2.mlp.up_proj.weight"].neg_().div_(0.0), "up_proj.weight holds values"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    folder: Path, change: Callable[[dict[str, Tensor]], object], sentence: str
+) -> None:
+    edit_weights(folder, change)
+    model = resolve(named(folder))
+    with pytest.raises(ConfigError, match=sentence):
+        load_decoder(model)
+
+
+def test_a_weight_that_its_own_index_forgets_is_refused(folder: Path) -> None:
+    weight_map = shard(folder)
+    tensors = load_file(folder / "second.safetensors")
+    del tensors[NORM], weight_map[NORM]
+    save_file(tensors, folder / "second.safetensors", metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = resolve(named(folder))
+    with pytest.raises(ConfigError, match=f"lack {NORM}"):
+        load_decoder(model)
+
+
+def test_weights_too_large_for_float16_are_refused(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors[NORM].fill_(1e5))
+    load_decoder(resolve(named(folder, dtype="float32")))
+    with pytest.raises(ConfigError, match="not finite in float16; .*another --dtype"):
+        load_decoder(resolve(named(folder, dtype="float16")))
+
+
+def test_files_that_vanish_after_the_check_are_refused(folder: Path) -> None:
+    model = resolve(named(folder))
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_decoder(model)
+
+
+def test_shards_load_like_one_file_and_stay_untouched(
+    folder: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shard(folder)
+    decoder = load_decoder(resolve(named(folder)))
+    expected = hidden_states(load_decoder(resolve(named(tiny_model))))
+    for file in folder.glob("*.safetensors"):
+        with open(file, "r+b") as mapped:  # a replaced file must not reach the running model
+            mapped.write(b"\xff" * file.stat().st_size)
+    assert torch.equal(hidden_states(decoder), expected)
+    assert capfd.readouterr().err == "", "no progress bar where no one looks"
+
+
+def test_tied_weights_are_held_once(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    weights = load_decoder(resolve(named(folder)))._weights
+    assert weights.head is weights.embedding
+
+
+def test_dummy_weights_are_those_of_the_seed_and_need_no_files(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+    def made(**options: Any) -> Tensor:
+        return hidden_states(load_decoder(resolve(named(folder, load_format="dummy", **options))))
+
+    first = made(seed=7)
+    assert first.isfinite().all()
+    assert torch.equal(made(seed=7), first)
+    assert not torch.allclose(made(seed=8), first)
+    assert made(seed=7, dtype="bfloat16").isfinite().all()
+
+
+def test_the_default_model_resolves_without_a_network(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    model = resolve(ModelConfig(device="cpu", max_model_len=2048))
+    assert model.folder == smollm2
+    assert (model.config.model_type, model.max_model_len) == ("llama", 2048)
+    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+    text = "Der Käse kostet 3 €. 🧀\n    def f(x): ..."
+    assert tokenizer.decode(tokenizer.encode(Text(text), 100)) == text
+    assert tokenizer.decode(tokenizer.eos) == ""
+
+
+def test_without_its_package_the_default_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"not installed; run `make setup` or .* --model"):
+        resolve(ModelConfig(device="cpu"))
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLO_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match="set CLO_CACHE to a folder"):
+        resolve(ModelConfig(device="cpu"))
