@@ -32,7 +32,7 @@ class Decoder(Generic[Received]):
         """Raises ``ProtocolError`` where ``data`` is not a valid message of the union."""
         try:
             return self._decoder.decode(data)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"The message could not be read: {error}.") from None
 
 

@@ -99,8 +99,9 @@ class AsyncStream:
         self, client: "AsyncClient", request: Generate, timeout: float | None, progress: OnProgress | None
     ):
         self._client, self._name = client, request.request
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._timeout, self._progress = timeout, progress
+        self._timeout = client._timeout if timeout is None else timeout
+        self._deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        self._progress = progress
         self._chunks: list[Chunk] = []
         self._inbox = client._open(request)
         self._result: Result | None = None
@@ -229,7 +230,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Like ``generate``, piece by piece: ``async for chunk in client.stream(...)``."""
         request = _request(uuid.uuid4().hex, prompt, sampling)
-        return AsyncStream(self, request, timeout or self._timeout, on_progress)
+        return AsyncStream(self, request, timeout, on_progress)
 
     async def score(
         self,
@@ -241,7 +242,7 @@ class AsyncClient:
     ) -> Result:
         """Log-probabilities of a continuation, token by token through the decode path (teacher-forced)."""
         request = _request(uuid.uuid4().hex, prompt, {"logprobs": 0}, continuation)
-        stream = AsyncStream(self, request, timeout or self._timeout, on_progress)
+        stream = AsyncStream(self, request, timeout, on_progress)
         async for _ in stream:
             pass
         return stream.result
@@ -265,8 +266,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End open requests and the connection."""
-        for name in list(self._inboxes):
+        for name in self._inboxes:
             self._post(Cancel(name))
+        self._fail(ServerUnreachable("The client was closed."))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -312,12 +314,14 @@ class Stream:
 
     def __init__(self, client: "Client", open_stream: Callable[[], AsyncStream]) -> None:
         self._client = client
-        self._pieces: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._stream = client._call(self._start(open_stream))
 
     async def _start(self, open_stream: Callable[[], AsyncStream]) -> AsyncStream:
         stream = open_stream()
-        self._task = asyncio.get_running_loop().create_task(self._pump(stream))
+        task = asyncio.get_running_loop().create_task(self._pump(stream))
+        self._client._pumps.add(task)
+        task.add_done_callback(self._client._pumps.discard)
         return stream
 
     async def _pump(self, stream: AsyncStream) -> None:
@@ -325,9 +329,6 @@ class Stream:
             async for chunk in stream:
                 self._pieces.put(chunk)
             self._pieces.put(None)
-        except asyncio.CancelledError:
-            self._pieces.put(ServerUnreachable("The client was closed."))
-            raise
         except Exception as error:
             self._pieces.put(error)
 
@@ -365,6 +366,7 @@ class Client:
     """
 
     def __init__(self, address: str = "tcp://127.0.0.1:5555", timeout: float | None = None) -> None:
+        self._pumps: set[asyncio.Task[None]] = set()  # one for each open stream
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="clo-client", daemon=True)
         self._thread.start()
@@ -403,8 +405,12 @@ class Client:
         """End open requests, the connection and the thread."""
         if self._thread.is_alive():
             with contextlib.suppress(zmq.ZMQError):
-                self._call(self._client.close())
+                self._call(self._close())
             self._stop()
+
+    async def _close(self) -> None:
+        await self._client.close()
+        await asyncio.gather(*self._pumps)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -167,6 +167,7 @@ class Router:
                 self._send(peer, Failed("", message.code, str(message)))
             else:
                 _logger.error("%s sent what cannot be read: %s", peer.decode(errors="replace"), message)
+            await asyncio.sleep(0)  # a receive that need not wait does not let the other tasks run
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -348,9 +349,10 @@ class Router:
             self._send(request.client, message)
 
     def _end(self, request: Request, message: Finished | Failed) -> None:
-        """The last message of a request."""
-        self._tell(request, message)
-        self._forget(request)
+        """The last message of a request; nothing happens where it has ended."""
+        if request.open:
+            self._tell(request, message)
+            self._forget(request)
 
     def _forget(self, request: Request) -> None:
         request.open = False
