@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from runtime.errors import ConfigError, InvalidRequest, PromptTooLong
 from runtime.messages import Chat, Text, Tokens
 
-_WINDOW = 8  # tokens that are decoded again with every new one
+_CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
+_WINDOW = 64  # tokens that are decoded at most
 _CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
 
 
@@ -111,8 +112,8 @@ class Detokenizer:
 
     What is returned never changes later: an incomplete character and what may be the beginning of a stop
     string are held back. All parts together are the text of all tokens. (One exception: tokenizers that fall
-    back to byte tokens decode a run of them together, and where such a run is no UTF-8 the number of
-    replacement characters may differ.)
+    back to byte tokens decode a run of them together, and where such a run is no UTF-8 or holds U+FFFD
+    itself, replacement characters may differ.)
 
     Args:
         stop: strings that end the text, each at least one character. The text ends before the first one
@@ -125,6 +126,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the latest tokens
+        self._cut = 0  # place in the window where a character ends; the window may begin there later
         self._given = 0  # characters of the window's text that were passed on
         self._pending = 0  # tokens since all of the window's text was passed on
         self._stops = [_StopString(text) for text in stop]
@@ -146,11 +148,13 @@ class Detokenizer:
             self._pending = 0
         new = text[self._given : stable]
         self._given = max(self._given, stable)
-        if len(self._window) >= 2 * _WINDOW:
-            # Only the text's beginning depends on the tokens before it, so count from its end.
-            open_characters = len(text) - self._given
-            self._window = self._window[-_WINDOW:]
-            self._given = len(self._tokenizer.decode(self._window)) - open_characters
+        if not self._pending and len(self._window) - self._cut >= _CONTEXT:
+            # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
+            self._shorten(self._cut, 0)
+            self._cut = len(self._window)
+        elif len(self._window) == _WINDOW:  # no UTF-8 for long
+            self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
+            self._cut = 0
         return self._until_stop(new)
 
     def flush(self) -> str:
@@ -159,6 +163,14 @@ class Detokenizer:
             return ""
         rest = self._until_stop(self._tokenizer.decode(self._window)[self._given :])
         return rest + self._held  # nothing is held back behind a stop string
+
+    def _shorten(self, first: int, open_characters: int) -> None:
+        """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
+
+        Only the beginning of the text depends on the tokens before it, so the count is from its end.
+        """
+        self._window = self._window[first:]
+        self._given = len(self._tokenizer.decode(self._window)) - open_characters
 
     def _until_stop(self, new: str) -> str:
         """What of the text held back and ``new`` is certain not to belong to a stop string."""

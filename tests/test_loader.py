@@ -23,6 +23,7 @@ from runtime.text import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SECOND = "second.safetensors"  # of two shards
 NORM = "model.norm.weight"
 
 
@@ -52,7 +53,7 @@ def shard(folder: Path) -> dict[str, str]:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
-    files = {"first.safetensors": names[:10], "second.safetensors": names[10:]}
+    files = {"first.safetensors": names[:10], SECOND: names[10:]}
     for file, part in files.items():
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
     weight_map = {name: file for file, part in files.items() for name in part}
@@ -72,6 +73,7 @@ def hidden_states(decoder: Decoder) -> Tensor:
 
 
 ROPE = {"rope_theta": 10000.0}
+SLIDING = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256}
 
 
 @pytest.mark.parametrize(
@@ -88,18 +90,18 @@ ROPE = {"rope_theta": 10000.0}
         ({"num_key_value_heads": 3}, "4 query heads and 3 KV heads"),
         ({"head_dim": 18}, "head_dim of 18; the index needs a positive multiple of 4"),
         ({"head_dim": -4}, "head_dim of -4"),
-        ({"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling of type 'dynamic'"),
-        ({"rope_parameters": {**ROPE, "rope_type": "spiral"}}, "RoPE scaling of type 'spiral'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "scaling of type 'dynamic'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "spiral"}}, "scaling of type 'spiral'"),
         ({"rope_parameters": {**ROPE, "rope_type": "llama3"}}, "not a valid configuration"),
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
         ({"model_type": "mistral", "sliding_window": 512}, "window of 512 tokens.*--max-model-len 512"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256, "max_window_layers": 3},
+            {**SLIDING, "max_window_layers": 3},
             "window of 256 tokens",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_would_be_computed_wrongly_is_refused(
     folder: Path, changes: dict[str, Any], sentence: str
 ) -> None:
@@ -115,14 +117,14 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(
         ({}, 100, 100),
         ({"model_type": "mistral", "sliding_window": 512}, 512, 512),
         ({"model_type": "mistral", "sliding_window": None}, None, 4096),
-        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 256}, None, 4096),
+        ({**SLIDING, "use_sliding_window": False}, None, 4096),
         (  # no layer is that far up
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256, "max_window_layers": 4},
+            {**SLIDING, "max_window_layers": 4},
             None,
             4096,
         ),
     ],
-)  # fmt: skip
+)
 def test_a_window_that_makes_no_difference_is_none(
     folder: Path, changes: dict[str, Any], max_model_len: int | None, length: int
 ) -> None:
@@ -143,8 +145,13 @@ def test_options_that_the_model_or_this_version_cannot_meet(
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [(None, "holds no config.json"), ("{", "cannot be read"), ("[]", "family 'None'"), ("\xff", "cannot be read")],
-)  # fmt: skip
+    [
+        (None, "holds no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "family 'None'"),
+        ("\xff", "cannot be read"),
+    ],
+)
 def test_a_missing_or_broken_config_file(folder: Path, text: str | None, sentence: str) -> None:
     path = folder / "config.json"
     path.unlink() if text is None else path.write_bytes(text.encode("latin-1"))
@@ -171,7 +178,7 @@ def test_without_a_network_an_unknown_hub_model_is_refused(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="the Hugging Face hub did not give it .*; give a local folder"):
+    with pytest.raises(ConfigError, match=r"the Hugging Face hub did not give it .*; give a local folder"):
         resolve(named("nobody/nothing"))
 
 
@@ -200,59 +207,29 @@ def test_a_hub_model_is_served_from_the_downloaded_folder(
     assert ("*.safetensors" in wanted) is weights
 
 
-def damage_missing(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-
-
-def damage_truncated(folder: Path) -> None:
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def damage_empty(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"")
-
-
-def damage_text(folder: Path) -> None:
-    (folder / WEIGHTS).write_text("version https://example.org/spec/v1\nsize 123\n")
-
-
-def damage_index(folder: Path) -> None:
-    shard(folder)
-    (folder / INDEX).write_text((folder / INDEX).read_text()[:-1])
-
-
-def damage_index_without_map(folder: Path) -> None:
-    shard(folder)
-    (folder / INDEX).write_text("[]")
-
-
-def damage_missing_shard(folder: Path) -> None:
-    shard(folder)
-    (folder / "second.safetensors").unlink()
-
-
-def damage_truncated_shard(folder: Path) -> None:
-    shard(folder)
-    path = folder / "second.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def cut(path: Path, by: int) -> None:
+    """Take the last bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-by])
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (damage_missing, "model.safetensors is missing"),
-        (damage_truncated, "model.safetensors is damaged"),
-        (damage_empty, "model.safetensors is damaged"),
-        (damage_text, "model.safetensors is damaged"),
-        (damage_index, "index.json is damaged"),
-        (damage_index_without_map, "index.json is damaged"),
-        (damage_missing_shard, "second.safetensors is missing"),
-        (damage_truncated_shard, "second.safetensors is damaged"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors is missing"),
+        (lambda folder: cut(folder / WEIGHTS, 1), "model.safetensors is damaged"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "model.safetensors is damaged"),
+        (
+            lambda folder: (folder / WEIGHTS).write_text("version 1, a pointer"),
+            "model.safetensors is damaged",
+        ),
+        (lambda folder: (shard(folder), cut(folder / INDEX, 1)), "index.json is damaged"),
+        (lambda folder: (shard(folder), (folder / INDEX).write_text("[]")), "index.json is damaged"),
+        (lambda folder: (shard(folder), (folder / SECOND).unlink()), "second.safetensors is missing"),
+        (lambda folder: (shard(folder), cut(folder / SECOND, 5000)), "second.safetensors is damaged"),
     ],
 )
 def test_damaged_files_are_refused_before_any_weight_is_read(
-    folder: Path, damage: Callable[[Path], None], sentence: str
+    folder: Path, damage: Callable[[Path], object], sentence: str
 ) -> None:
     damage(folder)
     with pytest.raises(ConfigError, match=sentence):
@@ -282,9 +259,9 @@ def test_weights_that_do_not_fit_are_refused(
 
 def test_a_weight_that_its_own_index_forgets_is_refused(folder: Path) -> None:
     weight_map = shard(folder)
-    tensors = load_file(folder / "second.safetensors")
+    tensors = load_file(folder / SECOND)
     del tensors[NORM], weight_map[NORM]
-    save_file(tensors, folder / "second.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / SECOND, metadata={"format": "pt"})
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     model = resolve(named(folder))
     with pytest.raises(ConfigError, match=f"lack {NORM}"):
@@ -294,7 +271,7 @@ def test_a_weight_that_its_own_index_forgets_is_refused(folder: Path) -> None:
 def test_weights_too_large_for_float16_are_refused(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors[NORM].fill_(1e5))
     load_decoder(resolve(named(folder, dtype="float32")))
-    with pytest.raises(ConfigError, match="not finite in float16; .*another --dtype"):
+    with pytest.raises(ConfigError, match=r"not finite in float16; .*another --dtype"):
         load_decoder(resolve(named(folder, dtype="float16")))
 
 

@@ -1,0 +1,286 @@
+"""Prompts to tokens, and tokens to text piece by piece up to a stop string."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from runtime.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
+from runtime.messages import Chat, Text, Tokens, Turn
+from runtime.text import Detokenizer, Tokenizer
+from tests.conftest import SPECIAL, VOCABULARY
+
+LIMIT = 100
+HELLO = Chat([Turn("system", "be brief"), Turn("user", "hé 你好 <b>&amp;</b>\n ")])
+TEXTS = (
+    "",
+    "plain words",
+    "é",
+    "naïve café, 3 € 你好",
+    "👩‍👩‍👧🇩🇪 e\u0301",
+    " \n\t a  b ",
+    "\ufffd?",
+    "a\x00b",
+)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tiny_model: Path) -> Tokenizer:
+    """Any bytes are possible, so also invalid UTF-8."""
+    return Tokenizer(tiny_model, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As of Llama 2 and Mistral: '▁' for a space, dropped at the beginning, and bytes for rare characters."""
+    tokens = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz,"]
+    tokenizer = FastTokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    folder = tmp_path_factory.mktemp("byte-fallback")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>").save_pretrained(folder)
+    return Tokenizer(folder, len(tokens))
+
+
+def pieces_of(tokenizer: Tokenizer, tokens: list[int], stop: list[str] | None = None) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, stop or [])
+    return [detokenizer.push(token) for token in tokens] + [detokenizer.flush()]
+
+
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choices("ab ,é€你👍\u0301\u200d\n", k=rng.randrange(80)))
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("seed", range(30))
+def test_the_pieces_are_the_text(name: str, seed: int, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    rng = random.Random(seed)
+    text = TEXTS[seed] if seed < len(TEXTS) else random_text(rng)
+    tokens = tokenizer.encode(Text("x" + text), 1000)
+    pieces = pieces_of(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert "".join(pieces).endswith(text)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_bytes_are_given_in_time_and_never_taken_back(byte_level: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    lead = [byte_level.encode(Text(c), 10)[0] for c in "é€你👍"]  # beginnings of characters
+    pools = (range(VOCABULARY), lead, range(128, 256), range(100, 180))
+    tokens = [rng.choice(rng.choice(pools)) for _ in range(120)]
+    detokenizer, given, whole = Detokenizer(byte_level, []), "", byte_level.decode(tokens)
+    for count, token in enumerate(tokens, 1):
+        given += detokenizer.push(token)
+        text = byte_level.decode(tokens[:count])
+        assert len(given) >= len(text) - 4, "no more than one character's bytes are held back"
+        assert whole.startswith(given)
+    assert given + detokenizer.flush() == whole
+
+
+def test_special_tokens_give_no_text_and_do_not_part_characters(byte_level: Tokenizer) -> None:
+    start, end = byte_level.encode(Text("👍"), 10)[:2], byte_level.encode(Text("👍"), 10)[2:]
+    special = byte_level.encode(Text(SPECIAL[0]), 10)
+    assert len(special) == 1
+    assert pieces_of(byte_level, [*start, *special, *end, *special]) == ["", "", "", "", "👍", "", ""]
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text before the stop string that is complete first; of several, the longest."""
+    for end in range(1, len(text) + 1):
+        complete = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(complete)]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["ee"], "one two thr"),
+        ("one two three", ["four"], "one two three"),
+        ("one two thr", ["three"], "one two thr"),  # only begun
+        ("xaabaac", ["aac"], "xaab"),  # begun twice
+        ("abababc", ["ababc"], "ab"),  # overlaps itself
+        ("xabcd", ["abcd", "bc"], "xa"),  # the first that is complete, though another began before it
+        ("xabcd", ["c", "abc"], "x"),  # both at once
+        ("later first", ["first", "later"], ""),
+        ("3 € and 4 €", ["€ and"], "3 "),
+        ("👍👍🏽!", ["👍🏽"], "👍"),
+    ],
+)
+def test_stop_strings(byte_level: Tokenizer, text: str, stops: list[str], expected: str) -> None:
+    assert "".join(pieces_of(byte_level, byte_level.encode(Text(text), 100), stops)) == expected
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_stop_strings_at_random(byte_level: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab€", k=60))
+    stops = ["".join(rng.choices("ab€", k=rng.randrange(1, 9))) for _ in range(rng.randrange(1, 5))]
+    detokenizer, given, expected = Detokenizer(byte_level, stops), "", cut(text, stops)
+    for token in byte_level.encode(Text(text), 100):
+        given += detokenizer.push(token)
+        assert expected.startswith(given)
+    given += detokenizer.flush()
+    assert given == expected
+    assert detokenizer.stopped == (expected != text)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back(byte_level: Tokenizer) -> None:
+    tokens = [byte_level.encode(Text(character), 10)[0] for character in "12-3--4"]
+    assert pieces_of(byte_level, tokens, ["--4", "4"]) == ["1", "2", "", "-3", "", "", "", ""]
+
+
+def test_nothing_comes_behind_a_stop_string(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, ["b"])
+    tokens = [byte_level.encode(Text(character), 10)[0] for character in "1b2"]
+    assert [detokenizer.push(token) for token in tokens] == ["1", "", ""]
+    assert detokenizer.stopped
+    assert detokenizer.flush() == ""
+
+
+def test_a_stop_string_may_end_with_the_sequence(byte_level: Tokenizer) -> None:
+    """The last bytes are no character, so that the flush alone shows them."""
+    tokens = byte_level.encode(Text("ab€"), 10)[:-1]
+    assert "".join(pieces_of(byte_level, tokens, ["b\ufffd"])) == "a"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "sentence"),
+    [
+        (Text(""), InvalidRequest, "prompt is empty"),
+        (Tokens([]), InvalidRequest, "prompt is empty"),
+        (Chat([]), InvalidRequest, "chat is empty"),
+        (Tokens([0, VOCABULARY]), InvalidRequest, "Token id 512 is not in the vocabulary; ids go up to 511"),
+        (Text("x" * 100_000), PromptTooLong, "100000 characters cannot fit into the model length of 100"),
+        (Chat([Turn("user", "x" * 100_000)]), PromptTooLong, "cannot fit"),
+    ],
+)
+def test_prompts_that_are_refused(
+    byte_level: Tokenizer, prompt: Text | Chat | Tokens, error: type[CLOError], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        byte_level.encode(prompt, LIMIT)
+
+
+def test_a_text_that_might_fit_is_read(byte_level: Tokenizer) -> None:
+    """The longest token makes of this text far fewer tokens than characters."""
+    text = "".join(SPECIAL[:1] * LIMIT)
+    assert len(byte_level.encode(Text(text), LIMIT)) == LIMIT
+    assert byte_level.encode(Tokens([VOCABULARY - 1]), LIMIT) == [VOCABULARY - 1]
+
+
+def test_a_text_of_a_token_that_the_model_lacks_is_refused(tiny_model: Path) -> None:
+    smaller = Tokenizer(tiny_model, VOCABULARY - len(SPECIAL))
+    assert smaller.encode(Text("plain"), LIMIT)
+    with pytest.raises(InvalidRequest, match="not in the vocabulary"):
+        smaller.encode(Text(f"plain {SPECIAL[0]}"), LIMIT)
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model's tokenizer to change."""
+    ignored = shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(tiny_model, tmp_path / "model", ignore=ignored))
+
+
+def set_template(folder: Path, template: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_chat_is_rendered_as_by_transformers(tiny_model: Path, smollm2: Path) -> None:
+    for path in (tiny_model, smollm2):
+        reference = AutoTokenizer.from_pretrained(path)
+        messages = [{"role": turn.role, "content": turn.content} for turn in HELLO.turns]
+        expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert Tokenizer(path, len(reference)).encode(HELLO, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('user must come first') }}", "refuses the messages: user must come first"),
+        ("{{ messages[0].content.missing.part }}", "refuses the messages"),
+        ("{% if %}", "refuses the messages"),
+    ],
+)
+def test_chats_that_the_template_refuses(folder: Path, template: str | None, sentence: str) -> None:
+    set_template(folder, template)
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    with pytest.raises(InvalidRequest, match=sentence):
+        tokenizer.encode(HELLO, 1000)
+    assert tokenizer.encode(Text("plain"), LIMIT), "other prompts still work"
+
+
+def test_special_tokens_are_added_to_texts_alone_and_only_when_asked(
+    byte_fallback: Tokenizer, folder: Path
+) -> None:
+    """The tokenizer of Llama 3, for example, begins every text with one."""
+    path = folder / "tokenizer.json"
+    written = json.loads(path.read_text())
+    bos = Tokenizer(folder, VOCABULARY).encode(Text("<|im_start|>"), LIMIT)
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {"<|im_start|>": {"id": "<|im_start|>", "ids": bos, "tokens": ["<|im_start|>"]}}
+    written["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens,
+    }  # fmt: skip
+    path.write_text(json.dumps(written))
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    plain = tokenizer.encode(Text("plain"), LIMIT, add_special_tokens=False)
+    assert tokenizer.encode(Text("plain"), LIMIT) == bos + plain
+    assert tokenizer.encode(Tokens(plain), LIMIT) == plain
+    chat = tokenizer.encode(HELLO, LIMIT)
+    assert chat[0] == bos[0] != chat[1], "the template has put its own"
+
+
+@pytest.mark.parametrize(
+    ("generation", "more"),
+    [
+        (None, []),
+        ({}, []),
+        ({"eos_token_id": None}, []),
+        ({"eos_token_id": 7}, [7]),
+        ({"eos_token_id": [9, 7]}, [7, 9]),
+    ],
+)
+def test_texts_end_by_the_tokenizer_and_by_the_generation_config(
+    folder: Path, generation: dict[str, object] | None, more: list[int]
+) -> None:
+    file = folder / "generation_config.json"
+    file.unlink() if generation is None else file.write_text(json.dumps(generation))
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    end = tokenizer.encode(Text("<|im_end|>"), LIMIT)
+    assert tokenizer.eos == sorted(more + end)
+    assert pieces_of(tokenizer, [*tokenizer.eos, 65]) == [""] * len(tokenizer.eos) + [
+        tokenizer.decode([65]),
+        "",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "end"}', "\xff"])
+def test_a_damaged_generation_config_is_refused(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"generation_config\.json is damaged"):
+        Tokenizer(folder, VOCABULARY)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"model": {"type": "BPE"'])
+def test_a_missing_or_damaged_tokenizer_is_refused(folder: Path, text: str | None) -> None:
+    path = folder / "tokenizer.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer in .* cannot be loaded"):
+        Tokenizer(folder, VOCABULARY)
