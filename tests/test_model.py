@@ -1,5 +1,6 @@
-"""Every family computes what transformers computes, over prefill and decode."""
+"""Every family computes what transformers computes, over prefill and decode; other models are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
 from runtime.config import CacheConfig, DType, ModelConfig
+from runtime.errors import ConfigError
 from tests.reference import divergence, force, load_transformers, make_engine
 
 PROMPT, CONTINUATION = 1018, 20  # two prefill chunks; decoding goes from the second block into the third
@@ -108,3 +110,68 @@ def test_the_predicting_query_is_the_layers_own(name: str, tmp_path: Path) -> No
     for layer in range(decoder.shape.layers):
         query, _ = decoder.qkv(layer, hidden, rope)
         torch.testing.assert_close(decoder.query(layer, hidden, rope), query)
+
+
+ROPE: dict[str, Any] = {"rope_theta": 10000.0}
+SLIDING: dict[str, Any] = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256}
+
+
+def without_weights(folder: Path, changes: dict[str, Any], max_model_len: int | None = None) -> ModelConfig:
+    """A model of a small Llama's configuration, with changes, whose weights are not asked for."""
+    config = json.loads(LlamaConfig(**SIZES).to_json_string(use_diff=False))
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return ModelConfig(model=str(folder), device="cpu", load_format="dummy", max_model_len=max_model_len)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt2"}, "family 'gpt2'; CLO knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "family 'None'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_size": "wide"}, "not a valid configuration: .*hidden_size"),
+        ({"num_attention_heads": 0}, "not a valid configuration"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads of 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers of -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings of 0"),
+        ({"num_key_value_heads": 3}, "4 query heads and 3 KV heads"),
+        ({"head_dim": 18}, "head_dim of 18; the index needs a positive multiple of 4"),
+        ({"head_dim": -4}, "head_dim of -4"),
+        ({"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "scaling of type 'dynamic'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "spiral"}}, "scaling of type 'spiral'"),
+        ({"rope_parameters": {**ROPE, "rope_type": "llama3"}}, "not a valid configuration"),
+        ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
+        ({"model_type": "mistral", "sliding_window": 512}, "window of 512 tokens.*--max-model-len 512"),
+        (
+            {**SLIDING, "max_window_layers": 2},
+            "window of 256 tokens",
+        ),
+    ],
+)
+def test_a_model_that_would_be_computed_wrongly_is_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(without_weights(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_model_len", "length"),
+    [
+        ({}, None, 2048),
+        ({}, 100, 100),
+        ({"model_type": "mistral", "sliding_window": 512}, 512, 512),
+        ({"model_type": "mistral", "sliding_window": None}, None, 2048),
+        ({**SLIDING, "use_sliding_window": False}, None, 2048),
+        (  # no layer is that far up
+            {**SLIDING, "max_window_layers": SIZES["num_hidden_layers"]},
+            None,
+            2048,
+        ),
+    ],
+)
+def test_a_window_that_makes_no_difference_is_none(
+    tmp_path: Path, changes: dict[str, Any], max_model_len: int | None, length: int
+) -> None:
+    assert resolve(without_weights(tmp_path, changes, max_model_len)).max_model_len == length
