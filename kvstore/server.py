@@ -80,7 +80,7 @@ class StoreServer:
             ready = dict(self._poller.poll())
             for worker in list(self._by_number.values()):
                 if worker.pidfd in ready:
-                    _logger.warning("Worker %d died; its blocks are free again.", worker.number)
+                    _logger.info("Worker %d is gone; its blocks are free again.", worker.number)
                     self._forget(worker)
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())

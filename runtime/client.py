@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from runtime.channel import Decoder, configure, encode
-from runtime.errors import InvalidRequest, RequestTimeout, ServerUnreachable, error_from
+from runtime.errors import InvalidRequest, ProtocolError, RequestTimeout, ServerUnreachable, error_from
 from runtime.messages import (
     MAX_MESSAGE_BYTES,
     CacheStats,
@@ -180,6 +180,7 @@ class AsyncClient:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         configure(self._socket)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # else a burst could lose those beyond the first 1000
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             self._socket.connect(address)
@@ -290,7 +291,12 @@ class AsyncClient:
 
     async def _receive(self) -> None:
         while True:
-            message = self._decode(await self._socket.recv())
+            data = await self._socket.recv()
+            try:
+                message = self._decode(data)
+            except ProtocolError as error:
+                self._fail(error)
+                continue
             inbox = self._inboxes.get(message.request)
             if inbox is not None:
                 inbox.put_nowait(message)

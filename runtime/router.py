@@ -106,8 +106,9 @@ class Router:
             )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
+            reason = zmq.strerror(error.errno or 0)
             raise ConfigError(
-                f"Port {config.port} of {config.host} cannot be used ({error.strerror}); try another --port."
+                f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port."
             ) from None
         self.address = self._clients.endpoint
         self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"

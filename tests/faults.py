@@ -1,4 +1,4 @@
-"""What the fault tests share: messages that nobody sends by intent, and a look at whether a server is well."""
+"""What the fault tests share: messages that nobody means to send, and whether a server is well."""
 
 import random
 import time
@@ -15,7 +15,7 @@ from runtime.errors import CLOError
 from runtime.messages import Failed, Message, ToClient
 from tests.server import Server
 
-WAIT_S = 30.0
+WAIT_S = 30
 SMALL = ("--kv-size", "2MiB", "--select-k", "32", "--resident", "128")  # 4 blocks of 512 tokens
 ENDLESS: dict[str, Any] = {"max_tokens": 1400, "ignore_eos": True}  # 3 blocks; takes longer than any test
 
