@@ -18,18 +18,14 @@ from examples.document import document
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import Sampling
+from tests.reference import make_engine, prefill
 
 CONTEXT, STEPS = 6000, 40
 
 
 def clo_step(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds of the median decode step, and rows fetched per step and head."""
-    pages = -(-(CONTEXT + STEPS) // engine.decoder.shape.block_tokens)
-    work = engine.prefill(0, prompt, list(range(pages)))
-    while (logits := work.advance()) is None:
-        pass
-    engine.activate(0, CONTEXT, Sampling(temperature=0.0), 0)
+    logits = prefill(engine, 0, prompt, CONTEXT + STEPS)
     engine.sample(logits, [0])
     times = []
     for step in range(1, STEPS):
@@ -70,15 +66,12 @@ def main() -> None:
     results = [Result("transformers/generate/6k", "decode", 1 / reference, "tokens/s")]
 
     decoder = load_decoder(resolved)
-    shape = decoder.shape
-    pages = -(-(CONTEXT + STEPS) // shape.block_tokens)
-    arena = torch.zeros(pages, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim)
     for case, config in {
         "clo/6k": CacheConfig(),
         "full/6k": CacheConfig(attention="full"),
         "clo/6k/prefetch-correct": CacheConfig(prefetch="correct"),
     }.items():
-        seconds, rows = clo_step(Engine(decoder, arena, config, 1, CONTEXT + STEPS), prompt)
+        seconds, rows = clo_step(make_engine(decoder, config, 1, CONTEXT + STEPS), prompt)
         results.append(Result(case, "decode", 1 / seconds, "tokens/s", 1 / reference, reference / seconds))
         results.append(Result(case, "fetched", rows, "rows per step and head"))
     write("cpu-decode", results)

@@ -1,4 +1,4 @@
-"""The default model on real text: exact where nothing is dropped, close where rows are, small on the worker."""
+"""The default model on real text: exact if nothing is dropped, close if rows are, little on the worker."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import torch
 
 from examples.document import document
 from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
 from runtime.client import AsyncClient, Client, Result
 from runtime.config import CacheConfig, ModelConfig
 from runtime.messages import CacheStats, Text
@@ -21,9 +20,10 @@ from tests.server import Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
 
-LENGTHS = (20, 60, 150, 400, 800, 1300, 2100, 6000)
-GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 64, "ignore_eos": True}
-LONG = 6000
+LENGTHS = (20, 60, 150, 300, 600, 900, 1600, 6000)
+TOKENS = 64
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+BRIEF = GREEDY | {"max_tokens": TOKENS // 2}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def prompts(tokens: list[int]) -> list[list[int]]:
 def expected(smollm2: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers' own generate answers."""
     model = load_transformers(str(smollm2))
-    return [transformers_greedy(model, prompt, GREEDY["max_tokens"]) for prompt in prompts]
+    return [transformers_greedy(model, prompt, TOKENS) for prompt in prompts]
 
 
 async def at_once(address: str, prompts: list[list[int]]) -> list[Result]:
     async with AsyncClient(address, timeout=280) as client:
-        return await asyncio.gather(*(client.generate(prompt, **GREEDY) for prompt in prompts))
+        return await asyncio.gather(*(client.generate(prompt, **BRIEF) for prompt in prompts))
 
 
 def test_full_attention_gives_the_greedy_tokens_of_transformers(
@@ -66,19 +66,20 @@ def test_a_set_of_the_whole_context_loses_nothing(
     size = ("--max-model-len", "6144", "--resident", "6144", "--kv-size", "1GiB")
     with launch(*size) as server:
         with Client(server.address, timeout=280) as client:
-            assert [client.generate(prompt, **GREEDY).tokens for prompt in prompts[:4]] == expected[:4]
+            alone = client.generate(prompts[5], **GREEDY)
+        assert alone.tokens == expected[5]
         results = asyncio.run(at_once(server.address, prompts))
-        assert [result.tokens for result in results] == expected
+        assert [result.tokens for result in results] == [tokens[: TOKENS // 2] for tokens in expected]
 
 
 def test_streams_of_different_lengths_are_those_generated_alone(
     launch: Launch, prompts: list[list[int]]
 ) -> None:
     """With rows dropped and fetched: what runs beside a request does not change its text."""
-    short = prompts[:6]
+    short = prompts[1:7]
     with launch("--select-k", "32", "--resident", "256", "--kv-size", "1GiB") as server:
         with Client(server.address, timeout=280) as client:
-            alone = [client.generate(prompt, **GREEDY) for prompt in short]
+            alone = [client.generate(prompt, **BRIEF) for prompt in short]
         assert alone[-1].cache.fetched_rows > 0
         together = asyncio.run(at_once(server.address, short))
         assert [result.text for result in together] == [result.text for result in alone]
@@ -90,9 +91,10 @@ def test_the_worker_does_not_hold_the_kv(launch: Launch, tokens: list[int]) -> N
     def measure(client: Client, length: int) -> tuple[int, int]:
         """Bytes of the worker beside the arena while a context decodes, and of the context in the arena."""
         stream = client.stream(tokens[:length], **GREEDY)
-        next(iter(stream))
+        chunks = iter(stream)
+        next(chunks)
         info = client.info()
-        for _ in stream:
+        for _ in chunks:
             pass
         assert info.workers[0].running == 1
         return info.workers[0].private_bytes, stream.result.cache.kv_bytes
@@ -106,24 +108,20 @@ def test_the_worker_does_not_hold_the_kv(launch: Launch, tokens: list[int]) -> N
 
 
 def test_small_sets_stay_close_to_full_attention_and_move_few_rows(smollm2: Path, tokens: list[int]) -> None:
-    """The default set beside the rule of arXiv 2511.14510, which fetches the whole set again at a miss."""
+    """The default set beside the rule of arXiv 2511.14510, which fetches the whole set again at a miss.
+    ``benchmarks/quality.py`` measures the same over a longer text."""
     decoder = load_decoder(resolve(ModelConfig(device="cpu")))
-    prompt, continuation = tokens[:LONG], tokens[LONG : LONG + 256]
+    prompt, continuation = tokens[:3000], tokens[3000:3064]
 
-    def measure(decoder: Decoder, config: CacheConfig) -> tuple[torch.Tensor, CacheStats]:
-        total = LONG + len(continuation)
+    def measure(config: CacheConfig) -> tuple[torch.Tensor, CacheStats]:
+        total = len(prompt) + len(continuation)
         engine = make_engine(decoder, config, slots=1, max_tokens=total)
         logits = force(engine, prompt, continuation)
         return logits, engine.cache.stats(0, total - 1, len(continuation) - 1)
 
-    full, _ = measure(decoder, CacheConfig(attention="full"))
-    logits, clo = measure(decoder, CacheConfig(select_k=128, resident=1024))
-    paper_logits, paper = measure(decoder, CacheConfig(select_k=256, resident=256, gate=0.8))
-    whole_sets = paper.selected_rows / paper.head_steps
-    print(
-        f"CLO: KL {divergence(logits, full):.4f}, {clo.rows_per_step_and_head:.1f} rows; paper's rule: KL "
-        f"{divergence(paper_logits, full):.4f}, {whole_sets:.1f} rows ({paper.rows_per_step_and_head:.1f} new)"
-    )
+    full, _ = measure(CacheConfig(attention="full"))
+    logits, clo = measure(CacheConfig(select_k=128, resident=1024))
+    paper_logits, paper = measure(CacheConfig(select_k=256, resident=256, gate=0.8))
     assert divergence(logits, full) <= 0.02
     assert divergence(logits, full) < divergence(paper_logits, full)
-    assert whole_sets >= 3 * clo.rows_per_step_and_head
+    assert paper.selected_rows >= 3 * clo.fetched_rows
