@@ -8,9 +8,11 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from examples.document import document
 from runtime.client import Client, Result
@@ -47,23 +49,33 @@ def server(attention: str) -> Iterator[str]:
         process.wait()
 
 
-def show_progress(progress: Progress) -> None:
-    print(
-        f"\r  {progress.stage} {progress.done}/{progress.total} tokens ", end="", file=sys.stderr, flush=True
-    )
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing in a file; yields what to tell it with."""
+    with tqdm(unit=" tokens", leave=False, disable=None) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.set_description(progress.stage, refresh=False)
+            bar.total = progress.total
+            bar.update(progress.done - bar.n)
+            if progress.done == progress.total:
+                bar.clear()
+
+        yield show
 
 
 def ask(client: Client, text: str, question: str) -> tuple[Result, float]:
     """Stream one answer to the terminal; returns the result and decode tokens/s."""
     turns = [{"role": "user", "content": f"{text}\n\nQuestion about the text above: {question}"}]
     print(f"\nQ: {question}", flush=True)
-    stream = client.stream(turns, temperature=0.0, max_tokens=ANSWER_TOKENS, on_progress=show_progress)
     began = 0.0
-    for chunk in stream:
-        if not began:
-            began = time.monotonic()
-            print("\r" + " " * 40 + "\rA: ", end="")
-        print(chunk.text, end="", flush=True)
+    with progress_bar() as show:
+        stream = client.stream(turns, temperature=0.0, max_tokens=ANSWER_TOKENS, on_progress=show)
+        for chunk in stream:
+            if not began:
+                began = time.monotonic()
+                print("A: ", end="")
+            print(chunk.text, end="", flush=True)
     print(flush=True)
     result = stream.result
     return result, (result.usage.completion_tokens - 1) / max(time.monotonic() - began, 1e-9)
@@ -71,9 +83,9 @@ def ask(client: Client, text: str, question: str) -> tuple[Result, float]:
 
 def perplexity(client: Client, text: str, continuation: str) -> float:
     """Of the continuation, token by token through the decode path."""
-    scored = client.score(text, continuation, on_progress=show_progress)
+    with progress_bar() as show:
+        scored = client.score(text, continuation, on_progress=show)
     assert scored.logprobs is not None
-    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     return math.exp(-sum(entry.logprob for entry in scored.logprobs) / len(scored.logprobs))
 
 
