@@ -4,7 +4,7 @@ A slot is a place for one sequence; row b of every batch is slot b, so no kernel
 is the first B slots. The cache knows the shape of the KV and nothing else of the model.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from torch import Tensor
 from gpu_worker.index import ExactIndex, Index, TwoBitIndex
 from gpu_worker.shape import KVShape
 from kernels.append import append
-from kernels.attend import attend, attend_all
+from kernels.attend import attend_all, attend_fresh, attend_held
 from kernels.fetch import fetch
 from kernels.gate import gate
-from kernels.paging import locate
-from kernels.select import choose
+from kernels.select import Fresh, choose
 from runtime.config import CacheConfig
 from runtime.messages import CacheStats
 
@@ -24,16 +23,11 @@ _PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident 
 _NEVER_REUSE = 2.0  # above any cosine
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What every layer of one decode step shares: slots 0 .. B-1."""
 
     lengths: Tensor  # [B] int64, with the new token; 0 for a slot not in use
     table: Tensor  # [B, max_blocks] int64
-    blocks: Tensor  # [N] int64, block of each active slot's new token
-    offsets: Tensor  # [N] int64
-    previous: Tensor  # [N] int64, the block before it
-    active: Tensor  # [N] int64, slots in use
 
 
 class KVCache:
@@ -72,15 +66,14 @@ class KVCache:
         self._first = self._sinks + self._recent  # row at which the set starts
         rows = self._first + self._capacity
         self._resident = torch.zeros(*heads, rows, 2, shape.head_dim, dtype=shape.dtype, device=device)
-        self._members = torch.full((*heads, self._capacity), -1, dtype=torch.int64, device=device)
-        self._stamps = torch.full((*heads, self._capacity), -1, dtype=torch.int64, device=device)
+        self._members = torch.full((*heads, self._capacity), -1, dtype=torch.int32, device=device)
+        self._stamps = torch.full((*heads, self._capacity), -1, dtype=torch.int32, device=device)
         label_width = 0 if self.full else shape.group * shape.head_dim
         self._labels = torch.zeros(*heads, label_width, dtype=shape.dtype, device=device)
         never = _NEVER_REUSE if config.gate is None else config.gate
         self.thresholds = torch.full((shape.layers, shape.kv_heads), never, device=device)
-        self._checks, self._selections, self._selected, self._moved = torch.zeros(
-            4, *heads, dtype=torch.int64, device=device
-        )
+        self._norms = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
+        self._tally = torch.zeros(*heads, 4, dtype=torch.int64, device=device)  # checks, misses, rows, moves
 
     @property
     def resident_bytes(self) -> int:
@@ -110,6 +103,9 @@ class KVCache:
             return
         self._index.write_prompt(layer, rows[:, :, 0], table)
         self._labels[layer, slot] = 0  # no label: the first decode step selects
+        last = queries[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
+        scores = last @ rows[:, :, 0].float().permute(1, 2, 0) * self._scale  # [kv_heads, group, T]
+        self._norms[layer, slot] = scores.logsumexp(-1).flatten()
         resident, members = self._resident[layer, slot], self._members[layer, slot]
         by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
         head = min(self._sinks, total)
@@ -129,8 +125,8 @@ class KVCache:
         else:
             chosen = self._rank_prompt(by_head[:, self._sinks : total - self._recent, 0], queries)
         count = chosen.shape[1]
-        members[:, :count] = chosen
-        self._stamps[layer, slot, :, :count] = torch.arange(count - 1, -1, -1, device=resident.device)
+        members[:, :count] = chosen.int()
+        self._stamps[layer, slot, :, :count] = torch.arange(count - 1, -1, -1, device=resident.device).int()
         heads = torch.arange(self.shape.kv_heads, device=resident.device).unsqueeze(1)
         resident[:, self._first : self._first + count] = by_head[heads, chosen]
 
@@ -144,20 +140,11 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- decode
 
-    def batch(self, lengths: Tensor, table: Tensor) -> Batch:
-        """The shared part of a decode step. lengths: [B] int64 with the new token; table: [B, max_blocks]."""
-        active = (lengths > 0).nonzero().squeeze(1)
-        at = (lengths[active] - 1).unsqueeze(1)
-        blocks, offsets = locate(at, table[active], self.shape.block_tokens)
-        previous, _ = locate(
-            (at - self.shape.block_tokens).clamp_min(0), table[active], self.shape.block_tokens
-        )
-        return Batch(lengths, table, blocks.squeeze(1), offsets.squeeze(1), previous.squeeze(1), active)
-
     def prefetch(self, layer: int, query: Tensor, batch: Batch) -> None:
         """Gate, select and fetch for a layer with a predicted query, ahead of the layer itself."""
         # The layer has not appended the new token yet: what that will displace still stands in the ring.
-        self._refresh(layer, query, batch, batch.lengths - 1)
+        fresh = self._select(layer, query, batch, self._recent + 1)
+        self._fetch(layer, fresh, batch)
 
     def attend(self, layer: int, query: Tensor, kv: Tensor, batch: Batch, *, select: bool = True) -> Tensor:
         """One layer of a decode step: append, gate, select, fetch, attend.
@@ -178,32 +165,45 @@ class KVCache:
         )  # fmt: skip
         if self.full:
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
-        self._index.write(layer, kv[batch.active, :, 0], batch.blocks, batch.offsets, batch.previous)
-        if select:
-            self._refresh(layer, query, batch, batch.lengths)
-        return attend(query, resident, members, batch.lengths, self._sinks, self._recent, self._scale)
-
-    def _refresh(self, layer: int, query: Tensor, batch: Batch, appended: Tensor) -> None:
-        """Gate, select and fetch; ``appended`` [B] int64 is the number of tokens that the layer holds."""
-        count = len(batch.lengths)
-        miss = gate(query, self._labels[layer, :count], self.thresholds[layer], batch.lengths)
-        products = self._index.products(layer, query, batch.table)
-        chosen = choose(products, miss, appended, self._k, self._sinks, self._recent, self._scale)
-        selected, moved = fetch(
-            chosen, batch.lengths, batch.table, self._arena[:, layer], self._resident[layer, :count],
-            self._members[layer, :count], self._stamps[layer, :count], self._first,
+        self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
+        fresh = self._select(layer, query, batch, self._recent) if select else None
+        # The rows that are held are attended while the others are on their way.
+        partial = attend_held(
+            query, resident, members, batch.lengths, fresh, self._sinks, self._recent, self._scale
+        )
+        if fresh is not None:
+            self._fetch(layer, fresh, batch)
+        return attend_fresh(
+            partial, query, resident, batch.lengths, fresh, self._norms[layer, :count], self._first,
+            self._scale,
         )  # fmt: skip
-        self._checks[layer, :count] += (batch.lengths > 0).unsqueeze(1)
-        self._selections[layer, :count] += miss
-        self._selected[layer, :count] += selected
-        self._moved[layer, :count] += moved
+
+    def _select(self, layer: int, query: Tensor, batch: Batch, tail: int) -> Fresh:
+        """Gate and select; the last ``tail`` tokens are no candidates."""
+        count = len(batch.lengths)
+        tally = self._tally[layer, :count]
+        miss = gate(query, self._labels[layer, :count], self.thresholds[layer], batch.lengths, tally)
+        keys = self._index.weigh(
+            layer, query, self._norms[layer, :count], miss, batch.lengths, batch.table, self._sinks, tail,
+            self._scale,
+        )  # fmt: skip
+        return choose(
+            keys, miss, batch.lengths, tail, self._members[layer, :count], self._stamps[layer, :count], tally,
+            self._k,
+        )  # fmt: skip
+
+    def _fetch(self, layer: int, fresh: Fresh, batch: Batch) -> None:
+        count = len(batch.lengths)
+        fetch(
+            fresh, self._members[layer, :count], batch.table, self._arena[:, layer],
+            self._resident[layer, :count], self._first,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------- accounting
 
     def reset_stats(self, slot: int) -> None:
         """Begin to count anew for the next sequence of a slot."""
-        for counter in (self._checks, self._selections, self._selected, self._moved):
-            counter[:, slot] = 0
+        self._tally[:, slot] = 0
 
     def stats(self, slot: int, tokens: int, steps: int) -> CacheStats:
         """What the cache did for the sequence in a slot. Waits for the device.
@@ -211,13 +211,13 @@ class KVCache:
         Args:
             tokens: length of the sequence; steps: decode steps that it took.
         """
-        moved = int(self._moved[:, slot].sum())
+        checks, selections, selected, moved = self._tally[:, slot].sum((0, 1)).tolist()
         return CacheStats(
             steps=steps,
             head_steps=steps * self.shape.layers * self.shape.kv_heads,
-            gate_checks=int(self._checks[:, slot].sum()),
-            selections=int(self._selections[:, slot].sum()),
-            selected_rows=int(self._selected[:, slot].sum()),
+            gate_checks=checks,
+            selections=selections,
+            selected_rows=selected,
             fetched_rows=moved,
             fetched_bytes=moved * self.shape.row_bytes,
             resident_bytes=self._resident[:, slot].nbytes,

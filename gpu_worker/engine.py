@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpu_worker.cache import KVCache
+from gpu_worker.cache import Batch, KVCache
 from gpu_worker.model import Decoder
 from gpu_worker.prefill import Prefill
 from kernels.sample import sample
@@ -86,7 +86,7 @@ class Engine:
         lengths = self._lengths[:slots]
         lengths += lengths > 0
         pages = -(-longest // decoder.shape.block_tokens)
-        batch = cache.batch(lengths, self._table[:slots, :pages])
+        batch = Batch(lengths, self._table[:slots, :pages])
         hidden = decoder.embed(self._tokens[:slots])
         rope = decoder.rope((lengths - 1).clamp_min(0))
         for layer in range(decoder.shape.layers):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from gpu_worker.shape import KVShape
-from kernels.encode import CODES_PER_BYTE, encode
-from kernels.select import scan, scan_exact
+from kernels.encode import CODES_PER_BYTE, encode, encode_new
+from kernels.select import scan_exact, weigh, weigh_codes
 
 
 class Index(Protocol):
-    """Estimates the products of queries with every key of a sequence, addressed by the arena's block ids."""
+    """Tells what every row of a sequence is worth to a query, addressed by the arena's block ids."""
 
     token_bytes: int
     """Bytes that the index takes on the worker per token, all layers and heads together."""
@@ -19,22 +19,29 @@ class Index(Protocol):
     def write_prompt(self, layer: int, keys: Tensor, table: Tensor) -> None:
         """Index a whole prompt. keys: [T, kv_heads, head_dim]; table: [max_blocks] int64."""
 
-    def write(self, layer: int, keys: Tensor, blocks: Tensor, offsets: Tensor, previous: Tensor) -> None:
-        """Index one new key a sequence.
+    def write(self, layer: int, keys: Tensor, lengths: Tensor, table: Tensor) -> None:
+        """Index the newest key of each sequence.
 
-        keys: [N, kv_heads, head_dim]; blocks, offsets: [N] int64, where the new key stands;
-        previous: [N] int64, the block before that one (the same at the start of a sequence).
+        keys: [B, kv_heads, head_dim]; lengths: [B] int64, with that key; table: [B, max_blocks] int64.
         """
 
-    def products(self, layer: int, query: Tensor, table: Tensor) -> Tensor:
-        """query [B, query_heads, head_dim], table [B, max_blocks] to [B, kv_heads, group, T] float32."""
+    def weigh(
+        self,
+        layer: int,
+        query: Tensor,
+        norm: Tensor,
+        miss: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        sinks: int,
+        tail: int,
+        scale: float,
+    ) -> Tensor:
+        """Keys [B, kv_heads, T] int16; the arguments are those of ``kernels.select.weigh_codes``."""
 
 
 class TwoBitIndex:
-    """Rotated 2-bit codes (``kernels.encode``).
-
-    A block's centre is the mean of its keys when it is filled by a prompt; a block that decoding opens takes
-    over the centre of the block before it, since its own mean is not known yet.
+    """Rotated 2-bit codes (``kernels.encode``), centred on the mean of their block where a prompt filled it.
 
     Args:
         shape: of the model's KV.
@@ -64,20 +71,28 @@ class TwoBitIndex:
             self._codes[layer, block, :, : len(part)] = codes.transpose(0, 1)
             self._scales[layer, block, :, : len(part)] = scales.transpose(0, 1)
 
-    def write(self, layer: int, keys: Tensor, blocks: Tensor, offsets: Tensor, previous: Tensor) -> None:
-        opened = (offsets == 0)[:, None, None]
-        source = blocks.where(offsets != 0, previous)
-        first = opened & (source == blocks)[:, None, None]  # the first token of a sequence centres on itself
-        centre = torch.where(first, keys.float(), self._centres[layer, source])
-        self._centres[layer, blocks] = centre
-        codes, scales = encode(keys, centre, self._rotation)
-        self._codes[layer, blocks, :, offsets] = codes
-        self._scales[layer, blocks, :, offsets] = scales
+    def write(self, layer: int, keys: Tensor, lengths: Tensor, table: Tensor) -> None:
+        encode_new(
+            keys, lengths, table, self._codes[layer], self._scales[layer], self._centres[layer],
+            self._rotation,
+        )  # fmt: skip
 
-    def products(self, layer: int, query: Tensor, table: Tensor) -> Tensor:
-        return scan(
-            query, self._codes[layer], self._scales[layer], self._centres[layer], self._rotation, table
-        )
+    def weigh(
+        self,
+        layer: int,
+        query: Tensor,
+        norm: Tensor,
+        miss: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        sinks: int,
+        tail: int,
+        scale: float,
+    ) -> Tensor:
+        return weigh_codes(
+            query, self._codes[layer], self._scales[layer], self._centres[layer], self._rotation, norm, miss,
+            lengths, table, sinks, tail, scale,
+        )  # fmt: skip
 
 
 class ExactIndex:
@@ -91,8 +106,20 @@ class ExactIndex:
     def write_prompt(self, layer: int, keys: Tensor, table: Tensor) -> None:
         """Nothing to do: the keys are in the arena already."""
 
-    def write(self, layer: int, keys: Tensor, blocks: Tensor, offsets: Tensor, previous: Tensor) -> None:
+    def write(self, layer: int, keys: Tensor, lengths: Tensor, table: Tensor) -> None:
         """Nothing to do: the keys are in the arena already."""
 
-    def products(self, layer: int, query: Tensor, table: Tensor) -> Tensor:
-        return scan_exact(query, self._arena[:, layer], table)
+    def weigh(
+        self,
+        layer: int,
+        query: Tensor,
+        norm: Tensor,
+        miss: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        sinks: int,
+        tail: int,
+        scale: float,
+    ) -> Tensor:
+        products = scan_exact(query, self._arena[:, layer], table)
+        return weigh(products, norm, lengths, sinks, tail, scale)

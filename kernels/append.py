@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.cuda import launch
 from kernels.paging import locate
 
 
@@ -29,9 +30,18 @@ def append(
         table: [B, max_blocks] int64, block ids in the arena.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
         resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
-        members: [B, kv_heads, C] int64, the position that each row of the set holds, -1 where empty.
-        stamps: [B, kv_heads, C] int64, length of the sequence when the row was last selected.
+        members: [B, kv_heads, C] int32, the position that each row of the set holds, -1 where empty.
+        stamps: [B, kv_heads, C] int32, length of the sequence when the row was last selected.
     """
+    if kv.is_cuda:
+        chunks = kv[0, 0].nbytes // 16
+        launch(
+            "append.cu", "append", (kv.shape[1], len(kv)), chunks,
+            [kv, lengths, table, table.stride(0), arena, arena.stride(0) * arena.itemsize, resident, members,
+             stamps, sinks, recent, members.shape[2]],
+            BLOCK_TOKENS=arena.shape[2],
+        )  # fmt: skip
+        return
     active = (lengths > 0).nonzero().squeeze(1)
     at = lengths[active] - 1  # position of the new token
     blocks, offsets = locate(at.unsqueeze(1), table[active], arena.shape[2])
@@ -43,6 +53,6 @@ def append(
     moves = (home >= 0) & (home < members.shape[2])
     rows, home = active[moves], home[moves]
     resident[rows, :, sinks + recent + home] = resident[rows, :, ring[moves]]
-    members[rows, :, home] = oldest[moves].unsqueeze(1)
-    stamps[rows, :, home] = at[moves].unsqueeze(1)
+    members[rows, :, home] = oldest[moves].unsqueeze(1).int()
+    stamps[rows, :, home] = at[moves].unsqueeze(1).int()
     resident[active, :, ring] = kv[active]

@@ -1,35 +1,148 @@
 """Attention of one decode step: over the resident rows, or over the whole KV for reference."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.cuda import ELEMENTS, launch
 from kernels.paging import gather_tokens
+from kernels.select import Fresh
+
+_SPLIT_ROWS = 128  # rows a block of threads attends; the same for any batch, so that its result is too
+_THREADS = 128
+_QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
-def attend(
-    query: Tensor, resident: Tensor, members: Tensor, lengths: Tensor, sinks: int, recent: int, scale: float
-) -> Tensor:
-    """Dense attention over ``[sinks | recent ring | set]``; keys carry RoPE, so their order does not matter.
+class Partial(NamedTuple):
+    """Attention over some of the rows, in S parts, before normalisation."""
+
+    out: Tensor  # [B, kv_heads, S, group, head_dim] float32, sum of exp(score - peak) * value
+    total: Tensor  # [B, kv_heads, S, group] float32, sum of exp(score - peak)
+    peak: Tensor  # [B, kv_heads, S, group] float32, largest score, -inf where there was no row
+
+
+def attend_held(
+    query: Tensor,
+    resident: Tensor,
+    members: Tensor,
+    lengths: Tensor,
+    fresh: Fresh | None,
+    sinks: int,
+    recent: int,
+    scale: float,
+) -> Partial:
+    """Attention over ``[sinks | recent ring | set]`` but the rows that are still on their way.
+
+    Keys carry RoPE, so their order does not matter.
 
     Args:
         query: [B, query_heads, head_dim].
         resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
-        members: [B, kv_heads, C] int64, -1 where a row of the set is empty.
+        members: [B, kv_heads, C] int32, -1 where a row of the set is empty.
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
+        fresh: rows to leave out.
+    """
+    if query.is_cuda:
+        splits = -(-resident.shape[2] // _SPLIT_ROWS)
+        shape = (len(query), members.shape[1], splits, query.shape[1] // members.shape[1])
+        partial = Partial(
+            torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
+            torch.empty(shape, dtype=torch.float32, device=query.device),
+            torch.empty(shape, dtype=torch.float32, device=query.device),
+        )
+        _launch(
+            "attend_held", splits, query, resident,
+            [query, resident, members, lengths, *_pointers(fresh), *partial, splits, members.shape[1],
+             sinks + recent, members.shape[2], 0 if fresh is None else fresh.slots.shape[2], scale],
+        )  # fmt: skip
+        return partial
+    always = torch.arange(sinks + recent, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
+    held = torch.cat([always.unsqueeze(1).expand(-1, members.shape[1], -1), members >= 0], dim=2)
+    if fresh is not None:
+        held = torch.nn.functional.pad(held, (0, 1))
+        entries = torch.arange(fresh.slots.shape[2], device=lengths.device)
+        coming = (fresh.slots.long() + sinks + recent).where(
+            entries < fresh.counts.unsqueeze(2), held.shape[2] - 1
+        )
+        held = held.scatter_(2, coming, False)[..., :-1]
+    return _partial(query, resident, held, scale)
+
+
+def attend_fresh(
+    partial: Partial,
+    query: Tensor,
+    resident: Tensor,
+    lengths: Tensor,
+    fresh: Fresh | None,
+    norm: Tensor,
+    first: int,
+    scale: float,
+) -> Tensor:
+    """Add the rows that have arrived meanwhile, and normalise.
+
+    Args:
+        partial: of ``attend_held``.
+        query: [B, query_heads, head_dim].
+        resident: [B, kv_heads, first + C, 2, head_dim].
+        lengths: [B] int64; 0 for a slot not in use, whose result is undefined.
+        fresh: the rows that ``attend_held`` left out.
+        norm: [B, query_heads] float32; becomes the log-sum-exp of the scores.
 
     Returns:
         [B, query_heads, head_dim], dtype of ``query``.
     """
-    always = torch.arange(sinks + recent, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
-    held = torch.cat([always.unsqueeze(1).expand(-1, members.shape[1], -1), members >= 0], dim=2)
-    grouped = query.view(
-        query.shape[0], members.shape[1], -1, query.shape[2]
-    )  # the group stands where SDPA has query positions
-    out = scaled_dot_product_attention(
-        grouped, resident[:, :, :, 0], resident[:, :, :, 1], attn_mask=held.unsqueeze(2), scale=scale
-    )
-    return out.flatten(1, 2)
+    if query.is_cuda:
+        out = torch.empty_like(query)
+        kv_heads = resident.shape[1]
+        _launch(
+            "attend_fresh", 1, query, resident,
+            [*partial, query, resident, lengths, *_pointers(fresh), norm, out, partial.out.shape[2], kv_heads,
+             first, resident.shape[2] - first, 0 if fresh is None else fresh.slots.shape[2], scale],
+        )  # fmt: skip
+        return out
+    parts = [partial]
+    if fresh is not None:
+        arrived = torch.arange(fresh.slots.shape[2], device=norm.device) < fresh.counts.unsqueeze(2)
+        places = (fresh.slots.long() + first).where(arrived, 0)[..., None, None]
+        rows = resident.gather(2, places.expand(-1, -1, -1, 2, resident.shape[4]))
+        parts.append(_partial(query, rows, arrived, scale))
+    out, total, peak = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+    highest = peak.amax(2, keepdim=True)
+    weight = (peak - highest).exp()
+    sums = (total * weight).sum(2)
+    latest = (highest.squeeze(2) + sums.log()).flatten(1)
+    norm.copy_(latest.where((lengths > 0).unsqueeze(1), norm))
+    out = (out * weight.unsqueeze(-1)).sum(2) / sums.unsqueeze(-1)
+    return out.flatten(1, 2).to(query.dtype)
+
+
+def _partial(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> Partial:
+    """Attention over the rows [B, kv_heads, R, 2, head_dim] where ``held`` [B, kv_heads, R], in one part."""
+    grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
+    scores = (grouped @ rows[:, :, :, 0].transpose(-1, -2)).float() * scale
+    scores = scores.masked_fill_(~held.unsqueeze(2), -torch.inf)
+    peak = scores.amax(-1)
+    weights = (scores - peak.clamp_min(-1e30).unsqueeze(-1)).exp()
+    out = (weights.to(rows.dtype) @ rows[:, :, :, 1]).float()
+    return Partial(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), peak.unsqueeze(2))
+
+
+def _pointers(fresh: Fresh | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if fresh is None else (fresh.slots, fresh.counts)
+
+
+def _launch(
+    name: str, splits: int, query: Tensor, resident: Tensor, args: list[Tensor | int | float | None]
+) -> None:
+    batch, kv_heads = resident.shape[:2]
+    group = query.shape[1] // kv_heads
+    launch(
+        "attend.cu", name, (splits * -(-group // _QUERY_TILE), kv_heads, batch), _THREADS, args,
+        ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=group, ROWS=_SPLIT_ROWS,
+        ROW_BYTES=resident[0, 0, 0].nbytes, THREADS=_THREADS, TILE=min(group, _QUERY_TILE),
+    )  # fmt: skip
 
 
 def attend_all(query: Tensor, arena: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:

@@ -1,9 +1,12 @@
 """Gate: a head keeps its rows while its query stays similar to the one that chose them."""
 
+import torch
 from torch import Tensor
 
+from kernels.cuda import ELEMENTS, launch
 
-def gate(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor) -> Tensor:
+
+def gate(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor, tally: Tensor) -> Tensor:
     """Which heads select anew; their labels become the current query, in place.
 
     The similarity is the cosine between the concatenated queries of a group (arXiv 2511.14510, head-wise
@@ -14,14 +17,26 @@ def gate(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor) -> Te
         label: [B, kv_heads, group * head_dim], query of the last selection; zeros where there is none.
         threshold: [kv_heads] float32; above 1 a head selects at every step.
         lengths: [B] int64; 0 for a slot not in use, which never selects.
+        tally: [B, kv_heads, 4] int64; the first grows by checks, the second by heads that select.
 
     Returns:
         [B, kv_heads] bool, True where the head selects.
     """
+    if query.is_cuda:
+        batch, kv_heads = label.shape[:2]
+        miss = torch.empty(batch, kv_heads, dtype=torch.bool, device=query.device)
+        launch(
+            "gate.cu", "gate", (kv_heads, batch), 128,
+            [query, label, threshold, lengths, tally, miss],
+            ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=query.shape[1] // kv_heads,
+        )  # fmt: skip
+        return miss
     current = query.reshape(label.shape).float()
     past = label.float()
     norms = (current.square().sum(-1) * past.square().sum(-1)).sqrt().clamp_min_(1e-30)
     cosine = (current * past).sum(-1) / norms
     miss = (cosine < threshold) & (lengths > 0).unsqueeze(1)
     label.copy_(query.reshape(label.shape).where(miss.unsqueeze(-1), label))
+    tally[..., 0] += (lengths > 0).unsqueeze(1)
+    tally[..., 1] += miss
     return miss

@@ -1,10 +1,44 @@
-"""Select: score every key of a head through the index and take the best rows."""
+"""Select: weigh every row of a head through the index, take the best, and say which of them have to move."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.cuda import ELEMENTS, launch
 from kernels.encode import unpack
 from kernels.paging import gather_tokens
+
+NEVER = -(2**15)  # key of a row that is no candidate
+KEYS_PER_NAT = 512  # resolution of a key
+
+_STRETCH = 512  # tokens that a block of threads weighs at a time
+_SCAN_BLOCKS = 8192  # enough to fill any GPU several times over
+_CHOOSE_THREADS = 1024
+_BINS = 2048
+
+
+class Fresh(NamedTuple):
+    """Rows of the set that have to be read from the arena: ``members`` says which position each one takes."""
+
+    slots: Tensor  # [B, kv_heads, k] int32, ascending; only the first ``counts`` of a head mean anything
+    counts: Tensor  # [B, kv_heads] int32
+
+
+def quantise(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated queries as 8-bit integers, for products with the codes of ``kernels.encode``.
+
+    Args:
+        query: [B, query_heads, head_dim].
+        rotation: [head_dim, head_dim] float32.
+
+    Returns:
+        (codes [B, query_heads, head_dim] int8, steps [B, query_heads] float32), of which the product is the
+        rotated query.
+    """
+    rotated = query.float() @ rotation
+    steps = rotated.abs().amax(-1).clamp_min_(1e-20) / 127
+    return (rotated / steps.unsqueeze(-1)).round_().to(torch.int8), steps
 
 
 def scan(
@@ -26,9 +60,11 @@ def scan(
     batch, _, dim = query.shape
     kv_heads, block_tokens = codes.shape[1], codes.shape[2]
     grouped = query.float().view(batch, kv_heads, -1, dim)
-    rotated = grouped @ rotation
+    integers, steps = quantise(query, rotation)
+    rotated = integers.float().view_as(grouped)
     levels = unpack(gather_tokens(codes, table)).float()  # [B, kv_heads, T, D]
     products = rotated @ levels.transpose(-1, -2) - 1.5 * rotated.sum(-1, keepdim=True)
+    products *= steps.view(batch, kv_heads, -1, 1)
     products *= gather_tokens(scales, table).float().unsqueeze(2)
     offsets = grouped @ centres[table].transpose(1, 2).transpose(-1, -2)  # [B, kv_heads, group, max_blocks]
     paged = products.view(*offsets.shape, block_tokens)
@@ -51,27 +87,141 @@ def scan_exact(query: Tensor, arena: Tensor, table: Tensor) -> Tensor:
     return grouped @ keys.transpose(-1, -2)
 
 
-def choose(
-    products: Tensor, miss: Tensor, lengths: Tensor, k: int, sinks: int, recent: int, scale: float
-) -> Tensor:
-    """The k rows with the largest softmax weight, averaged over the query group.
+def weigh(products: Tensor, norm: Tensor, lengths: Tensor, sinks: int, tail: int, scale: float) -> Tensor:
+    """What each row is worth to its query group: the logarithm of its softmax weight, summed over the group.
 
-    Sinks and the recent ring are attended anyway and never chosen.
+    The softmax is normalised with the sums of the step before, which cost nothing: attention has just left
+    them. On real text that chooses as well as exact sums do.
 
     Args:
         products: [B, kv_heads, group, T] float32, query times key.
-        miss: [B, kv_heads] bool, heads that select.
-        lengths: [B] int64.
+        norm: [B, query_heads] float32, log-sum-exp of the last attention.
+        lengths: [B] int64; candidates are all positions but the first ``sinks`` and the last ``tail``.
         scale: of the softmax.
 
     Returns:
-        [B, kv_heads, k] int64 positions, -1 where a head does not select or has no more candidates;
-        ascending, so that what follows does not depend on the other sequences of the batch.
+        [B, kv_heads, T] int16, ``KEYS_PER_NAT`` to a nat; ``NEVER`` for what is no candidate.
     """
+    weight = (products * scale - norm.view(*products.shape[:3], 1)).logsumexp(2)
+    keys = (weight * KEYS_PER_NAT).floor_().clamp_(NEVER + 1, -NEVER - 1).to(torch.int16)
     position = torch.arange(products.shape[-1], device=products.device)
-    candidate = (position >= sinks) & (position < (lengths - recent).unsqueeze(1))  # [B, T]
-    masked = products.mul(scale).masked_fill_(~candidate[:, None, None], -torch.inf)
-    weight = masked.softmax(-1).mean(2).masked_fill_(~candidate[:, None], -1.0)  # [B, kv_heads, T]
-    best, chosen = weight.topk(min(k, weight.shape[-1]), sorted=False)
-    chosen = chosen.masked_fill_((best < 0) | ~miss.unsqueeze(-1), -1)
-    return torch.nn.functional.pad(chosen, (k - chosen.shape[-1], 0), value=-1).sort(-1).values
+    candidate = (position >= sinks) & (position < (lengths - tail).unsqueeze(1))
+    return keys.masked_fill_(~candidate.unsqueeze(1), NEVER)
+
+
+def weigh_codes(
+    query: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    centres: Tensor,
+    rotation: Tensor,
+    norm: Tensor,
+    miss: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    sinks: int,
+    tail: int,
+    scale: float,
+) -> Tensor:
+    """``weigh`` of what ``scan`` estimates, without the products in between.
+
+    Args:
+        miss: [B, kv_heads] bool; the keys of other heads are undefined.
+
+    Returns:
+        [B, kv_heads, T] int16; undefined from ``lengths - tail`` on.
+    """
+    if not query.is_cuda:
+        products = scan(query, codes, scales, centres, rotation, table)
+        return weigh(products, norm, lengths, sinks, tail, scale)
+    batch, query_heads, dim = query.shape
+    kv_heads, block_tokens = codes.shape[1:3]
+    span = table.shape[1] * block_tokens
+    defines = {"ELEMENT": ELEMENTS[query.dtype], "DIM": dim, "GROUP": query_heads // kv_heads}
+    defines["BLOCK_TOKENS"] = block_tokens
+    integers = torch.empty(query.shape, dtype=torch.int8, device=query.device)
+    steps = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    launch(
+        "select.cu", "quantise", (kv_heads, batch), -(-dim // 32) * 32,
+        [query, rotation, miss, integers, steps], **defines,
+    )  # fmt: skip
+    keys = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=query.device)
+    blocks = min(-(-span // _STRETCH), max(1, -(-_SCAN_BLOCKS // (batch * kv_heads))))
+    launch(
+        "select.cu", "weigh_codes", (blocks, kv_heads, batch), 128,
+        [query, integers, steps, codes, scales, centres, norm, miss, lengths, table, table.shape[1],
+         table.stride(0), keys, sinks, tail, scale, float(KEYS_PER_NAT)], **defines,
+    )  # fmt: skip
+    return keys
+
+
+def choose(
+    keys: Tensor,
+    miss: Tensor,
+    lengths: Tensor,
+    tail: int,
+    members: Tensor,
+    stamps: Tensor,
+    tally: Tensor,
+    k: int,
+) -> Fresh:
+    """Put the k best rows of each head into its set, in place, without moving any row yet.
+
+    Rows that are resident are only marked; each other one takes the place of a row selected longest ago. Of
+    equal keys the lower position wins, of equally old rows the one in the lower slot leaves.
+
+    Args:
+        keys: [B, kv_heads, T] int16, from ``weigh``.
+        miss: [B, kv_heads] bool, heads that select.
+        lengths: [B] int64, the stamp of this step; 0 for a slot not in use, whose members may be anything.
+        tail: the last positions, whose keys are undefined.
+        members: [B, kv_heads, C] int32, the position that each row of the set holds, -1 where empty; C >= k.
+        stamps: [B, kv_heads, C] int32, length of the sequence when the row was last selected.
+        tally: [B, kv_heads, 4] int64; the third grows by rows chosen, the fourth by rows to move.
+
+    Returns:
+        The rows to move.
+    """
+    span, capacity = keys.shape[2], members.shape[2]
+    if keys.is_cuda:
+        fresh = Fresh(
+            torch.empty(*miss.shape, k, dtype=torch.int32, device=keys.device),
+            torch.empty(miss.shape, dtype=torch.int32, device=keys.device),
+        )
+        launch(
+            "select.cu", "choose", (miss.numel(),), _CHOOSE_THREADS,
+            [keys, span, tail, miss, lengths, members, stamps, tally, *fresh, k, capacity, miss.shape[1]],
+            shared=4 * (_BINS + 2 * k + capacity), THREADS=_CHOOSE_THREADS, BINS=_BINS,
+        )  # fmt: skip
+        return fresh
+    position = torch.arange(span, device=keys.device)
+    selects = (miss & (lengths > 0).unsqueeze(1)).unsqueeze(2)
+    keys = keys.masked_fill(position >= (lengths - tail)[:, None, None], NEVER)
+    order = keys.long() * span + (span - 1 - position)
+    best, chosen = order.masked_fill_(keys == NEVER, NEVER * span).topk(min(k, span), sorted=False)
+    valid = (best >= (NEVER + 1) * span) & selects
+    chosen = torch.nn.functional.pad(chosen.where(valid, span), (0, k - chosen.shape[2]), value=span)
+
+    # column `span` of both maps takes what is not there
+    known = members.long().where((members >= 0) & selects, span)
+    resident = torch.zeros(*members.shape[:2], span + 1, dtype=torch.bool, device=keys.device)
+    wanted = resident.scatter(2, chosen, True)
+    wanted[..., span] = False
+    resident.scatter_(2, known, True)
+    stamp = lengths[:, None, None].to(stamps.dtype)
+    stamps.copy_(stamp.where(wanted.gather(2, known), stamps))
+    resident[..., span] = True
+    missing = chosen.where(~resident.gather(2, chosen), span).sort(2).values  # ascending, then `span`
+    lacking = missing < span
+
+    slots = torch.arange(capacity, device=keys.device)
+    age = stamps.long() * capacity + slots
+    oldest = age.topk(k, dim=2, largest=False).indices
+    oldest = oldest.where(lacking, capacity).sort(2).values  # as many as are missing, ascending
+    for tensor, value in ((members, missing), (stamps, stamp.expand_as(missing))):
+        padded = torch.nn.functional.pad(tensor, (0, 1))
+        tensor.copy_(padded.scatter_(2, oldest, value.to(tensor.dtype))[..., :capacity])
+    count = lacking.sum(2)
+    tally[..., 2] += (chosen < span).sum(2)
+    tally[..., 3] += count
+    return Fresh(oldest.int(), count.int())

@@ -1,0 +1,30 @@
+// One block a (KV head, sequence), one thread a 16-byte chunk of the row.
+#include "common.cuh"
+
+extern "C" __global__ void append(
+    const uint4* kv, const int64* lengths, const int64* table, int64 table_width, char* arena,
+    int64 block_stride, uint4* resident, int* members, int* stamps, int64 sinks, int64 recent,
+    int64 capacity) {
+    const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x, chunk = threadIdx.x;
+    const int at = (int)lengths[batch] - 1;
+    if (at < 0) return;
+    const int chunks = blockDim.x;
+    const int64 line = (int64)batch * kv_heads + head;
+    const uint4 value = kv[line * chunks + chunk];
+    const int64 block = table[batch * table_width + at / BLOCK_TOKENS];
+    const int64 row = (int64)head * BLOCK_TOKENS + at % BLOCK_TOKENS;
+    ((uint4*)(arena + block * block_stride))[row * chunks + chunk] = value;
+
+    const int first = (int)(sinks + recent);
+    const int place = at < sinks ? at : (int)sinks + (at - (int)sinks) % (int)recent;
+    const int oldest = at - (int)recent, home = oldest - (int)sinks;
+    uint4* rows = resident + line * (first + capacity) * chunks;
+    if (home >= 0 && home < capacity) {
+        rows[(int64)(first + home) * chunks + chunk] = rows[(int64)place * chunks + chunk];
+        if (chunk == 0) {
+            members[line * capacity + home] = oldest;
+            stamps[line * capacity + home] = at;
+        }
+    }
+    rows[(int64)place * chunks + chunk] = value;
+}

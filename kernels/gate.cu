@@ -1,0 +1,34 @@
+// One block a (KV head, sequence).
+#include "common.cuh"
+
+extern "C" __global__ void gate(
+    const Element* query, Element* label, const float* threshold, const int64* lengths, int64* tally,
+    uint8* miss) {
+    __shared__ float room[32];
+    const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x;
+    const int64 line = (int64)batch * kv_heads + head;
+    if (lengths[batch] <= 0) {
+        if (threadIdx.x == 0) miss[line] = 0;
+        return;
+    }
+    query += line * GROUP * DIM;
+    label += line * GROUP * DIM;
+    float product = 0.f, now = 0.f, past = 0.f;
+    for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) {
+        const float a = to_float(query[i]), b = to_float(label[i]);
+        product += a * b;
+        now += a * a;
+        past += b * b;
+    }
+    product = block_sum(product, room);
+    now = block_sum(now, room);
+    past = block_sum(past, room);
+    const bool selects = product / fmaxf(sqrtf(now * past), 1e-30f) < threshold[head];
+    if (selects)
+        for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) label[i] = query[i];
+    if (threadIdx.x == 0) {
+        miss[line] = selects;
+        tally[line * 4] += 1;
+        tally[line * 4 + 1] += selects;
+    }
+}
