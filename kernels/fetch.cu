@@ -3,7 +3,9 @@
 // together (the GPU's reach of address translation into CPU memory is about 1 GiB).
 #include "common.cuh"
 
+#ifndef LOADS
 #define LOADS 4
+#endif
 #define CHUNKS (ROW_BYTES / 16)
 
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(

@@ -22,6 +22,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and none is visible here"))
+
+
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 tokens: the 256 bytes, pairs of small letters, and three special tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz"

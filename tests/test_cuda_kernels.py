@@ -1,0 +1,226 @@
+"""Every CUDA kernel against its reference on the CPU, on fresh random inputs and with poisoned outputs."""
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.pinning import pin
+from kernels.append import append
+from kernels.attend import attend_fresh, attend_held
+from kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
+from kernels.fetch import fetch
+from kernels.gate import gate
+from kernels.select import NEVER, Fresh, choose, weigh_codes
+
+pytestmark = pytest.mark.gpu
+
+SINKS, RECENT = 4, 64
+SHAPES = [  # head_dim, KV heads, group, dtype
+    (64, 3, 3, torch.float32),
+    (64, 3, 3, torch.bfloat16),
+    (64, 1, 16, torch.float16),
+    (80, 2, 1, torch.bfloat16),
+    (80, 2, 5, torch.float32),
+    (96, 2, 4, torch.float16),
+    (96, 1, 6, torch.float32),
+    (128, 8, 4, torch.bfloat16),
+    (128, 4, 7, torch.float16),
+    (128, 2, 12, torch.float32),
+    (256, 2, 2, torch.bfloat16),
+    (256, 1, 8, torch.float32),
+]
+BLOCK_TOKENS = 64
+shapes = pytest.mark.parametrize(("dim", "kv_heads", "group", "dtype"), SHAPES)
+
+
+def mapped(like: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of a CPU tensor in memory that the GPU reads in place, and the GPU's view of it."""
+    memory = mmap.mmap(-1, -(-like.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+    buffer = torch.from_numpy(np.frombuffer(memory, np.uint8, like.nbytes))
+    copy = buffer.view(like.dtype).view(like.shape).copy_(like)
+    return copy, pin(copy)
+
+
+def table_of(batch: int, pages: int) -> Tensor:
+    """Distinct blocks in random order, out of a few more than needed."""
+    return torch.randperm(batch * pages + 3)[: batch * pages].view(batch, pages)
+
+
+def same(*pairs: tuple[Tensor, Tensor]) -> None:
+    for expected, found in pairs:
+        assert torch.equal(expected, found.cpu())
+
+
+@shapes
+def test_append(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+    batch, pages, capacity = 4, 3, 20
+    table = table_of(batch, pages)
+    arena = torch.randn(len(table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
+    resident = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
+    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    stamps = members.clone()
+    _, arena_gpu = mapped(arena)
+    resident_gpu, members_gpu, stamps_gpu = resident.cuda(), members.cuda(), stamps.cuda()
+    starts = torch.tensor([0, 3, SINKS + RECENT - 2, 0])
+    for step in range(1, 100):
+        lengths = starts + step
+        lengths[3] = 0
+        kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
+        append(kv, lengths, table, arena, resident, members, stamps, SINKS, RECENT)
+        append(
+            kv.cuda(), lengths.cuda(), table.cuda(), arena_gpu, resident_gpu, members_gpu, stamps_gpu, SINKS,
+            RECENT,
+        )  # fmt: skip
+    same((arena, arena_gpu), (resident, resident_gpu), (members, members_gpu), (stamps, stamps_gpu))
+
+
+@shapes
+def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+    batch, pages = 3, 3
+    table = table_of(batch, pages)
+    blocks = len(table.flatten()) + 3
+    codes = torch.randint(0, 256, (blocks, kv_heads, BLOCK_TOKENS, dim // CODES_PER_BYTE), dtype=torch.uint8)
+    scales = torch.randn(blocks, kv_heads, BLOCK_TOKENS).half()
+    centres = torch.randn(blocks, kv_heads, dim)
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    index = codes.cuda(), scales.cuda(), centres.cuda()
+    for step in range(1, 2 * BLOCK_TOKENS + 4):
+        lengths = torch.tensor([step, step + 37, 0])
+        rows = torch.randn(batch, kv_heads, 2, dim).to(dtype)
+        encode_new(rows[:, :, 0], lengths, table, codes, scales, centres, rotation)
+        encode_new(rows.cuda()[:, :, 0], lengths.cuda(), table.cuda(), *index, rotation.cuda())
+    same((centres, index[2]))
+    different = unpack(codes) != unpack(index[0].cpu())
+    assert different.float().mean() < 1e-3, "entries between two levels may go either way"
+    torch.testing.assert_close(index[1].cpu(), scales, rtol=0.03, atol=1e-3)
+
+
+@shapes
+def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+    batch = 5
+    label = torch.randn(batch, kv_heads, group * dim).to(dtype)
+    label[0] = 0
+    query = (label.float() + torch.rand(batch, kv_heads, 1) * torch.randn_like(label.float())).to(dtype)
+    query = query.view(batch, kv_heads * group, dim)
+    threshold = torch.rand(kv_heads) * 0.4 + 0.6
+    lengths = torch.tensor([9, 1, 5, 0, 7])
+    tally = torch.randint(0, 99, (batch, kv_heads, 4))
+    label_gpu, tally_gpu = label.cuda(), tally.cuda()
+    miss_gpu = gate(query.cuda(), label_gpu, threshold.cuda(), lengths.cuda(), tally_gpu)
+    miss = gate(query, label, threshold, lengths, tally)
+    same((miss, miss_gpu), (label, label_gpu), (tally, tally_gpu))
+
+
+@shapes
+@pytest.mark.parametrize("block_tokens", [64, 256, 512])
+def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
+    batch, pages = 4, 1300 // block_tokens + 1
+    table = table_of(batch, pages)
+    blocks = len(table.flatten()) + 3
+    keys = torch.randn(blocks, kv_heads, block_tokens, dim) * 2
+    centres = torch.randn(blocks, kv_heads, dim)
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    codes, scales = encode(keys, centres.unsqueeze(2), rotation)
+    query = torch.randn(batch, kv_heads * group, dim).to(dtype)
+    norm = torch.randn(batch, kv_heads * group) * 3
+    miss = torch.rand(batch, kv_heads) < 0.8
+    lengths = torch.tensor([1300, RECENT + SINKS + 9, 3, 700])
+    inputs = [query, codes, scales, centres, rotation, norm, miss, lengths, table]
+    expected = weigh_codes(*inputs, SINKS, RECENT, dim**-0.5)  # type: ignore[call-arg]
+    on_gpu = [tensor.cuda() for tensor in inputs]
+    found = weigh_codes(*on_gpu, SINKS, RECENT, dim**-0.5).cpu()  # type: ignore[call-arg]
+    for b in range(batch):
+        end = max(0, int(lengths[b]) - RECENT)
+        for h in range(kv_heads):
+            if miss[b, h] and end > SINKS:
+                assert (found[b, h, :SINKS] == NEVER).all()
+                difference = found[b, h, SINKS:end].int() - expected[b, h, SINKS:end].int()
+                # a query entry between two 8-bit steps may go either way
+                assert difference.abs().max() <= 40 and difference.abs().float().mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("span", "k", "capacity", "spread"),
+    [(64, 6, 8, 9), (512, 128, 1024, 300), (6016, 128, 1024, 2000), (32768, 256, 2048, 9000),
+     (32768, 256, 2048, 3), (70016, 1500, 4096, 32767)],
+)  # fmt: skip
+def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
+    batch, kv_heads, tail = 3, 3, 5
+    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    stamps = members.clone()
+    tally = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
+    state = members.cuda(), stamps.cuda(), tally.cuda()
+    drift = torch.randn(batch, kv_heads, span)
+    for step in range(12):
+        lengths = torch.tensor([span - 12 + step, span // 3 + step, 0])
+        drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
+        keys = (drift * spread / 3).clamp(NEVER + 1, -NEVER - 1).to(torch.int16)
+        keys[..., :SINKS] = NEVER
+        miss = torch.rand(batch, kv_heads) < 0.8
+        fresh = choose(keys, miss, lengths, tail, members, stamps, tally, k)
+        found = choose(keys.cuda(), miss.cuda(), lengths.cuda(), tail, *state, k)
+        same((members, state[0]), (stamps, state[1]), (tally, state[2]), (fresh.counts, found.counts))
+        there = torch.arange(k) < fresh.counts.unsqueeze(2)
+        assert torch.equal(fresh.slots[there], found.slots.cpu()[there])
+
+
+@shapes
+@pytest.mark.parametrize("most", [0, 3, 60])
+def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int) -> None:
+    batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
+    table = table_of(batch, pages)
+    arena, arena_gpu = mapped(torch.randn(len(table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype))
+    resident = torch.randn(batch, kv_heads, first + capacity, 2, dim).to(dtype)
+    members = torch.randint(0, pages * BLOCK_TOKENS, (batch, kv_heads, capacity), dtype=torch.int32)
+    counts = torch.randint(0, most + 1, (batch, kv_heads), dtype=torch.int32)
+    slots = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :64].int()
+    resident_gpu = resident.cuda()
+    fetch(Fresh(slots, counts), members, table, arena, resident, first)
+    fetch(Fresh(slots.cuda(), counts.cuda()), members.cuda(), table.cuda(), arena_gpu, resident_gpu, first)
+    same((resident, resident_gpu))
+
+
+@shapes
+@pytest.mark.parametrize("capacity", [1, 100, 1024])
+def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacity: int) -> None:
+    batch, first, k, scale = 4, SINKS + RECENT, 200, dim**-0.5
+    lengths = torch.tensor([3, first + capacity // 2, 5000, 0])
+    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    members[1, :, : capacity // 2] = members[2] = 7
+    resident = torch.full((batch, kv_heads, first + capacity, 2, dim), torch.nan)
+    resident[0, :, :3] = torch.randn(kv_heads, 3, 2, dim)
+    resident[1, :, : first + capacity // 2] = torch.randn(kv_heads, first + capacity // 2, 2, dim)
+    resident[2] = torch.randn(kv_heads, first + capacity, 2, dim)
+    resident = resident.to(dtype)
+    query = 3 * torch.randn(batch, kv_heads * group, dim).to(dtype)
+    counts = torch.zeros(batch, kv_heads, dtype=torch.int32)
+    counts[2] = torch.randint(0, min(k, capacity) + 1, (kv_heads,))
+    slots = torch.zeros(batch, kv_heads, k, dtype=torch.int32)
+    chosen = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :k].int()
+    slots[..., : chosen.shape[2]] = chosen
+    norm = torch.randn(batch, kv_heads * group)
+    norm_gpu = norm.cuda()
+
+    full = Fresh(slots, counts)
+    partial = attend_held(
+        query.float(), resident.float().nan_to_num(), members, lengths, full, SINKS, RECENT, scale
+    )
+    expected = attend_fresh(
+        partial, query.float(), resident.float().nan_to_num(), lengths, full, norm, first, scale
+    )
+    on_gpu = [tensor.cuda() for tensor in (query, resident, members, lengths)]
+    fresh = Fresh(slots.cuda(), counts.cuda())
+    late = on_gpu[1].clone()  # the rows that are not there yet hold rubbish while the others are attended
+    for h in range(kv_heads):
+        late[2, h, first + slots[2, h, : counts[2, h]].long()] = torch.nan
+    held = attend_held(on_gpu[0], late, on_gpu[2], on_gpu[3], fresh, SINKS, RECENT, scale)
+    found = attend_fresh(held, on_gpu[0], on_gpu[1], on_gpu[3], fresh, norm_gpu, first, scale)
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(norm_gpu.cpu(), norm, rtol=1e-4, atol=1e-4)
+    nothing = attend_held(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], None, SINKS, RECENT, scale)
+    whole = attend_fresh(nothing, on_gpu[0], on_gpu[1], on_gpu[3], None, norm_gpu, first, scale)
+    torch.testing.assert_close(whole[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
