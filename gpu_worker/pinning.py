@@ -30,8 +30,8 @@ def pin(memory: Tensor) -> Tensor:
     """Register CPU memory with CUDA, in parallel and with a progress bar.
 
     Args:
-        memory: [blocks, ...], contiguous and page-aligned, its blocks a multiple of a page. It must outlive
-            the view and stays registered as long as the process runs.
+        memory: contiguous and page-aligned. It must outlive the view, and stays registered as long as the
+            process runs.
 
     Returns:
         The same memory as a tensor on the current CUDA device.
@@ -39,13 +39,12 @@ def pin(memory: Tensor) -> Tensor:
     Raises:
         ConfigError: CUDA refuses.
     """
-    base, block = memory.data_ptr(), memory[0].nbytes
-    step = max(1, _CHUNK_BYTES // block) * block  # the copy engine wants a block within one registration
+    base = memory.data_ptr()
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.init()  # type: ignore[no-untyped-call]
 
     def register(start: int) -> int:
-        size = min(step, memory.nbytes - start)
+        size = min(_CHUNK_BYTES, memory.nbytes - start)
         status = int(runtime.cudaHostRegister(base + start, size, _PORTABLE_MAPPED))
         if status:
             raise ConfigError(
@@ -61,7 +60,7 @@ def pin(memory: Tensor) -> Tensor:
             total=memory.nbytes, desc="Pinning", unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as bar,
     ):
-        for size in threads.map(register, range(0, memory.nbytes, step)):
+        for size in threads.map(register, range(0, memory.nbytes, _CHUNK_BYTES)):
             bar.update(size)
     view = torch.as_tensor(_Pointer(base, memory.nbytes), device=torch.device("cuda"))
     return view.view(memory.dtype).view(memory.shape)

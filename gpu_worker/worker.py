@@ -68,8 +68,8 @@ class Worker:
         attach = Attach(config.worker, os.getpid(), shape.block_tokens, shape.block_bytes)
         attached = self._store.attach(attach, ATTACH_SECONDS)
         shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
-        layout = (attached.blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim)
-        arena = shared.tensor(shape.dtype, layout)
+        layout = (shape.layers, shape.kv_heads, attached.blocks, shape.block_tokens, 2, shape.head_dim)
+        arena = shared.tensor(shape.dtype, layout).permute(2, 0, 1, 3, 4, 5)
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
         self._router: Dealer[FromWorker, ToWorker] = Dealer(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker

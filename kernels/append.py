@@ -37,8 +37,8 @@ def append(
         chunks = kv[0, 0].nbytes // 16
         launch(
             "append.cu", "append", (kv.shape[1], len(kv)), chunks,
-            [kv, lengths, table, table.stride(0), arena, arena.stride(0) * arena.itemsize, resident, members,
-             stamps, sinks, recent, members.shape[2]],
+            [kv, lengths, table, table.stride(0), arena, arena.stride(0) * arena.itemsize,
+             arena.stride(1) * arena.itemsize, resident, members, stamps, sinks, recent, members.shape[2]],
             BLOCK_TOKENS=arena.shape[2],
         )  # fmt: skip
         return

@@ -10,8 +10,9 @@ from kernels.cuda import ELEMENTS, launch
 from kernels.paging import gather_tokens
 from kernels.select import Fresh
 
-_SPLIT_ROWS = 128  # rows a block of threads attends; the same for any batch, so that its result is too
-_THREADS = 128
+_STAGE_BYTES = 64 * 1024  # of rows that a block of threads attends at a time; three fit a multiprocessor
+_MOST_ROWS = 256
+_THREADS = 256
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
@@ -45,7 +46,7 @@ def attend_held(
         fresh: rows to leave out.
     """
     if query.is_cuda:
-        splits = -(-resident.shape[2] // _SPLIT_ROWS)
+        splits = -(-resident.shape[2] // _rows_at_a_time(resident))
         shape = (len(query), members.shape[1], splits, query.shape[1] // members.shape[1])
         partial = Partial(
             torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
@@ -53,7 +54,7 @@ def attend_held(
             torch.empty(shape, dtype=torch.float32, device=query.device),
         )
         _launch(
-            "attend_held", splits, query, resident,
+            "attend_held", splits, splits, query, resident,
             [query, resident, members, lengths, *_pointers(fresh), *partial, splits, members.shape[1],
              sinks + recent, members.shape[2], 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
@@ -97,7 +98,7 @@ def attend_fresh(
         out = torch.empty_like(query)
         kv_heads = resident.shape[1]
         _launch(
-            "attend_fresh", 1, query, resident,
+            "attend_fresh", 1, partial.out.shape[2], query, resident,
             [*partial, query, resident, lengths, *_pointers(fresh), norm, out, partial.out.shape[2], kv_heads,
              first, resident.shape[2] - first, 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
@@ -133,15 +134,28 @@ def _pointers(fresh: Fresh | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if fresh is None else (fresh.slots, fresh.counts)
 
 
+def _rows_at_a_time(resident: Tensor) -> int:
+    """A power of two that does not depend on the batch, so that the result does not either."""
+    fitting = _STAGE_BYTES // resident[0, 0, 0].nbytes
+    return int(min(_MOST_ROWS, 1 << fitting.bit_length() - 1))
+
+
 def _launch(
-    name: str, splits: int, query: Tensor, resident: Tensor, args: list[Tensor | int | float | None]
+    name: str,
+    blocks: int,
+    splits: int,
+    query: Tensor,
+    resident: Tensor,
+    args: list[Tensor | int | float | None],
 ) -> None:
     batch, kv_heads = resident.shape[:2]
     group = query.shape[1] // kv_heads
+    dim, tile, rows = query.shape[2], min(group, _QUERY_TILE), _rows_at_a_time(resident)
+    row_bytes = resident[0, 0, 0].nbytes
     launch(
-        "attend.cu", name, (splits * -(-group // _QUERY_TILE), kv_heads, batch), _THREADS, args,
-        ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=group, ROWS=_SPLIT_ROWS,
-        ROW_BYTES=resident[0, 0, 0].nbytes, THREADS=_THREADS, TILE=min(group, _QUERY_TILE),
+        "attend.cu", name, (blocks * -(-group // tile), kv_heads, batch), _THREADS, args,
+        shared=max(rows * row_bytes, _THREADS // 32 * tile * dim * 4), ELEMENT=ELEMENTS[query.dtype], DIM=dim,
+        GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS, TILE=tile, MAX_SPLITS=splits,
     )  # fmt: skip
 
 

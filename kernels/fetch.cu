@@ -10,7 +10,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(
     const int* slots, const int* counts, const int* members, const int64* table, int64 table_width,
-    const char* arena, int64 block_stride, char* resident, int64 k, int64 capacity, int64 first, int64 lines,
+    const char* arena, int64 block_stride, int64 head_stride, char* resident, int64 k, int64 capacity, int64 first, int64 lines,
     int64 kv_heads) {
     extern __shared__ int starts[];  // [lines + 1], rows of the lines before
     __shared__ int room[32];
@@ -46,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(
             const int slot = slots[low * k + (row - starts[low])];
             const int position = members[low * capacity + slot];
             const int64 block = table[batch * table_width + position / BLOCK_TOKENS];
-            const int64 token = (int64)head * BLOCK_TOKENS + position % BLOCK_TOKENS;
-            const char* source = arena + block * block_stride + token * ROW_BYTES + chunk * 16;
+            const char* source = arena + block * block_stride + head * head_stride +
+                                 position % BLOCK_TOKENS * ROW_BYTES + chunk * 16;
             asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(values[load].x), "=r"(values[load].y), "=r"(values[load].z),
                            "=r"(values[load].w)

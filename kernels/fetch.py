@@ -25,7 +25,8 @@ def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident:
         launch(
             "fetch.cu", "fetch", (_BLOCKS,), _THREADS,
             [fresh.slots, fresh.counts, members, table, table.stride(0), arena,
-             arena.stride(0) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
+             arena.stride(0) * arena.itemsize,
+             arena.stride(1) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
              members.shape[1]],
             shared=4 * (lines + 1), BLOCK_TOKENS=arena.shape[2], ROW_BYTES=resident[0, 0, 0].nbytes,
             THREADS=_THREADS,

@@ -1,25 +1,54 @@
 // Select: 8-bit queries against 2-bit codes on the integer tensor cores, then the k best without sorting.
 #include "common.cuh"
 
-#define NEVER (-32768)
-
 #ifdef DIM
-// ------------------------------------------------------------------------------------------------- quantise
-// One block a (KV head, sequence), one thread an entry (rounded up to whole warps).
-extern "C" __global__ void quantise(
-    const Element* query, const float* rotation, const uint8* miss, int8* integers, float* steps) {
+// ------------------------------------------------------------------------------------------------- prepare
+// Blocks with z = 0 rotate and round the queries of one (KV head, sequence), one thread an entry; the others
+// multiply them with the centres of PREPARED pages each.
+extern "C" __global__ void prepare(
+    const Element* query, const float* rotation, const float* centres, const float* norm, const uint8* miss,
+    const int64* lengths, const int64* table, int64 pages, int64 table_width, int8* integers, float* steps,
+    float* centre_scores, float scale) {
     __shared__ float group[GROUP][DIM];
     __shared__ float room[32];
-    const int64 line = (int64)blockIdx.y * gridDim.x + blockIdx.x;
-    const int entry = threadIdx.x;
+    const int kv_heads = gridDim.x, head = blockIdx.x, batch = blockIdx.y;
+    const int64 line = (int64)batch * kv_heads + head;
     if (!miss[line]) return;
-    for (int i = entry; i < GROUP * DIM; i += blockDim.x) group[0][i] = to_float(query[line * GROUP * DIM + i]);
+    const int first_page = (blockIdx.z - 1) * PREPARED;
+    if (blockIdx.z > 0 && (int64)first_page * BLOCK_TOKENS >= lengths[batch]) return;
+    for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x)
+        group[0][i] = to_float(query[line * GROUP * DIM + i]);
     __syncthreads();
+    if (blockIdx.z > 0) {
+        const int lane = threadIdx.x % 32;
+        for (int i = threadIdx.x / 32; i < PREPARED; i += blockDim.x / 32) {
+            const int page = first_page + i;
+            if (page >= pages || (int64)page * BLOCK_TOKENS >= lengths[batch]) break;
+            const float* centre = centres + (table[batch * table_width + page] * kv_heads + head) * DIM;
+            float sums[GROUP];
+#pragma unroll
+            for (int q = 0; q < GROUP; q++) sums[q] = 0.f;
+#pragma unroll
+            for (int entry = lane; entry < DIM; entry += 32) {
+                const float value = centre[entry];
+#pragma unroll
+                for (int q = 0; q < GROUP; q++) sums[q] += group[q][entry] * value;
+            }
+#pragma unroll
+            for (int q = 0; q < GROUP; q++) {
+                const float sum = warp_sum(sums[q]);
+                if (lane == 0)
+                    centre_scores[(line * pages + page) * GROUP + q] = (sum * scale - norm[line * GROUP + q]) * LOG2E;
+            }
+        }
+        return;
+    }
+    const int entry = threadIdx.x;
     float rotated[GROUP];
 #pragma unroll
     for (int q = 0; q < GROUP; q++) rotated[q] = 0.f;
     if (entry < DIM) {
-#pragma unroll 8
+#pragma unroll 16
         for (int i = 0; i < DIM; i++) {
             const float weight = rotation[i * DIM + entry];
 #pragma unroll
@@ -35,14 +64,14 @@ extern "C" __global__ void quantise(
 }
 
 // --------------------------------------------------------------------------------------------- weigh_codes
-// A block takes stretches of 512 tokens of one (KV head, sequence), a warp 128 of them, 64 at a time: four
-// tiles of 16 tokens x 8 queries of mma.m16n8k32. The four planes of a byte of codes are four entries that lie
-// DIM / 4 apart; entries go through the tensor cores in the order in which the bytes hold them.
-#define WORDS (DIM / 16)             // 32-bit words of codes a token
-#define UNITS ((WORDS + 3) / 4)      // of them a lane
-#define COLUMNS ((GROUP + 7) / 8)    // tiles of 8 queries
-#define STRETCH 512  // 4 warps x 128 tokens
-#define PAGES (STRETCH / BLOCK_TOKENS > 1 ? STRETCH / BLOCK_TOKENS : 1)
+// A warp takes 64 tokens at a time and loads the next ones meanwhile: four tiles of 16 tokens x 8 queries of
+// mma.m16n8k32. The four planes of a byte of codes are four entries that lie DIM / 4 apart; entries go through
+// the tensor cores in the order in which the bytes hold them, doubled, and the accumulators start at -3 times
+// the sum of the queries: the levels are then odd numbers, twice those of the quantiser.
+#define WORDS (DIM / 16)           // 32-bit words of codes a token
+#define UNITS ((WORDS + 3) / 4)    // of them a lane
+#define COLUMNS ((GROUP + 7) / 8)  // tiles of 8 queries
+#define MAGIC 0x4b400000           // as float 1.5 * 2**23: integers added to it become floats without a conversion
 
 __device__ inline void mma(int (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -51,21 +80,65 @@ __device__ inline void mma(int (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ inline uint32 doubled(uint32 word, int plane) {
+    return (plane == 0 ? word << 1 : word >> (2 * plane - 1)) & 0x06060606;
+}
+
+struct Tokens {
+    uint32 words[4][2][UNITS];
+    uint32 scales;  // of tokens 2 * lane and 2 * lane + 1
+    int page;
+};
+
+__device__ inline void load(
+    Tokens& tokens, int base, const int64* blocks, int head, int kv_heads, const uint8* codes,
+    const uint16* scales) {
+    const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    tokens.page = base / BLOCK_TOKENS;
+    const int64 token = (blocks[tokens.page] * kv_heads + head) * BLOCK_TOKENS + base % BLOCK_TOKENS;
+    tokens.scales = __ldcs((const uint32*)(scales + token) + lane);
+#pragma unroll
+    for (int tile = 0; tile < 4; tile++)
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+            const int64 at = token + tile * 16 + side * 8 + row;
+            const uint32* source = (const uint32*)(codes + at * (DIM / 4)) + quad * UNITS;
+            uint32* words = tokens.words[tile][side];
+#if DIM % 64 == 0 && UNITS == 4
+            const uint4 loaded = __ldcs((const uint4*)source);
+            words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+#elif DIM % 32 == 0 && UNITS == 2
+            uint2 loaded = make_uint2(0, 0);
+            if (quad * UNITS < WORDS) loaded = __ldcs((const uint2*)source);
+            words[0] = loaded.x, words[1] = loaded.y;
+#else
+#pragma unroll
+            for (int unit = 0; unit < UNITS; unit++)
+                words[unit] = quad * UNITS + unit < WORDS ? __ldcs(source + unit) : 0;
+#endif
+        }
+}
+
 extern "C" __global__ void __launch_bounds__(128) weigh_codes(
-    const Element* query, const int8* integers, const float* steps, const uint8* codes, const uint16* scales,
-    const float* centres, const float* norm, const uint8* miss, const int64* lengths, const int64* table,
-    int64 pages, int64 table_width, short* keys, int64 sinks, int64 tail, float scale, float keys_per_nat) {
-    __shared__ float centre_scores[PAGES][COLUMNS * 8];
+    const int8* integers, const float* steps, const float* centre_scores, const uint8* codes,
+    const uint16* scales, const uint8* miss, const int64* lengths, const int64* table, int64 pages,
+    int64 table_width, short* keys, int64 sinks, int64 tail, float scale) {
     const int kv_heads = gridDim.y, head = blockIdx.y, batch = blockIdx.z;
     const int64 line = (int64)batch * kv_heads + head;
     if (!miss[line]) return;
     const int end = (int)(lengths[batch] - tail);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    const int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    const int stride = gridDim.x * 256;
+    int base = (blockIdx.x * 4 + threadIdx.x / 32) * 64;
+    if (base >= end) return;
     const int64* blocks = table + batch * table_width;
-    const int64 span = pages * BLOCK_TOKENS;
+    keys += line * pages * BLOCK_TOKENS;
+    Tokens next;
+    load(next, base, blocks, head, kv_heads, codes, scales);
 
     uint32 weights[COLUMNS][UNITS][4];  // queries as the B operand
-    float factor[COLUMNS][2], offset[COLUMNS][2];
+    float factor[COLUMNS][2];
+    int start[COLUMNS][2];
 #pragma unroll
     for (int column = 0; column < COLUMNS; column++) {
         int sum = 0;
@@ -83,100 +156,62 @@ extern "C" __global__ void __launch_bounds__(128) weigh_codes(
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
 #pragma unroll
-        for (int side = 0; side < 2; side++) {
-            const int mine = column * 8 + quad * 2 + side;
-            factor[column][side] = mine < GROUP ? steps[line * GROUP + mine] * scale * LOG2E : 0.f;
-            offset[column][side] = -1.5f * __shfl_sync(FULL_WARP, sum, (quad * 2 + side) * 4);
+        for (int pair = 0; pair < 2; pair++) {
+            const int mine = column * 8 + quad * 2 + pair;
+            factor[column][pair] = mine < GROUP ? steps[line * GROUP + mine] * scale * (LOG2E / 2) : 0.f;
+            start[column][pair] = MAGIC - 3 * __shfl_sync(FULL_WARP, sum, (quad * 2 + pair) * 4);
         }
     }
 
-    for (int start = blockIdx.x * STRETCH; start < end; start += gridDim.x * STRETCH) {
-        __syncthreads();
-        for (int item = warp; item < PAGES * COLUMNS * 8; item += 4) {
-            const int page = start / BLOCK_TOKENS + item / (COLUMNS * 8), member = item % (COLUMNS * 8);
-            float score = -INFINITE;
-            if (member < GROUP && page * BLOCK_TOKENS < end) {
-                score = 0.f;
-                const float* centre = centres + (blocks[page] * kv_heads + head) * DIM;
-                for (int i = lane; i < DIM; i += 32)
-                    score += to_float(query[(line * GROUP + member) * DIM + i]) * centre[i];
-                score = (warp_sum(score) * scale - norm[line * GROUP + member]) * LOG2E;
+    for (; base < end; base += stride) {
+        const Tokens tokens = next;
+        if (base + stride < end) load(next, base + stride, blocks, head, kv_heads, codes, scales);
+        float centre[COLUMNS][2];
+#pragma unroll
+        for (int column = 0; column < COLUMNS; column++)
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                const int mine = column * 8 + quad * 2 + pair;
+                centre[column][pair] =
+                    mine < GROUP ? centre_scores[(line * pages + tokens.page) * GROUP + mine] : -INFINITE;
             }
-            if (lane == 0) centre_scores[item / (COLUMNS * 8)][member] = score;
-        }
-        __syncthreads();
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int base = start + warp * 128 + half * 64;
-            if (base >= end) break;
-            const int page = base / BLOCK_TOKENS;
-            const int64 token = (blocks[page] * kv_heads + head) * BLOCK_TOKENS + base % BLOCK_TOKENS;
-            uint32 words[4][2][UNITS];
-            float magnitude[4][2];
+        for (int tile = 0; tile < 4; tile++) {
+            float magnitude[2], weight[2] = {0.f, 0.f};
 #pragma unroll
-            for (int tile = 0; tile < 4; tile++)
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
-                    const int64 at = token + tile * 16 + side * 8 + row;
-                    const uint32* source = (const uint32*)(codes + at * (DIM / 4)) + quad * UNITS;
-#if WORDS % 4 == 0 && UNITS == 4
-                    const uint4 loaded = *(const uint4*)source;
-                    words[tile][side][0] = loaded.x, words[tile][side][1] = loaded.y;
-                    words[tile][side][2] = loaded.z, words[tile][side][3] = loaded.w;
-#elif WORDS % 2 == 0 && UNITS == 2
-                    uint2 loaded = make_uint2(0, 0);
-                    if (quad * UNITS < WORDS) loaded = *(const uint2*)source;
-                    words[tile][side][0] = loaded.x, words[tile][side][1] = loaded.y;
-#else
-#pragma unroll
-                    for (int unit = 0; unit < UNITS; unit++)
-                        words[tile][side][unit] = quad * UNITS + unit < WORDS ? source[unit] : 0;
-#endif
-                    magnitude[tile][side] = half_to_float(scales[at]);
-                }
-#pragma unroll
-            for (int tile = 0; tile < 4; tile++) {
-                float scores[2][COLUMNS * 2];
-#pragma unroll
-                for (int column = 0; column < COLUMNS; column++) {
-                    int sums[4] = {0, 0, 0, 0};
-#pragma unroll
-                    for (int unit = 0; unit < UNITS; unit++) {
-                        const uint32 low = words[tile][0][unit], high = words[tile][1][unit];
-#pragma unroll
-                        for (int plane = 0; plane < 4; plane += 2)
-                            mma(sums, low >> (2 * plane) & 0x03030303, high >> (2 * plane) & 0x03030303,
-                                low >> (2 * plane + 2) & 0x03030303, high >> (2 * plane + 2) & 0x03030303,
-                                weights[column][unit][plane], weights[column][unit][plane + 1]);
-                    }
-#pragma unroll
-                    for (int side = 0; side < 2; side++)
-#pragma unroll
-                        for (int pair = 0; pair < 2; pair++)
-                            scores[side][column * 2 + pair] =
-                                (sums[side * 2 + pair] + offset[column][pair]) * factor[column][pair] *
-                                    magnitude[tile][side] +
-                                centre_scores[page - start / BLOCK_TOKENS][column * 8 + quad * 2 + pair];
-                }
-                short found[2];
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
-                    float peak = -INFINITE, sum = 0.f;
-#pragma unroll
-                    for (int i = 0; i < COLUMNS * 2; i++) peak = fmaxf(peak, scores[side][i]);
-                    peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, 1));
-                    peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, 2));
-#pragma unroll
-                    for (int i = 0; i < COLUMNS * 2; i++) sum += exp2f(scores[side][i] - peak);
-                    sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-                    sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-                    const float weight = (peak + log2f(sum)) * (LN2 * keys_per_nat);
-                    const int position = base + tile * 16 + side * 8 + row;
-                    const bool candidate = position >= sinks && position < end;
-                    found[side] = candidate ? (short)fminf(fmaxf(floorf(weight), NEVER + 1), -NEVER - 1) : NEVER;
-                }
-                if (quad < 2) keys[line * span + base + tile * 16 + quad * 8 + row] = quad ? found[1] : found[0];
+            for (int side = 0; side < 2; side++) {
+                const uint32 two = __shfl_sync(FULL_WARP, tokens.scales, tile * 8 + side * 4 + row / 2);
+                magnitude[side] = half_to_float((uint16)(row % 2 ? two >> 16 : two));
             }
+#pragma unroll
+            for (int column = 0; column < COLUMNS; column++) {
+                int sums[4] = {start[column][0], start[column][1], start[column][0], start[column][1]};
+#pragma unroll
+                for (int unit = 0; unit < UNITS; unit++) {
+                    const uint32 low = tokens.words[tile][0][unit], high = tokens.words[tile][1][unit];
+#pragma unroll
+                    for (int plane = 0; plane < 4; plane += 2)
+                        mma(sums, doubled(low, plane), doubled(high, plane), doubled(low, plane + 1),
+                            doubled(high, plane + 1), weights[column][unit][plane],
+                            weights[column][unit][plane + 1]);
+                }
+#pragma unroll
+                for (int side = 0; side < 2; side++)
+#pragma unroll
+                    for (int pair = 0; pair < 2; pair++)
+                        weight[side] += exp2f(
+                            (__int_as_float(sums[side * 2 + pair]) - __int_as_float(MAGIC)) *
+                                (magnitude[side] * factor[column][pair]) +
+                            centre[column][pair]);
+            }
+#pragma unroll
+            for (int side = 0; side < 2; side++) {
+                weight[side] += __shfl_xor_sync(FULL_WARP, weight[side], 1);
+                weight[side] += __shfl_xor_sync(FULL_WARP, weight[side], 2);
+            }
+            const int position = base + tile * 16 + quad * 8 + row;
+            const uint32 bits = __float_as_uint(quad ? weight[1] : weight[0]);
+            if (quad < 2) keys[position] = position >= sinks && position < end ? (short)(bits >> 16) : -1;
         }
     }
 }
@@ -184,155 +219,153 @@ extern "C" __global__ void __launch_bounds__(128) weigh_codes(
 
 #ifdef THREADS
 // -------------------------------------------------------------------------------------------------- choose
-// One block a (KV head, sequence). Keys are counted by their high 11 bits, then by the low 5 of the bin that
-// holds the k-th; positions are compacted in order; the set's members look themselves up among them.
+// One block a (KV head, sequence). The k best keys lie in the k best stretches of 16, by their largest key: those
+// are found first, and only they are looked at again. Then the set's members look themselves up among the chosen
+// positions. Keys are counted by their high 11 bits, then by the low 4 of the bin that holds the k-th.
 
-// The bin in which the running count of `bins`, from `highest` downwards (or upwards from 0), reaches `wanted`.
-__device__ inline void find_bin(
-    const int* bins, int count, bool downwards, int wanted, int* room, int* found, int* before_found) {
+__device__ inline uint32 rank_of(uint32 word, int half) { return ((word >> (half * 16)) + 1) & 0xffff; }
+
+// The bin in which the running count, from the last bin downwards or from the first upwards, reaches `wanted`;
+// -1 where it never does. `before` becomes the count of the bins before it.
+__device__ inline int find_bin(const int* bins, int count, bool downwards, int wanted, int* room, int& before) {
+    __shared__ int found, counted;
     const int per = (count + THREADS - 1) / THREADS;
+    if (threadIdx.x == 0) found = -1, counted = 0;
     int sum = 0;
     for (int i = 0; i < per; i++) {
         const int bin = threadIdx.x * per + i;
         if (bin < count) sum += bins[downwards ? count - 1 - bin : bin];
     }
     int total;
-    int before = block_before(sum, room, total);
+    int running = block_before(sum, room, total);
     for (int i = 0; i < per; i++) {
         const int bin = threadIdx.x * per + i;
         if (bin >= count) break;
         const int here = downwards ? count - 1 - bin : bin, held = bins[here];
-        if (before < wanted && before + held >= wanted) {
-            *found = here;
-            *before_found = before;
-        }
-        before += held;
+        if (running < wanted && running + held >= wanted) found = here, counted = running;
+        running += held;
     }
     __syncthreads();
+    before = counted;
+    const int result = found;
+    __syncthreads();
+    return result;
+}
+
+// The k-th largest of `count` ranks (0 is none), 0 where there are fewer; `above` becomes how many are larger.
+__device__ inline uint32 find_rank(
+    const uint16* ranks, int count, uint32 lowest, int k, int* bins, int* room, int& above) {
+    for (int bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS)
+        if (ranks[i] >= lowest) atomicAdd(&bins[ranks[i] >> 4], 1);
+    __syncthreads();
+    const int bin = find_bin(bins, BINS, true, k, room, above);
+    if (bin < 0) return 0;
+    if (threadIdx.x < 16) bins[threadIdx.x] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS)
+        if (ranks[i] >> 4 == bin && ranks[i] >= lowest) atomicAdd(&bins[ranks[i] & 15], 1);
+    __syncthreads();
+    int before;
+    const int low = find_bin(bins, 16, true, k - above, room, before);
+    above += before;
+    return (uint32)(bin * 16 + low);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) choose(
     const short* keys, int64 span, int64 tail, const uint8* miss, const int64* lengths, int* members,
     int* stamps, int64* tally, int* slots, int* counts, int64 k64, int64 capacity64, int64 kv_heads) {
     extern __shared__ int memory[];
-    const int k = (int)k64, capacity = (int)capacity64, thread = threadIdx.x;
-    int* bins = memory;              // [BINS]
-    int* chosen = bins + BINS;       // [k] positions, ascending
-    int* known = chosen + k;         // [k] whether resident
-    int* ages = known + k;           // [capacity] stamps + 1
-    __shared__ int room[32], warp_counts[2][32], found, before;
+    __shared__ int room[32];
+    const int k = (int)k64, capacity = (int)capacity64, thread = threadIdx.x, lane = thread % 32;
     const int64 line = blockIdx.x, batch = line / kv_heads;
     const int length = (int)lengths[batch];
     if (!miss[line] || length <= 0) {
         if (thread == 0) counts[line] = 0;
         return;
     }
-    const int end = max(0, min((int)span, length - (int)tail));
+    const int end = max(0, min((int)span, length - (int)tail)), groups = (end + 15) / 16;
+    int* bins = memory;                       // [BINS]
+    int* chosen = bins + BINS;                // [k] positions, ascending
+    int* active = chosen + k;                 // [k] stretches, ascending; then whether a position is resident
+    int* ages = active + k;                   // [capacity] stamps + 1
+    uint16* ranks = (uint16*)(ages + capacity);  // [k * 16] of the active stretches
+    uint16* tops = ranks + k * 16;            // [span / 16] largest of each stretch
     const uint4* source = (const uint4*)(keys + line * span);
-    const int warp = thread / 32, lane = thread % 32;
     members += line * capacity;
     stamps += line * capacity;
     slots += line * k;
 
-    // 1. the k-th largest key
-    for (int bin = thread; bin < BINS; bin += THREADS) bins[bin] = 0;
-    if (thread == 0) found = -1, before = 0;
-    __syncthreads();
-    for (int eight = thread; eight * 8 < end; eight += THREADS) {
-        const uint4 loaded = source[eight];
-        const uint32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    // 1. the k best stretches
+    for (int group = thread; group < groups; group += THREADS) {
+        const uint4 low = source[group * 2], high = source[group * 2 + 1];
+        const uint32 words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        uint32 top = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32 key = (words[i / 2] >> (i % 2 * 16) & 0xffff) ^ 0x8000;
-            if (key != 0 && eight * 8 + i < end) atomicAdd(&bins[key >> 5], 1);
-        }
+        for (int i = 0; i < 16; i++)
+            if (group * 16 + i < end) top = max(top, rank_of(words[i / 2], i % 2));
+        tops[group] = (uint16)top;
     }
     __syncthreads();
-    find_bin(bins, BINS, true, k, room, &found, &before);
-    const int bin = found;  // -1 where there are fewer than k candidates: all are chosen
-    int above = before;
-    uint32 lowest = 0;
-    if (bin >= 0) {
-        if (thread < 32) bins[thread] = 0;
-        __syncthreads();
-        for (int eight = thread; eight * 8 < end; eight += THREADS) {
-            const uint4 loaded = source[eight];
-            const uint32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const uint32 key = (words[i / 2] >> (i % 2 * 16) & 0xffff) ^ 0x8000;
-                if ((key >> 5) == bin && key != 0 && eight * 8 + i < end) atomicAdd(&bins[key & 31], 1);
-            }
-        }
-        __syncthreads();
-        find_bin(bins, 32, true, k - above, room, &found, &before);
-        lowest = bin * 32 + found;
-        above += before;
+    int above, sum;
+    const uint32 top = max(1u, find_rank(tops, groups, 1, k, bins, room, above));
+    const int equals = k - above;
+    int better = 0, same = 0;  // stretches before this round with a higher rank, with just this one
+    for (int first = 0; first < groups; first += THREADS) {
+        const int group = first + thread;
+        const uint32 rank = group < groups ? tops[group] : 0;
+        const int packed = block_before((rank > top) | (rank == top) << 16, room, sum);
+        const int place = better + (packed & 0xffff), equal = same + (packed >> 16);
+        if (rank > top || (rank == top && equal < equals)) active[place + min(equal, equals)] = group;
+        better += sum & 0xffff;
+        same += sum >> 16;
     }
-    const int ties = bin >= 0 ? k - above : 0;  // rows with just this key that are chosen
+    const int total = better + min(same, equals);
+    __syncthreads();
+    const int looked_at = total * 16;
+    for (int i = thread; i < total * 2; i += THREADS) {
+        const int group = active[i / 2];
+        const uint4 eight = source[group * 2 + i % 2];
+        const uint32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            ranks[i * 8 + j] = group * 16 + i % 2 * 8 + j < end ? (uint16)rank_of(words[j / 2], j % 2) : 0;
+    }
+    __syncthreads();
 
-    // 2. the chosen positions, in order: a warp takes a stretch
-    const int stretch = ((end + 31) / 32 + 255) / 256 * 256;
-    const int from = warp * stretch, to = min(end, from + stretch);
-    for (int writing = 0; writing < 2; writing++) {
-        int higher = writing ? warp_counts[0][warp] : 0, equal = writing ? warp_counts[1][warp] : 0;
-        for (int at = from + lane * 8; at - lane * 8 < to; at += 256) {
-            uint32 isabove = 0, isequal = 0;
-            if (at < to) {
-                const uint4 loaded = source[at / 8];
-                const uint32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    // 2. the k best positions among them, in order
+    const uint32 lowest = max(1u, find_rank(ranks, looked_at, top, k, bins, room, above));
+    const int ties = k - above;
+    better = same = 0;
+    for (int first = 0; first < looked_at; first += THREADS * 4) {
+        uint32 four[4];
+        int mine = 0;
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const uint32 key = (words[i / 2] >> (i % 2 * 16) & 0xffff) ^ 0x8000;
-                    if (at + i < to && key > lowest) isabove |= 1u << i;
-                    if (at + i < to && key == lowest && key != 0) isequal |= 1u << i;
-                }
-            }
-            const int mine = __popc(isabove) | __popc(isequal) << 16;
-            int inclusive = mine;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset <<= 1) {
-                const int other = __shfl_up_sync(FULL_WARP, inclusive, offset);
-                if (lane >= offset) inclusive += other;
-            }
-            if (writing && mine) {
-                int over = higher + ((inclusive - mine) & 0xffff), same = equal + ((inclusive - mine) >> 16);
-                for (int i = 0; i < 8; i++) {
-                    if (isabove >> i & 1) chosen[over++ + min(same, ties)] = at + i;
-                    if (isequal >> i & 1) {
-                        if (same < ties) chosen[over + same] = at + i;
-                        same++;
-                    }
-                }
-            }
-            const int sums = __shfl_sync(FULL_WARP, inclusive, 31);
-            higher += sums & 0xffff;
-            equal += sums >> 16;
+        for (int j = 0; j < 4; j++) {
+            const int i = first + thread * 4 + j;
+            four[j] = i < looked_at ? ranks[i] : 0;
+            mine += (four[j] > lowest) | (four[j] == lowest) << 16;
         }
-        if (!writing) {
-            if (lane == 0) warp_counts[0][warp] = higher, warp_counts[1][warp] = equal;
-            __syncthreads();
-            if (warp == 0) {
+        const int packed = block_before(mine, room, sum);
+        int place = better + (packed & 0xffff), equal = same + (packed >> 16);
 #pragma unroll
-                for (int which = 0; which < 2; which++) {
-                    const int mine = warp_counts[which][lane];
-                    int inclusive = mine;
-#pragma unroll
-                    for (int offset = 1; offset < 32; offset <<= 1) {
-                        const int other = __shfl_up_sync(FULL_WARP, inclusive, offset);
-                        if (lane >= offset) inclusive += other;
-                    }
-                    warp_counts[which][lane] = inclusive - mine;
-                    if (lane == 31) {
-                        if (which == 0) found = inclusive;
-                        else before = inclusive;
-                    }
-                }
+        for (int j = 0; j < 4; j++) {
+            const int i = first + thread * 4 + j;
+            if (i >= looked_at) break;
+            const int position = active[i / 16] * 16 + i % 16;
+            if (four[j] > lowest) chosen[place++ + min(equal, ties)] = position;
+            if (four[j] == lowest) {
+                if (equal < ties) chosen[place + equal] = position;
+                equal++;
             }
-            __syncthreads();
         }
+        better += sum & 0xffff;
+        same += sum >> 16;
     }
-    const int count = found + min(before, ties);
+    const int count = better + min(same, ties);
+    __syncthreads();
+    int* known = active;
     for (int i = thread; i < count; i += THREADS) known[i] = 0;
     __syncthreads();
 
@@ -358,7 +391,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) choose(
         const int i = base + thread;
         const int position = i < count ? chosen[i] : 0;
         const bool lacks = i < count && !known[i];
-        int sum;
         const int rank = missing + block_before(lacks, room, sum);
         // what is overwritten has been read by all threads: rank <= i, and block_before is a barrier
         if (lacks) chosen[rank] = position;
@@ -386,17 +418,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) choose(
             if (digit >= 0 && (same & ((1u << lane) - 1)) == 0) atomicAdd(&bins[digit], __popc(same));
         }
         __syncthreads();
-        find_bin(bins, 256, false, wanted, room, &found, &before);
-        prefix = prefix << 8 | (uint32)found;
+        int before;
+        prefix = prefix << 8 | (uint32)find_bin(bins, 256, false, wanted, room, before);
         wanted -= before;
     }
     const int per = (capacity + THREADS - 1) / THREADS;
-    int older = 0, same = 0;
+    int older = 0;
+    same = 0;
     for (int slot = thread * per; slot < min(capacity, (thread + 1) * per); slot++) {
         older += (uint32)ages[slot] < prefix;
         same += (uint32)ages[slot] == prefix;
     }
-    int sum;
     const int packed = block_before(older | same << 16, room, sum);
     older = packed & 0xffff, same = packed >> 16;
     for (int slot = thread * per; slot < min(capacity, (thread + 1) * per); slot++) {

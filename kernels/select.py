@@ -9,11 +9,10 @@ from kernels.cuda import ELEMENTS, launch
 from kernels.encode import unpack
 from kernels.paging import gather_tokens
 
-NEVER = -(2**15)  # key of a row that is no candidate
-KEYS_PER_NAT = 512  # resolution of a key
+NEVER = -1  # key of a row that is no candidate
 
-_STRETCH = 512  # tokens that a block of threads weighs at a time
-_SCAN_BLOCKS = 8192  # enough to fill any GPU several times over
+_WARP_TOKENS = 256  # that a warp weighs, one load after another
+_PAGES = 32  # whose centres a block of threads multiplies
 _CHOOSE_THREADS = 1024
 _BINS = 2048
 
@@ -88,7 +87,7 @@ def scan_exact(query: Tensor, arena: Tensor, table: Tensor) -> Tensor:
 
 
 def weigh(products: Tensor, norm: Tensor, lengths: Tensor, sinks: int, tail: int, scale: float) -> Tensor:
-    """What each row is worth to its query group: the logarithm of its softmax weight, summed over the group.
+    """What each row is worth to its query group: its softmax weight, summed over the group.
 
     The softmax is normalised with the sums of the step before, which cost nothing: attention has just left
     them. On real text that chooses as well as exact sums do.
@@ -100,10 +99,11 @@ def weigh(products: Tensor, norm: Tensor, lengths: Tensor, sinks: int, tail: int
         scale: of the softmax.
 
     Returns:
-        [B, kv_heads, T] int16, ``KEYS_PER_NAT`` to a nat; ``NEVER`` for what is no candidate.
+        [B, kv_heads, T] int16, the high bits of the weight as float32, which order as integers do; ``NEVER``
+        for what is no candidate.
     """
-    weight = (products * scale - norm.view(*products.shape[:3], 1)).logsumexp(2)
-    keys = (weight * KEYS_PER_NAT).floor_().clamp_(NEVER + 1, -NEVER - 1).to(torch.int16)
+    weight = (products * scale - norm.view(*products.shape[:3], 1)).exp().sum(2)
+    keys = (weight.view(torch.int32) >> 16).to(torch.int16)
     position = torch.arange(products.shape[-1], device=products.device)
     candidate = (position >= sinks) & (position < (lengths - tail).unsqueeze(1))
     return keys.masked_fill_(~candidate.unsqueeze(1), NEVER)
@@ -138,19 +138,23 @@ def weigh_codes(
     kv_heads, block_tokens = codes.shape[1:3]
     span = table.shape[1] * block_tokens
     defines = {"ELEMENT": ELEMENTS[query.dtype], "DIM": dim, "GROUP": query_heads // kv_heads}
-    defines["BLOCK_TOKENS"] = block_tokens
+    defines |= {"BLOCK_TOKENS": block_tokens, "PREPARED": _PAGES}
     integers = torch.empty(query.shape, dtype=torch.int8, device=query.device)
     steps = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    pages = table.shape[1]
+    centre_scores = torch.empty(
+        batch, kv_heads, pages, query_heads // kv_heads, dtype=torch.float32, device=query.device
+    )
     launch(
-        "select.cu", "quantise", (kv_heads, batch), -(-dim // 32) * 32,
-        [query, rotation, miss, integers, steps], **defines,
+        "select.cu", "prepare", (kv_heads, batch, 1 + -(-pages // _PAGES)), max(128, -(-dim // 32) * 32),
+        [query, rotation, centres, norm, miss, lengths, table, pages, table.stride(0), integers, steps,
+         centre_scores, scale], **defines,
     )  # fmt: skip
     keys = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=query.device)
-    blocks = min(-(-span // _STRETCH), max(1, -(-_SCAN_BLOCKS // (batch * kv_heads))))
     launch(
-        "select.cu", "weigh_codes", (blocks, kv_heads, batch), 128,
-        [query, integers, steps, codes, scales, centres, norm, miss, lengths, table, table.shape[1],
-         table.stride(0), keys, sinks, tail, scale, float(KEYS_PER_NAT)], **defines,
+        "select.cu", "weigh_codes", (-(-span // (4 * _WARP_TOKENS)), kv_heads, batch), 128,
+        [integers, steps, centre_scores, codes, scales, miss, lengths, table, pages, table.stride(0), keys,
+         sinks, tail, scale], **defines,
     )  # fmt: skip
     return keys
 
@@ -191,7 +195,7 @@ def choose(
         launch(
             "select.cu", "choose", (miss.numel(),), _CHOOSE_THREADS,
             [keys, span, tail, miss, lengths, members, stamps, tally, *fresh, k, capacity, miss.shape[1]],
-            shared=4 * (_BINS + 2 * k + capacity), THREADS=_CHOOSE_THREADS, BINS=_BINS,
+            shared=4 * (_BINS + 2 * k + capacity) + 32 * k + span // 8, THREADS=_CHOOSE_THREADS, BINS=_BINS,
         )  # fmt: skip
         return fresh
     position = torch.arange(span, device=keys.device)
@@ -199,7 +203,7 @@ def choose(
     keys = keys.masked_fill(position >= (lengths - tail)[:, None, None], NEVER)
     order = keys.long() * span + (span - 1 - position)
     best, chosen = order.masked_fill_(keys == NEVER, NEVER * span).topk(min(k, span), sorted=False)
-    valid = (best >= (NEVER + 1) * span) & selects
+    valid = (best >= 0) & selects
     chosen = torch.nn.functional.pad(chosen.where(valid, span), (0, k - chosen.shape[2]), value=span)
 
     # column `span` of both maps takes what is not there

@@ -1,6 +1,7 @@
 """Every CUDA kernel against its reference on the CPU, on fresh random inputs and with poisoned outputs."""
 
 import mmap
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,12 +37,18 @@ BLOCK_TOKENS = 64
 shapes = pytest.mark.parametrize(("dim", "kv_heads", "group", "dtype"), SHAPES)
 
 
-def mapped(like: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of a CPU tensor in memory that the GPU reads in place, and the GPU's view of it."""
-    memory = mmap.mmap(-1, -(-like.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-    buffer = torch.from_numpy(np.frombuffer(memory, np.uint8, like.nbytes))
-    copy = buffer.view(like.dtype).view(like.shape).copy_(like)
-    return copy, pin(copy)
+@cache
+def pinned() -> tuple[Tensor, Tensor]:
+    """256 MiB of CPU memory that the GPU reads in place, and the GPU's view of it."""
+    memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 2**28), np.uint8))
+    return memory, pin(memory)
+
+
+def mapped(like: Tensor) -> Tensor:
+    """The GPU's view of a copy of a CPU tensor in pinned CPU memory; there is one at a time."""
+    memory, view = pinned()
+    memory[: like.nbytes].view(like.dtype).view(like.shape).copy_(like)
+    return view[: like.nbytes].view(like.dtype).view(like.shape)
 
 
 def table_of(batch: int, pages: int) -> Tensor:
@@ -62,7 +69,7 @@ def test_append(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None
     resident = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
     members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
     stamps = members.clone()
-    _, arena_gpu = mapped(arena)
+    arena_gpu = mapped(arena)
     resident_gpu, members_gpu, stamps_gpu = resident.cuda(), members.cuda(), stamps.cuda()
     starts = torch.tensor([0, 3, SINKS + RECENT - 2, 0])
     for step in range(1, 100):
@@ -139,7 +146,7 @@ def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
                 assert (found[b, h, :SINKS] == NEVER).all()
                 difference = found[b, h, SINKS:end].int() - expected[b, h, SINKS:end].int()
                 # a query entry between two 8-bit steps may go either way
-                assert difference.abs().max() <= 40 and difference.abs().float().mean() < 2
+                assert difference.abs().max() <= 12 and difference.abs().float().mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
     for step in range(12):
         lengths = torch.tensor([span - 12 + step, span // 3 + step, 0])
         drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
-        keys = (drift * spread / 3).clamp(NEVER + 1, -NEVER - 1).to(torch.int16)
+        keys = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
         keys[..., :SINKS] = NEVER
         miss = torch.rand(batch, kv_heads) < 0.8
         fresh = choose(keys, miss, lengths, tail, members, stamps, tally, k)
@@ -172,7 +179,8 @@ def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
 def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int) -> None:
     batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
     table = table_of(batch, pages)
-    arena, arena_gpu = mapped(torch.randn(len(table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype))
+    arena = torch.randn(kv_heads, len(table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)
+    arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
     resident = torch.randn(batch, kv_heads, first + capacity, 2, dim).to(dtype)
     members = torch.randint(0, pages * BLOCK_TOKENS, (batch, kv_heads, capacity), dtype=torch.int32)
     counts = torch.randint(0, most + 1, (batch, kv_heads), dtype=torch.int32)

@@ -11,7 +11,7 @@ from kernels.fetch import fetch
 from kernels.gate import gate
 from kernels.paging import gather_tokens
 from kernels.sample import sample, uniform
-from kernels.select import KEYS_PER_NAT, NEVER, Fresh, choose, scan, scan_exact, weigh
+from kernels.select import NEVER, Fresh, choose, scan, scan_exact, weigh
 
 SINKS, RECENT, CAPACITY = 2, 4, 8
 SHAPES = [
@@ -169,10 +169,9 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
     keys = weigh(products, norm, lengths, SINKS, RECENT, 0.7)
     assert (keys[1] == NEVER).all()
     assert (keys[0, :, :SINKS] == NEVER).all() and (keys[0, :, 25:] == NEVER).all()
-    weight = (products[0] * 0.7 - norm[0].view(2, 3, 1)).exp().sum(1).log()
-    torch.testing.assert_close(
-        keys[0, :, SINKS:25].float() / KEYS_PER_NAT, weight[:, SINKS:25], rtol=0, atol=1.01 / KEYS_PER_NAT
-    )
+    weight = (products[0] * 0.7 - norm[0].view(2, 3, 1)).exp().sum(1)[:, SINKS:25]
+    found = (keys[0, :, SINKS:25].int() << 16).view(torch.float32)  # cut to 8 bits of mantissa
+    assert (found <= weight).all() and (weight <= found * (1 + 2**-7)).all()
 
 
 def test_choose_marks_what_is_resident_and_replaces_the_rows_selected_longest_ago() -> None:
@@ -182,7 +181,7 @@ def test_choose_marks_what_is_resident_and_replaces_the_rows_selected_longest_ag
     tally = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
     for step in range(20, 60):
         lengths = torch.tensor([step, step + 3, 0])
-        keys = torch.randint(-40, 40, (batch, kv_heads, span)).to(torch.int16)  # with ties
+        keys = torch.randint(0, 80, (batch, kv_heads, span)).to(torch.int16)  # with ties
         keys[..., :SINKS] = NEVER
         miss = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = members.tolist(), stamps.tolist(), tally.clone()
