@@ -15,6 +15,16 @@ ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _FOLDER = Path(__file__).parent
 
 
+class _Stream:
+    """A stream's handle under the protocol by which CUDA libraries exchange streams."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle  # version of the protocol, handle
+
+
 @cache
 def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
     import cupy  # here, because a machine without a GPU needs none
@@ -52,7 +62,7 @@ def launch(
 
     kernel = _kernel(file, name, tuple(defines.items()), shared)
     values = [_argument(value) for value in args]
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+    with cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
         kernel(grid, (threads,), values, shared_mem=shared)
 
 
