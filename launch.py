@@ -202,6 +202,13 @@ def parser() -> Parser:
         help="requests that one worker decodes together: more is a higher throughput and takes more memory "
         "on the worker (%(default)s)",
     )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=server.gpu_memory_utilization,
+        metavar="SHARE",
+        help="of each GPU's memory that may be used, weights included (%(default)s)",
+    )
     return root
 
 
@@ -228,6 +235,7 @@ def config_from(argv: list[str]) -> ServerConfig:
         stores=tuple(options.kvstore.split(",")),
         kv_bytes=options.kv_size,
         max_num_seqs=options.max_num_seqs,
+        gpu_memory_utilization=options.gpu_memory_utilization,
         host=options.host,
         port=options.port,
         log_level=options.log_level,

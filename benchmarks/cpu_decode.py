@@ -18,7 +18,7 @@ from examples.document import document
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from runtime.config import CacheConfig, ModelConfig
-from tests.reference import make_engine, prefill
+from tests.reference import arrived, make_engine, prefill, stats_of
 
 CONTEXT, STEPS = 6000, 40
 
@@ -26,13 +26,13 @@ CONTEXT, STEPS = 6000, 40
 def clo_step(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds of the median decode step, and rows fetched per step and head."""
     logits = prefill(engine, 0, prompt, CONTEXT + STEPS)
-    engine.sample(logits, [0])
+    arrived(engine, engine.start(0, logits))
     times = []
     for step in range(1, STEPS):
         began = time.perf_counter()
-        engine.sample(engine.forward(1, CONTEXT + step), [0])
+        arrived(engine, engine.step([0], CONTEXT + step))
         times.append(time.perf_counter() - began)
-    return median(times), engine.cache.stats(0, CONTEXT + STEPS - 1, STEPS - 1).rows_per_step_and_head
+    return median(times), stats_of(engine, CONTEXT + STEPS - 1, STEPS - 1).rows_per_step_and_head
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from gpu_worker.loader import load_decoder, resolve
 from runtime.config import CacheConfig, ModelConfig
 from runtime.messages import CacheStats, Text
 from runtime.text import Tokenizer
-from tests.reference import divergence, force, make_engine
+from tests.reference import divergence, force, make_engine, stats_of
 
 PROMPT, FORCED = 6000, 256
 CASES = {
@@ -38,7 +38,7 @@ def main() -> None:
     def measure(config: CacheConfig) -> tuple[Tensor, CacheStats]:
         engine = make_engine(decoder, config, slots=1, max_tokens=PROMPT + FORCED)
         logits = force(engine, prompt, continuation)
-        return logits, engine.cache.stats(0, PROMPT + FORCED - 1, FORCED - 1)
+        return logits, stats_of(engine, PROMPT + FORCED - 1, FORCED - 1)
 
     full, _ = measure(CacheConfig(attention="full"))
     results = []

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from gpu_worker.index import ExactIndex, Index, TwoBitIndex
 from gpu_worker.shape import KVShape
+from gpu_worker.streams import Branch
 from kernels.append import append
 from kernels.attend import attend_all, attend_fresh, attend_held
 from kernels.fetch import fetch
 from kernels.gate import gate
 from kernels.select import Fresh, choose
+from kernels.store import store
 from runtime.config import CacheConfig
 from runtime.messages import CacheStats
 
@@ -56,6 +58,9 @@ class KVCache:
         self._arena, self._scale = arena, scale
         self._sinks, self._recent, self._k = config.sinks, config.recent, config.select_k
         self._capacity = 0 if self.full else config.capacity
+        self._storing = Branch(device)  # rows of a prompt on their way to the arena
+        self._appending = Branch(device)  # a new row, while its step selects
+        self._fetching = Branch(device, urgent=True)  # rows on their way here, while the others are attended
         self._index: Index
         if config.attention == "clo":
             self._index = TwoBitIndex(shape, arena.shape[0], device)
@@ -96,9 +101,8 @@ class KVCache:
             table: [max_blocks] int64, the sequence's blocks.
         """
         total = rows.shape[0]
-        for start in range(0, total, self.shape.block_tokens):
-            part = rows[start : start + self.shape.block_tokens]
-            self._arena[table[start // self.shape.block_tokens], layer, :, : len(part)] = part.transpose(0, 1)
+        with self._storing.fork(rows):
+            store(rows, table, self._arena[:, layer])
         if self.full:
             return
         self._index.write_prompt(layer, rows[:, :, 0], table)
@@ -130,6 +134,10 @@ class KVCache:
         heads = torch.arange(self.shape.kv_heads, device=resident.device).unsqueeze(1)
         resident[:, self._first : self._first + count] = by_head[heads, chosen]
 
+    def join_prompt(self) -> None:
+        """All work to come finds the prompts' rows in the arena."""
+        self._storing.join()
+
     def _rank_prompt(self, keys: Tensor, queries: Tensor) -> Tensor:
         """Positions [kv_heads, capacity] of the keys that the last queries weigh most, best first."""
         kv_heads = self.shape.kv_heads
@@ -159,20 +167,26 @@ class KVCache:
         count = len(batch.lengths)
         arena = self._arena[:, layer]
         resident, members = self._resident[layer, :count], self._members[layer, :count]
-        append(
-            kv, batch.lengths, batch.table, arena, resident, members, self._stamps[layer, :count],
-            self._sinks, self._recent,
-        )  # fmt: skip
+        with self._appending.fork():
+            append(
+                kv, batch.lengths, batch.table, arena, resident, members, self._stamps[layer, :count],
+                self._sinks, self._recent,
+            )  # fmt: skip
+            if not self.full:
+                self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
+        if self.full or not select:
+            self._appending.join()
         if self.full:
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
-        self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
         fresh = self._select(layer, query, batch, self._recent) if select else None
-        # The rows that are held are attended while the others are on their way.
+        if fresh is not None:
+            with self._fetching.fork():
+                self._fetch(layer, fresh, batch)
         partial = attend_held(
             query, resident, members, batch.lengths, fresh, self._sinks, self._recent, self._scale
         )
         if fresh is not None:
-            self._fetch(layer, fresh, batch)
+            self._fetching.join()
         return attend_fresh(
             partial, query, resident, batch.lengths, fresh, self._norms[layer, :count], self._first,
             self._scale,
@@ -187,6 +201,7 @@ class KVCache:
             layer, query, self._norms[layer, :count], miss, batch.lengths, batch.table, self._sinks, tail,
             self._scale,
         )  # fmt: skip
+        self._appending.join()  # the new token is no candidate, so its row and code are wanted only now
         return choose(
             keys, miss, batch.lengths, tail, self._members[layer, :count], self._stamps[layer, :count], tally,
             self._k,
@@ -201,17 +216,21 @@ class KVCache:
 
     # ---------------------------------------------------------------------------------- accounting
 
-    def reset_stats(self, slot: int) -> None:
+    def tally(self, slot: int) -> Tensor:
+        """[4] int64 since ``reset_tally``: gate checks, heads that selected, rows selected, rows moved."""
+        return self._tally[:, slot].sum((0, 1))
+
+    def reset_tally(self, slot: int) -> None:
         """Begin to count anew for the next sequence of a slot."""
         self._tally[:, slot] = 0
 
-    def stats(self, slot: int, tokens: int, steps: int) -> CacheStats:
-        """What the cache did for the sequence in a slot. Waits for the device.
+    def stats(self, tally: list[int], tokens: int, steps: int) -> CacheStats:
+        """What the cache did for a sequence.
 
         Args:
-            tokens: length of the sequence; steps: decode steps that it took.
+            tally: of its slot; tokens: its length; steps: decode steps that it took.
         """
-        checks, selections, selected, moved = self._tally[:, slot].sum((0, 1)).tolist()
+        checks, selections, selected, moved = tally
         return CacheStats(
             steps=steps,
             head_steps=steps * self.shape.layers * self.shape.kv_heads,
@@ -220,7 +239,7 @@ class KVCache:
             selected_rows=selected,
             fetched_rows=moved,
             fetched_bytes=moved * self.shape.row_bytes,
-            resident_bytes=self._resident[:, slot].nbytes,
+            resident_bytes=self._resident[:, 0].nbytes,
             index_bytes=tokens * self._index.token_bytes,
             kv_bytes=tokens * self.shape.token_bytes,
         )

@@ -1,22 +1,73 @@
 """The decode step: from the last tokens of all slots to the next ones."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gpu_worker.cache import Batch, KVCache
+from gpu_worker.mailbox import Mailbox
 from gpu_worker.model import Decoder
 from gpu_worker.prefill import Prefill
+from gpu_worker.streams import Branch
 from kernels.sample import sample
 from runtime.config import CacheConfig
-from runtime.messages import Logprob, Sampling
+from runtime.messages import NO_STATS, CacheStats, Logprob, Sampling
+
+_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of the captured graphs
+
+
+class Posted(NamedTuple):
+    """A step on its way: its tokens come by mailbox."""
+
+    number: int
+    rows: list[int]  # of the entry and of the logits, one for each slot that was asked for
+    logits: Tensor  # [rows, vocab] float32; overwritten by the next step
+
+
+class Mark:
+    """A point in the device's work that the host can ask for. On the CPU it is always reached."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Work to come on the current stream waits for the mark."""
+        if self._event is not None:
+            self._event.wait()
+
+
+class Retirement:
+    """A slot on its way out: once ``mark`` is reached the device no longer touches it."""
+
+    def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
+        self._cache = cache
+        self._tally = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._tally.copy_(cache.tally(slot), non_blocking=True)
+        cache.reset_tally(slot)
+        self.mark = Mark(device)
+
+    def stats(self, tokens: int, steps: int) -> CacheStats:
+        """What the cache did for the sequence, ``tokens`` long, in ``steps`` decode steps."""
+        return self._cache.stats(self._tally.tolist(), tokens, steps) if steps else NO_STATS
 
 
 class Engine:
     """Model, cache and the state of every slot: length, blocks, current token, sampling parameters.
 
+    Nothing here waits for the device. On a GPU a decode step is one CUDA graph, from embedding to sampled
+    token, captured for a few batch sizes; a step takes the smallest that holds its highest slot.
+
     Args:
         decoder: the model.
-        arena: [blocks, layers, kv_heads, block_tokens, 2, head_dim].
+        arena: [blocks, layers, kv_heads, block_tokens, 2, head_dim], readable by the model's device.
         config: the knobs of the cache.
         slots: sequences at a time.
         max_tokens: longest sequence.
@@ -26,8 +77,13 @@ class Engine:
         self, decoder: Decoder, arena: Tensor, config: CacheConfig, slots: int, max_tokens: int
     ) -> None:
         self.decoder = decoder
-        device = decoder.device
+        self._device = device = decoder.device
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[int, Tensor] = {}
+        self.depth = 2 if device.type == "cuda" else 1
+        """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, decoder.scale, device)
+        self._ahead = Branch(device)
         prefetch = config.prefetch
         if prefetch == "auto":
             prefetch = "correct" if device.type == "cuda" else "off"
@@ -44,40 +100,120 @@ class Engine:
         self._top_p = torch.ones(slots, device=device)
         self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._greedy = [True] * slots
+        self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._mailbox = Mailbox(slots, device)
+        self._posted = 0
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the graphs, with a progress bar; on the CPU there is nothing to do."""
+        if self._device.type != "cuda":
+            return
+        slots = len(self._lengths)
+        sizes = [size for size in _BUCKETS if size < slots] + [slots]
+        pool = None
+        stream = torch.cuda.Stream()
+        # disable=None: shown only where stderr is a terminal
+        for size in tqdm(sizes[::-1], desc="Capturing graphs", disable=None):  # largest first, for one pool
+            with torch.cuda.stream(stream):
+                self._step(size)  # compiles what is not yet compiled; no slot is in use
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._logits[size] = self._step(size)
+            pool = graph.pool()
+            self._graphs[size] = graph
+        torch.cuda.synchronize()
+        self._mailbox.reset()
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
         """Begin the prefill of a sequence in a free slot."""
-        self._table[slot] = 0
-        self._table[slot, : len(blocks)] = torch.tensor(blocks)
+        row = torch.zeros(self._table.shape[1], dtype=torch.int64)
+        row[: len(blocks)] = torch.tensor(blocks)
+        self._table[slot] = row.to(self._device)
         return Prefill(self.decoder, self.cache, slot, tokens, self._table[slot])
 
+    @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
+        self.cache.join_prompt()
         self._lengths[slot] = length
         self._temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
         self._top_k[slot] = sampling.top_k
         self._seed[slot] = seed
-        self._greedy[slot] = sampling.temperature == 0
 
-    def release(self, slot: int) -> None:
-        """The slot is free again."""
+    @torch.inference_mode()
+    def retire(self, slot: int) -> Retirement:
+        """The sequence of a slot ends after the steps on their way."""
         self._lengths[slot] = 0
-        self.cache.reset_stats(slot)
+        return Retirement(self.cache, slot, self._device)
 
+    @torch.inference_mode()
     def feed(self, slot: int, token: int) -> None:
         """Replace the token that the next step reads (teacher forcing)."""
         self._tokens[slot] = token
 
     @torch.inference_mode()
-    def forward(self, slots: int, longest: int) -> Tensor:
-        """One decode step of slots 0 .. slots-1 with their current tokens.
+    def start(self, slot: int, logits: Tensor) -> Posted:
+        """Draw the first token of an activated slot from the logits [1, vocab] of its prefill."""
+        self._tokens[slot : slot + 1] = drawn = self._sample(logits, slice(slot, slot + 1))
+        self._mailbox.post(drawn)
+        self._posted += 1
+        return Posted(self._posted, [0], logits)
+
+    @torch.inference_mode()
+    def step(self, slots: list[int], longest: int) -> Posted:
+        """Launch one decode step.
+
+        Args:
+            slots: those in use; no other slot may be active.
+            longest: tokens of the longest sequence, the new one included.
+        """
+        needed = max(slots) + 1
+        if self._graphs:
+            size = min(size for size in self._graphs if size >= needed)
+            self._graphs[size].replay()
+            logits = self._logits[size]
+        else:
+            logits = self._step(needed, longest)
+        self._posted += 1
+        return Posted(self._posted, slots, logits)
+
+    def read(self, posted: Posted) -> list[int] | None:
+        """The tokens of a step, in the order of ``posted.rows``, or None while they are on their way.
+
+        Raises:
+            DeviceStuck: they have been waited for too long.
+        """
+        tokens = self._mailbox.read(posted.number, max(posted.rows) + 1)
+        return None if tokens is None else [tokens[row] for row in posted.rows]
+
+    def mark(self) -> Mark:
+        """The end of the work so far."""
+        return Mark(self._device)
+
+    @torch.inference_mode()
+    def logprob(self, logits: Tensor, mark: Mark, token: int, top: int) -> Logprob:
+        """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
+
+        Args:
+            logits: [vocab] float32, complete at ``mark``. Waits for that, not for what was launched later.
+        """
+        with torch.cuda.stream(self._reading):  # nothing to do on the CPU
+            mark.wait()
+            logprobs = logits.log_softmax(-1)
+            values, tokens = logprobs.topk(top)
+            pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
+            return Logprob(token, float(logprobs[token]), pairs)
+
+    @torch.inference_mode()
+    def forward(self, slots: int, longest: int | None = None) -> Tensor:
+        """The model's part of one decode step of slots 0 .. slots-1 with their current tokens.
 
         Args:
             slots: one more than the highest slot in use.
-            longest: tokens of the longest sequence, the new one included.
+            longest: tokens of the longest sequence, the new one included; None for any.
 
         Returns:
             logits [slots, vocab] float32; rows of slots not in use are undefined.
@@ -85,50 +221,33 @@ class Engine:
         decoder, cache = self.decoder, self.cache
         lengths = self._lengths[:slots]
         lengths += lengths > 0
-        pages = -(-longest // decoder.shape.block_tokens)
+        pages = None if longest is None else -(-longest // decoder.shape.block_tokens)
         batch = Batch(lengths, self._table[:slots, :pages])
         hidden = decoder.embed(self._tokens[:slots])
         rope = decoder.rope((lengths - 1).clamp_min(0))
         for layer in range(decoder.shape.layers):
             following = layer + 1
+            if layer >= self._first_prefetched:
+                self._ahead.join()
             if self._first_prefetched <= following < decoder.shape.layers:
-                cache.prefetch(following, decoder.query(following, hidden, rope), batch)
+                with self._ahead.fork():
+                    cache.prefetch(following, decoder.query(following, hidden, rope), batch)
             query, kv = decoder.qkv(layer, hidden, rope)
             attended = cache.attend(layer, query, kv, batch, select=layer < self._first_accepted)
             hidden = decoder.finish(layer, hidden, attended)
         return decoder.logits(hidden)
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: list[int]) -> list[int]:
-        """Draw the next token of each slot and make it current. Waits for the device.
+    def _step(self, slots: int, longest: int | None = None) -> Tensor:
+        logits = self.forward(slots, longest)
+        drawn = self._sample(logits, slice(slots))
+        self._tokens[:slots] = drawn.where(
+            self._lengths[:slots] > 0, 0
+        )  # elsewhere it may be no token at all
+        self._mailbox.post(drawn)
+        return logits
 
-        Args:
-            logits: [len(slots), vocab] float32.
-            slots: the slot of each row.
-        """
-        at = torch.tensor(slots, device=logits.device)
-        if all(self._greedy[slot] for slot in slots):
-            drawn = logits.argmax(-1)
-        else:
-            drawn = sample(
-                logits,
-                self._temperature[at],
-                self._top_p[at],
-                self._top_k[at],
-                self._seed[at],
-                self._lengths[at],
-            )
-        self._tokens[at] = drawn
-        tokens: list[int] = drawn.tolist()
-        return tokens
-
-
-def logprob_of(logits: Tensor, token: int, top: int) -> Logprob:
-    """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
-
-    Args:
-        logits: [vocab] float32.
-    """
-    logprobs = logits.log_softmax(-1)
-    values, tokens = logprobs.topk(top)
-    return Logprob(token, float(logprobs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
+    def _sample(self, logits: Tensor, slots: slice) -> Tensor:
+        return sample(
+            logits, self._temperature[slots], self._top_p[slots], self._top_k[slots], self._seed[slots],
+            self._lengths[slots],
+        )  # fmt: skip

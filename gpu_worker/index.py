@@ -58,18 +58,29 @@ class TwoBitIndex:
         generator = torch.Generator().manual_seed(0)
         gaussian = torch.randn(shape.head_dim, shape.head_dim, generator=generator, dtype=torch.float64)
         self._rotation = torch.linalg.qr(gaussian).Q.float().to(device)
-        row = code_bytes + self._scales.itemsize + shape.head_dim * 4 / shape.block_tokens
-        self.token_bytes = int(shape.layers * shape.kv_heads * row)
+        self.token_bytes = self.bytes_per_token(shape)
+
+    @staticmethod
+    def bytes_per_token(shape: KVShape) -> int:
+        """``token_bytes`` of an index for this shape."""
+        row = shape.head_dim // CODES_PER_BYTE + 2 + shape.head_dim * 4 / shape.block_tokens
+        return int(shape.layers * shape.kv_heads * row)
 
     def write_prompt(self, layer: int, keys: Tensor, table: Tensor) -> None:
-        block_tokens = self._codes.shape[3]
-        for page in range(-(-len(keys) // block_tokens)):
-            part, block = keys[page * block_tokens : (page + 1) * block_tokens], table[page]
-            centre = part.float().mean(0)
-            codes, scales = encode(part, centre, self._rotation)
-            self._centres[layer, block] = centre
-            self._codes[layer, block, :, : len(part)] = codes.transpose(0, 1)
-            self._scales[layer, block, :, : len(part)] = scales.transpose(0, 1)
+        block_tokens, whole = self._codes.shape[3], len(keys) // self._codes.shape[3]
+        filled = keys[: whole * block_tokens].view(whole, block_tokens, *keys.shape[1:])
+        if whole:
+            self._write_blocks(layer, filled, table[:whole])
+        if whole * block_tokens < len(keys):
+            self._write_blocks(layer, keys[whole * block_tokens :].unsqueeze(0), table[whole : whole + 1])
+
+    def _write_blocks(self, layer: int, keys: Tensor, blocks: Tensor) -> None:
+        """keys: [N, tokens, kv_heads, head_dim], up to a block of tokens each; blocks: [N] int64."""
+        centres = keys.float().mean(1)
+        codes, scales = encode(keys, centres.unsqueeze(1), self._rotation)
+        self._centres[layer, blocks] = centres
+        self._codes[layer, blocks, :, : keys.shape[1]] = codes.transpose(1, 2)
+        self._scales[layer, blocks, :, : keys.shape[1]] = scales.transpose(1, 2)
 
     def write(self, layer: int, keys: Tensor, lengths: Tensor, table: Tensor) -> None:
         encode_new(

@@ -51,13 +51,15 @@ def resolve(model: ModelConfig) -> Resolved:
     """Find the model and check all that can be checked without reading its weights.
 
     Raises:
-        ConfigError: no such model, weights cut short, a model that CLO would compute wrongly, or ``cuda``.
+        ConfigError: no such model, weights cut short, a model that CLO would compute wrongly, or no GPU.
     """
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    if model.device == "cuda":
-        raise ConfigError("This version computes on the CPU only; start with --device cpu.")
+    visible = torch.cuda.is_available()
+    if model.device == "cuda" and not visible:
+        raise ConfigError("PyTorch sees no CUDA GPU here; start with --device cpu, or see nvidia-smi.")
+    device = torch.device("cuda" if visible and model.device != "cpu" else "cpu")
     folder = _find(model)
     config = read_config(folder)
     if model.load_format != "dummy":
@@ -67,11 +69,19 @@ def resolve(model: ModelConfig) -> Resolved:
         folder=folder,
         config=config,
         max_model_len=context_length(config, model.max_model_len),
-        dtype=torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype),
-        device=torch.device("cpu"),
+        dtype=_dtype(model.dtype, device, config),
+        device=device,
         load_format=model.load_format,
         seed=model.seed,
     )
+
+
+def _dtype(asked: str, device: torch.device, config: Any) -> torch.dtype:
+    """On the CPU auto is float32, which is exact there and no slower."""
+    if asked != "auto":
+        return getattr(torch, asked)  # type: ignore[no-any-return]
+    own = getattr(config, "dtype", None)
+    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
 
 
 def _find(model: ModelConfig) -> Path:

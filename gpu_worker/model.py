@@ -4,7 +4,10 @@ Every function takes a flat batch of N tokens, which may belong to different seq
 the device or has a shape that depends on data, so a CUDA graph can capture a whole decode step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,12 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """``total + self(x)``; for two dimensions in one kernel."""
+        if self.bias is not None:
+            return total + self(x)
+        return torch.addmm(total, x, self.weight.t())
 
     def first(self, rows: int) -> "Linear":
         """The part that computes the first ``rows`` outputs, without a copy."""
@@ -73,6 +82,13 @@ class Decoder:
         self.vocab = weights.head.shape[0]
         self.scale = shape.head_dim**-0.5  # of the attention scores
         self.device = weights.embedding.device
+        # on a GPU, what lies between two matrix products becomes one kernel
+        fused: Callable[[Any], Any] = partial(
+            torch.compile, dynamic=True, fullgraph=True, disable=self.device.type == "cpu"
+        )
+        self._gated: Callable[..., Tensor] = fused(_gated)
+        self._rotate: Callable[..., Tensor] = fused(_rotate)
+        self._split: Callable[..., tuple[Tensor, Tensor]] = fused(_split)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
@@ -102,16 +118,15 @@ class Decoder:
         """
         queries, keys = self.shape.query_heads, self.shape.kv_heads
         heads = self._project(layer, hidden, queries + 2 * keys)
-        rotated = self._rotate(layer, heads[:, : queries + keys], rope)
-        rows = torch.stack((rotated[:, queries:], heads[:, queries + keys :]), dim=2)
-        return rotated[:, :queries].contiguous(), rows
+        return self._split(heads, self._weights.layers[layer].qk_norm, *rope, queries, keys, self._norm_eps)
 
     def query(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
         """The queries of ``qkv`` alone: [N, query_heads, head_dim].
 
         Given the hidden states of an earlier layer, they predict the layer's real queries.
         """
-        return self._rotate(layer, self._project(layer, hidden, self.shape.query_heads), rope)
+        heads = self._project(layer, hidden, self.shape.query_heads)
+        return self._rotate(heads, self._weights.layers[layer].qk_norm, *rope, self._norm_eps)
 
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer after attention.
@@ -125,9 +140,8 @@ class Decoder:
             Hidden states [N, hidden] that enter the next layer.
         """
         weights = self._weights.layers[layer]
-        hidden = hidden + weights.output(attended.flatten(1))
-        gate, up = weights.gate_up(self._norm(hidden, weights.mlp_norm)).chunk(2, dim=-1)
-        return hidden + weights.down(F.silu(gate) * up)
+        hidden = weights.output.add_to(hidden, attended.flatten(1))
+        return weights.down.add_to(hidden, self._gated(weights.gate_up(self._norm(hidden, weights.mlp_norm))))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the hidden states [N, hidden] that left the last layer."""
@@ -142,11 +156,25 @@ class Decoder:
         projection = weights.qkv.first(heads * self.shape.head_dim)
         return projection(self._norm(hidden, weights.attention_norm)).view(len(hidden), heads, -1)
 
-    def _rotate(self, layer: int, heads: Tensor, rope: Rope) -> Tensor:
-        """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], query heads first."""
-        scales = self._weights.layers[layer].qk_norm
-        if scales is not None:
-            heads = self._norm(heads, None) * scales[: heads.shape[1]]
-        first, second = heads.chunk(2, dim=-1)
-        cos, sin = rope
-        return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+def _gated(gate_up: Tensor) -> Tensor:
+    """SwiGLU: [N, 2 * intermediate] to [N, intermediate]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _rotate(heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], query heads first."""
+    if qk_norm is not None:
+        heads = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def _split(
+    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, keys: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Heads [N, queries + 2 * keys, head_dim] to queries and rows, as ``Decoder.qkv`` returns them."""
+    rotated = _rotate(heads[:, : queries + keys], qk_norm, cos, sin, eps)
+    rows = torch.stack((rotated[:, queries:], heads[:, queries + keys :]), dim=2)
+    return rotated[:, :queries].contiguous(), rows

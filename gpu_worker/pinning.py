@@ -1,29 +1,81 @@
-"""Pinning: CPU memory that kernels read and write in place, over PCIe."""
+"""GPU memory planned, CPU memory pinned: what a worker on a GPU needs before it can begin."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.config import format_size
+from gpu_worker.index import TwoBitIndex
+from gpu_worker.shape import KVShape
+from runtime.config import CacheConfig, format_size
 from runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**30  # registered by one thread at a time
 _THREADS = 8
+_GRAPH_BYTES = 2**30
 _PORTABLE_MAPPED = 3  # flags of cudaHostRegister
 
 
-class _Pointer:
-    """A device pointer as ``__cuda_array_interface__``, which torch takes without a copy."""
+def check_gpu_memory(
+    shape: KVShape, config: CacheConfig, slots: int, blocks: int, max_tokens: int, utilization: float
+) -> None:
+    """Check, with the weights loaded, that all else fits into the GPU memory that may be used, and log it.
 
-    def __init__(self, address: int, size: int) -> None:
+    Args:
+        slots: sequences at a time; blocks: of the arena; max_tokens: longest sequence.
+        utilization: share of the GPU's memory.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    free, total = torch.cuda.mem_get_info()
+    tokens = blocks * shape.block_tokens
+    index = TwoBitIndex.bytes_per_token(shape) * tokens if config.attention == "clo" else 0
+    rows = 0 if config.attention == "full" else config.sinks + config.recent + config.capacity
+    resident = shape.layers * shape.kv_heads * rows * shape.row_bytes
+    # two layers' rows, hidden states, scores of the last queries
+    width = shape.query_heads * shape.head_dim
+    prefill = max_tokens * (4 * shape.kv_heads * shape.row_bytes + 8 * width * shape.dtype.itemsize)
+    wanted = index + slots * resident + prefill + _GRAPH_BYTES
+    spare = int(utilization * total) - (total - free)
+    parts = (
+        f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
+        f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
+        f"{max_tokens} tokens, {format_size(_GRAPH_BYTES)} graphs"
+    )
+    if wanted > spare:
+        raise ConfigError(
+            f"The GPU has {format_size(utilization * total)} for CLO and that is too little ({parts}): lower "
+            "--max-num-seqs, --resident, --kv-size or --max-model-len, or raise --gpu-memory-utilization."
+        )
+    fitting = slots + (spare - wanted) // max(1, resident)
+    logger.info(
+        "GPU memory: %s; %s stay free. %d sequences at a time would fit; the store holds %d of %d tokens.",
+        parts, format_size(spare - wanted), fitting, tokens // max_tokens, max_tokens,
+    )  # fmt: skip
+
+
+class _Pointer:
+    """CPU memory as ``__cuda_array_interface__``, which torch takes without a copy."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory  # lives as long as the view
         self.__cuda_array_interface__ = {
-            "shape": (size,),
+            "shape": (memory.nbytes,),
             "typestr": "|u1",
-            "data": (address, False),
+            "data": (memory.data_ptr(), False),
             "version": 3,
         }
+
+
+def device_view(memory: Tensor) -> Tensor:
+    """Pinned CPU memory (contiguous) as a tensor on the current CUDA device."""
+    view = torch.as_tensor(_Pointer(memory), device=torch.device("cuda"))
+    return view.view(memory.dtype).view(memory.shape)
 
 
 def pin(memory: Tensor) -> Tensor:
@@ -40,8 +92,8 @@ def pin(memory: Tensor) -> Tensor:
         ConfigError: CUDA refuses.
     """
     base = memory.data_ptr()
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()
+    torch.cuda.init()
 
     def register(start: int) -> int:
         size = min(_CHUNK_BYTES, memory.nbytes - start)
@@ -62,5 +114,4 @@ def pin(memory: Tensor) -> Tensor:
     ):
         for size in threads.map(register, range(0, memory.nbytes, _CHUNK_BYTES)):
             bar.update(size)
-    view = torch.as_tensor(_Pointer(base, memory.nbytes), device=torch.device("cuda"))
-    return view.view(memory.dtype).view(memory.shape)
+    return device_view(memory)

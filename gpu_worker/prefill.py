@@ -7,7 +7,7 @@ from gpu_worker.cache import KVCache
 from gpu_worker.model import Decoder
 from kernels.attend import attend_prompt
 
-CHUNK_TOKENS = 512
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # about as long as a decode step
 
 
 class Prefill:
@@ -30,10 +30,9 @@ class Prefill:
         self._rows = torch.empty(
             self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=device
         )
-        chunks = -(-self.total // CHUNK_TOKENS)
-        self._chunk = -(
-            -self.total // chunks
-        )  # equal chunks: the last one holds queries enough to select with
+        chunks = -(-self.total // _CHUNK_TOKENS[device.type])
+        # equal chunks: the last one holds queries enough to select with
+        self._chunk = -(-self.total // chunks)
         self._layer = self._start = 0
 
     @property
@@ -56,6 +55,7 @@ class Prefill:
         if end < self.total:
             return None
         self._cache.take_prompt(self._slot, layer, self._rows, query, self._table)
+        self._rows = torch.empty_like(self._rows)  # the former ones may be on their way to the arena
         self._layer, self._start = layer + 1, 0
         if self._layer < self._decoder.shape.layers:
             return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gpu_worker.engine import Engine, logprob_of
+from gpu_worker.engine import Engine, Mark, Posted, Retirement
 from gpu_worker.prefill import Prefill
 from runtime.messages import (
     NO_STATS,
@@ -31,6 +31,7 @@ from runtime.messages import (
 logger = logging.getLogger(__name__)
 
 PREFILL_UNITS_PER_STEP = 4  # a unit is one layer of one chunk; about as long as a decode step
+PREFILL_UNITS_AHEAD = 8
 PROGRESS_SECONDS = 0.25
 
 
@@ -44,12 +45,25 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     prefill: Prefill | None = None
     reported: float = 0.0
+    ordered: int = 0  # tokens that have arrived or are on their way
     steps: int = 0
     committed: int = 0
+    reason: str | None = None  # why it ended
+    retirement: Retirement | None = None
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.run.tokens)
+
+
+@dataclass
+class Flight:
+    """A step on its way: whose tokens it brings, and logits [vocab] where log-probabilities are wanted."""
+
+    posted: Posted
+    requests: list[Request]
+    logits: dict[int, Tensor]  # by sequence
+    mark: Mark | None
 
 
 class Scheduler:
@@ -82,17 +96,20 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # for a slot
         self._prefilling: deque[Request] = deque()
         self._decoding: dict[int, Request] = {}  # by slot
+        self._flying: deque[Flight] = deque()
+        self._leaving: list[Request] = []  # ended, but their last step is not over
+        self._units: deque[Mark] = deque()  # of prefill, on their way
         self.steps = 0
         self.generated = 0
 
     @property
     def busy(self) -> bool:
         """Whether ``advance`` has work to do."""
-        return bool(self._prefilling or self._decoding)
+        return bool(self._prefilling or self._decoding or self._flying or self._leaving)
 
     @property
     def running(self) -> int:
-        return len(self._prefilling) + len(self._decoding)
+        return sum(request.ordered > 0 or request.prefill is not None for request in self._requests.values())
 
     @property
     def waiting(self) -> int:
@@ -133,7 +150,7 @@ class Scheduler:
         if request is None:
             logger.warning("the store denied a message: %s", message.text)
             return
-        self._release(request)
+        self._free_slots.append(request.slot)
         self._report(Refused(message.sequence, message.code, message.text))
         self._admit()
 
@@ -147,19 +164,34 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------- work
 
-    def advance(self) -> None:
-        """Some prefill, then one decode step."""
-        units = PREFILL_UNITS_PER_STEP if self._decoding else 1
-        while units and self._prefilling:
+    def advance(self) -> bool:
+        """Some prefill, then a decode step, then what has arrived. False where all waits for the device."""
+        moved = False
+        room = len(self._flying) < self._engine.depth  # for a step
+        units = (PREFILL_UNITS_PER_STEP if room else 0) if self._decoding else 1
+        while units and self._prefilling and self._unit_may_start():
             self._prefill(self._prefilling[0])
             units -= 1
-        if self._decoding:
-            self._decode()
+            moved = True
+        if self._decoding and room:
+            self._launch()
+            moved = True
+        while self._flying and (tokens := self._engine.read(self._flying[0].posted)) is not None:
+            self._take(self._flying.popleft(), tokens)
+            moved = True
+        return self._see_off() or moved
+
+    def _unit_may_start(self) -> bool:
+        """The host stays only a few units ahead of the device, so that a decode step need not wait long."""
+        while self._units and self._units[0].reached:
+            self._units.popleft()
+        return len(self._units) < PREFILL_UNITS_AHEAD
 
     def _prefill(self, request: Request) -> None:
         prefill = request.prefill
         assert prefill is not None
         logits = prefill.advance()
+        self._units.append(self._engine.mark())
         now = time.monotonic()
         if logits is not None or now - request.reported >= PROGRESS_SECONDS:
             request.reported = now
@@ -172,41 +204,58 @@ class Scheduler:
         self._engine.activate(request.slot, len(run.tokens), run.sampling, run.seed)
         self._decoding[request.slot] = request
         self._commit(request, len(run.tokens))
-        self._take(logits, [request])
+        self._fly(self._engine.start(request.slot, logits), [request])
 
-    def _decode(self) -> None:
+    def _launch(self) -> None:
         requests = [self._decoding[slot] for slot in sorted(self._decoding)]
-        longest = max(len(request.tokens) for request in requests)
-        slots = [request.slot for request in requests]
-        logits = self._engine.forward(slots[-1] + 1, longest)
+        longest = max(len(request.run.tokens) + request.ordered for request in requests)
+        posted = self._engine.step([request.slot for request in requests], longest)
         self.steps += 1
         for request in requests:
             request.steps += 1
-            if len(request.tokens) % self._block_tokens == 0:
-                self._commit(request, len(request.tokens))
-        self._take(logits[slots], requests)
+        self._fly(posted, requests)
 
-    def _take(self, logits: Tensor, requests: list[Request]) -> None:
-        """Choose the next token of each request, report them together, end those that are complete."""
-        drawn = self._engine.sample(logits, [request.slot for request in requests])
-        self.generated += len(requests)
-        steps, finished = [], []
-        for row, request in enumerate(requests):
-            run, token = request.run, drawn[row]
+    def _fly(self, posted: Posted, requests: list[Request]) -> None:
+        """Note what is on its way, and what the next step has to know before the tokens arrive."""
+        rows: dict[int, Tensor] = {}
+        for row, request in zip(posted.rows, requests, strict=True):
+            run = request.run
+            if run.forced is not None:
+                self._engine.feed(request.slot, run.forced[request.ordered])
+            if run.sampling.logprobs is not None:
+                rows[run.sequence] = posted.logits[row].clone()
+            request.ordered += 1
+            if request.ordered == run.sampling.max_tokens:
+                self._retire(request)
+        mark = self._engine.mark() if rows else None
+        self._flying.append(Flight(posted, requests, rows, mark))
+
+    def _take(self, flight: Flight, drawn: list[int]) -> None:
+        """Report the tokens of a step together, end the requests that are complete."""
+        steps = []
+        for request, token in zip(flight.requests, drawn, strict=True):
+            run = request.run
+            if request.reason is not None:  # it ended while this step was on its way
+                continue
+            if len(request.tokens) > request.committed and len(request.tokens) % self._block_tokens == 0:
+                self._commit(request, len(request.tokens))
             if run.forced is not None:
                 token = run.forced[request.generated]
-                self._engine.feed(request.slot, token)
             request.tokens.append(token)
-            wanted = run.sampling.logprobs
-            logprob = None if wanted is None else logprob_of(logits[row], token, wanted)
+            self.generated += 1
+            wanted, logprob = run.sampling.logprobs, None
+            if wanted is not None and flight.mark is not None:
+                logprob = self._engine.logprob(flight.logits[run.sequence], flight.mark, token, wanted)
             steps.append(Step(run.sequence, token, logprob))
             if run.forced is None and token in run.eos and not run.sampling.ignore_eos:
-                finished.append((request, "stop"))
+                request.reason = "stop"
             elif request.generated >= run.sampling.max_tokens:
-                finished.append((request, "length"))
-        self._report(Stepped(steps))
-        for request, reason in finished:
-            self._finish(request, reason)
+                request.reason = "length"
+        if steps:
+            self._report(Stepped(steps))
+        for request in flight.requests:
+            if request.reason is not None and request.run.sequence in self._requests:
+                self._finish(request, request.reason)
 
     # -------------------------------------------------------------------------------------- leaving
 
@@ -216,25 +265,43 @@ class Scheduler:
         self._ask_store(Commit(request.run.sequence, request.committed, tokens))
         request.committed = upto
 
-    def _finish(self, request: Request, reason: str) -> None:
-        del self._requests[request.run.sequence]
-        stats = NO_STATS
-        if self._decoding.get(request.slot) is request:
-            stats = self._engine.cache.stats(request.slot, len(request.tokens) - 1, request.steps)
-        self._release(request)
-        self._report(Done(request.run.sequence, reason, stats))
-        self._admit()
+    def _retire(self, request: Request) -> None:
+        """No further step for the request."""
+        self._decoding.pop(request.slot, None)
+        request.retirement = self._engine.retire(request.slot)
 
-    def _release(self, request: Request) -> None:
+    def _finish(self, request: Request, reason: str) -> None:
+        """End a request; its slot and blocks are free once the device has left them."""
+        request.reason = reason
+        del self._requests[request.run.sequence]
         if request.slot < 0:
             self._waiting.remove(request)
+            self._report(Done(request.run.sequence, reason, NO_STATS))
             return
         if request.prefill is not None:
             self._prefilling.remove(request)
-        self._decoding.pop(request.slot, None)
-        self._engine.release(request.slot)
-        self._ask_store(Free(request.run.sequence))
-        self._free_slots.append(request.slot)
+            request.prefill = None
+        if request.retirement is None:
+            self._retire(request)
+        self._leaving.append(request)
+        self._see_off()
+
+    def _see_off(self) -> bool:
+        """Free what the requests held whose last step is over."""
+        gone = [
+            request for request in self._leaving if request.retirement and request.retirement.mark.reached
+        ]
+        for request in gone:
+            self._leaving.remove(request)
+            retirement, reason = request.retirement, request.reason
+            assert retirement is not None and reason is not None
+            self._ask_store(Free(request.run.sequence))
+            self._free_slots.append(request.slot)
+            stats = retirement.stats(len(request.tokens) - 1, request.steps)
+            self._report(Done(request.run.sequence, reason, stats))
+        if gone:
+            self._admit()
+        return bool(gone)
 
     def check_integrity(self) -> None:
         """Every slot is free or used once and every list agrees with the requests.
@@ -242,7 +309,8 @@ class Scheduler:
         Raises:
             AssertionError: says what is wrong.
         """
-        used = [request.slot for request in self._requests.values() if request.slot >= 0]
+        holders = [*self._requests.values(), *self._leaving]
+        used = [request.slot for request in holders if request.slot >= 0]
         slots = sorted(used + self._free_slots)
         assert slots == list(range(len(slots))), f"slots used or free more than once: {slots}"
         for slot, request in self._decoding.items():

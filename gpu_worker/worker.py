@@ -2,20 +2,23 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import zmq
 
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.pinning import check_gpu_memory, pin
 from gpu_worker.scheduler import Scheduler
 from kvstore.arena import Arena
 from kvstore.client import StoreClient
 from kvstore.numa import bind
 from runtime.channel import Dealer
 from runtime.config import WorkerConfig
-from runtime.errors import ProtocolError
+from runtime.errors import ConfigError, ProtocolError
 from runtime.messages import (
     Abort,
     Allocated,
@@ -35,6 +38,7 @@ from runtime.messages import (
 
 logger = logging.getLogger(__name__)
 
+_PAUSE_SECONDS = 2e-4  # between looks at the mailbox; a step is always waiting behind the current one
 ATTACH_SECONDS = 600.0  # the store answers once it has touched its arena, at a GiB or so a second
 
 
@@ -59,6 +63,13 @@ class Worker:
 
     def __init__(self, config: WorkerConfig) -> None:
         bind(config.node)
+        if torch.cuda.is_available() and config.model.device != "cpu":
+            gpus = torch.cuda.device_count()
+            if config.worker >= gpus:
+                raise ConfigError(
+                    f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower --workers."
+                )
+            torch.cuda.set_device(config.worker)
         self._config = config
         model = resolve(config.model)
         decoder = load_decoder(model)
@@ -69,8 +80,16 @@ class Worker:
         attached = self._store.attach(attach, ATTACH_SECONDS)
         shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
         layout = (shape.layers, shape.kv_heads, attached.blocks, shape.block_tokens, 2, shape.head_dim)
-        arena = shared.tensor(shape.dtype, layout).permute(2, 0, 1, 3, 4, 5)
+        arena = shared.tensor(shape.dtype, layout)
+        if decoder.device.type == "cuda":
+            check_gpu_memory(
+                shape, config.cache, config.max_num_seqs, attached.blocks, model.max_model_len,
+                config.gpu_memory_utilization,
+            )  # fmt: skip
+            arena = pin(arena)
+        arena = arena.permute(2, 0, 1, 3, 4, 5)  # the rows of a layer and head lie together
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
+        self._engine.capture()
         self._router: Dealer[FromWorker, ToWorker] = Dealer(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
@@ -91,7 +110,8 @@ class Worker:
             while (message := self._receive()) is not None:
                 self._handle(message)
             if self._scheduler.busy:
-                self._scheduler.advance()
+                if not self._scheduler.advance():
+                    time.sleep(_PAUSE_SECONDS)
             else:
                 self._scheduler.check_integrity()
 

@@ -119,6 +119,7 @@ class WorkerConfig:
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     max_num_seqs: int = 8
+    gpu_memory_utilization: float = 0.9
     log_level: LogLevel = "warning"
 
 
@@ -132,6 +133,7 @@ class ServerConfig:
     stores: tuple[str, ...] = ("numa0",)
     kv_bytes: int = 4 * 2**30
     max_num_seqs: int = 8
+    gpu_memory_utilization: float = 0.9
     host: str = "127.0.0.1"
     port: int = 5555
     log_level: LogLevel = "warning"
@@ -141,6 +143,11 @@ class ServerConfig:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
         if self.max_num_seqs < 1:
             raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}; "
+                "it must be above 0 and at most 1."
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
         for name in self.stores:

@@ -57,6 +57,12 @@ class RequestTimeout(CLOError):
     code = "timeout"
 
 
+class DeviceStuck(CLOError):
+    """The GPU does not finish its work; the worker ends."""
+
+    code = "device_stuck"
+
+
 class ProtocolError(CLOError):
     """A message that is not valid MessagePack, not a known type, or has wrong fields."""
 
@@ -75,6 +81,7 @@ _BY_CODE: dict[str, type[CLOError]] = {
         ServerStopped,
         ServerUnreachable,
         RequestTimeout,
+        DeviceStuck,
         ProtocolError,
     )
 }

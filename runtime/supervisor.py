@@ -122,6 +122,7 @@ class Supervisor:
                 model=config.model,
                 cache=config.cache,
                 max_num_seqs=config.max_num_seqs,
+                gpu_memory_utilization=config.gpu_memory_utilization,
                 log_level=config.log_level,
             )
             self._workers.append(await Child.start(f"worker {index}", "gpu_worker", worker))

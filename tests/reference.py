@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine import Engine, Posted
 from gpu_worker.model import Decoder
+from gpu_worker.pinning import device_view
 from runtime.config import CacheConfig
-from runtime.messages import Sampling
+from runtime.messages import CacheStats, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -22,7 +23,10 @@ def make_engine(decoder: Decoder, config: CacheConfig, slots: int, max_tokens: i
         (slots * pages + 1, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim),
         1e4,  # finite, as stale rows are
         dtype=shape.dtype,
+        pin_memory=decoder.device.type == "cuda",
     )
+    if decoder.device.type == "cuda":
+        arena = device_view(arena)
     return Engine(decoder, arena, config, slots, max_tokens)
 
 
@@ -34,6 +38,18 @@ def prefill(engine: Engine, slot: int, tokens: list[int], total: int) -> Tensor:
         pass
     engine.activate(slot, len(tokens), GREEDY, 0)
     return logits
+
+
+def arrived(engine: Engine, posted: Posted) -> list[int]:
+    """Wait for the tokens of a step."""
+    while (tokens := engine.read(posted)) is None:
+        pass
+    return tokens
+
+
+def stats_of(engine: Engine, tokens: int, steps: int) -> CacheStats:
+    """What the cache did so far for the sequence in slot 0, ``tokens`` long."""
+    return engine.cache.stats(engine.cache.tally(0).tolist(), tokens, steps)
 
 
 def force(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:

@@ -7,7 +7,16 @@ from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
 from runtime.config import CacheConfig, ModelConfig
-from tests.reference import divergence, force, load_transformers, make_engine, prefill, transformers_greedy
+from tests.reference import (
+    arrived,
+    divergence,
+    force,
+    load_transformers,
+    make_engine,
+    prefill,
+    stats_of,
+    transformers_greedy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +34,12 @@ def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[in
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + count
     generated = [
-        engine.sample(prefill(engine, slot, prompt, total), [slot]) for slot, prompt in enumerate(prompts)
+        arrived(engine, engine.start(slot, prefill(engine, slot, prompt, total)))
+        for slot, prompt in enumerate(prompts)
     ]
     slots = list(range(len(prompts)))
     for step in range(1, count):
-        logits = engine.forward(len(prompts), max(lengths) + step)
-        for slot, token in enumerate(engine.sample(logits, slots)):
+        for slot, token in enumerate(arrived(engine, engine.step(slots, max(lengths) + step))):
             generated[slot].append(token)
     return generated
 
@@ -47,7 +56,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
     alone = make_engine(decoder, config, 1, 1600)
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert greedy(alone, [prompt], 20) == [tokens]
-        alone.release(0)
+        alone.retire(0)
 
 
 @pytest.mark.parametrize("prefetch", ["off", "correct", "accept"])
@@ -57,7 +66,7 @@ def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch:
     config = CacheConfig(resident=600, prefetch=prefetch, prefetch_from=1)  # type: ignore[arg-type]
     engine = make_engine(decoder, config, 1, 600)
     torch.testing.assert_close(force(engine, prompt, continuation), full, rtol=1e-3, atol=1e-4)
-    stats = engine.cache.stats(0, 599, 299)
+    stats = stats_of(engine, 599, 299)
     assert stats.fetched_rows == 0, "whatever leaves the ring stays resident while there is room"
     assert stats.hit_rate == 1.0
 
@@ -69,7 +78,7 @@ def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     config = CacheConfig(select_k=32, resident=64, recent=16)
     engine = make_engine(decoder, config, 1, 450)
     logits = force(engine, prompt, continuation)
-    stats = engine.cache.stats(0, 449, 399)
+    stats = stats_of(engine, 449, 399)
     assert stats.fetched_rows > 0
     window = make_engine(decoder, CacheConfig(select_k=1, resident=1, recent=16), 1, 450)
     dropped = divergence(force(window, prompt, continuation), full)
@@ -82,7 +91,7 @@ def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
     for gate in (None, 0.5, 0.0):
         engine = make_engine(decoder, CacheConfig(select_k=16, resident=16, gate=gate), 1, 450)
         force(engine, prompt, continuation)
-        stats = engine.cache.stats(0, 449, 49)
+        stats = stats_of(engine, 449, 49)
         assert stats.gate_checks == stats.head_steps
         assert stats.selected_rows == 16 * stats.selections
         reuse[gate] = stats.reuse_rate
@@ -105,5 +114,5 @@ def test_a_slot_keeps_nothing_of_its_predecessor(decoder: Decoder) -> None:
     fresh = greedy(make_engine(decoder, config, 1, 700), [second], 30)
     used = make_engine(decoder, config, 1, 700)
     greedy(used, [first], 30)
-    used.release(0)
+    used.retire(0)
     assert greedy(used, [second], 30) == fresh

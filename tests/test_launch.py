@@ -16,7 +16,8 @@ def test_no_options_give_the_configured_defaults() -> None:
 
 def test_every_option_reaches_the_configuration() -> None:
     line = (
-        "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 --max-num-seqs 3 "
+        "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
+        "--max-num-seqs 3 --gpu-memory-utilization 0.5 "
         "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--gate 0.5 --prefetch accept --host 127.0.0.2 --port 0 --seed 7 --log-level info"
     )
@@ -27,6 +28,7 @@ def test_every_option_reaches_the_configuration() -> None:
         stores=("numa0", "numa1"),
         kv_bytes=3 * 2**19,
         max_num_seqs=3,
+        gpu_memory_utilization=0.5,
         host="127.0.0.2",
         port=0,
         log_level="info",
@@ -48,6 +50,10 @@ WRONG_OPTIONS = {
     "no value": ("--model", "--model: expected one argument"),
     "word for a number": ("--workers two", "--workers: invalid int value: 'two'"),
     "no workers": ("--workers 0", "--workers is 0; it must be at least 1."),
+    "no GPU memory": (
+        "--gpu-memory-utilization 0",
+        "--gpu-memory-utilization is 0.0; it must be above 0 and at most 1.",
+    ),
     "no sequences": ("--max-num-seqs 0", "--max-num-seqs is 0; it must be at least 1."),
     "no rows selected": ("--select-k 0", "--select-k is 0; it must be at least 1."),
     "resident below select-k": ("--select-k 64 --resident 63", "--resident 63 is below --select-k 64"),

@@ -15,7 +15,7 @@ from runtime.client import AsyncClient, Client, Result
 from runtime.config import CacheConfig, ModelConfig
 from runtime.messages import CacheStats, Text
 from runtime.text import Tokenizer
-from tests.reference import divergence, force, load_transformers, make_engine, transformers_greedy
+from tests.reference import divergence, force, load_transformers, make_engine, stats_of, transformers_greedy
 from tests.server import Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
@@ -118,7 +118,7 @@ def test_small_sets_stay_close_to_full_attention_and_move_few_rows(smollm2: Path
         total = len(prompt) + len(continuation)
         engine = make_engine(decoder, config, slots=1, max_tokens=total)
         logits = force(engine, prompt, continuation)
-        return logits, engine.cache.stats(0, total - 1, len(continuation) - 1)
+        return logits, stats_of(engine, total - 1, len(continuation) - 1)
 
     full, _ = measure(CacheConfig(attention="full"))
     logits, clo = measure(CacheConfig(select_k=128, resident=1024))
