@@ -1,6 +1,6 @@
 """The decode step: from the last tokens of all slots to the next ones."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Engine:
         self._device = device = decoder.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
+        self._pool: Any = None  # memory of all graphs
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, decoder.scale, device)
@@ -111,19 +112,22 @@ class Engine:
             return
         slots = len(self._lengths)
         sizes = [size for size in _BUCKETS if size < slots] + [slots]
-        pool = None
-        stream = torch.cuda.Stream()
         # disable=None: shown only where stderr is a terminal
         for size in tqdm(sizes[::-1], desc="Capturing graphs", disable=None):  # largest first, for one pool
-            with torch.cuda.stream(stream):
-                self._step(size)  # compiles what is not yet compiled; no slot is in use
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._logits[size] = self._step(size)
-            pool = graph.pool()
-            self._graphs[size] = graph
+            self._capture(size)
         torch.cuda.synchronize()
         self._mailbox.reset()
+
+    def _capture(self, size: int) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(size)  # compiles what is not yet compiled
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            self._logits[size] = self._step(size)
+        self._graphs[size] = graph
+        self._pool = graph.pool()
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:

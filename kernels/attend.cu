@@ -1,7 +1,7 @@
-// Decode attention over resident rows: a block takes up to ROWS rows of one (KV head, sequence), and the whole
-// query group of the KV head shares one read of K and V. All rows of a batch are asked for at once and staged in
-// shared memory; then the lanes of a row reduce its scores, a warp a query takes the softmax, and each thread
-// sums its entries of V.
+// Decode attention over resident rows: a block takes rows of one (KV head, sequence), and the query group of the
+// KV head shares one read of K and V. Each warp streams its own rows through a ring of stages in shared memory,
+// with a softmax that goes along. A lane copies the very chunks that it will read, so it waits for its own copies
+// only, and copies are under way all the time.
 #include "common.cuh"
 
 #define WARPS (THREADS / 32)
@@ -11,24 +11,79 @@
 #define WIDTH (PER_LANE * PER_CHUNK)                // entries a lane
 #define PADDED (TILE <= 1 ? 1 : TILE <= 2 ? 2 : TILE <= 4 ? 4 : 8)
 #define TILES ((GROUP + TILE - 1) / TILE)           // of TILE queries each
-#define STRIDE (THREADS / LANES)                    // rows at a time
+#define TEAMS (32 / LANES)                          // of LANES lanes each
+#define DEPTH (PER_LANE == 1 ? 4 : PER_LANE == 2 ? 2 : 1)  // rows of a team in a batch
+#define BATCH (TEAMS * DEPTH)                       // rows that a warp takes together
+#define SCORES (PADDED * DEPTH)                     // of a team in a batch
+#define KEPT (SCORES > LANES ? SCORES / LANES : 1)  // scores with which a lane ends
+#define COPIES (SCORES > LANES ? 1 : LANES / SCORES)  // lanes that end with the same ones
+#define STAGE (DEPTH * PER_LANE * 2 * 32)           // chunks of a batch
+#define FOURS (DIM / 4)                             // float4s of an output
+#define UNITS ((TILE * FOURS + THREADS - 1) / THREADS)  // float4s of the outputs a thread
+#define AT_ONCE (SPLITS < 12 ? SPLITS : 12)         // parts that a thread reads at a time
+#define RESIDENT (TILE * WIDTH <= 32 ? 4 : 2)       // blocks of a multiprocessor that leave enough registers
 
-struct Batch {
-    float scores[ROWS][PADDED];  // then weights
-    int rows[ROWS];              // -1 where there is none
-    float highest[PADDED], total[PADDED], rescale[PADDED];  // of each query, so far
+static_assert(TEAMS * TILE * FOURS <= STAGES * STAGE, "the outputs of a warp take the place of its stages");
+
+struct __align__(4 * DEPTH) Weights {
+    float of[DEPTH];  // each row of a team
+};
+
+struct Shared {
+    Weights weights[WARPS][TEAMS][PADDED];
+    float peaks[WARPS][PADDED], totals[WARPS][PADDED];
 };
 
 struct Lane {
     float query[TILE][WIDTH];
     float out[TILE][WIDTH];
+    float peak, total;  // of the query whose scores `reduce` leaves to the lane; peaks are powers of 2 throughout
 };
+
+struct Part {  // of an attention, before normalisation
+    float4 out;
+    float total, peak;
+};
+
+struct __align__(4 * sizeof(Element)) Four {
+    Element of[4];
+};
+
+__device__ inline float power_of_2(float exponent) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+    return value;
+}
+
+__device__ inline float logarithm(float value) {
+    float exponent;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(exponent) : "f"(value));
+    return exponent;
+}
+
+// Zeros where it is not `there`, and then nothing is read.
+__device__ inline void copy_async(uint4* shared, const void* global, bool there) {
+    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
+    asm volatile(
+        "{ .reg .pred absent; setp.eq.s32 absent, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, absent; }" ::"r"(
+            target),
+        "l"(global), "r"((int)there)
+        : "memory");
+}
+
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the copies of this thread, but for those of the last OPEN closed groups.
+template <int OPEN>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
 
 __device__ inline bool in_row(int lane, int part) { return lane + part * LANES < CHUNKS; }
 
-__device__ inline void begin(Batch& batch, Lane& mine, const Element* query, int tile, float scale) {
+__device__ inline void begin(Lane& mine, const Element* query, int tile, float scale) {
     const int lane = threadIdx.x % LANES;
-    if (threadIdx.x < PADDED) batch.highest[threadIdx.x] = -INFINITE, batch.total[threadIdx.x] = 0.f;
+    mine.peak = -INFINITE, mine.total = 0.f;
 #pragma unroll
     for (int q = 0; q < TILE; q++)
 #pragma unroll
@@ -46,23 +101,51 @@ __device__ inline void begin(Batch& batch, Lane& mine, const Element* query, int
         }
 }
 
-__device__ inline void copy_async(uint4* shared, const void* global) {
-    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global));
+// First of `stage`'s rows that are the lane's.
+__device__ inline int first_row(int batch) { return batch * BATCH + threadIdx.x % 32 / LANES * DEPTH; }
+
+// Asks for the lane's chunks of a batch of `count` rows, of which the i-th is row `row_of(i)`.
+template <class RowOf>
+__device__ inline void copy(uint4* stage, const char* rows, int batch, int count, RowOf row_of) {
+#pragma unroll
+    for (int r = 0; r < DEPTH; r++) {
+        const int i = first_row(batch) + r;
+        const char* row = rows + (int64)row_of(i) * ROW_BYTES;
+#pragma unroll
+        for (int part = 0; part < PER_LANE; part++) {
+            // a lane past the end of the row goes with the last one, so that it reads numbers too
+            const int chunk = min((int)threadIdx.x % LANES + part * LANES, CHUNKS - 1);
+            uint4* target = stage + (r * PER_LANE + part) * 64;
+            copy_async(target, row + chunk * 16, i < count);
+            copy_async(target + 32, row + (CHUNKS + chunk) * 16, i < count);
+        }
+    }
 }
 
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline uint4* lane_ring(uint4* rings) {
+    return rings + threadIdx.x / 32 * STAGES * STAGE + threadIdx.x % 32;
+}
 
-// Sums over the lanes of a row; lane i of the row ends with the sum of query `query_of(i)`.
-__device__ inline float reduce(float (&values)[PADDED]) {
-    int count = PADDED;
+// Asks for the warp's first batches.
+template <class RowOf>
+__device__ inline void fill(uint4* ring, const char* rows, int count, RowOf row_of) {
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) {
+        copy(ring + s * STAGE, rows, threadIdx.x / 32 + s * WARPS, count, row_of);
+        close_copies();
+    }
+}
+
+// Sums over the lanes of a row; lane i of them ends with the sums of the KEPT values from i * SCORES / LANES on.
+__device__ inline void reduce(float (&values)[SCORES]) {
+    int count = SCORES;
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset >>= 1) {
         if (count > 1) {
             count /= 2;
             const bool upper = threadIdx.x & offset;
 #pragma unroll
-            for (int i = 0; i < PADDED / 2; i++)
+            for (int i = 0; i < SCORES / 2; i++)
                 if (i < count) {
                     const float sent = upper ? values[i] : values[i + count];
                     const float kept = upper ? values[i + count] : values[i];
@@ -72,207 +155,263 @@ __device__ inline float reduce(float (&values)[PADDED]) {
             values[0] += __shfl_xor_sync(FULL_WARP, values[0], offset);
         }
     }
-    return values[0];
 }
 
-__device__ inline int query_of(int lane) {
-    int query = 0, count = PADDED;
+// Adds a staged batch, of which row i counts where `held(i)`; `start` is the team's first row.
+template <class Held>
+__device__ inline void add_batch(
+    Lane& mine, Weights (&weights)[TEAMS][PADDED], const uint4* stage, int start, Held held) {
+    const int lane = threadIdx.x % LANES, team = threadIdx.x % 32 / LANES;
+    float scores[SCORES];  // by query, then row
 #pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset >>= 1)
-        if (count > 1) {
-            count /= 2;
-            if (lane & offset) query += count;
-        }
-    return query;
-}
-
-// Adds the staged rows, `count` of them (a multiple of STRIDE) with those of `batch.rows` that are not -1.
-__device__ inline void add_rows(Batch& batch, Lane& mine, const uint4* stage, int count) {
-    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    const int query = query_of(lane);
-    const bool writes = (lane & (LANES / PADDED - 1)) == 0;
-#pragma unroll 2
-    for (int i = group; i < count; i += STRIDE) {
-        float scores[PADDED];
+    for (int i = 0; i < SCORES; i++) scores[i] = 0.f;
 #pragma unroll
-        for (int q = 0; q < PADDED; q++) scores[q] = 0.f;
+    for (int r = 0; r < DEPTH; r++)
 #pragma unroll
         for (int part = 0; part < PER_LANE; part++) {
             float key[PER_CHUNK];
-            unpack(stage[i * 2 * CHUNKS + min(lane + part * LANES, CHUNKS - 1)], key);  // else the query is 0
+            unpack(stage[(r * PER_LANE + part) * 64], key);
 #pragma unroll
             for (int q = 0; q < TILE; q++)
 #pragma unroll
-                for (int e = 0; e < PER_CHUNK; e++) scores[q] += mine.query[q][part * PER_CHUNK + e] * key[e];
+                for (int e = 0; e < PER_CHUNK; e++)
+                    scores[q * DEPTH + r] += mine.query[q][part * PER_CHUNK + e] * key[e];
         }
-        const float score = reduce(scores);
-        if (writes) batch.scores[i][query] = batch.rows[i] >= 0 ? score : -INFINITE;
-    }
-    __syncthreads();
-    for (int q = threadIdx.x / 32; q < TILE; q += WARPS) {
-        const float old = batch.highest[q];
-        float peak = old, sum = 0.f;
-        for (int i = threadIdx.x % 32; i < count; i += 32) peak = fmaxf(peak, batch.scores[i][q]);
-        peak = warp_max(peak);
-        const float base = fmaxf(peak, -1e30f);
-        for (int i = threadIdx.x % 32; i < count; i += 32) {
-            const float weight = exp2f(batch.scores[i][q] - base);
-            batch.scores[i][q] = weight;
-            sum += weight;
-        }
-        sum = warp_sum(sum);
-        if (threadIdx.x % 32 == 0) {
-            const float rescale = exp2f(old - base);
-            batch.rescale[q] = rescale;
-            batch.highest[q] = peak;
-            batch.total[q] = batch.total[q] * rescale + sum;
-        }
-    }
-    __syncthreads();
+    reduce(scores);
+    const int query = lane / (LANES / PADDED), row = lane / COPIES * KEPT % DEPTH;
+    float peak = mine.peak;
 #pragma unroll
-    for (int q = 0; q < TILE; q++) {
-        const float rescale = batch.rescale[q];
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) mine.out[q][e] *= rescale;
+    for (int i = 0; i < KEPT; i++) {
+        if (!held(start + row + i)) scores[i] = -INFINITE;  // by choice, as it may be NaN
+        peak = fmaxf(peak, scores[i]);
     }
-#pragma unroll 2
-    for (int i = group; i < count; i += STRIDE) {
-        if (batch.rows[i] < 0) continue;  // its place may hold anything, NaN too
+#pragma unroll
+    for (int offset = COPIES; offset < 32; offset <<= 1)
+        if (offset < LANES / PADDED || offset >= LANES) peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, offset));
+    const float base = fmaxf(peak, -1e30f);
+    const float rescale = power_of_2(mine.peak - base);
+    const bool moved = __any_sync(FULL_WARP, peak > mine.peak);
+    mine.peak = peak;
+    mine.total *= rescale;
+    __syncwarp();  // the weights of the batch before have been read
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const float weight = power_of_2(scores[i] - base);
+        mine.total += weight;
+        weights[team][query].of[row + i] = weight;
+    }
+    __syncwarp();
+    if (moved)
+#pragma unroll
+        for (int q = 0; q < TILE; q++) {
+            const float factor = __shfl_sync(FULL_WARP, rescale, q * (LANES / PADDED));
+#pragma unroll
+            for (int e = 0; e < WIDTH; e++) mine.out[q][e] *= factor;
+        }
+    Weights mix[TILE];
+#pragma unroll
+    for (int q = 0; q < TILE; q++) mix[q] = weights[team][q];
+#pragma unroll
+    for (int r = 0; r < DEPTH; r++) {
+        const bool counts = held(start + r);
 #pragma unroll
         for (int part = 0; part < PER_LANE; part++) {
+            uint4 chunk = stage[(r * PER_LANE + part) * 64 + 32];
+            if (!counts) chunk = make_uint4(0, 0, 0, 0);  // its place may hold anything, NaN too
             float value[PER_CHUNK];
-            unpack(stage[i * 2 * CHUNKS + CHUNKS + min(lane + part * LANES, CHUNKS - 1)], value);
+            unpack(chunk, value);
 #pragma unroll
-            for (int q = 0; q < TILE; q++) {
-                const float weight = batch.scores[i][q];
+            for (int q = 0; q < TILE; q++)
 #pragma unroll
-                for (int e = 0; e < PER_CHUNK; e++) mine.out[q][part * PER_CHUNK + e] += weight * value[e];
-            }
+                for (int e = 0; e < PER_CHUNK; e++) mine.out[q][part * PER_CHUNK + e] += mix[q].of[r] * value[e];
         }
     }
-    __syncthreads();
 }
 
-// Sums the threads' parts of the output into shared [TILE][DIM], which may be the stage.
-__device__ inline void gather_out(Lane& mine, float* shared) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / 32;
+// Attends the warp's share of `count` rows, after `fill`.
+template <class RowOf, class Held>
+__device__ inline void stream(
+    Lane& mine, Shared& shared, uint4* ring, const char* rows, int count, RowOf row_of, Held held) {
+    int stage = 0;
+    for (int batch = threadIdx.x / 32; batch * BATCH < count; batch += WARPS) {
+        wait_for_copies<STAGES - 1>();
+        add_batch(mine, shared.weights[threadIdx.x / 32], ring + stage * STAGE, first_row(batch), held);
+        const int next = batch + STAGES * WARPS;
+        if (next * BATCH < count) copy(ring + stage * STAGE, rows, next, count, row_of);
+        close_copies();
+        stage = stage + 1 < STAGES ? stage + 1 : 0;
+    }
+}
+
+// Puts what each warp has into shared memory: outputs [TEAMS][TILE][DIM] over its own ring, totals and peaks.
+__device__ inline void leave(Lane& mine, Shared& shared, uint4* rings) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, team = threadIdx.x % 32 / LANES;
+#pragma unroll
+    for (int offset = COPIES; offset < 32; offset <<= 1)
+        if (offset < LANES / PADDED || offset >= LANES)
+            mine.total += __shfl_xor_sync(FULL_WARP, mine.total, offset);
+    const int query = lane / (LANES / PADDED);
+    shared.peaks[warp][query] = mine.peak;
+    shared.totals[warp][query] = mine.total;
+    wait_for_copies<0>();  // the zeros past the end
+    __syncwarp();
+    float4* out = (float4*)(rings + warp * STAGES * STAGE) + team * TILE * FOURS;
 #pragma unroll
     for (int q = 0; q < TILE; q++)
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++) {
-            float value = mine.out[q][e];
-#pragma unroll
-            for (int offset = LANES; offset < 32; offset <<= 1) value += __shfl_xor_sync(FULL_WARP, value, offset);
-            const int entry = (lane + e / PER_CHUNK * LANES) * PER_CHUNK + e % PER_CHUNK;
-            if (threadIdx.x % 32 < LANES && entry < DIM) shared[(warp * TILE + q) * DIM + entry] = value;
+        for (int e = 0; e < WIDTH; e += 4) {
+            const int part = e / PER_CHUNK;
+            const int four = (lane + part * LANES) * (PER_CHUNK / 4) + e % PER_CHUNK / 4;
+            const float* sums = mine.out[q] + e;
+            if (in_row(lane, part)) out[q * FOURS + four] = make_float4(sums[0], sums[1], sums[2], sums[3]);
         }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE * DIM; i += THREADS) {
-        float sum = shared[i];
-#pragma unroll
-        for (int other = 1; other < WARPS; other++) sum += shared[other * TILE * DIM + i];
-        shared[i] = sum;
-    }
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) attend_held(
+// The sum of N parts.
+template <int N, class PartOf>
+__device__ inline Part combine(PartOf part_of) {
+    Part parts[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) parts[i] = part_of(i);
+    Part sum = {make_float4(0.f, 0.f, 0.f, 0.f), 0.f, -INFINITE};
+#pragma unroll
+    for (int i = 0; i < N; i++) sum.peak = fmaxf(sum.peak, parts[i].peak);
+    const float base = fmaxf(sum.peak, -1e30f);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float weight = power_of_2(parts[i].peak - base);
+        sum.total += parts[i].total * weight;
+        sum.out.x += parts[i].out.x * weight;
+        sum.out.y += parts[i].out.y * weight;
+        sum.out.z += parts[i].out.z * weight;
+        sum.out.w += parts[i].out.w * weight;
+    }
+    return sum;
+}
+
+// Of what the warps have left: float4 `unit` of the outputs.
+__device__ inline Part gather(const Shared& shared, const uint4* rings, int unit) {
+    return combine<WARPS>([&](int warp) {
+        const float4* out = (const float4*)(rings + warp * STAGES * STAGE) + unit;
+        Part part = {out[0], shared.totals[warp][unit / FOURS], shared.peaks[warp][unit / FOURS]};
+#pragma unroll
+        for (int team = 1; team < TEAMS; team++) {
+            const float4 other = out[team * TILE * FOURS];
+            part.out.x += other.x, part.out.y += other.y, part.out.z += other.z, part.out.w += other.w;
+        }
+        return part;
+    });
+}
+
+// The u-th float4 of the tile's outputs that this thread writes; those beyond the end repeat the last one.
+__device__ inline int unit_of(int u, int tile) {
+    return min((int)threadIdx.x + u * THREADS, min(TILE, GROUP - tile * TILE) * FOURS - 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     const Element* query, const char* resident, const int* members, const int64* lengths, const int* slots,
-    const int* counts, float* out, float* total, float* peak, int64 splits, int64 kv_heads, int64 first,
-    int64 capacity, int64 k, float scale) {
-    extern __shared__ uint4 stage[];
-    __shared__ Batch batch;
+    const int* counts, float* outs, float* totals, float* peaks, int64 kv_heads, int64 first, int64 capacity,
+    int64 k, float scale) {
+    extern __shared__ uint4 rings[];
+    __shared__ Shared shared;
+    uint8* held = (uint8*)(rings + WARPS * STAGES * STAGE);  // [ROWS], whether a row counts
     const int split = blockIdx.x / TILES, tile = blockIdx.x % TILES;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
     const int start = split * ROWS, length = (int)lengths[blockIdx.z];
     if (length <= 0) return;
+    const int coming = counts ? counts[line] : 0;
     const int count = min(ROWS, (int)(first + capacity) - start);
-    const uint4* source = (const uint4*)(resident + (line * (first + capacity) + start) * ROW_BYTES);
-    for (int i = threadIdx.x; i < count * 2 * CHUNKS; i += THREADS) copy_async(stage + i, source + i);
+    const char* rows = resident + (line * (first + capacity) + start) * ROW_BYTES;
+    const auto row_of = [](int i) { return i; };
+    uint4* ring = lane_ring(rings);
+    fill(ring, rows, count, row_of);
     Lane mine;
-    begin(batch, mine, query + line * GROUP * DIM, tile, scale);
+    begin(mine, query + line * GROUP * DIM, tile, scale);
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const int row = start + i;
-        bool held = i < count && (row >= first || row < length);
-        if (held && row >= first) held = members[line * capacity + row - first] >= 0;
-        batch.rows[i] = held ? row : -1;
+        bool counts_in = i < count && (row >= first || row < length);
+        if (counts_in && row >= first) counts_in = members[line * capacity + row - first] >= 0;
+        held[i] = counts_in;
     }
     __syncthreads();
-    if (counts)
-        for (int i = threadIdx.x; i < counts[line]; i += THREADS) {
-            const int place = (int)first + slots[line * k + i] - start;
-            if (place >= 0 && place < ROWS) batch.rows[place] = -1;
-        }
-    wait_for_copies();
+    for (int i = threadIdx.x; i < coming; i += THREADS) {
+        const int place = (int)first + slots[line * k + i] - start;
+        if (place >= 0 && place < ROWS) held[place] = 0;
+    }
     __syncthreads();
-    add_rows(batch, mine, stage, (count + STRIDE - 1) / STRIDE * STRIDE);
-    float* gathered = (float*)stage;
-    gather_out(mine, gathered);
-    const int64 part = (line * splits + split) * GROUP + tile * TILE;
-    for (int i = threadIdx.x; i < TILE * DIM; i += THREADS)
-        if (tile * TILE + i / DIM < GROUP) out[part * DIM + i] = gathered[i];
-    if (threadIdx.x < TILE && tile * TILE + threadIdx.x < GROUP) {
-        total[part + threadIdx.x] = batch.total[threadIdx.x];
-        peak[part + threadIdx.x] = batch.highest[threadIdx.x] * LN2;
+    stream(mine, shared, ring, rows, count, row_of, [&](int i) { return held[i] != 0; });
+    leave(mine, shared, rings);
+    const int64 part = (line * SPLITS + split) * GROUP + tile * TILE;
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        const int unit = unit_of(u, tile);
+        const Part sum = gather(shared, rings, unit);
+        ((float4*)outs)[part * FOURS + unit] = sum.out;
+        if (unit % FOURS == 0) {
+            totals[part + unit / FOURS] = sum.total;
+            peaks[part + unit / FOURS] = sum.peak * LN2;
+        }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend_fresh(
-    const float* parts, const float* totals, const float* peaks, const Element* query, const char* resident,
-    const int64* lengths, const int* slots, const int* counts, float* norm, Element* out, int64 splits64,
-    int64 kv_heads, int64 first, int64 capacity, int64 k, float scale) {
-    extern __shared__ uint4 stage[];
-    __shared__ Batch batch;
-    __shared__ float weights[TILE][MAX_SPLITS + 1];  // of each part, the last one for the rows here
-    __shared__ float sums[TILE];
-    const int tile = blockIdx.x, splits = (int)splits64;
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) attend_fresh(
+    const float* outs, const float* totals, const float* peaks, const Element* query, const char* resident,
+    const int64* lengths, const int* slots, const int* counts, float* norm, Element* out, int64 kv_heads,
+    int64 first, int64 capacity, int64 k, float scale) {
+    extern __shared__ uint4 rings[];
+    __shared__ Shared shared;
+    const int tile = blockIdx.x;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
-    if (lengths[blockIdx.z] <= 0) return;
-    const int count = counts ? counts[line] : 0;
+    const char* rows = resident + (line * (first + capacity) + first) * ROW_BYTES;
+    const auto row_of = [&](int i) { return slots[line * k + min(i, (int)k - 1)]; };
+    uint4* ring = lane_ring(rings);
+    const bool used = lengths[blockIdx.z] > 0;
+    int count = 0;
     Lane mine;
-    begin(batch, mine, query + line * GROUP * DIM, tile, scale);
-    const char* rows = resident + line * (first + capacity) * ROW_BYTES;
-    for (int start = 0; start < count; start += ROWS) {
-        const int here = min(ROWS, count - start), padded = (here + STRIDE - 1) / STRIDE * STRIDE;
-        for (int i = threadIdx.x; i < padded; i += THREADS)
-            batch.rows[i] = i < here ? (int)first + slots[line * k + start + i] : -1;
-        __syncthreads();
-        for (int i = threadIdx.x; i < here * 2 * CHUNKS; i += THREADS)
-            copy_async(stage + i, rows + (int64)batch.rows[i / (2 * CHUNKS)] * ROW_BYTES + i % (2 * CHUNKS) * 16);
-        wait_for_copies();
-        __syncthreads();
-        add_rows(batch, mine, stage, padded);
+    if (counts) {
+        count = counts[line];
+        if (!used) count = 0;
+        fill(ring, rows, count, row_of);
+        begin(mine, query + line * GROUP * DIM, tile, scale);
     }
-    float* gathered = (float*)stage;
-    gather_out(mine, gathered);
-    for (int q = threadIdx.x / 32; q < TILE; q += WARPS) {  // a warp a query: the weight of each part
-        const int member = tile * TILE + q, lane = threadIdx.x % 32;
-        if (member >= GROUP) break;
-        const int64 base = line * splits * GROUP + member;
-        float top = batch.highest[q];
-        for (int split = lane; split < splits; split += 32) top = fmaxf(top, peaks[base + split * GROUP] * LOG2E);
-        top = warp_max(top);
-        float sum = lane == 0 ? batch.total[q] * exp2f(batch.highest[q] - top) : 0.f;
-        for (int split = lane; split < splits; split += 32) {
-            const float weight = exp2f(peaks[base + split * GROUP] * LOG2E - top);
-            weights[q][split] = weight;
-            sum += totals[base + split * GROUP] * weight;
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            weights[q][MAX_SPLITS] = exp2f(batch.highest[q] - top);
-            sums[q] = sum;
-            norm[line * GROUP + member] = (top + log2f(sum)) * LN2;
+    Part sums[UNITS];
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        const int unit = unit_of(u, tile);
+        const auto read = [&](int from) {
+            return combine<AT_ONCE>([&](int i) -> Part {
+                if (from + i >= SPLITS) return {make_float4(0.f, 0.f, 0.f, 0.f), 0.f, -INFINITE};
+                const int64 part = (line * SPLITS + from + i) * GROUP + tile * TILE;
+                const int query = unit / FOURS;
+                return {((const float4*)outs)[part * FOURS + unit], totals[part + query], peaks[part + query] * LOG2E};
+            });
+        };
+        sums[u] = read(0);
+#pragma unroll
+        for (int from = AT_ONCE; from < SPLITS; from += AT_ONCE) {
+            const Part next = read(from);
+            sums[u] = combine<2>([&](int i) { return i ? next : sums[u]; });
         }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE * DIM; i += THREADS) {
-        const int q = i / DIM, member = tile * TILE + q;
-        if (member >= GROUP) break;
-        const float* source = parts + (line * splits * GROUP + tile * TILE) * DIM + i;
-        float value = gathered[i] * weights[q][MAX_SPLITS];
-#pragma unroll 8
-        for (int split = 0; split < splits; split++) value += source[(int64)split * GROUP * DIM] * weights[q][split];
-        out[(line * GROUP + tile * TILE) * DIM + i] = to_element(value / sums[q]);
+    if (count > 0) {
+        stream(mine, shared, ring, rows, count, row_of, [&](int i) { return i < count; });
+        leave(mine, shared, rings);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            const Part next = gather(shared, rings, unit_of(u, tile));
+            sums[u] = combine<2>([&](int i) { return i ? next : sums[u]; });
+        }
+    }
+    if (!used) return;
+    const int64 member = line * GROUP + tile * TILE;
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        const int unit = unit_of(u, tile);
+        const Part sum = sums[u];
+        const float share = 1.f / sum.total;
+        ((Four*)out)[member * FOURS + unit] = {to_element(sum.out.x * share), to_element(sum.out.y * share),
+                                               to_element(sum.out.z * share), to_element(sum.out.w * share)};
+        if (unit % FOURS == 0) norm[member + unit / FOURS] = (sum.peak + logarithm(sum.total)) * LN2;
     }
 }

@@ -4,15 +4,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.cuda import ELEMENTS, launch
 from kernels.paging import gather_tokens
 from kernels.select import Fresh
 
-_STAGE_BYTES = 64 * 1024  # of rows that a block of threads attends at a time; three fit a multiprocessor
-_MOST_ROWS = 256
-_THREADS = 256
+_SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
+_THREADS = 128
+_STAGES = 3  # batches of rows on their way to a warp
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
@@ -46,7 +47,7 @@ def attend_held(
         fresh: rows to leave out.
     """
     if query.is_cuda:
-        splits = -(-resident.shape[2] // _rows_at_a_time(resident))
+        splits = _splits(resident)
         shape = (len(query), members.shape[1], splits, query.shape[1] // members.shape[1])
         partial = Partial(
             torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
@@ -54,8 +55,8 @@ def attend_held(
             torch.empty(shape, dtype=torch.float32, device=query.device),
         )
         _launch(
-            "attend_held", splits, splits, query, resident,
-            [query, resident, members, lengths, *_pointers(fresh), *partial, splits, members.shape[1],
+            "attend_held", splits, query, resident,
+            [query, resident, members, lengths, *_pointers(fresh), *partial, members.shape[1],
              sinks + recent, members.shape[2], 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
         return partial
@@ -98,8 +99,8 @@ def attend_fresh(
         out = torch.empty_like(query)
         kv_heads = resident.shape[1]
         _launch(
-            "attend_fresh", 1, partial.out.shape[2], query, resident,
-            [*partial, query, resident, lengths, *_pointers(fresh), norm, out, partial.out.shape[2], kv_heads,
+            "attend_fresh", 1, query, resident,
+            [*partial, query, resident, lengths, *_pointers(fresh), norm, out, kv_heads,
              first, resident.shape[2] - first, 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
         return out
@@ -134,28 +135,27 @@ def _pointers(fresh: Fresh | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if fresh is None else (fresh.slots, fresh.counts)
 
 
-def _rows_at_a_time(resident: Tensor) -> int:
-    """A power of two that does not depend on the batch, so that the result does not either."""
-    fitting = _STAGE_BYTES // resident[0, 0, 0].nbytes
-    return int(min(_MOST_ROWS, 1 << fitting.bit_length() - 1))
+def _splits(resident: Tensor) -> int:
+    """Parts of about equal size; they do not depend on the batch, so that the result does not either."""
+    return max(1, round(resident[0, 0].nbytes / _SPLIT_BYTES))
 
 
 def _launch(
-    name: str,
-    blocks: int,
-    splits: int,
-    query: Tensor,
-    resident: Tensor,
-    args: list[Tensor | int | float | None],
+    name: str, blocks: int, query: Tensor, resident: Tensor, args: list[Tensor | int | float | None]
 ) -> None:
     batch, kv_heads = resident.shape[:2]
     group = query.shape[1] // kv_heads
-    dim, tile, rows = query.shape[2], min(group, _QUERY_TILE), _rows_at_a_time(resident)
-    row_bytes = resident[0, 0, 0].nbytes
+    dim, tile, splits = query.shape[2], min(group, _QUERY_TILE), _splits(resident)
+    rows, row_bytes = -(-resident.shape[2] // splits), resident[0, 0, 0].nbytes
+    chunks = row_bytes // 32  # of 16 bytes, of a key
+    lanes = next((lanes for lanes in (8, 16) if chunks <= lanes), 32)
+    per_lane = -(-chunks // lanes)
+    stage_bytes = {1: 4, 2: 2}.get(per_lane, 1) * per_lane * 2 * 32 * 16
     launch(
         "attend.cu", name, (blocks * -(-group // tile), kv_heads, batch), _THREADS, args,
-        shared=max(rows * row_bytes, _THREADS // 32 * tile * dim * 4), ELEMENT=ELEMENTS[query.dtype], DIM=dim,
-        GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS, TILE=tile, MAX_SPLITS=splits,
+        shared=_THREADS // 32 * _STAGES * stage_bytes + rows, ELEMENT=ELEMENTS[query.dtype], DIM=dim,
+        GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS, TILE=tile, SPLITS=splits,
+        STAGES=_STAGES,
     )  # fmt: skip
 
 
@@ -192,7 +192,9 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     """
     count, total = query.shape[0], rows.shape[0]
     keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)  # each [1, kv_heads, T, D]
-    mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril_(total - count)
+    mask: Tensor = causal_lower_right(count, total)
+    if not query.is_cuda:  # where torch has no kernel for it
+        mask = torch.ones(count, total, dtype=torch.bool).tril_(total - count)
     out = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, scale=scale, enable_gqa=True
     )

@@ -1,10 +1,22 @@
-"""Sample: from logits to tokens, repeatable for a seed in any batch."""
+"""Sample: from logits to tokens, repeatable for a seed in any batch and on any device."""
+
+from math import log
 
 import torch
 from torch import Tensor
 
+from kernels.cuda import launch
+
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: SplitMix64's increment
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
+
+_PART_BITS = 20  # a step is 2**-20 of a halving of the probability
+_LIMIT = 41 << _PART_BITS  # from so many steps on a weight is 0
+_POWER = (2017903, 19743523, 118729907, 515776670, 1488514207, 1 << 31)
+"""2**-x for x in [0, 1) to 1e-7 as a polynomial of alternating signs, highest power first, times 2**31."""
+
+_THREADS = 1024
+_BIN_BITS = 13  # of a step's 26
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -27,13 +39,32 @@ def uniform(seed: Tensor, position: Tensor) -> Tensor:
     return _shift_right(x, 11).double() * 2.0**-53
 
 
+def _weigh(steps: Tensor) -> Tensor:
+    """2**40 halved once for every 2**20 steps, in integers only, so that every device finds the same.
+
+    Args:
+        steps: int64, 0 to ``_LIMIT``.
+    """
+    part = (steps << (32 - _PART_BITS)) & 0xFFFFFFFF
+    power = torch.full_like(steps, _POWER[0])
+    for coefficient in _POWER[1:]:
+        power = coefficient - (power * part >> 32)
+    return power << 9 >> (steps >> _PART_BITS)
+
+
 def sample(
     logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seed: Tensor, position: Tensor
 ) -> Tensor:
     """Draw one token a row: temperature, then top-k, then top-p, by inversion of the cumulative probability.
 
+    A greedy row gives the most likely token, of equals the lowest id. Otherwise logits, divided by the
+    temperature, are rounded to steps of 7e-7 below the largest, and what is equal then is treated alike:
+    top-k keeps every token at least as likely as the k-th; top-p keeps the fewest of the most likely tokens
+    whose share of what top-k has left reaches it, and all equals of the last of them; the draw goes through
+    what is kept by token id. A token 2**40 times less likely than the first is never drawn.
+
     Args:
-        logits: [B, vocab] float32.
+        logits: [B, vocab] float32. A row may be anything if its token does not matter.
         temperature: [B] float32; 0 is greedy.
         top_p: [B] float32 in (0, 1]; top_k: [B] int64, 0 keeps all.
         seed, position: [B] int64, what the random number is drawn from.
@@ -41,17 +72,33 @@ def sample(
     Returns:
         [B] int64 token ids.
     """
+    vocab = logits.shape[1]
+    if logits.is_cuda:
+        drawn = torch.empty_like(seed)
+        launch(
+            "sample.cu", "sample", (len(logits),), _THREADS,
+            [logits, temperature, top_p, top_k, seed, position, drawn, vocab], shared=8 << _BIN_BITS,
+            THREADS=_THREADS, WIDTH=1 if vocab % 4 else 4, PART_BITS=_PART_BITS, LIMIT=_LIMIT,
+            BIN_BITS=_BIN_BITS,
+        )  # fmt: skip
+        return drawn
     greedy = logits.argmax(-1)
-    scaled = logits.double() / temperature.double().clamp_min(1e-6).unsqueeze(1)
-    weights, tokens = scaled.softmax(-1).sort(-1, descending=True)
-    rank = torch.arange(weights.shape[1], device=weights.device)
-    cut = top_k.where(top_k > 0, weights.shape[1]).unsqueeze(1)
-    weights = weights.masked_fill_(rank >= cut, 0.0)
-    weights /= weights.sum(-1, keepdim=True)
-    before = weights.cumsum(-1) - weights
-    kept = weights.masked_fill(before >= top_p.double().unsqueeze(1), 0.0)
-    total = kept.cumsum(-1)
-    target = uniform(seed, position).unsqueeze(1) * total[:, -1:]
-    index = torch.searchsorted(total, target, right=True).clamp_max_(kept.shape[1] - 1)
-    drawn = tokens.gather(1, index).squeeze(1)
-    return torch.where(temperature == 0, greedy, drawn)
+    rate = temperature.clamp_min(1e-6).reciprocal() * (2**_PART_BITS / log(2))
+    below = (logits.amax(-1, keepdim=True) - logits) * rate.unsqueeze(1)
+    steps = below.where(below < _LIMIT, _LIMIT).long()  # also what is not a number
+    weights = _weigh(steps)
+
+    ascending, order = steps.sort(-1)
+    rank = top_k.where((top_k > 0) & (top_k < vocab), vocab)
+    last = ascending.gather(1, rank.unsqueeze(1) - 1)
+    total = weights.gather(1, order).masked_fill_(ascending > last, 0).cumsum(-1)
+    whole = total[:, -1:]
+    wanted = (top_p.unsqueeze(1).double() * whole).ceil().long().clamp_min(1)
+    wanted = wanted.where(top_p.unsqueeze(1) < 1, whole)
+    last = ascending.gather(1, torch.searchsorted(total, wanted).clamp_max_(vocab - 1))
+
+    total = weights.masked_fill_(steps > last, 0).cumsum(-1)
+    whole = total[:, -1:]
+    target = (uniform(seed, position).unsqueeze(1) * whole).long().minimum(whole - 1)
+    drawn = torch.searchsorted(total, target, right=True).squeeze(1)
+    return torch.where((temperature == 0) | (whole == 0).squeeze(1), greedy, drawn)

@@ -11,10 +11,11 @@ from kernels.paging import gather_tokens
 
 NEVER = -1  # key of a row that is no candidate
 
-_WARP_TOKENS = 256  # that a warp weighs, one load after another
-_PAGES = 32  # whose centres a block of threads multiplies
+_UNIT = 64  # tokens that a warp weighs at a time
+_WARPS, _UNITS, _STAGES = 4, 8, 4  # of a block that weighs; units of a warp, and of these on their way here
 _CHOOSE_THREADS = 1024
-_BINS = 2048
+_CHOOSE_LOADS = 4  # of 8 keys, on their way to a thread
+_STATIC_BYTES = 48 * 1024  # of shared memory, at most
 
 
 class Fresh(NamedTuple):
@@ -137,24 +138,26 @@ def weigh_codes(
     batch, query_heads, dim = query.shape
     kv_heads, block_tokens = codes.shape[1:3]
     span = table.shape[1] * block_tokens
-    defines = {"ELEMENT": ELEMENTS[query.dtype], "DIM": dim, "GROUP": query_heads // kv_heads}
-    defines |= {"BLOCK_TOKENS": block_tokens, "PREPARED": _PAGES}
+    group, pages = query_heads // kv_heads, table.shape[1]
+    defines = {"ELEMENT": ELEMENTS[query.dtype], "DIM": dim, "GROUP": group, "BLOCK_TOKENS": block_tokens}
+    parts = next(parts for parts in (4, 2, 1) if parts * group * dim * 4 <= _STATIC_BYTES)
+    defines |= {"PARTS": parts, "WARPS": _WARPS, "UNITS": _UNITS, "STAGES": _STAGES}
     integers = torch.empty(query.shape, dtype=torch.int8, device=query.device)
     steps = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    pages = table.shape[1]
-    centre_scores = torch.empty(
-        batch, kv_heads, pages, query_heads // kv_heads, dtype=torch.float32, device=query.device
-    )
+    centre_scores = torch.empty(batch, kv_heads, pages, group, dtype=torch.float32, device=query.device)
+    threads = -(-parts * dim // 32) * 32
     launch(
-        "select.cu", "prepare", (kv_heads, batch, 1 + -(-pages // _PAGES)), max(128, -(-dim // 32) * 32),
+        "select.cu", "prepare", (kv_heads, batch, 1 + -(-pages // (threads // 32))), threads,
         [query, rotation, centres, norm, miss, lengths, table, pages, table.stride(0), integers, steps,
          centre_scores, scale], **defines,
     )  # fmt: skip
     keys = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=query.device)
+    columns = -(-group // 8) * (4 if group <= 4 else 8)
+    stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
     launch(
-        "select.cu", "weigh_codes", (-(-span // (4 * _WARP_TOKENS)), kv_heads, batch), 128,
+        "select.cu", "weigh_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
         [integers, steps, centre_scores, codes, scales, miss, lengths, table, pages, table.stride(0), keys,
-         sinks, tail, scale], **defines,
+         sinks, tail, scale], shared=_WARPS * _STAGES * stage_bytes, **defines,
     )  # fmt: skip
     return keys
 
@@ -195,7 +198,8 @@ def choose(
         launch(
             "select.cu", "choose", (miss.numel(),), _CHOOSE_THREADS,
             [keys, span, tail, miss, lengths, members, stamps, tally, *fresh, k, capacity, miss.shape[1]],
-            shared=4 * (_BINS + 2 * k + capacity) + 32 * k + span // 8, THREADS=_CHOOSE_THREADS, BINS=_BINS,
+            shared=16 * max(2 * k, -(-span // 128)) + 7 * 1024 + 9 * (-(-k // 16) * 16) + 4 * capacity,
+            THREADS=_CHOOSE_THREADS, LOADS=_CHOOSE_LOADS,
         )  # fmt: skip
         return fresh
     position = torch.arange(span, device=keys.device)

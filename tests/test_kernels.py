@@ -269,6 +269,59 @@ def test_sampling_is_greedy_repeatable_and_follows_the_distribution() -> None:
     assert set(drawn.tolist()) == set(order.indices[:nucleus].tolist())
 
 
+def test_sampling_does_what_a_naive_loop_in_float64_does() -> None:
+    different = 0
+    for vocab in (1, 2, 33, 300):
+        rows = 200
+        logits = torch.randn(rows, vocab) * 3 * torch.rand(rows, 1)
+        temperature = torch.rand(rows) * 2 + 0.1
+        top_p = (torch.rand(rows) * 1.3 + 1e-3).clamp_max(1.0)
+        top_k = torch.randint(0, vocab + 3, (rows,))
+        seed, position = torch.randint(0, 2**63 - 1, (rows,)), torch.randint(0, 10**6, (rows,))
+        drawn = sample(logits, temperature, top_p, top_k, seed, position)
+        for row, number in enumerate(uniform(seed, position).tolist()):
+            weight = (logits[row].double() / temperature[row].double()).softmax(0)
+            order = weight.argsort(descending=True)[: int(top_k[row]) or vocab]
+            before = weight[order].cumsum(0) - weight[order]
+            kept = set(order[before < top_p[row].double() * weight[order].sum()].tolist())
+            left = number * sum(float(weight[token]) for token in kept)
+            for token in sorted(kept):
+                left -= float(weight[token])
+                if left < 0:
+                    break
+            different += token != int(drawn[row])
+    assert different <= 1, "a number between two tokens may go either way"
+
+
+def test_sampling_treats_equal_tokens_alike_and_never_draws_what_is_impossible() -> None:
+    draws = 2000
+    seeds, ones, k0 = torch.arange(draws), torch.ones(draws), torch.zeros(draws, dtype=torch.int64)
+
+    def drawn(row: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> set[int]:
+        logits = torch.tensor(row).expand(draws, -1)
+        found: list[int] = sample(logits, ones * temperature, ones * top_p, k0 + top_k, seeds, k0).tolist()
+        return set(found)
+
+    row = [1.0, 2.0, 0.5, 2.0, 1.0, -torch.inf, 2.0, 1.0]
+    assert drawn(row, temperature=0) == {1}
+    assert drawn(row, temperature=1e-9) == drawn(row, temperature=0.01) == {1, 3, 6}
+    assert drawn(row, temperature=100) == {0, 1, 2, 3, 4, 6, 7}
+    for k in (1, 2, 3):
+        assert drawn(row, top_k=k) == {1, 3, 6}
+    for k in (4, 5, 6):
+        assert drawn(row, top_k=k) == {0, 1, 3, 4, 6, 7}
+    for k in (7, 8, 9, 2**31 - 1):
+        assert drawn(row, top_k=k) == {0, 1, 2, 3, 4, 6, 7}
+    for p in (1e-30, 0.1, 0.6):  # the three most likely have 0.64, of the six most likely 0.73
+        assert drawn(row, top_p=p) == {1, 3, 6}
+    assert drawn(row, top_p=0.7) == {0, 1, 3, 4, 6, 7}
+    assert drawn(row, top_p=0.7, top_k=4) == {1, 3, 6}
+    assert drawn(row, top_p=0.75, top_k=4) == {0, 1, 3, 4, 6, 7}
+    assert drawn([0.0, -0.0]) == drawn([-0.0, 0.0], top_k=1) == {0, 1}
+    assert drawn([-torch.inf, 5.0, -torch.inf], temperature=100) == {1}
+    assert drawn([3e38, -3e38, 3e38], temperature=0.1, top_p=0.4) == {0, 2}
+
+
 def test_uniform_numbers_are_uniform_for_any_seed() -> None:
     for seed in (0, 1, 2**62):
         numbers = uniform(torch.full((10_000,), seed), torch.arange(10_000))
