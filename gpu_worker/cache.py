@@ -17,7 +17,7 @@ from kernels.attend import attend_all, attend_fresh, attend_held
 from kernels.fetch import fetch
 from kernels.gate import gate
 from kernels.select import Fresh, choose
-from kernels.store import store
+from kernels.store import store, store_new
 from runtime.config import CacheConfig
 from runtime.messages import CacheStats
 
@@ -59,8 +59,9 @@ class KVCache:
         self._sinks, self._recent, self._k = config.sinks, config.recent, config.select_k
         self._capacity = 0 if self.full else config.capacity
         self._storing = Branch(device)  # rows of a prompt on their way to the arena
-        self._appending = Branch(device)  # a new row, while its step selects
-        self._fetching = Branch(device, urgent=True)  # rows on their way here, while the others are attended
+        self._recording = Branch(device)  # a new row on its way to arena and index; no one waits for it
+        self._gating = Branch(device)
+        self._fetching = (Branch(device, urgent=True), Branch(device, urgent=True))  # of even, of odd layers
         self._index: Index
         if config.attention == "clo":
             self._index = TwoBitIndex(shape, arena.shape[0], device)
@@ -148,18 +149,20 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- decode
 
-    def prefetch(self, layer: int, query: Tensor, batch: Batch) -> None:
-        """Gate, select and fetch for a layer with a predicted query, ahead of the layer itself."""
+    def prefetch(self, layer: int, query: Tensor, batch: Batch) -> Fresh:
+        """Gate, select and begin to fetch for a layer with a predicted query, ahead of the layer itself."""
         # The layer has not appended the new token yet: what that will displace still stands in the ring.
-        fresh = self._select(layer, query, batch, self._recent + 1)
-        self._fetch(layer, fresh, batch)
+        return self._select(layer, query, batch, self._recent + 1)
 
-    def attend(self, layer: int, query: Tensor, kv: Tensor, batch: Batch, *, select: bool = True) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: Fresh | None, *, select: bool
+    ) -> Tensor:
         """One layer of a decode step: append, gate, select, fetch, attend.
 
         Args:
             query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
-            select: False accepts the rows that a prefetch left.
+            coming: what ``prefetch`` returned for the layer, None where there was no prefetch.
+            select: whether to select with this query too, and not accept what ``coming`` brings.
 
         Returns:
             [B, query_heads, head_dim].
@@ -167,52 +170,47 @@ class KVCache:
         count = len(batch.lengths)
         arena = self._arena[:, layer]
         resident, members = self._resident[layer, :count], self._members[layer, :count]
-        with self._appending.fork():
-            append(
-                kv, batch.lengths, batch.table, arena, resident, members, self._stamps[layer, :count],
-                self._sinks, self._recent,
-            )  # fmt: skip
+        with self._recording.fork(kv):
+            store_new(kv, batch.lengths, batch.table, arena)
             if not self.full:
                 self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
-        if self.full or not select:
-            self._appending.join()
         if self.full:
+            self._recording.join()
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
-        fresh = self._select(layer, query, batch, self._recent) if select else None
-        if fresh is not None:
-            with self._fetching.fork():
-                self._fetch(layer, fresh, batch)
+        stamps = self._stamps[layer, :count]
+        append(kv, batch.lengths, resident, members, stamps, self._sinks, self._recent)
+        fetching = self._fetching[layer % 2]
+        if select:
+            if coming is not None:
+                fetching.join()
+            coming = self._select(layer, query, batch, self._recent)
         partial = attend_held(
-            query, resident, members, batch.lengths, fresh, self._sinks, self._recent, self._scale
+            query, resident, members, batch.lengths, coming, self._sinks, self._recent, self._scale
         )
-        if fresh is not None:
-            self._fetching.join()
+        fetching.join()
         return attend_fresh(
-            partial, query, resident, batch.lengths, fresh, self._norms[layer, :count], self._first,
+            partial, query, resident, batch.lengths, coming, self._norms[layer, :count], self._first,
             self._scale,
         )  # fmt: skip
+
+    def end_step(self) -> None:
+        """After the last layer: all work to come finds the new rows in arena and index."""
+        self._recording.join()
 
     def _select(self, layer: int, query: Tensor, batch: Batch, tail: int) -> Fresh:
-        """Gate and select; the last ``tail`` tokens are no candidates."""
-        count = len(batch.lengths)
-        tally = self._tally[layer, :count]
-        miss = gate(query, self._labels[layer, :count], self.thresholds[layer], batch.lengths, tally)
-        keys = self._index.weigh(
-            layer, query, self._norms[layer, :count], miss, batch.lengths, batch.table, self._sinks, tail,
-            self._scale,
-        )  # fmt: skip
-        self._appending.join()  # the new token is no candidate, so its row and code are wanted only now
-        return choose(
-            keys, miss, batch.lengths, tail, self._members[layer, :count], self._stamps[layer, :count], tally,
-            self._k,
-        )  # fmt: skip
-
-    def _fetch(self, layer: int, fresh: Fresh, batch: Batch) -> None:
-        count = len(batch.lengths)
-        fetch(
-            fresh, self._members[layer, :count], batch.table, self._arena[:, layer],
-            self._resident[layer, :count], self._first,
-        )  # fmt: skip
+        """Gate and select, and begin to fetch; the last ``tail`` tokens are no candidates."""
+        lengths, table = batch
+        count = len(lengths)
+        members, tally = self._members[layer, :count], self._tally[layer, :count]
+        with self._gating.fork():
+            miss = gate(query, self._labels[layer, :count], self.thresholds[layer], lengths, tally)
+        weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
+        self._gating.join()
+        keys = weigh(miss, self._sinks, tail)
+        fresh = choose(keys, miss, lengths, tail, members, self._stamps[layer, :count], tally, self._k)
+        with self._fetching[layer % 2].fork():
+            fetch(fresh, members, table, self._arena[:, layer], self._resident[layer, :count], self._first)
+        return fresh
 
     # ---------------------------------------------------------------------------------- accounting
 

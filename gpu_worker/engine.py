@@ -12,6 +12,7 @@ from gpu_worker.model import Decoder
 from gpu_worker.prefill import Prefill
 from gpu_worker.streams import Branch
 from kernels.sample import sample
+from kernels.select import Fresh
 from runtime.config import CacheConfig
 from runtime.messages import NO_STATS, CacheStats, Logprob, Sampling
 
@@ -132,9 +133,9 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
         """Begin the prefill of a sequence in a free slot."""
-        row = torch.zeros(self._table.shape[1], dtype=torch.int64)
+        row = torch.zeros(self._table.shape[1], dtype=torch.int64, pin_memory=self._device.type == "cuda")
         row[: len(blocks)] = torch.tensor(blocks)
-        self._table[slot] = row.to(self._device)
+        self._table[slot].copy_(row, non_blocking=True)
         return Prefill(self.decoder, self.cache, slot, tokens, self._table[slot])
 
     @torch.inference_mode()
@@ -228,18 +229,23 @@ class Engine:
         pages = None if longest is None else -(-longest // decoder.shape.block_tokens)
         batch = Batch(lengths, self._table[:slots, :pages])
         hidden = decoder.embed(self._tokens[:slots])
+        normal = decoder.normalise(0, hidden)
         rope = decoder.rope((lengths - 1).clamp_min(0))
+        next_coming: Fresh | None = None
         for layer in range(decoder.shape.layers):
-            following = layer + 1
-            if layer >= self._first_prefetched:
+            if next_coming is not None:
                 self._ahead.join()
+            coming, next_coming, following = next_coming, None, layer + 1
             if self._first_prefetched <= following < decoder.shape.layers:
                 with self._ahead.fork():
-                    cache.prefetch(following, decoder.query(following, hidden, rope), batch)
-            query, kv = decoder.qkv(layer, hidden, rope)
-            attended = cache.attend(layer, query, kv, batch, select=layer < self._first_accepted)
-            hidden = decoder.finish(layer, hidden, attended)
-        return decoder.logits(hidden)
+                    predicted = decoder.query(following, decoder.normalise(following, hidden), rope)
+                    next_coming = cache.prefetch(following, predicted, batch)
+            query, kv = decoder.qkv(layer, normal, rope)
+            select = layer < self._first_accepted
+            attended = cache.attend(layer, query, kv, batch, coming, select=select)
+            hidden, normal = decoder.finish(layer, hidden, attended)
+        cache.end_step()
+        return decoder.logits(normal)
 
     def _step(self, slots: int, longest: int | None = None) -> Tensor:
         logits = self.forward(slots, longest)

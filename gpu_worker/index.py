@@ -1,5 +1,6 @@
 """The index: what a head scores to find the rows that its query wants, without reading the rows."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -7,7 +8,11 @@ from torch import Tensor
 
 from gpu_worker.shape import KVShape
 from kernels.encode import CODES_PER_BYTE, encode, encode_new
-from kernels.select import scan_exact, weigh, weigh_codes
+from kernels.select import prepare, scan_exact, weigh, weigh_codes
+
+
+Weigh = Callable[[Tensor, int, int], Tensor]
+"""From heads that select [B, kv_heads] bool, sinks and tail to keys as ``kernels.select.weigh`` returns them."""
 
 
 class Index(Protocol):
@@ -25,19 +30,14 @@ class Index(Protocol):
         keys: [B, kv_heads, head_dim]; lengths: [B] int64, with that key; table: [B, max_blocks] int64.
         """
 
-    def weigh(
-        self,
-        layer: int,
-        query: Tensor,
-        norm: Tensor,
-        miss: Tensor,
-        lengths: Tensor,
-        table: Tensor,
-        sinks: int,
-        tail: int,
-        scale: float,
-    ) -> Tensor:
-        """Keys [B, kv_heads, T] int16; the arguments are those of ``kernels.select.weigh_codes``."""
+    def prepare(
+        self, layer: int, query: Tensor, norm: Tensor, lengths: Tensor, table: Tensor, scale: float
+    ) -> Weigh:
+        """Do all that needs no list of heads that select, and return the rest.
+
+        query: [B, query_heads, head_dim]; norm: [B, query_heads] float32, log-sum-exp of the last attention;
+        lengths: [B] int64; table: [B, max_blocks] int64; scale: of the softmax.
+        """
 
 
 class TwoBitIndex:
@@ -88,22 +88,19 @@ class TwoBitIndex:
             self._rotation,
         )  # fmt: skip
 
-    def weigh(
-        self,
-        layer: int,
-        query: Tensor,
-        norm: Tensor,
-        miss: Tensor,
-        lengths: Tensor,
-        table: Tensor,
-        sinks: int,
-        tail: int,
-        scale: float,
-    ) -> Tensor:
-        return weigh_codes(
-            query, self._codes[layer], self._scales[layer], self._centres[layer], self._rotation, norm, miss,
-            lengths, table, sinks, tail, scale,
-        )  # fmt: skip
+    def prepare(
+        self, layer: int, query: Tensor, norm: Tensor, lengths: Tensor, table: Tensor, scale: float
+    ) -> Weigh:
+        prepared = prepare(
+            query, self._centres[layer], self._rotation, norm, lengths, table, self._codes.shape[3], scale
+        )
+
+        def rest(miss: Tensor, sinks: int, tail: int) -> Tensor:
+            return weigh_codes(
+                prepared, self._codes[layer], self._scales[layer], miss, lengths, table, sinks, tail, scale
+            )
+
+        return rest
 
 
 class ExactIndex:
@@ -120,17 +117,12 @@ class ExactIndex:
     def write(self, layer: int, keys: Tensor, lengths: Tensor, table: Tensor) -> None:
         """Nothing to do: the keys are in the arena already."""
 
-    def weigh(
-        self,
-        layer: int,
-        query: Tensor,
-        norm: Tensor,
-        miss: Tensor,
-        lengths: Tensor,
-        table: Tensor,
-        sinks: int,
-        tail: int,
-        scale: float,
-    ) -> Tensor:
+    def prepare(
+        self, layer: int, query: Tensor, norm: Tensor, lengths: Tensor, table: Tensor, scale: float
+    ) -> Weigh:
         products = scan_exact(query, self._arena[:, layer], table)
-        return weigh(products, norm, lengths, sinks, tail, scale)
+
+        def rest(_: Tensor, sinks: int, tail: int) -> Tensor:
+            return weigh(products, norm, lengths, sinks, tail, scale)
+
+        return rest

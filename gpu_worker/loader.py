@@ -239,17 +239,32 @@ class _Tensors:
         qk_norm = None
         if f"{attention}q_norm.weight" in self:
             query = self.take(f"{attention}q_norm.weight").expand(query_heads, -1)
-            key = self.take(f"{attention}k_norm.weight").expand(kv_heads, -1)
+            key = self.take(f"{attention}k_norm.weight").expand(2 * kv_heads, -1)
             qk_norm = torch.cat((query, key))
         return Layer(
             attention_norm=self.take(f"{prefix}input_layernorm.weight"),
-            qkv=self.linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+            qkv=_in_turn(
+                self.linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+                query_heads,
+                kv_heads,
+            ),
             qk_norm=qk_norm,
             output=self.linear(f"{attention}o_proj"),
             mlp_norm=self.take(f"{prefix}post_attention_layernorm.weight"),
             gate_up=self.linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
             down=self.linear(f"{mlp}down_proj"),
         )
+
+
+def _in_turn(qkv: Linear, query_heads: int, kv_heads: int) -> Linear:
+    """From all queries, all keys, all values to all queries, then each head's key and value in turn."""
+    order = torch.arange(query_heads + 2 * kv_heads)
+    order[query_heads:] = order[query_heads:].view(2, kv_heads).t().flatten()
+
+    def sorted_heads(tensor: Tensor) -> Tensor:
+        return tensor.view(len(order), -1, *tensor.shape[1:])[order.to(tensor.device)].flatten(0, 1)
+
+    return Linear(sorted_heads(qkv.weight), None if qkv.bias is None else sorted_heads(qkv.bias))
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -28,12 +28,6 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        """``total + self(x)``; for two dimensions in one kernel."""
-        if self.bias is not None:
-            return total + self(x)
-        return torch.addmm(total, x, self.weight.t())
-
     def first(self, rows: int) -> "Linear":
         """The part that computes the first ``rows`` outputs, without a copy."""
         return Linear(self.weight[:rows], None if self.bias is None else self.bias[:rows])
@@ -41,11 +35,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer. ``qkv`` yields all query heads, then all key heads, then all value heads."""
+    """Weights of one layer. ``qkv`` yields all query heads, then a key and a value of each KV head in turn."""
 
     attention_norm: Tensor  # [hidden]
     qkv: Linear  # [(query_heads + 2 * kv_heads) * head_dim, hidden]
-    qk_norm: Tensor | None  # [query_heads + kv_heads, head_dim]
+    qk_norm: Tensor | None  # [query_heads + 2 * kv_heads, head_dim], of which the values' rows are not used
     output: Linear  # [hidden, query_heads * head_dim]
     mlp_norm: Tensor  # [hidden]
     gate_up: Linear  # [2 * intermediate, hidden]
@@ -88,7 +82,8 @@ class Decoder:
         )
         self._gated: Callable[..., Tensor] = fused(_gated)
         self._rotate: Callable[..., Tensor] = fused(_rotate)
-        self._split: Callable[..., tuple[Tensor, Tensor]] = fused(_split)
+        self._norm: Callable[..., Tensor] = fused(_norm)
+        self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = fused(_add_and_norm)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
@@ -104,31 +99,34 @@ class Decoder:
         scale, dtype = self._weights.rope_scale, self.shape.dtype
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
-    def qkv(self, layer: int, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def normalise(self, layer: int, hidden: Tensor) -> Tensor:
+        """Hidden states [N, hidden] as a layer's projections take them; as ``logits`` does after the last."""
+        return self._norm(hidden, self._norm_of(layer), self._norm_eps)
+
+    def qkv(self, layer: int, normal: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Queries, and the rows for the cache.
 
         Args:
             layer: number of the layer.
-            hidden: hidden states [N, hidden] that enter the layer.
+            normal: ``normalise``d hidden states [N, hidden] that enter the layer.
             rope: ``rope(positions)`` of the tokens.
 
         Returns:
-            Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), both
-            contiguous, and with RoPE applied to queries and keys.
+            Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), with RoPE
+            applied to queries and keys; those of a token are contiguous.
         """
-        queries, keys = self.shape.query_heads, self.shape.kv_heads
-        heads = self._project(layer, hidden, queries + 2 * keys)
-        return self._split(heads, self._weights.layers[layer].qk_norm, *rope, queries, keys, self._norm_eps)
+        queries, pairs = self.shape.query_heads, self.shape.kv_heads
+        heads = self._project(layer, normal, queries + 2 * pairs, rope)
+        return heads[:, :queries], heads[:, queries:].unflatten(1, (pairs, 2))
 
-    def query(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
+    def query(self, layer: int, normal: Tensor, rope: Rope) -> Tensor:
         """The queries of ``qkv`` alone: [N, query_heads, head_dim].
 
         Given the hidden states of an earlier layer, they predict the layer's real queries.
         """
-        heads = self._project(layer, hidden, self.shape.query_heads)
-        return self._rotate(heads, self._weights.layers[layer].qk_norm, *rope, self._norm_eps)
+        return self._project(layer, normal, self.shape.query_heads, rope)
 
-    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of a layer after attention.
 
         Args:
@@ -137,24 +135,39 @@ class Decoder:
             attended: output of attention [N, query_heads, head_dim].
 
         Returns:
-            Hidden states [N, hidden] that enter the next layer.
+            Hidden states [N, hidden] that enter the next layer, and the same ``normalise``d for it.
         """
         weights = self._weights.layers[layer]
-        hidden = weights.output.add_to(hidden, attended.flatten(1))
-        return weights.down.add_to(hidden, self._gated(weights.gate_up(self._norm(hidden, weights.mlp_norm))))
+        hidden, normal = self._add_and_norm(
+            hidden, weights.output(attended.flatten(1)), weights.mlp_norm, self._norm_eps
+        )
+        out = weights.down(self._gated(weights.gate_up(normal)))
+        return self._add_and_norm(hidden, out, self._norm_of(layer + 1), self._norm_eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, vocab] float32 of the hidden states [N, hidden] that left the last layer."""
-        return F.linear(self._norm(hidden, self._weights.norm), self._weights.head).float()
+    def logits(self, normal: Tensor) -> Tensor:
+        """Logits [N, vocab] float32 of ``normalise``d hidden states [N, hidden] that left the last layer."""
+        return F.linear(normal, self._weights.head).float()
 
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self._norm_eps)
+    def _norm_of(self, layer: int) -> Tensor:
+        layers = self._weights.layers
+        return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _project(self, layer: int, hidden: Tensor, heads: int) -> Tensor:
-        """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""
+    def _project(self, layer: int, normal: Tensor, heads: int, rope: Rope) -> Tensor:
+        """The first ``heads`` heads of the fused projection, with RoPE: [N, heads, head_dim]."""
         weights = self._weights.layers[layer]
-        projection = weights.qkv.first(heads * self.shape.head_dim)
-        return projection(self._norm(hidden, weights.attention_norm)).view(len(hidden), heads, -1)
+        flat = weights.qkv.first(heads * self.shape.head_dim)(normal)
+        return self._rotate(
+            flat.view(len(normal), heads, -1), weights.qk_norm, *rope, self.shape.query_heads, self._norm_eps
+        )
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _add_and_norm(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = total + x
+    return total, F.rms_norm(total, (total.shape[-1],), weight, eps)
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -163,18 +176,16 @@ def _gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _rotate(heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], query heads first."""
+def _rotate(
+    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, eps: float
+) -> Tensor:
+    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], the first ``queries`` of which
+    are queries and the others keys and values in turn; values stay as they are."""
+    number = torch.arange(heads.shape[1], device=heads.device)
+    is_value = ((number >= queries) & ((number - queries) % 2 == 1))[:, None]
+    rotated = heads
     if qk_norm is not None:
-        heads = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-
-def _split(
-    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, keys: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Heads [N, queries + 2 * keys, head_dim] to queries and rows, as ``Decoder.qkv`` returns them."""
-    rotated = _rotate(heads[:, : queries + keys], qk_norm, cos, sin, eps)
-    rows = torch.stack((rotated[:, queries:], heads[:, queries + keys :]), dim=2)
-    return rotated[:, :queries].contiguous(), rows
+        rotated = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    return torch.where(is_value, heads, rotated)

@@ -25,7 +25,10 @@ class Prefill:
         self._decoder, self._cache, self._slot, self._table = decoder, cache, slot, table
         self.total = len(tokens)
         device, shape = table.device, decoder.shape
-        self._hidden = decoder.embed(torch.tensor(tokens, device=device))
+        ids = torch.tensor(
+            tokens, pin_memory=device.type == "cuda"
+        )  # else the copy would wait for the device
+        self._hidden = decoder.embed(ids.to(device, non_blocking=True))
         self._rope = decoder.rope(torch.arange(self.total, device=device))
         self._rows = torch.empty(
             self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=device
@@ -47,10 +50,11 @@ class Prefill:
         end = min(start + self._chunk, self.total)
         hidden = self._hidden[start:end]
         cos, sin = self._rope
-        query, rows = self._decoder.qkv(layer, hidden, (cos[start:end], sin[start:end]))
+        normal = self._decoder.normalise(layer, hidden)
+        query, rows = self._decoder.qkv(layer, normal, (cos[start:end], sin[start:end]))
         self._rows[start:end] = rows
         attended = attend_prompt(query, self._rows[:end], self._decoder.scale)
-        self._hidden[start:end] = self._decoder.finish(layer, hidden, attended)
+        self._hidden[start:end], normal = self._decoder.finish(layer, hidden, attended)
         self._start = end
         if end < self.total:
             return None
@@ -59,4 +63,4 @@ class Prefill:
         self._layer, self._start = layer + 1, 0
         if self._layer < self._decoder.shape.layers:
             return None
-        return self._decoder.logits(self._hidden[-1:])
+        return self._decoder.logits(normal[-1:])

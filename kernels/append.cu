@@ -2,19 +2,14 @@
 #include "common.cuh"
 
 extern "C" __global__ void append(
-    const uint4* kv, const int64* lengths, const int64* table, int64 table_width, char* arena,
-    int64 block_stride, int64 head_stride, uint4* resident, int* members, int* stamps, int64 sinks, int64 recent,
-    int64 capacity) {
+    const uint4* kv, int64 batch_stride, const int64* lengths, uint4* resident, int* members, int* stamps,
+    int64 sinks, int64 recent, int64 capacity) {
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x, chunk = threadIdx.x;
+    const int chunks = blockDim.x;
+    const uint4 value = kv[batch * batch_stride + head * chunks + chunk];
     const int at = (int)lengths[batch] - 1;
     if (at < 0) return;
-    const int chunks = blockDim.x;
     const int64 line = (int64)batch * kv_heads + head;
-    const uint4 value = kv[line * chunks + chunk];
-    const int64 block = table[batch * table_width + at / BLOCK_TOKENS];
-    uint4* part = (uint4*)(arena + block * block_stride + head * head_stride);
-    part[at % BLOCK_TOKENS * chunks + chunk] = value;
-
     const int first = (int)(sinks + recent);
     const int place = at < sinks ? at : (int)sinks + (at - (int)sinks) % (int)recent;
     const int oldest = at - (int)recent, home = oldest - (int)sinks;

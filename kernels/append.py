@@ -1,17 +1,14 @@
-"""Append: the new token's row goes to the recent ring and to the arena."""
+"""Append: the new token's row goes to the recent ring."""
 
 import torch
 from torch import Tensor
 
 from kernels.cuda import launch
-from kernels.paging import locate
 
 
 def append(
     kv: Tensor,
     lengths: Tensor,
-    table: Tensor,
-    arena: Tensor,
     resident: Tensor,
     members: Tensor,
     stamps: Tensor,
@@ -25,10 +22,8 @@ def append(
     is left to the selection, its row being in the arena since it was new.
 
     Args:
-        kv: [B, kv_heads, 2, head_dim], the new rows.
+        kv: [B, kv_heads, 2, head_dim], the new rows; those of a sequence contiguous.
         lengths: [B] int64, tokens of each sequence with the new one; 0 for a slot not in use.
-        table: [B, max_blocks] int64, block ids in the arena.
-        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
         resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
         members: [B, kv_heads, C] int32, the position that each row of the set holds, -1 where empty.
         stamps: [B, kv_heads, C] int32, length of the sequence when the row was last selected.
@@ -37,16 +32,12 @@ def append(
         chunks = kv[0, 0].nbytes // 16
         launch(
             "append.cu", "append", (kv.shape[1], len(kv)), chunks,
-            [kv, lengths, table, table.stride(0), arena, arena.stride(0) * arena.itemsize,
-             arena.stride(1) * arena.itemsize, resident, members, stamps, sinks, recent, members.shape[2]],
-            BLOCK_TOKENS=arena.shape[2],
+            [kv, kv.stride(0) * kv.itemsize // 16, lengths, resident, members, stamps, sinks, recent,
+             members.shape[2]],
         )  # fmt: skip
         return
     active = (lengths > 0).nonzero().squeeze(1)
     at = lengths[active] - 1  # position of the new token
-    blocks, offsets = locate(at.unsqueeze(1), table[active], arena.shape[2])
-    arena[blocks.squeeze(1), :, offsets.squeeze(1)] = kv[active]
-
     ring = torch.where(at < sinks, at, sinks + torch.remainder(at - sinks, recent))
     oldest = at - recent  # position that the ring holds in this place
     home = oldest - sinks

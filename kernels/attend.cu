@@ -310,7 +310,7 @@ __device__ inline int unit_of(int u, int tile) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
-    const Element* query, const char* resident, const int* members, const int64* lengths, const int* slots,
+    const Element* query, int64 query_stride, const char* resident, const int* members, const int64* lengths, const int* slots,
     const int* counts, float* outs, float* totals, float* peaks, int64 kv_heads, int64 first, int64 capacity,
     int64 k, float scale) {
     extern __shared__ uint4 rings[];
@@ -327,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     uint4* ring = lane_ring(rings);
     fill(ring, rows, count, row_of);
     Lane mine;
-    begin(mine, query + line * GROUP * DIM, tile, scale);
+    begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const int row = start + i;
         bool counts_in = i < count && (row >= first || row < length);
@@ -356,8 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) attend_fresh(
-    const float* outs, const float* totals, const float* peaks, const Element* query, const char* resident,
-    const int64* lengths, const int* slots, const int* counts, float* norm, Element* out, int64 kv_heads,
+    const float* outs, const float* totals, const float* peaks, const Element* query, int64 query_stride,
+    const char* resident, const int64* lengths, const int* slots, const int* counts, float* norm, Element* out, int64 kv_heads,
     int64 first, int64 capacity, int64 k, float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
@@ -373,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         count = counts[line];
         if (!used) count = 0;
         fill(ring, rows, count, row_of);
-        begin(mine, query + line * GROUP * DIM, tile, scale);
+        begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
     }
     Part sums[UNITS];
 #pragma unroll

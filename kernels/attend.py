@@ -13,7 +13,7 @@ from kernels.select import Fresh
 
 _SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
 _THREADS = 128
-_STAGES = 3  # batches of rows on their way to a warp
+_STAGES = 2  # batches of rows on their way to a warp
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
@@ -40,7 +40,7 @@ def attend_held(
     Keys carry RoPE, so their order does not matter.
 
     Args:
-        query: [B, query_heads, head_dim].
+        query: [B, query_heads, head_dim], those of a sequence contiguous, also below.
         resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
         members: [B, kv_heads, C] int32, -1 where a row of the set is empty.
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
@@ -56,7 +56,7 @@ def attend_held(
         )
         _launch(
             "attend_held", splits, query, resident,
-            [query, resident, members, lengths, *_pointers(fresh), *partial, members.shape[1],
+            [query, query.stride(0), resident, members, lengths, *_pointers(fresh), *partial, members.shape[1],
              sinks + recent, members.shape[2], 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
         return partial
@@ -96,11 +96,11 @@ def attend_fresh(
         [B, query_heads, head_dim], dtype of ``query``.
     """
     if query.is_cuda:
-        out = torch.empty_like(query)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         kv_heads = resident.shape[1]
         _launch(
             "attend_fresh", 1, query, resident,
-            [*partial, query, resident, lengths, *_pointers(fresh), norm, out, kv_heads,
+            [*partial, query, query.stride(0), resident, lengths, *_pointers(fresh), norm, out, kv_heads,
              first, resident.shape[2] - first, 0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
         return out

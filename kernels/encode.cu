@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void encode_new(
-    const Element* keys, int64 row_stride, const int64* lengths, const int64* table, int64 table_width,
+    const Element* keys, int64 batch_stride, int64 head_stride, const int64* lengths, const int64* table, int64 table_width,
     uint8* codes, uint16* scales, float* centres, const float* rotation, float step) {
     __shared__ float centred[DIM];
     __shared__ uint8 levels[DIM];
@@ -14,7 +14,7 @@ extern "C" __global__ void encode_new(
     const int64 page = blocks[at / BLOCK_TOKENS] * kv_heads + head;
     const int64 before = blocks[(at > 0 ? at - 1 : 0) / BLOCK_TOKENS] * kv_heads + head;
     if (entry < DIM) {
-        const float key = to_float(keys[((int64)batch * kv_heads + head) * row_stride + entry]);
+        const float key = to_float(keys[batch * batch_stride + head * head_stride + entry]);
         const float centre = at == 0 ? key : centres[before * DIM + entry];
         if (at % BLOCK_TOKENS == 0) centres[page * DIM + entry] = centre;
         centred[entry] = key - centre;

@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void gate(
-    const Element* query, Element* label, const float* threshold, const int64* lengths, int64* tally,
+    const Element* query, int64 query_stride, Element* label, const float* threshold, const int64* lengths, int64* tally,
     uint8* miss) {
     __shared__ float room[32];
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x;
@@ -11,7 +11,7 @@ extern "C" __global__ void gate(
         if (threadIdx.x == 0) miss[line] = 0;
         return;
     }
-    query += line * GROUP * DIM;
+    query += batch * query_stride + head * GROUP * DIM;
     label += line * GROUP * DIM;
     float product = 0.f, now = 0.f, past = 0.f;
     for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) {

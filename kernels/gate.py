@@ -13,7 +13,7 @@ def gate(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor, tally
     approximate cache).
 
     Args:
-        query: [B, query_heads, head_dim].
+        query: [B, query_heads, head_dim], those of a sequence contiguous.
         label: [B, kv_heads, group * head_dim], query of the last selection; zeros where there is none.
         threshold: [kv_heads] float32; above 1 a head selects at every step.
         lengths: [B] int64; 0 for a slot not in use, which never selects.
@@ -27,7 +27,7 @@ def gate(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor, tally
         miss = torch.empty(batch, kv_heads, dtype=torch.bool, device=query.device)
         launch(
             "gate.cu", "gate", (kv_heads, batch), 128,
-            [query, label, threshold, lengths, tally, miss],
+            [query, query.stride(0), label, threshold, lengths, tally, miss],
             ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=query.shape[1] // kv_heads,
         )  # fmt: skip
         return miss

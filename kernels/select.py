@@ -1,5 +1,6 @@
 """Select: weigh every row of a head through the index, take the best, and say which of them have to move."""
 
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,11 @@ from kernels.paging import gather_tokens
 
 NEVER = -1  # key of a row that is no candidate
 
+_LOG2E = 1 / log(2)
+
 _UNIT = 64  # tokens that a warp weighs at a time
-_WARPS, _UNITS, _STAGES = 4, 8, 4  # of a block that weighs; units of a warp, and of these on their way here
-_CHOOSE_THREADS = 1024
+_WARPS, _UNITS, _STAGES = 4, 8, 3  # of a block that weighs; units of a warp, and of these on their way here
+_CHOOSE_THREADS = 512
 _CHOOSE_LOADS = 4  # of 8 keys, on their way to a thread
 _STATIC_BYTES = 48 * 1024  # of shared memory, at most
 
@@ -25,50 +28,61 @@ class Fresh(NamedTuple):
     counts: Tensor  # [B, kv_heads] int32
 
 
-def quantise(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries as 8-bit integers, for products with the codes of ``kernels.encode``.
+class Prepared(NamedTuple):
+    """The part of a weighing that needs no code: queries as integers, and what the centres are worth."""
+
+    integers: Tensor  # [B, query_heads, head_dim] int8
+    steps: Tensor  # [B, query_heads] float32; their product is the rotated query
+    offsets: Tensor  # [B, kv_heads, max_blocks, group] float32, base-2 logarithms
+
+
+def prepare(
+    query: Tensor,
+    centres: Tensor,
+    rotation: Tensor,
+    norm: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    block_tokens: int,
+    scale: float,
+) -> Prepared:
+    """Rotate and round the queries, and multiply them with the centre of each block.
 
     Args:
-        query: [B, query_heads, head_dim].
+        query: [B, query_heads, head_dim], those of a sequence contiguous.
+        centres: [blocks, kv_heads, head_dim] float32, this layer of the index.
         rotation: [head_dim, head_dim] float32.
-
-    Returns:
-        (codes [B, query_heads, head_dim] int8, steps [B, query_heads] float32), of which the product is the
-        rotated query.
+        norm: [B, query_heads] float32, log-sum-exp of the last attention.
+        lengths: [B] int64; 0 for a slot not in use, whose result is undefined, as is that of blocks past
+            a sequence's end.
+        table: [B, max_blocks] int64.
+        block_tokens: tokens of a block.
+        scale: of the softmax.
     """
+    batch, query_heads, dim = query.shape
+    kv_heads, pages = centres.shape[1], table.shape[1]
+    group = query_heads // kv_heads
+    if query.is_cuda:
+        prepared = Prepared(
+            torch.empty(query.shape, dtype=torch.int8, device=query.device),
+            torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
+            torch.empty(batch, kv_heads, pages, group, dtype=torch.float32, device=query.device),
+        )
+        parts = next(parts for parts in (4, 2, 1) if parts * group * dim * 4 <= _STATIC_BYTES)
+        threads = -(-parts * dim // 32) * 32
+        launch(
+            "prepare.cu", "prepare", (kv_heads, batch, 1 + -(-pages // (threads // 32))), threads,
+            [query, query.stride(0), rotation, centres, norm, lengths, table, pages, table.stride(0), *prepared,
+             scale], ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group,
+            BLOCK_TOKENS=block_tokens, PARTS=parts,
+        )  # fmt: skip
+        return prepared
+    grouped = query.float().view(batch, kv_heads, group, dim)
     rotated = query.float() @ rotation
     steps = rotated.abs().amax(-1).clamp_min_(1e-20) / 127
-    return (rotated / steps.unsqueeze(-1)).round_().to(torch.int8), steps
-
-
-def scan(
-    query: Tensor, codes: Tensor, scales: Tensor, centres: Tensor, rotation: Tensor, table: Tensor
-) -> Tensor:
-    """Estimated products of queries and keys from the 2-bit codes of ``kernels.encode``.
-
-    Args:
-        query: [B, query_heads, head_dim].
-        codes: [blocks, kv_heads, block_tokens, head_dim // 4] uint8, this layer of the index.
-        scales: [blocks, kv_heads, block_tokens] float16.
-        centres: [blocks, kv_heads, head_dim] float32.
-        rotation: [head_dim, head_dim] float32.
-        table: [B, max_blocks] int64.
-
-    Returns:
-        [B, kv_heads, group, T] float32, T = max_blocks * block_tokens; undefined past a sequence's end.
-    """
-    batch, _, dim = query.shape
-    kv_heads, block_tokens = codes.shape[1], codes.shape[2]
-    grouped = query.float().view(batch, kv_heads, -1, dim)
-    integers, steps = quantise(query, rotation)
-    rotated = integers.float().view_as(grouped)
-    levels = unpack(gather_tokens(codes, table)).float()  # [B, kv_heads, T, D]
-    products = rotated @ levels.transpose(-1, -2) - 1.5 * rotated.sum(-1, keepdim=True)
-    products *= steps.view(batch, kv_heads, -1, 1)
-    products *= gather_tokens(scales, table).float().unsqueeze(2)
-    offsets = grouped @ centres[table].transpose(1, 2).transpose(-1, -2)  # [B, kv_heads, group, max_blocks]
-    paged = products.view(*offsets.shape, block_tokens)
-    return paged.add_(offsets.unsqueeze(-1)).flatten(-2)
+    products = centres[table].transpose(1, 2) @ grouped.transpose(-1, -2)  # [B, kv_heads, max_blocks, group]
+    offsets = (products * scale - norm.view(batch, kv_heads, 1, group)) * _LOG2E
+    return Prepared((rotated / steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)
 
 
 def scan_exact(query: Tensor, arena: Tensor, table: Tensor) -> Tensor:
@@ -104,19 +118,20 @@ def weigh(products: Tensor, norm: Tensor, lengths: Tensor, sinks: int, tail: int
         for what is no candidate.
     """
     weight = (products * scale - norm.view(*products.shape[:3], 1)).exp().sum(2)
+    return _keys(weight, lengths, sinks, tail)
+
+
+def _keys(weight: Tensor, lengths: Tensor, sinks: int, tail: int) -> Tensor:
     keys = (weight.view(torch.int32) >> 16).to(torch.int16)
-    position = torch.arange(products.shape[-1], device=products.device)
+    position = torch.arange(weight.shape[-1], device=weight.device)
     candidate = (position >= sinks) & (position < (lengths - tail).unsqueeze(1))
     return keys.masked_fill_(~candidate.unsqueeze(1), NEVER)
 
 
 def weigh_codes(
-    query: Tensor,
+    prepared: Prepared,
     codes: Tensor,
     scales: Tensor,
-    centres: Tensor,
-    rotation: Tensor,
-    norm: Tensor,
     miss: Tensor,
     lengths: Tensor,
     table: Tensor,
@@ -124,42 +139,42 @@ def weigh_codes(
     tail: int,
     scale: float,
 ) -> Tensor:
-    """``weigh`` of what ``scan`` estimates, without the products in between.
+    """``weigh`` with the products that 2-bit codes give.
 
     Args:
+        prepared: of the same table and scale.
+        codes: [blocks, kv_heads, block_tokens, head_dim // 4] uint8, this layer of the index.
+        scales: [blocks, kv_heads, block_tokens] float16.
         miss: [B, kv_heads] bool; the keys of other heads are undefined.
+        lengths: [B] int64.
+        table: [B, max_blocks] int64.
 
     Returns:
-        [B, kv_heads, T] int16; undefined from ``lengths - tail`` on.
+        [B, kv_heads, T] int16, T = max_blocks * block_tokens; undefined from ``lengths - tail`` on.
     """
-    if not query.is_cuda:
-        products = scan(query, codes, scales, centres, rotation, table)
-        return weigh(products, norm, lengths, sinks, tail, scale)
-    batch, query_heads, dim = query.shape
-    kv_heads, block_tokens = codes.shape[1:3]
-    span = table.shape[1] * block_tokens
-    group, pages = query_heads // kv_heads, table.shape[1]
-    defines = {"ELEMENT": ELEMENTS[query.dtype], "DIM": dim, "GROUP": group, "BLOCK_TOKENS": block_tokens}
-    parts = next(parts for parts in (4, 2, 1) if parts * group * dim * 4 <= _STATIC_BYTES)
-    defines |= {"PARTS": parts, "WARPS": _WARPS, "UNITS": _UNITS, "STAGES": _STAGES}
-    integers = torch.empty(query.shape, dtype=torch.int8, device=query.device)
-    steps = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    centre_scores = torch.empty(batch, kv_heads, pages, group, dtype=torch.float32, device=query.device)
-    threads = -(-parts * dim // 32) * 32
-    launch(
-        "select.cu", "prepare", (kv_heads, batch, 1 + -(-pages // (threads // 32))), threads,
-        [query, rotation, centres, norm, miss, lengths, table, pages, table.stride(0), integers, steps,
-         centre_scores, scale], **defines,
-    )  # fmt: skip
-    keys = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=query.device)
-    columns = -(-group // 8) * (4 if group <= 4 else 8)
-    stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
-    launch(
-        "select.cu", "weigh_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
-        [integers, steps, centre_scores, codes, scales, miss, lengths, table, pages, table.stride(0), keys,
-         sinks, tail, scale], shared=_WARPS * _STAGES * stage_bytes, **defines,
-    )  # fmt: skip
-    return keys
+    integers, steps, offsets = prepared
+    batch, kv_heads, pages, group = offsets.shape
+    dim, block_tokens = integers.shape[2], codes.shape[2]
+    if integers.is_cuda:
+        span = pages * block_tokens
+        keys = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device)
+        columns = -(-group // 8) * (4 if group <= 4 else 8)
+        stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
+        launch(
+            "weigh.cu", "weigh_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
+            [*prepared, codes, scales, miss, lengths, table, pages, table.stride(0), keys, sinks, tail, scale],
+            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
+            WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
+        )  # fmt: skip
+        return keys
+    rounded = integers.float().view(batch, kv_heads, group, dim)
+    levels = unpack(gather_tokens(codes, table)).float()  # [B, kv_heads, T, D]
+    products = rounded @ levels.transpose(-1, -2) - 1.5 * rounded.sum(-1, keepdim=True)
+    products *= steps.view(batch, kv_heads, group, 1) * (scale * _LOG2E)
+    products *= gather_tokens(scales, table).float().unsqueeze(2)
+    paged = products.view(batch, kv_heads, group, pages, block_tokens)
+    paged += offsets.transpose(2, 3).unsqueeze(-1)
+    return _keys(products.exp2_().sum(2), lengths, sinks, tail)
 
 
 def choose(
@@ -196,7 +211,7 @@ def choose(
             torch.empty(miss.shape, dtype=torch.int32, device=keys.device),
         )
         launch(
-            "select.cu", "choose", (miss.numel(),), _CHOOSE_THREADS,
+            "choose.cu", "choose", (miss.numel(),), _CHOOSE_THREADS,
             [keys, span, tail, miss, lengths, members, stamps, tally, *fresh, k, capacity, miss.shape[1]],
             shared=16 * max(2 * k, -(-span // 128)) + 7 * 1024 + 9 * (-(-k // 16) * 16) + 4 * capacity,
             THREADS=_CHOOSE_THREADS, LOADS=_CHOOSE_LOADS,

@@ -13,3 +13,14 @@ extern "C" __global__ void store(
         ((uint4*)part)[token % BLOCK_TOKENS * chunks + chunk] = rows[item];
     }
 }
+
+// One block a (KV head, sequence), one thread a 16-byte chunk of its newest row.
+extern "C" __global__ void store_new(
+    const uint4* kv, int64 batch_stride, const int64* lengths, const int64* table, int64 table_width, char* arena,
+    int64 block_stride, int64 head_stride) {
+    const int head = blockIdx.x, batch = blockIdx.y, chunk = threadIdx.x, chunks = blockDim.x;
+    const int at = (int)lengths[batch] - 1;
+    if (at < 0) return;
+    char* part = arena + table[batch * table_width + at / BLOCK_TOKENS] * block_stride + head * head_stride;
+    ((uint4*)part)[at % BLOCK_TOKENS * chunks + chunk] = kv[batch * batch_stride + head * chunks + chunk];
+}

@@ -1,12 +1,22 @@
 """A worker's connection to its KV store."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
 from runtime.channel import Dealer
 from runtime.errors import ProtocolError, WorkerDied, error_from
-from runtime.messages import Attach, Attached, Denied, FromStore, ToStore
+from runtime.messages import (
+    Attach,
+    Attached,
+    Denied,
+    FromStore,
+    OpenStaging,
+    StagingOpened,
+    ToStore,
+)
+
+_Answer = TypeVar("_Answer", Attached, StagingOpened)
 
 
 class StoreClient(Dealer[ToStore, FromStore]):
@@ -23,17 +33,31 @@ class StoreClient(Dealer[ToStore, FromStore]):
             CLOError: the store denies it, such as ``ConfigError`` where the blocks do not fit.
             WorkerDied: nothing answers within ``timeout_s``.
         """
+        return self._ask(message, Attached, timeout_s)
+
+    def open_staging(self, message: OpenStaging, timeout_s: float) -> None:
+        """Open pushes to this worker; the first to a GPU takes the store as long as registering its arena.
+
+        Raises:
+            CLOError: the store denies it, such as ``ConfigError`` where CUDA does not let it in.
+            WorkerDied: nothing answers within ``timeout_s``.
+        """
+        self._ask(message, StagingOpened, timeout_s)
+
+    def _ask(self, message: ToStore, expected: type[_Answer], timeout_s: float) -> _Answer:
         self.send(message)
         answer = self.receive(timeout_ms=int(1000 * timeout_s))
         match answer:
-            case Attached():
+            case expected():
                 return answer
             case Denied():
                 raise error_from(answer.code, answer.text)
             case None:
                 raise WorkerDied(
-                    f"The KV store did not answer worker {message.worker} within {timeout_s:g} s; "
+                    f"The KV store did not answer {type(message).__name__} within {timeout_s:g} s; "
                     "see its messages above and start the server again."
                 )
             case _:
-                raise ProtocolError(f"The KV store answered Attach with {type(answer).__name__}.")
+                raise ProtocolError(
+                    f"The KV store answered {type(message).__name__} with {type(answer).__name__}."
+                )

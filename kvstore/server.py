@@ -9,6 +9,7 @@ import zmq
 
 from kvstore.arena import Arena
 from kvstore.blocks import BlockPool
+from kvstore.push import Pusher, Source
 from runtime.channel import Decoder, configure, encode
 from runtime.config import StoreConfig
 from runtime.errors import CLOError, ConfigError, ProtocolError
@@ -26,6 +27,9 @@ from runtime.messages import (
     Freed,
     FromStore,
     GetStoreStats,
+    OpenStaging,
+    Push,
+    StagingOpened,
     StoreReport,
     StoreStats,
     ToStore,
@@ -39,6 +43,7 @@ class _Worker(msgspec.Struct, frozen=True):
 
     number: int
     identity: bytes
+    pid: int
     pidfd: int
 
 
@@ -73,6 +78,8 @@ class StoreServer:
         self._block_bytes = 0
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
+        self._source = Source(arena)
+        self._pushers: dict[int, Pusher] = {}  # by number of the worker
 
     def run(self) -> None:
         """Serve until the process is ended."""
@@ -106,7 +113,7 @@ class StoreServer:
         for former in (self._by_number.get(message.worker), self._by_identity.get(identity)):
             if former is not None and former.number in self._by_number:
                 self._forget(former)
-        worker = _Worker(message.worker, identity, pidfd)
+        worker = _Worker(message.worker, identity, message.pid, pidfd)
         self._by_number[message.worker] = self._by_identity[identity] = worker
         self._poller.register(pidfd, zmq.POLLIN)
         self._send(
@@ -145,6 +152,21 @@ class StoreServer:
         pool, worker = self._attached(identity)
         self._send(identity, Described(message.sequence, *pool.describe(worker, message.sequence)))
 
+    def on_open_staging(self, identity: bytes, message: OpenStaging) -> None:
+        pool, worker = self._attached(identity)
+        self._close_pusher(worker)
+        self._pushers[worker] = Pusher(
+            self._source, self._by_number[worker].pid, message, pool.blocks, self._block_bytes
+        )
+        self._send(identity, StagingOpened())
+
+    def on_push(self, identity: bytes, message: Push) -> None:
+        pool, worker = self._attached(identity)
+        blocks, _ = pool.describe(worker, message.sequence)
+        if worker not in self._pushers:
+            raise ProtocolError("A worker has to send OpenStaging before Push.")
+        self._pushers[worker].push(message, blocks)
+
     def _pool_for(self, message: Attach) -> BlockPool:
         """The pool, made by the first worker. Raises ``ConfigError`` where the worker's blocks do not fit."""
         if self._pool is None:
@@ -177,9 +199,14 @@ class StoreServer:
         del self._by_number[worker.number], self._by_identity[worker.identity]
         self._poller.unregister(worker.pidfd)
         os.close(worker.pidfd)
+        self._close_pusher(worker.number)
         if self._pool is not None:
             self._pool.free_worker(worker.number)
             self._grant(self._pool)
+
+    def _close_pusher(self, worker: int) -> None:
+        if worker in self._pushers:
+            self._pushers.pop(worker).close()
 
     def _grant(self, pool: BlockPool) -> None:
         for grant in pool.grants():

@@ -327,7 +327,41 @@ class Describe(Message, frozen=True):
     sequence: Count
 
 
-ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe
+class GPUMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Memory of a GPU that another process may open."""
+
+    device: str  # PCI bus id: ordinals may differ between processes
+    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]  # of CUDA IPC
+
+
+class OpenStaging(Message, frozen=True):
+    """Make known where pushes to this worker go; answered by ``StagingOpened``. It replaces a former one.
+
+    File descriptor ``fd`` of the worker is a page of control words (``kvstore.push``). The ``bytes`` bytes
+    for rows are in GPU memory, or follow that page.
+    """
+
+    fd: Count
+    bytes: Annotated[int, Meta(ge=1, lt=2**48)]
+    gpu: GPUMemory | None
+    layers: Annotated[int, Meta(ge=1)]
+    kv_heads: Annotated[int, Meta(ge=1)]
+
+
+class Push(Message, frozen=True):
+    """Copy one layer's rows of ``blocks`` blocks of a sequence, from its block ``first_block`` on, to
+    ``offset`` of the staging, as [kv_head][block][token][K|V][head_dim]; then set the flag to ``number``.
+    Answered by the flag, or by ``Denied``. Numbers grow."""
+
+    sequence: Count
+    layer: Count
+    first_block: Count
+    blocks: Annotated[int, Meta(ge=1)]
+    offset: Count
+    number: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe | OpenStaging | Push
 
 
 # ------------------------------------------------------------------------------- store -> worker
@@ -373,4 +407,8 @@ class Described(Message, frozen=True):
     tokens: list[list[int]]
 
 
-FromStore = Attached | Allocated | Denied | Freed | StoreReport | Described
+class StagingOpened(Message, frozen=True):
+    pass
+
+
+FromStore = Attached | Allocated | Denied | Freed | StoreReport | Described | StagingOpened

@@ -1,21 +1,67 @@
-"""The decode path on a GPU against the same on the CPU."""
+"""The decode path on a GPU against the same on the CPU, and that the host does not wait in it."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from examples.document import document
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
 from runtime.config import CacheConfig, ModelConfig
+from runtime.messages import Text
+from runtime.text import Tokenizer
 from tests.reference import arrived, divergence, force, make_engine, prefill, stats_of
 
 pytestmark = pytest.mark.gpu
 
+Answer = tuple[list[int], Tensor]  # greedy tokens, and the logits [tokens, vocab] that chose them
+
+FULL = CacheConfig(attention="full")
+LENGTHS = (1, 3, 63, 70, 511, 512, 700, 1300)
+COUNT = 60
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = torch.randint(0, 512, (count,), generator=generator).tolist()
+    return tokens
+
+
+def answers(engine: Engine, prompts: list[list[int]], count: int) -> list[Answer]:
+    """Greedy continuations of all prompts in one batch."""
+    longest = max(map(len, prompts))
+    tokens: list[list[int]] = []
+    logits: list[list[Tensor]] = []
+    for slot, prompt in enumerate(prompts):
+        posted = engine.start(slot, prefill(engine, slot, prompt, longest + count))
+        tokens.append(arrived(engine, posted))
+        logits.append([posted.logits[0].cpu()])
+    slots = list(range(len(prompts)))
+    for step in range(1, count):
+        posted = engine.step(slots, longest + step)
+        for slot, token in enumerate(arrived(engine, posted)):
+            tokens[slot].append(token)
+            logits[slot].append(posted.logits[slot].cpu())  # waits, so the next step cannot overwrite it
+    return [(mine, torch.stack(rows)) for mine, rows in zip(tokens, logits, strict=True)]
+
+
+def assert_follows(found: list[Answer], expected: list[Answer], limit: float) -> None:
+    """At each position the logits agree to ``limit`` nats of KL. Then greedy tokens can only differ where two are
+    as good as equally likely; what comes after that has another context and is not compared."""
+    for (mine, logits), (theirs, reference) in zip(found, expected, strict=True):
+        same = [token == other for token, other in zip(mine, theirs, strict=True)]
+        end = len(same) if all(same) else same.index(False) + 1
+        worst = max(divergence(logits[at : at + 1], reference[at : at + 1]) for at in range(end))
+        assert worst < limit, f"{mine[:end]} and {theirs[:end]}"
+
 
 @pytest.fixture(scope="module")
 def decoders(tiny_model: Path) -> tuple[Decoder, Decoder]:
+    """The tiny model on the CPU and on the GPU, both in float32 (torch multiplies in full precision)."""
+    assert torch.get_float32_matmul_precision() == "highest"
     cpu, gpu = (
         load_decoder(resolve(ModelConfig(model=str(tiny_model), device=device, dtype="float32")))
         for device in ("cpu", "cuda")
@@ -23,57 +69,73 @@ def decoders(tiny_model: Path) -> tuple[Decoder, Decoder]:
     return cpu, gpu
 
 
-def random_tokens(count: int) -> list[int]:
-    tokens: list[int] = torch.randint(0, 512, (count,)).tolist()
-    return tokens
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [random_tokens(count, seed) for seed, count in enumerate(LENGTHS)]
 
 
-def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy continuations of all prompts in one batch."""
-    total = max(map(len, prompts)) + count
-    generated = [
-        arrived(engine, engine.start(slot, prefill(engine, slot, prompt, total)))
-        for slot, prompt in enumerate(prompts)
-    ]
-    slots = list(range(len(prompts)))
-    for step in range(1, count):
-        posted = engine.step(slots, max(map(len, prompts)) + step)
-        for slot, token in enumerate(arrived(engine, posted)):
-            generated[slot].append(token)
-    return generated
+@pytest.fixture(scope="module")
+def expected(decoders: tuple[Decoder, Decoder], prompts: list[list[int]]) -> list[Answer]:
+    """Of full attention on the CPU, which a set of the whole context has to repeat."""
+    return answers(make_engine(decoders[0], FULL, len(prompts), 1600), prompts, COUNT)
 
 
 @pytest.mark.parametrize("prefetch", ["off", "correct", "accept"])
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 def test_a_whole_set_gives_the_tokens_of_the_cpu(
-    decoders: tuple[Decoder, Decoder], prefetch: str, graphs: bool
+    decoders: tuple[Decoder, Decoder],
+    prompts: list[list[int]],
+    expected: list[Answer],
+    prefetch: str,
+    graphs: bool,
 ) -> None:
     config = CacheConfig(resident=1600, select_k=64, prefetch=prefetch, prefetch_from=1)  # type: ignore[arg-type]
-    prompts = [random_tokens(count) for count in (1, 3, 63, 70, 511, 512, 700, 1300)]
-    expected = greedy(make_engine(decoders[0], config, 8, 1600), prompts, 60)
-    engine = make_engine(decoders[1], config, 8, 1600)
+    engine = make_engine(decoders[1], config, len(prompts), 1600)
     if graphs:
         engine.capture()
-    assert greedy(engine, prompts, 60) == expected
+    assert_follows(answers(engine, prompts, COUNT), expected, 1e-5)
 
 
-@pytest.mark.parametrize("attention", ["clo", "topk", "full"])
-def test_logits_follow_those_of_the_cpu(decoders: tuple[Decoder, Decoder], attention: str) -> None:
-    """With rows dropped a choice between equals may differ; what it costs does not."""
-    prompt, continuation = random_tokens(500), random_tokens(300)
-    config = CacheConfig(attention=attention, select_k=64, resident=256)  # type: ignore[arg-type]
+def test_every_graph_gives_the_tokens_of_the_cpu(
+    decoders: tuple[Decoder, Decoder], prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    """The same engine with 1 to 8 slots in use, each taken again after it was left."""
+    engine = make_engine(decoders[1], CacheConfig(resident=1600, select_k=64), len(prompts), 1600)
+    engine.capture()
+    for used in (8, 1, 3, 2, 5, 4):
+        short = [(tokens[:8], logits[:8]) for tokens, logits in expected[-used:]]
+        assert_follows(answers(engine, prompts[-used:], 8), short, 1e-5)
+        for slot in range(used):
+            engine.retire(slot)
+
+
+@pytest.mark.parametrize(
+    ("attention", "prefetch"),
+    [("clo", "off"), ("clo", "correct"), ("clo", "accept"), ("topk", "correct"), ("full", "off")],
+)
+def test_logits_follow_those_of_the_cpu(
+    decoders: tuple[Decoder, Decoder], attention: str, prefetch: str
+) -> None:
+    """With rows dropped, rounding may choose another of two rows that are worth the same. That moves the logits by
+    a small part of what dropping rows moves them."""
+    prompt, continuation = random_tokens(500, 1), random_tokens(300, 2)
+    config = CacheConfig(
+        attention=attention,  # type: ignore[arg-type]
+        prefetch=prefetch,  # type: ignore[arg-type]
+        prefetch_from=1,
+        select_k=64,
+        resident=256,
+    )
     full, cpu, gpu = (
         force(make_engine(decoder, how, 1, 800), prompt, continuation).cpu()
-        for decoder, how in (
-            (decoders[0], CacheConfig(attention="full")), (decoders[0], config), (decoders[1], config)
-        )
-    )  # fmt: skip
-    assert divergence(gpu, cpu) < 0.05 * divergence(cpu, full) + 1e-4
-    assert divergence(gpu, full) < 1.1 * divergence(cpu, full) + 1e-4
+        for decoder, how in ((decoders[0], FULL), (decoders[0], config), (decoders[1], config))
+    )
+    assert divergence(gpu, cpu) < 0.1 * divergence(cpu, full) + 1e-5
+    assert divergence(gpu, full) < 1.1 * divergence(cpu, full) + 1e-5
 
 
 def test_what_the_cache_moved_is_what_it_moves_on_the_cpu(decoders: tuple[Decoder, Decoder]) -> None:
-    prompt, continuation = random_tokens(700), random_tokens(60)
+    prompt, continuation = random_tokens(700, 1), random_tokens(60, 2)
     config = CacheConfig(select_k=32, resident=128, gate=0.7, prefetch="off")
     counted = []
     for decoder in decoders:
@@ -87,21 +149,49 @@ def test_what_the_cache_moved_is_what_it_moves_on_the_cpu(decoders: tuple[Decode
     assert gpu.fetched_rows > 0
 
 
-def test_the_default_model_gives_the_tokens_of_the_cpu(smollm2: Path) -> None:
-    config = CacheConfig(resident=2048, select_k=64)
-    cpu, gpu = (
-        load_decoder(resolve(ModelConfig(device=device, dtype="float32"))) for device in ("cpu", "cuda")
-    )
-    prompts = [torch.randint(0, 49152, (count,)).tolist() for count in (20, 300, 1500)]
-    expected = greedy(make_engine(cpu, config, 3, 1700), prompts, 48)
-    engine = make_engine(gpu, config, 3, 1700)
+def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]) -> None:
+    """A whole request, from prefill to its end, is launched without one synchronisation."""
+    engine = make_engine(decoders[1], CacheConfig(resident=128, select_k=32), 2, 800)
     engine.capture()
-    found = greedy(engine, prompts, 48)
-    if found != expected:  # two tokens may be as likely as each other
-        for prompt, mine, theirs in zip(prompts, found, expected, strict=True):
-            if mine != theirs:
-                logits = [
-                    force(make_engine(decoder, config, 1, 1700), prompt, theirs).cpu()
-                    for decoder in (cpu, gpu)
-                ]
-                assert divergence(logits[1], logits[0]) < 1e-5
+    prompt = random_tokens(700, 1)
+    answers(engine, [prompt], 5)  # what is made at its first use
+    engine.retire(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.start(0, prefill(engine, 0, prompt, 705))
+        for step in range(1, 5):
+            posted = engine.step([0], 700 + step)
+        engine.feed(0, 7)
+        retirement = engine.retire(0)
+        while not retirement.mark.reached:
+            pass
+        assert len(arrived(engine, posted)) == 1
+        assert retirement.stats(704, 4).steps == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def pages(smollm2: Path) -> list[list[int]]:
+    """Prompts from a real document."""
+    tokens = Tokenizer(smollm2, vocab_size=2**31).encode(Text(document("compound")), limit=10**6)
+    return [tokens[:20], tokens[1000:1150], tokens[3000:3900]]
+
+
+@pytest.fixture(scope="module")
+def real(pages: list[list[int]]) -> list[Answer]:
+    """Of the default model with full attention on the CPU."""
+    decoder = load_decoder(resolve(ModelConfig(device="cpu")))
+    return answers(make_engine(decoder, FULL, len(pages), 1000), pages, 24)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_the_default_model_gives_the_tokens_of_the_cpu(
+    pages: list[list[int]], real: list[Answer], dtype: str, limit: float
+) -> None:
+    """In bfloat16 rounding alone costs about 0.001 nats on average."""
+    decoder = load_decoder(resolve(ModelConfig(device="cuda", dtype=dtype)))  # type: ignore[arg-type]
+    engine = make_engine(decoder, CacheConfig(resident=1000, select_k=64), len(pages), 1000)
+    engine.capture()
+    assert_follows(answers(engine, pages, 24), real, limit)

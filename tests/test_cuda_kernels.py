@@ -14,7 +14,8 @@ from kernels.attend import attend_fresh, attend_held
 from kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
 from kernels.fetch import fetch
 from kernels.gate import gate
-from kernels.select import NEVER, Fresh, choose, weigh_codes
+from kernels.select import NEVER, Fresh, choose, prepare, weigh_codes
+from kernels.store import store, store_new
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +52,14 @@ def mapped(like: Tensor) -> Tensor:
     return view[: like.nbytes].view(like.dtype).view(like.shape)
 
 
+def inner(tensor: Tensor) -> Tensor:
+    """The same values as part of a wider tensor, as queries and rows are of one projection."""
+    wide = torch.full((len(tensor), tensor[0].numel() + 32), torch.nan, dtype=tensor.dtype)
+    wide[:, 16:-16] = tensor.flatten(1)
+    part = wide.cuda()[:, 16:-16]
+    return part.view(tensor.shape)
+
+
 def table_of(batch: int, pages: int) -> Tensor:
     """Distinct blocks in random order, out of a few more than needed."""
     return torch.randperm(batch * pages + 3)[: batch * pages].view(batch, pages)
@@ -62,7 +71,7 @@ def same(*pairs: tuple[Tensor, Tensor]) -> None:
 
 
 @shapes
-def test_append(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+def test_append_and_store_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     batch, pages, capacity = 4, 3, 20
     table = table_of(batch, pages)
     arena = torch.randn(len(table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
@@ -76,12 +85,23 @@ def test_append(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None
         lengths = starts + step
         lengths[3] = 0
         kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        append(kv, lengths, table, arena, resident, members, stamps, SINKS, RECENT)
-        append(
-            kv.cuda(), lengths.cuda(), table.cuda(), arena_gpu, resident_gpu, members_gpu, stamps_gpu, SINKS,
-            RECENT,
-        )  # fmt: skip
+        append(kv, lengths, resident, members, stamps, SINKS, RECENT)
+        append(inner(kv), lengths.cuda(), resident_gpu, members_gpu, stamps_gpu, SINKS, RECENT)
+        store_new(kv, lengths, table, arena)
+        store_new(inner(kv), lengths.cuda(), table.cuda(), arena_gpu)
     same((arena, arena_gpu), (resident, resident_gpu), (members, members_gpu), (stamps, stamps_gpu))
+
+
+@shapes
+def test_store(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+    table = table_of(1, 4)[0]
+    arena = torch.randn(7, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
+    arena_gpu = mapped(arena)
+    for total in (1, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7):
+        rows = torch.randn(total, kv_heads, 2, dim).to(dtype)
+        store(rows, table, arena)
+        store(rows.cuda(), table.cuda(), arena_gpu)
+        same((arena, arena_gpu))
 
 
 @shapes
@@ -98,7 +118,7 @@ def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> 
         lengths = torch.tensor([step, step + 37, 0])
         rows = torch.randn(batch, kv_heads, 2, dim).to(dtype)
         encode_new(rows[:, :, 0], lengths, table, codes, scales, centres, rotation)
-        encode_new(rows.cuda()[:, :, 0], lengths.cuda(), table.cuda(), *index, rotation.cuda())
+        encode_new(inner(rows)[:, :, 0], lengths.cuda(), table.cuda(), *index, rotation.cuda())
     same((centres, index[2]))
     different = unpack(codes) != unpack(index[0].cpu())
     assert different.float().mean() < 1e-3, "entries between two levels may go either way"
@@ -116,7 +136,7 @@ def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     lengths = torch.tensor([9, 1, 5, 0, 7])
     tally = torch.randint(0, 99, (batch, kv_heads, 4))
     label_gpu, tally_gpu = label.cuda(), tally.cuda()
-    miss_gpu = gate(query.cuda(), label_gpu, threshold.cuda(), lengths.cuda(), tally_gpu)
+    miss_gpu = gate(inner(query), label_gpu, threshold.cuda(), lengths.cuda(), tally_gpu)
     miss = gate(query, label, threshold, lengths, tally)
     same((miss, miss_gpu), (label, label_gpu), (tally, tally_gpu))
 
@@ -135,10 +155,23 @@ def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
     norm = torch.randn(batch, kv_heads * group) * 3
     miss = torch.rand(batch, kv_heads) < 0.8
     lengths = torch.tensor([1300, RECENT + SINKS + 9, 3, 700])
-    inputs = [query, codes, scales, centres, rotation, norm, miss, lengths, table]
-    expected = weigh_codes(*inputs, SINKS, RECENT, dim**-0.5)  # type: ignore[call-arg]
-    on_gpu = [tensor.cuda() for tensor in inputs]
-    found = weigh_codes(*on_gpu, SINKS, RECENT, dim**-0.5).cpu()  # type: ignore[call-arg]
+    scale = dim**-0.5
+    prepared = prepare(query, centres, rotation, norm, lengths, table, block_tokens, scale)
+    expected = weigh_codes(prepared, codes, scales, miss, lengths, table, SINKS, RECENT, scale)
+    lengths_gpu, table_gpu = lengths.cuda(), table.cuda()
+    prepared = prepare(
+        inner(query),
+        centres.cuda(),
+        rotation.cuda(),
+        norm.cuda(),
+        lengths_gpu,
+        table_gpu,
+        block_tokens,
+        scale,
+    )
+    found = weigh_codes(
+        prepared, codes.cuda(), scales.cuda(), miss.cuda(), lengths_gpu, table_gpu, SINKS, RECENT, scale
+    ).cpu()
     for b in range(batch):
         end = max(0, int(lengths[b]) - RECENT)
         for h in range(kv_heads):
@@ -219,7 +252,7 @@ def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacit
     expected = attend_fresh(
         partial, query.float(), resident.float().nan_to_num(), lengths, full, norm, first, scale
     )
-    on_gpu = [tensor.cuda() for tensor in (query, resident, members, lengths)]
+    on_gpu = [inner(query), *(tensor.cuda() for tensor in (resident, members, lengths))]
     fresh = Fresh(slots.cuda(), counts.cuda())
     late = on_gpu[1].clone()  # the rows that are not there yet hold rubbish while the others are attended
     for h in range(kv_heads):

@@ -11,7 +11,8 @@ from kernels.fetch import fetch
 from kernels.gate import gate
 from kernels.paging import gather_tokens
 from kernels.sample import sample, uniform
-from kernels.select import NEVER, Fresh, choose, scan, scan_exact, weigh
+from kernels.select import NEVER, Fresh, choose, prepare, scan_exact, weigh, weigh_codes
+from kernels.store import store_new
 
 SINKS, RECENT, CAPACITY = 2, 4, 8
 SHAPES = [
@@ -74,7 +75,8 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     lengths = torch.zeros(batch, dtype=torch.int64)
     for step in range(30):
         lengths += step >= joins
-        append(history[step], lengths, table, arena, resident, members, stamps, SINKS, RECENT)
+        append(history[step], lengths, resident, members, stamps, SINKS, RECENT)
+        store_new(history[step], lengths, table, arena)
     written = gather_tokens(arena, table)
     for b in range(2):
         mine = history[joins[b] :, b]
@@ -118,28 +120,33 @@ def test_attention_sees_the_rows_that_are_held_and_those_that_arrive_later() -> 
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
-def test_scan_of_codes_equals_products_with_the_decoded_keys(dim: int, kv_heads: int, group: int) -> None:
+def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
     arena, table = paged(2, 3, kv_heads, dim)
-    keys = arena[:, :, :, 0]
+    keys, scale = arena[:, :, :, 0], dim**-0.5
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
     centres = keys.mean(2)
     codes, scales = encode(keys, centres.unsqueeze(2), rotation)
     assert codes.shape == (*keys.shape[:-1], dim // 4)
-    decoded = ((unpack(codes).float() - 1.5) * scales.float().unsqueeze(-1)) @ rotation.T + centres.unsqueeze(
-        2
-    )
+    rotated = (unpack(codes).float() - 1.5) * scales.float().unsqueeze(-1)
+    decoded = rotated @ rotation.T + centres.unsqueeze(2)
+    error = (decoded - keys).square().mean() / (keys - centres.unsqueeze(2)).square().mean()
+    assert error < 0.14, "a Gaussian in 2 bits loses about 12 % of its energy"
     query = torch.randn(2, kv_heads * group, dim)
-    grouped = query.view(2, kv_heads, group, dim)
-    products = scan(query, codes, scales, centres, rotation, table)
-    expected = grouped @ gather_tokens(decoded, table).transpose(-1, -2)
-    # in 8 bits the query loses a little
-    torch.testing.assert_close(products, expected, rtol=1e-3, atol=0.03 * dim**0.5)
+    norm = 3 * torch.rand(2, kv_heads * group)
+    lengths, miss = torch.tensor([24, 15]), torch.ones(2, kv_heads, dtype=torch.bool)
+    prepared = prepare(query, centres, rotation, norm, lengths, table, BLOCK_TOKENS, scale)
+    found = weigh_codes(prepared, codes, scales, miss, lengths, table, SINKS, RECENT, scale)
+    products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, table).transpose(-1, -2)
+    expected = weigh(products, norm, lengths, SINKS, RECENT, scale)
+    assert torch.equal(found == NEVER, expected == NEVER)
+    weights = ((keys.int() << 16).view(torch.float32) for keys in (found, expected))
+    # in 8 bits the query loses a little, in 16 the weight
+    torch.testing.assert_close(*weights, rtol=0.06, atol=0.0, equal_nan=True)
     exact = scan_exact(query, arena, table)
     torch.testing.assert_close(
-        exact, grouped @ gather_tokens(keys, table).transpose(-1, -2), rtol=1e-4, atol=1e-4
-    )
-    error = (products - exact).square().mean() / exact.square().mean()
-    assert error < 0.16, "a Gaussian in 2 bits loses about 12 % of its energy"
+        exact, query.view(2, kv_heads, group, dim) @ gather_tokens(keys, table).transpose(-1, -2),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
 
 
 def test_new_keys_are_indexed_as_encode_does() -> None:

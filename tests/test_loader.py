@@ -65,11 +65,12 @@ def hidden_states(decoder: Decoder) -> Tensor:
     """Something that depends on every weight."""
     tokens = torch.arange(50)
     hidden, rope = decoder.embed(tokens), decoder.rope(tokens)
+    normal = decoder.normalise(0, hidden)
     for layer in range(decoder.shape.layers):
-        query, rows = decoder.qkv(layer, hidden, rope)
+        query, rows = decoder.qkv(layer, normal, rope)
         values = rows.sum(dim=2).repeat_interleave(decoder.shape.group, dim=1)
-        hidden = decoder.finish(layer, hidden, query + values)
-    return decoder.logits(hidden)
+        hidden, normal = decoder.finish(layer, hidden, query + values)
+    return decoder.logits(normal)
 
 
 @pytest.mark.parametrize(

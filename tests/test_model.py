@@ -105,7 +105,7 @@ def test_half_precision_stays_close(name: str, dtype: DType, nats: float, tmp_pa
 @pytest.mark.parametrize("name", ["llama-biases-yarn", "qwen2", "qwen3-tied"])
 def test_the_predicting_query_is_the_layers_own(name: str, tmp_path: Path) -> None:
     decoder = load(save(name, tmp_path))
-    hidden = decoder.embed(torch.arange(7))
+    hidden = decoder.normalise(1, decoder.embed(torch.arange(7)))
     rope = decoder.rope(torch.arange(100, 107))
     for layer in range(decoder.shape.layers):
         query, _ = decoder.qkv(layer, hidden, rope)

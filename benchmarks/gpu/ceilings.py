@@ -29,6 +29,7 @@ def seconds(work: Callable[[], object], repeats: int = 10) -> float:
 def graph_of(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of ``work``, which has run once before."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     graph = torch.cuda.CUDAGraph()
@@ -71,3 +72,17 @@ def gemm_step(model: Model, batch: int) -> float:
     with torch.inference_mode():
         graph = graph_of(step)
     return seconds(graph.replay)
+
+
+def full_attention(model: Model, context: int, hbm: float) -> tuple[int, float]:
+    """The floor of full attention whose KV never left the GPU.
+
+    Args:
+        context: tokens of each sequence; hbm: bytes per second.
+
+    Returns:
+        (sequences that fit beside the weights into nine tenths of the GPU memory, tokens per second).
+    """
+    kv = context * model.shape.token_bytes
+    batch = int(0.9 * torch.cuda.mem_get_info()[1] - model.weight_bytes) // kv
+    return batch, batch / (gemm_step(model, batch) + batch * kv / hbm)

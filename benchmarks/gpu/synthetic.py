@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from kernels.select import Fresh, choose
 from runtime.config import CacheConfig
 
 _REPLAY = str(Path(__file__).with_name("replay.cu").resolve())
+_calls = count(1)  # of the replay: no two draw the same rows
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Model:
             "gate_up": (2 * self.intermediate, self.hidden),
             "down": (self.hidden, self.intermediate),
         }
+
+    @property
+    def weight_bytes(self) -> int:
+        """In bfloat16, embedding and head apart, without the vectors."""
+        layer = sum(outputs * inputs for outputs, inputs in self.matrices.values())
+        return 2 * (self.layers * layer + 2 * self.vocab * self.hidden)
 
 
 LLAMA_8B = Model("llama-3-8b", 32, 32, 8, 4096, 14336, 128256)
@@ -118,9 +126,8 @@ def filled_engine(
 
 @contextmanager
 def replayed(rows: int) -> Iterator[None]:
-    """Within, steps that are captured fetch ``rows`` rows a head, drawn anew for every step, in place of what
-    their random queries would choose. The choice itself is made all the same."""
-    calls = 0
+    """Within, captured steps fetch ``rows`` rows for a head that selects, drawn anew for every step, in place
+    of what their random queries would choose. The choice itself is made all the same."""
 
     def replay(
         keys: Tensor,
@@ -132,15 +139,13 @@ def replayed(rows: int) -> Iterator[None]:
         tally: Tensor,
         k: int,
     ) -> Fresh:
-        nonlocal calls
-        calls += 1
         fresh = choose(keys, miss, lengths, tail, members, stamps, tally, k)
         if rows == 0:
             fresh.counts.zero_()
             return fresh
         launch(
             _REPLAY, "replay", (miss.numel(),), 64,
-            [lengths, calls, rows, miss.shape[1], k, members.shape[2], 4, tail, members, *fresh],
+            [lengths, miss, next(_calls), rows, miss.shape[1], k, members.shape[2], 4, tail, members, *fresh],
         )  # fmt: skip
         return fresh
 

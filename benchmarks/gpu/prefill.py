@@ -1,0 +1,147 @@
+"""prefill/32k and prefill/128k: one prompt at the Llama-3-8B shape, from its tokens to its last logits.
+
+The floor is what its matrix products and its causal attention take at the rates of this run. How much of the
+copy to the arena is hidden comes from a second prefill, of which only every second layer is copied.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu.ceilings import seconds
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_decoder
+from benchmarks.result import Result
+from gpu_worker import cache as cache_module
+from gpu_worker.engine import Engine
+from gpu_worker.model import Decoder
+from kernels.store import store
+from runtime.config import CacheConfig
+
+LENGTHS = (32768, 131072)
+ARENA_GIB = 17
+CHUNK = 4096  # tokens of a prompt that are computed at a time
+_SUSTAINED = (200, 40)  # repeats of products and of attention: half a second or more, so that clocks settle
+
+
+@torch.inference_mode()
+def measure(machine: Machine) -> list[Result]:
+    model, room = LLAMA_8B, max(LENGTHS) + 512
+    decoder = random_decoder(model, room)
+    arena = arena_of(machine.memory, model, 1, room)
+    engine = Engine(decoder, arena, CacheConfig(select_k=256, resident=2048), 1, room)
+    prefill(engine, LENGTHS[0])  # compiles
+    gemm = gemm_rate(decoder)
+    results = [Result("ceiling", "GEMMs of a prompt", gemm / 1e12, "TFLOP/s")]
+    for total in LENGTHS:
+        results += measure_prompt(machine, engine, model, total, gemm)
+    return results
+
+
+def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, gemm: float) -> list[Result]:
+    """One length. gemm: FLOP/s."""
+    case, shape = f"prefill/{total // 1024}k", model.shape
+    rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
+    queries = torch.randn(CHUNK, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
+    table, cache = engine._table[0], engine.cache
+    table[:] = torch.arange(len(table), device="cuda")
+    attention = attention_rate(queries, rows, SDPBackend.FLASH_ATTENTION)
+    results = [Result("ceiling", f"flash attention, {total}", attention / 1e12, "TFLOP/s")]
+    try:
+        rate = attention_rate(queries, rows, SDPBackend.CUDNN_ATTENTION)
+        results.append(Result("ceiling", f"cuDNN attention, {total}", rate / 1e12, "TFLOP/s"))
+    except RuntimeError as error:  # it has no plan for every shape and version
+        print(f"cuDNN does not attend: {error}", file=sys.stderr)
+    alone = seconds(lambda: store(rows, table, cache._arena[:, 0]))
+    with storing_by(lambda *_: None):
+        taken = seconds(lambda: cache.take_prompt(0, 0, rows, queries, table))
+
+    beside, between = layer_seconds(engine, total)
+    took, tail = prefill(engine, total)
+    layer = sum(outputs * inputs for outputs, inputs in model.matrices.values())
+    width = shape.query_heads * shape.head_dim
+    floor = model.layers * (2 * total * layer / gemm + 2 * total**2 * width / attention)
+    shown = (model.layers - 1) * (beside - between) + tail  # of the copies, the last one beside nothing
+    rate = rows.nbytes / alone
+    return [
+        *results,
+        Result(case, "time", took, "s", floor, took / floor),
+        Result(case, "copy alone", rate / 1e9, "GB/s", machine.to_cpu / 1e9, rate / machine.to_cpu),
+        Result(case, "copy hidden", 100 * (1 - shown / (model.layers * alone)), "%"),
+        Result(case, "index and first set", taken * 1e3, "ms/layer", between * 1e3, taken / between),
+    ]
+
+
+def prefill(engine: Engine, total: int) -> tuple[float, float]:
+    """Seconds of a prefill, and of these the last ones, in which only the copy went on."""
+    tokens = torch.randint(0, engine.decoder.vocab, (total,)).tolist()
+    begin, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    begin.record()
+    work = engine.prefill(0, tokens, list(range(-(-total // engine.decoder.shape.block_tokens))))
+    while work.advance() is None:
+        pass
+    computed.record()
+    engine.cache.join_prompt()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, computed.elapsed_time(end) / 1e3
+
+
+def layer_seconds(engine: Engine, total: int) -> tuple[float, float]:
+    """Median seconds of a layer of one prefill, of those beside a copy and of those between them."""
+    complete: list[torch.cuda.Event] = []
+
+    def every_second(rows: Tensor, table: Tensor, arena: Tensor) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # on the copy's branch, which begins where the layer is complete
+        complete.append(event)
+        if len(complete) % 2:
+            store(rows, table, arena)
+
+    with storing_by(every_second):
+        prefill(engine, total)
+    times = [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(complete)]
+    return median(times[::2]), median(times[1::2])
+
+
+@contextmanager
+def storing_by(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within, ``kernel`` stands in for the one that copies a layer to the arena."""
+    setattr(cache_module, "store", kernel)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(cache_module, "store", store)  # noqa: B010
+
+
+def gemm_rate(decoder: Decoder) -> float:
+    """FLOP/s of a layer's matrix products over a chunk, one after another."""
+    layer = decoder._weights.layers[0]
+    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    inputs = {
+        size: torch.randn(CHUNK, size, dtype=linears[0].weight.dtype, device="cuda")
+        for size in {linear.weight.shape[1] for linear in linears}
+    }
+    took = seconds(
+        lambda: [linear(inputs[linear.weight.shape[1]]) for linear in linears], repeats=_SUSTAINED[0]
+    )
+    return 2 * CHUNK * sum(linear.weight.numel() for linear in linears) / took
+
+
+def attention_rate(queries: Tensor, rows: Tensor, backend: SDPBackend) -> float:
+    """FLOP/s of a chunk's queries [N, query_heads, head_dim] over all rows [T, kv_heads, 2, head_dim], none
+    masked."""
+    keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)
+    query = queries.transpose(0, 1).unsqueeze(0)
+    with sdpa_kernel(backend):
+        took = seconds(
+            lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True), _SUSTAINED[1]
+        )
+    return 4 * queries.numel() * len(rows) / took

@@ -1,0 +1,255 @@
+"""real/smollm2 and real/smollm2-32k: a real model, real prompts and what it really fetches, by transformers.
+
+The first is the default model over prompts of 6,000 tokens, the second the one that ``benchmarks.long_model``
+wrote into the folder ``CLO_LONG_MODEL``, over 32,000. The prompts are items of ``benchmarks.tasks``, no two of
+them alike, and the engine prefills each.
+
+- decode: greedy, by graphs, as a worker does it: a step is launched before the tokens of the last one are read.
+  The reference is transformers on the same GPU, eager, its ``DynamicCache`` filled with the rows of the same
+  prompts, at the largest batch up to this one that fits.
+- KL and right answers: 256 tokens of two sequences of each kind of item, teacher-forced through decode steps.
+  Both are measured against full attention by transformers. The reference of the KL is that of the engine's own
+  prefill of the same tokens: both attend to everything then, and what is left is rounding to bfloat16.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.gpu.baseline import release
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.synthetic import Model, arena_of
+from benchmarks.result import Result
+from benchmarks.tasks import KINDS, Item, documents, make_item
+from gpu_worker.engine import Engine
+from gpu_worker.loader import Resolved, load_decoder, resolve
+from runtime.config import CacheConfig, ModelConfig
+from runtime.messages import CacheStats, Text
+from runtime.text import Tokenizer
+from tests.reference import arrived, divergence, prefill
+
+ARENA_GIB = 46
+FORCED = 256  # tokens
+JUDGED = 2 * len(KINDS)  # sequences that are teacher-forced
+STEPS, TRANSFORMERS_STEPS = 64, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is asked. ``batches`` ascend, and the last one is at least ``JUDGED``."""
+
+    name: str
+    model: ModelConfig
+    config: CacheConfig
+    prompt: int  # tokens
+    batches: tuple[int, ...]
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a sequence that takes part in all that is measured."""
+        return self.prompt + FORCED + len(self.batches) * (STEPS + 1)
+
+
+def measure(machine: Machine) -> list[Result]:
+    default = ModelConfig(dtype="bfloat16")
+    results = measure_case(machine, Case("real/smollm2", default, CacheConfig(), 6000, (1, 8, 64)))
+    folder = os.environ.get("CLO_LONG_MODEL")
+    if folder is None:
+        print("CLO_LONG_MODEL is not set: real/smollm2-32k is left out", file=sys.stderr)
+        return results
+    release()
+    long = ModelConfig(model=folder, dtype="bfloat16")
+    config = CacheConfig(select_k=256, resident=2048)
+    return results + measure_case(machine, Case("real/smollm2-32k", long, config, 32000, (1, 16, 64)))
+
+
+def measure_case(machine: Machine, case: Case) -> list[Result]:
+    resolved = resolve(case.model)
+    items = items_of(case, resolved)
+    decoder, config = load_decoder(resolved), resolved.config
+    model = Model(
+        case.name, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
+        config.hidden_size, config.intermediate_size, config.vocab_size, decoder.shape.head_dim,
+    )  # fmt: skip
+    # One sequence more than decodes: `prefill` leaves out block 0, and `prefilled` wants blocks of its own.
+    arena, rows = (
+        arena_of(memory, model, len(items) + 1, case.max_tokens) for memory in (machine.memory, machine.host)
+    )
+    engine = Engine(decoder, arena, case.config, len(items), case.max_tokens)
+    capture(engine, case)
+    network = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=decoder.shape.dtype)
+    network.to(decoder.device).eval()
+
+    full = [full_logits(network, item) for item in items[:JUDGED]]
+    rounding = [
+        divergence(prefilled(engine, item), logits) for item, logits in zip(items, full, strict=False)
+    ]
+    began = time.perf_counter()
+    first = [start(engine, case, slot, item) for slot, item in enumerate(items)]
+    rate = len(items) * case.prompt / (time.perf_counter() - began)
+    results = [Result(case.name, "prefill", rate, "tokens/s")]
+    forced = teacher_forced(engine, case, torch.cat(first[:JUDGED]), items[:JUDGED])
+    results += judge(case, items, full, forced, rounding)
+    del full, forced
+
+    steps = {batch: decode(engine, case, batch) for batch in case.batches}
+    fitting = 0.0
+    for batch, (seconds, stats) in steps.items():
+        fitting = transformers_rate(network, case, rows, items[:batch]) or fitting
+        name, rate = f"{case.name}/{batch}", batch / seconds
+        results += [
+            Result(name, "decode", rate, "tokens/s", fitting, rate / fitting),
+            Result(name, "hit rate", stats.hit_rate, "of selected rows"),
+            Result(name, "fetched", stats.rows_per_step_and_head, "rows per step and head"),
+        ]
+    return results
+
+
+def items_of(case: Case, resolved: Resolved) -> list[Item]:
+    """One item for each sequence of the largest batch: kinds and documents in turn."""
+    tokenizer = Tokenizer(resolved.folder, resolved.config.vocab_size)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+
+    texts = documents(encode)
+    return [
+        make_item(KINDS[number % len(KINDS)], texts[number % len(texts)], case.prompt, number, encode)
+        for number in range(case.batches[-1])
+    ]
+
+
+@torch.inference_mode()
+def capture(engine: Engine, case: Case) -> None:
+    """Graphs of the batches that are measured, and of no others."""
+    for batch in reversed(case.batches):  # largest first, for one pool
+        engine._capture(batch)
+    torch.cuda.synchronize()
+    engine._mailbox.reset()
+
+
+@torch.inference_mode()
+def full_logits(network: Any, item: Item) -> Tensor:
+    """Logits [FORCED, vocab] float32 that predict an answer, by one pass of transformers over all tokens."""
+    tokens = torch.tensor([item.prompt + item.answer[: FORCED - 1]], device=network.device)
+    logits: Tensor = network(tokens, use_cache=False, logits_to_keep=FORCED).logits[0].float()
+    return logits
+
+
+@torch.inference_mode()
+def prefilled(engine: Engine, item: Item) -> Tensor:
+    """The same by the engine's prefill, in slot 0, which must not be in use."""
+    decoder, pages, blocks = engine.decoder, engine._table.shape[1], len(engine.cache._arena)
+    own = [0, *range(blocks - pages + 1, blocks)]
+    work = engine.prefill(0, item.prompt + item.answer[: FORCED - 1], own)
+    while work.advance() is None:
+        pass
+    engine.cache.join_prompt()
+    return decoder.logits(decoder.normalise(decoder.shape.layers, work._hidden[-FORCED:]))
+
+
+def start(engine: Engine, case: Case, slot: int, item: Item) -> Tensor:
+    """Prefill a slot, which decodes from now on; returns the logits [1, vocab] behind the prompt."""
+    logits = prefill(engine, slot, item.prompt, case.max_tokens)
+    arrived(engine, engine.start(slot, logits))
+    return logits
+
+
+@torch.inference_mode()
+def teacher_forced(engine: Engine, case: Case, first: Tensor, items: list[Item]) -> Tensor:
+    """Logits [items, FORCED, vocab] that predict the answers, by decode steps of the first slots together.
+
+    Args:
+        first: [items, vocab], those behind the prompts.
+    """
+    answers = torch.tensor([item.answer[:FORCED] for item in items], device=first.device)
+    slots, logits = list(range(len(items))), [first]
+    for token in range(FORCED - 1):
+        engine._tokens[: len(items)] = answers[:, token]
+        logits.append(engine.step(slots, case.max_tokens).logits[: len(items)].clone())
+    return torch.stack(logits, dim=1)
+
+
+def judge(
+    case: Case, items: list[Item], full: list[Tensor], forced: Tensor, rounding: list[float]
+) -> list[Result]:
+    """KL and right answers of each kind.
+
+    Args:
+        full, forced: logits [FORCED, vocab] of the first items; rounding: the least KL that each can have.
+    """
+    results = []
+    for kind in KINDS:
+        own = [number for number in range(JUDGED) if KINDS[number % len(KINDS)] == kind]
+        name = f"{case.name}/{kind}"
+        loss = mean(divergence(forced[number], full[number]) for number in own)
+        least = mean(rounding[number] for number in own)
+        results.append(Result(name, "KL(full || CLO)", loss, "nats", least, loss / least))
+        if kind != "text":
+            right = mean(share_right(items[number], forced[number]) for number in own)
+            best = mean(share_right(items[number], full[number]) for number in own)
+            results.append(Result(name, "right", right, "of answer tokens", best, right / best))
+    return results
+
+
+def share_right(item: Item, logits: Tensor) -> float:
+    """Share of the scored tokens that are the most likely ones by the logits [FORCED, vocab]."""
+    chosen = logits.argmax(-1).tolist()
+    answers = zip(chosen, item.answer, item.scored, strict=False)
+    return mean(choice == token for choice, token, scored in answers if scored)
+
+
+@torch.inference_mode()
+def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
+    """Seconds of the median step of the first slots, and what the cache did for them."""
+    slots = list(range(batch))
+    engine.cache._tally.zero_()
+    posted, times = engine.step(slots, case.max_tokens), []
+    for _ in range(STEPS):
+        following = engine.step(slots, case.max_tokens)
+        arrived(engine, posted)
+        times.append(time.perf_counter())
+        posted = following
+    arrived(engine, posted)
+    tally = engine.cache._tally[:, :batch].sum((0, 1, 2)).tolist()
+    stats = engine.cache.stats(tally, case.prompt, batch * (STEPS + 1))
+    return median(after - before for before, after in pairwise(times)), stats
+
+
+@torch.inference_mode()
+def transformers_rate(network: Any, case: Case, rows: Tensor, items: list[Item]) -> float | None:
+    """Tokens per second of transformers' median step; None where the KV does not fit.
+
+    Args:
+        rows: the arena as the CPU sees it; the blocks of the sequences follow each other from block 1 on.
+    """
+    release()
+    cache = DynamicCache(config=network.config)
+    blocks = len(items) * -(-case.max_tokens // rows.shape[3])
+    held = case.prompt - TRANSFORMERS_STEPS  # so that the prompts are complete at the end
+    times = []
+    try:
+        for layer in range(rows.shape[1]):
+            heads = [
+                # of one layer and head the blocks lie together: one copy
+                rows[1 : 1 + blocks, layer, head].to(network.device).view(len(items), -1, *rows.shape[4:])
+                for head in range(rows.shape[2])
+            ]
+            cache.update(*torch.stack([head[:, :held] for head in heads], dim=1).unbind(3), layer)
+        tokens = torch.tensor([[item.prompt[held]] for item in items], device=network.device)
+        for _ in range(TRANSFORMERS_STEPS):
+            began = time.perf_counter()
+            tokens = network(tokens, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    except torch.OutOfMemoryError:
+        return None
+    return len(items) / median(times)

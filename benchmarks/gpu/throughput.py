@@ -1,0 +1,100 @@
+"""throughput/32k: tokens per second of as many sequences of 32K as the arena holds, k = 256 of 2,048.
+
+At every step each head selects and takes 9 % of k new rows. In each result the value is CLO's rate, and the
+reference is the rate of what the case names:
+
+- throughput/32k: the floor of full attention whose KV never left the GPU, at the largest batch that fits;
+- .../gate.9: the same floor, where a random half of the heads selects at a step, as real queries do at a gate
+  of .9, and takes half as many rows again;
+- .../transformers-dynamic and -offloaded: transformers' decode with its KV on the GPU, and in CPU memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.baseline import decode_rates, release
+from benchmarks.gpu.ceilings import full_attention
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.step import CONTEXT, step_seconds
+from benchmarks.gpu.synthetic import (
+    LLAMA_8B,
+    QWEN_14B,
+    Model,
+    arena_of,
+    filled_engine,
+    random_decoder,
+    replayed,
+)
+from benchmarks.result import Result
+from gpu_worker import cache as cache_module
+from kernels.gate import gate
+from runtime.config import CacheConfig
+
+ARENA_GIB = 98
+MAX_TOKENS = CONTEXT + 512
+CONFIG = CacheConfig(select_k=256, resident=2048, prefetch="off")
+_NEW = 0.09  # of k
+_NEW_GATED = 0.135  # of k
+_OFFLOADED_BYTES = 8 * 2**30  # of KV in CPU memory beside the arena; PCIe bound, so more would be no faster
+
+
+def measure(machine: Machine) -> list[Result]:
+    return [
+        *_compare(machine, LLAMA_8B, "throughput/32k"),
+        *_compare(machine, QWEN_14B, "throughput/32k/qwen2.5-14b"),
+    ]
+
+
+def _compare(machine: Machine, model: Model, case: str) -> list[Result]:
+    shape = model.shape
+    sequences = ARENA_GIB * 2**30 // (-(-MAX_TOKENS // shape.block_tokens) * shape.block_bytes)
+    held, floor = full_attention(model, CONTEXT, machine.hbm)
+    every, gated = _rates(machine, model, sequences)
+    release()
+    on_gpu = 1 << held.bit_length() - 1
+    offloaded = _OFFLOADED_BYTES // (CONTEXT * shape.token_bytes)
+    dynamic_rate, offloaded_rate = decode_rates(model, CONTEXT, on_gpu, offloaded)
+    release()
+
+    def result(name: str, rate: float, batch: int, reference: float) -> Result:
+        metric = f"{sequences} sequences against {batch}"
+        return Result(case + name, metric, rate, "tokens/s", reference, rate / reference)
+
+    return [
+        result("", every, held, floor),
+        result("/gate.9", gated, held, floor),
+        result("/transformers-dynamic", every, on_gpu, dynamic_rate),
+        result("/transformers-offloaded", every, offloaded, offloaded_rate),
+    ]
+
+
+def _rates(machine: Machine, model: Model, sequences: int) -> tuple[float, float]:
+    """Tokens per second of CLO where every head selects at every step, and where half of them do."""
+    arena = arena_of(machine.memory, model, sequences, MAX_TOKENS)
+    engine = filled_engine(
+        random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
+    )
+    with replayed(round(CONFIG.select_k * _NEW)):
+        every = sequences / step_seconds(engine, sequences)
+    with replayed(round(CONFIG.select_k * _NEW_GATED)), _half_selecting(model.layers):
+        return every, sequences / step_seconds(engine, sequences)
+
+
+@contextmanager
+def _half_selecting(layers: int) -> Iterator[None]:
+    """Within, a random half of the heads selects in captured steps, drawn anew for every step. The gate does
+    its work all the same."""
+    drawn: list[Tensor] = []  # of the layers to come, the last one first
+
+    def half(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor, tally: Tensor) -> Tensor:
+        gate(query, label, threshold, lengths, tally)
+        if not drawn:  # once for all layers, so that drawing costs next to nothing
+            drawn.extend(torch.rand(layers, *label.shape[:2], device=label.device) < 0.5)
+        return drawn.pop()
+
+    with patch.object(cache_module, "gate", half):
+        yield

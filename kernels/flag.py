@@ -1,0 +1,32 @@
+"""Flag: work on the device waits, in stream, for a number that another process writes."""
+
+import time
+
+from torch import Tensor
+
+from kernels.cuda import launch
+
+_PAUSE_SECONDS = 5e-5  # between looks of the reference
+
+
+def wait(flag: Tensor, number: int, timeout_ns: int, status: Tensor) -> None:
+    """Hold the current stream until the flag is ``number`` or more, or until the time is over.
+
+    After a timeout ``status`` is ``number``, and every later wait with this status returns at once: work
+    behind it runs on whatever its input happens to hold. So that work must be harmless with any input, and
+    its caller must find ``status`` zero, once the work is done, before trusting the result.
+
+    Args:
+        flag: [1] int64, in memory that the writer and this device share; it only ever grows.
+        number: positive.
+        timeout_ns: nanoseconds from when the device begins to wait.
+        status: [1] int64, in memory that host and device share; zero at first.
+    """
+    if flag.is_cuda:
+        launch("flag.cu", "wait_flag", (1,), 1, [flag, number, timeout_ns, status])
+        return
+    end = time.monotonic_ns() + timeout_ns
+    while not int(status) and int(flag) < number:
+        if time.monotonic_ns() > end:
+            status.fill_(number)
+        time.sleep(_PAUSE_SECONDS)
