@@ -170,15 +170,14 @@ class KVCache:
         count = len(batch.lengths)
         arena = self._arena[:, layer]
         resident, members = self._resident[layer, :count], self._members[layer, :count]
-        with self._recording.fork(kv):
-            store_new(kv, batch.lengths, batch.table, arena)
-            if not self.full:
-                self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
         if self.full:
-            self._recording.join()
+            store_new(kv, batch.lengths, batch.table, arena)
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
         stamps = self._stamps[layer, :count]
         append(kv, batch.lengths, resident, members, stamps, self._sinks, self._recent)
+        with self._recording.fork(kv):
+            store_new(kv, batch.lengths, batch.table, arena)
+            self._index.write(layer, kv[:, :, 0], batch.lengths, batch.table)
         fetching = self._fetching[layer % 2]
         if select:
             if coming is not None:
@@ -195,7 +194,8 @@ class KVCache:
 
     def end_step(self) -> None:
         """After the last layer: all work to come finds the new rows in arena and index."""
-        self._recording.join()
+        if not self.full:
+            self._recording.join()
 
     def _select(self, layer: int, query: Tensor, batch: Batch, tail: int) -> Fresh:
         """Gate and select, and begin to fetch; the last ``tail`` tokens are no candidates."""

@@ -10,9 +10,8 @@ from gpu_worker.shape import KVShape
 from kernels.encode import CODES_PER_BYTE, encode, encode_new
 from kernels.select import prepare, scan_exact, weigh, weigh_codes
 
-
 Weigh = Callable[[Tensor, int, int], Tensor]
-"""From heads that select [B, kv_heads] bool, sinks and tail to keys as ``kernels.select.weigh`` returns them."""
+"""From heads that select [B, kv_heads] bool, sinks and tail to the keys of ``kernels.select.weigh``."""
 
 
 class Index(Protocol):
@@ -57,7 +56,7 @@ class TwoBitIndex:
         self._centres = torch.empty(*pool, shape.head_dim, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
         gaussian = torch.randn(shape.head_dim, shape.head_dim, generator=generator, dtype=torch.float64)
-        self._rotation = torch.linalg.qr(gaussian).Q.float().to(device)
+        self._rotation = torch.linalg.qr(gaussian).Q.float().contiguous().to(device)
         self.token_bytes = self.bytes_per_token(shape)
 
     @staticmethod

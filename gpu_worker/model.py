@@ -35,7 +35,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer. ``qkv`` yields all query heads, then a key and a value of each KV head in turn."""
+    """Weights of one layer. ``qkv`` yields all query heads, then key and value of each KV head in turn."""
 
     attention_norm: Tensor  # [hidden]
     qkv: Linear  # [(query_heads + 2 * kv_heads) * head_dim, hidden]
@@ -179,8 +179,8 @@ def _gated(gate_up: Tensor) -> Tensor:
 def _rotate(
     heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, eps: float
 ) -> Tensor:
-    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], the first ``queries`` of which
-    are queries and the others keys and values in turn; values stay as they are."""
+    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], the first ``queries`` of
+    them queries and the others keys and values in turn; values stay as they are."""
     number = torch.arange(heads.shape[1], device=heads.device)
     is_value = ((number >= queries) & ((number - queries) % 2 == 1))[:, None]
     rotated = heads

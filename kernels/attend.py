@@ -56,8 +56,9 @@ def attend_held(
         )
         _launch(
             "attend_held", splits, query, resident,
-            [query, query.stride(0), resident, members, lengths, *_pointers(fresh), *partial, members.shape[1],
-             sinks + recent, members.shape[2], 0 if fresh is None else fresh.slots.shape[2], scale],
+            [query, query.stride(0), resident, members, lengths, *_pointers(fresh), *partial,
+             members.shape[1], sinks + recent, members.shape[2],
+             0 if fresh is None else fresh.slots.shape[2], scale],
         )  # fmt: skip
         return partial
     always = torch.arange(sinks + recent, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)

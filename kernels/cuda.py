@@ -68,6 +68,7 @@ def launch(
 
 def _argument(value: Tensor | int | float | None) -> int | np.float32:
     if isinstance(value, Tensor):
+        assert value.shape[-1] == 1 or value.stride(-1) == 1, "kernels read the last dimension in order"
         return value.data_ptr()
     if isinstance(value, float):
         return np.float32(value)

@@ -68,7 +68,8 @@ def encode_new(
         dim = keys.shape[2]
         launch(
             "encode.cu", "encode_new", (keys.shape[1], len(keys)), -(-dim // 32) * 32,
-            [keys, keys.stride(0), keys.stride(1), lengths, table, table.stride(0), codes, scales, centres, rotation, STEP],
+            [keys, keys.stride(0), keys.stride(1), lengths, table, table.stride(0), codes, scales, centres,
+             rotation, STEP],
             ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=codes.shape[2],
         )  # fmt: skip
         return

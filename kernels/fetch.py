@@ -7,7 +7,8 @@ from kernels.cuda import launch
 from kernels.paging import locate
 from kernels.select import Fresh
 
-_BLOCKS, _THREADS = 24, 512  # more blocks are slower: their addresses lie too far apart
+_BLOCKS, _THREADS = 24, 1024  # at most; more are slower, since their addresses lie too far apart
+_FEWEST, _ROWS_PER_BLOCK = 4, 512
 
 
 def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident: Tensor, first: int) -> None:
@@ -29,7 +30,7 @@ def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident:
              arena.stride(1) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
              members.shape[1]],
             shared=4 * (lines + 1), BLOCK_TOKENS=arena.shape[2], ROW_BYTES=resident[0, 0, 0].nbytes,
-            THREADS=_THREADS,
+            THREADS=_THREADS, FEWEST=_FEWEST, ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
         )  # fmt: skip
         return
     entries = torch.arange(fresh.slots.shape[2], device=fresh.counts.device)

@@ -72,8 +72,8 @@ def prepare(
         threads = -(-parts * dim // 32) * 32
         launch(
             "prepare.cu", "prepare", (kv_heads, batch, 1 + -(-pages // (threads // 32))), threads,
-            [query, query.stride(0), rotation, centres, norm, lengths, table, pages, table.stride(0), *prepared,
-             scale], ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group,
+            [query, query.stride(0), rotation, centres, norm, lengths, table, pages, table.stride(0),
+             *prepared, scale], ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group,
             BLOCK_TOKENS=block_tokens, PARTS=parts,
         )  # fmt: skip
         return prepared
@@ -162,8 +162,8 @@ def weigh_codes(
         stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
         launch(
             "weigh.cu", "weigh_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
-            [*prepared, codes, scales, miss, lengths, table, pages, table.stride(0), keys, sinks, tail, scale],
-            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
+            [*prepared, codes, scales, miss, lengths, table, pages, table.stride(0), keys, sinks, tail,
+             scale], shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
             WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return keys

@@ -11,11 +11,20 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import gather, step
+from benchmarks.gpu import ablation, gather, host, million, prefill, real, step, throughput
 from benchmarks.gpu.machine import Machine
 from benchmarks.result import write
 
-CASES: dict[str, ModuleType] = {"gather": gather, "step": step}
+CASES: dict[str, ModuleType] = {
+    "gather": gather,
+    "step": step,
+    "throughput": throughput,
+    "ablation": ablation,
+    "million": million,
+    "prefill": prefill,
+    "host": host,
+    "real": real,
+}
 """Each has ``ARENA_GIB`` and ``measure(machine) -> list[Result]``."""
 
 

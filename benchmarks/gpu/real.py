@@ -1,15 +1,15 @@
-"""real/smollm2 and real/smollm2-32k: a real model, real prompts and what it really fetches, by transformers.
+"""real/smollm2, real/smollm2-32k: a real model, real prompts and what it really fetches, beside transformers.
 
 The first is the default model over prompts of 6,000 tokens, the second the one that ``benchmarks.long_model``
-wrote into the folder ``CLO_LONG_MODEL``, over 32,000. The prompts are items of ``benchmarks.tasks``, no two of
-them alike, and the engine prefills each.
+wrote into the folder ``CLO_LONG_MODEL``, over 32,000. The prompts are items of ``benchmarks.tasks``, no two
+alike, and the engine prefills each.
 
-- decode: greedy, by graphs, as a worker does it: a step is launched before the tokens of the last one are read.
+- decode: greedy, by graphs, as a worker does it: a step is launched before the last one's tokens are read.
   The reference is transformers on the same GPU, eager, its ``DynamicCache`` filled with the rows of the same
   prompts, at the largest batch up to this one that fits.
-- KL and right answers: 256 tokens of two sequences of each kind of item, teacher-forced through decode steps.
-  Both are measured against full attention by transformers. The reference of the KL is that of the engine's own
-  prefill of the same tokens: both attend to everything then, and what is left is rounding to bfloat16.
+- KL and right answers: 256 tokens of two sequences of each kind of item, teacher-forced by decode steps.
+  Both are measured against full attention by transformers. The reference of the KL is that of the engine's
+  own prefill of the same tokens: both attend to everything then, and what is left is rounding to bfloat16.
 """
 
 import os
@@ -196,15 +196,15 @@ def judge(
         if kind != "text":
             right = mean(share_right(items[number], forced[number]) for number in own)
             best = mean(share_right(items[number], full[number]) for number in own)
-            results.append(Result(name, "right", right, "of answer tokens", best, right / best))
+            ratio = right / best if best else None
+            results.append(Result(name, "right", right, "of answer tokens", best, ratio))
     return results
 
 
 def share_right(item: Item, logits: Tensor) -> float:
     """Share of the scored tokens that are the most likely ones by the logits [FORCED, vocab]."""
-    chosen = logits.argmax(-1).tolist()
-    answers = zip(chosen, item.answer, item.scored, strict=False)
-    return mean(choice == token for choice, token, scored in answers if scored)
+    right = logits.argmax(-1).cpu() == torch.tensor(item.answer[:FORCED])
+    return float(right[torch.tensor(item.scored[:FORCED])].float().mean())
 
 
 @torch.inference_mode()

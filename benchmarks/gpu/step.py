@@ -10,24 +10,24 @@ from gpu_worker.engine import Engine
 from runtime.config import CacheConfig
 
 CONTEXT, STEPS = 32768, 40
+MAX_TOKENS = CONTEXT + 512
+CONFIG = CacheConfig(select_k=256, resident=2048, prefetch="accept")
 ARENA_GIB = 98
 SHARES = (0, 5, 9, 10, 20, 50, 100)  # of k, new rows a step and head, in percent
 
 
 def measure(machine: Machine) -> list[Result]:
     model, sequences = LLAMA_8B, 24
-    config = CacheConfig(select_k=256, resident=2048, prefetch="off")
     gemm = gemm_step(model, sequences)
-    max_tokens = CONTEXT + 512
-    arena = arena_of(machine.memory, model, sequences, max_tokens)
+    arena = arena_of(machine.memory, model, sequences, MAX_TOKENS)
     engine = filled_engine(
-        random_decoder(model, max_tokens), arena, config, sequences, CONTEXT - 300, max_tokens
+        random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
     )
     read = sequences * CONTEXT * engine.cache.index_token_bytes + engine.cache.resident_bytes
     floor, resident = gemm + read / machine.hbm, 0.0
     results = [Result("ceiling", "GEMM graph", gemm * 1e3, "ms")]
     for share in SHARES:
-        with replayed(round(config.select_k * share / 100)):
+        with replayed(round(CONFIG.select_k * share / 100)):
             took = step_seconds(engine, sequences)
         if share == 0:
             resident = took

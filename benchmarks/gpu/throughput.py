@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu.baseline import decode_rates, release
 from benchmarks.gpu.ceilings import full_attention
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.step import CONTEXT, step_seconds
+from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, step_seconds
 from benchmarks.gpu.synthetic import (
     LLAMA_8B,
     QWEN_14B,
@@ -32,11 +32,8 @@ from benchmarks.gpu.synthetic import (
 from benchmarks.result import Result
 from gpu_worker import cache as cache_module
 from kernels.gate import gate
-from runtime.config import CacheConfig
 
 ARENA_GIB = 98
-MAX_TOKENS = CONTEXT + 512
-CONFIG = CacheConfig(select_k=256, resident=2048, prefetch="off")
 _NEW = 0.09  # of k
 _NEW_GATED = 0.135  # of k
 _OFFLOADED_BYTES = 8 * 2**30  # of KV in CPU memory beside the arena; PCIe bound, so more would be no faster
