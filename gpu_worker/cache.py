@@ -21,7 +21,7 @@ from kernels.store import store, store_new
 from runtime.config import CacheConfig
 from runtime.messages import CacheStats
 
-_PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
+PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
 _NEVER_REUSE = 2.0  # above any cosine
 
 
@@ -142,7 +142,7 @@ class KVCache:
     def _rank_prompt(self, keys: Tensor, queries: Tensor) -> Tensor:
         """Positions [kv_heads, capacity] of the keys that the last queries weigh most, best first."""
         kv_heads = self.shape.kv_heads
-        last = queries[-_PROMPT_QUERIES:].float()
+        last = queries[-PROMPT_QUERIES:].float()
         grouped = last.view(len(last), kv_heads, -1, self.shape.head_dim).transpose(0, 1).flatten(1, 2)
         products = grouped @ keys.float().transpose(1, 2) * self._scale  # [kv_heads, W * group, T']
         return products.softmax(-1).mean(1).topk(self._capacity).indices + self._sinks

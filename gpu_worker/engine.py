@@ -10,7 +10,7 @@ from gpu_worker.cache import Batch, KVCache
 from gpu_worker.mailbox import Mailbox
 from gpu_worker.model import Decoder
 from gpu_worker.prefill import Prefill
-from gpu_worker.streams import Branch
+from gpu_worker.streams import Branch, Mark
 from kernels.sample import sample
 from kernels.select import Fresh
 from runtime.config import CacheConfig
@@ -25,24 +25,6 @@ class Posted(NamedTuple):
     number: int
     rows: list[int]  # of the entry and of the logits, one for each slot that was asked for
     logits: Tensor  # [rows, vocab] float32; overwritten by the next step
-
-
-class Mark:
-    """A point in the device's work that the host can ask for. On the CPU it is always reached."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
-
-    @property
-    def reached(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def wait(self) -> None:
-        """Work to come on the current stream waits for the mark."""
-        if self._event is not None:
-            self._event.wait()
 
 
 class Retirement:

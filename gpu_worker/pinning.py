@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpu_worker.index import TwoBitIndex
+from gpu_worker.prefill import prefill_bytes
 from gpu_worker.shape import KVShape
 from runtime.config import CacheConfig, format_size
 from runtime.errors import ConfigError
@@ -37,9 +38,7 @@ def check_gpu_memory(
     index = TwoBitIndex.bytes_per_token(shape) * tokens if config.attention == "clo" else 0
     rows = 0 if config.attention == "full" else config.sinks + config.recent + config.capacity
     resident = shape.layers * shape.kv_heads * rows * shape.row_bytes
-    # two layers' rows, hidden states, scores of the last queries
-    width = shape.query_heads * shape.head_dim
-    prefill = max_tokens * (4 * shape.kv_heads * shape.row_bytes + 8 * width * shape.dtype.itemsize)
+    prefill = prefill_bytes(shape, max_tokens)
     wanted = index + slots * resident + prefill + _GRAPH_BYTES
     spare = int(utilization * total) - (total - free)
     parts = (
@@ -92,10 +91,10 @@ def pin(memory: Tensor) -> Tensor:
         ConfigError: CUDA refuses.
     """
     base = memory.data_ptr()
-    runtime = torch.cuda.cudart()
-    torch.cuda.init()
+    runtime, device = torch.cuda.cudart(), torch.cuda.current_device()
 
     def register(start: int) -> int:
+        torch.cuda.set_device(device)  # a new thread stands on device 0, and would make a context there
         size = min(_CHUNK_BYTES, memory.nbytes - start)
         status = int(runtime.cudaHostRegister(base + start, size, _PORTABLE_MAPPED))
         if status:

@@ -3,11 +3,22 @@
 import torch
 from torch import Tensor
 
-from gpu_worker.cache import KVCache
+from gpu_worker.cache import PROMPT_QUERIES, KVCache
 from gpu_worker.model import Decoder
+from gpu_worker.shape import KVShape
 from kernels.attend import attend_prompt
 
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # about as long as a decode step
+
+
+def prefill_bytes(shape: KVShape, tokens: int) -> int:
+    """GPU memory that the prefill of a prompt takes at most, but for the tokens' blocks: about."""
+    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
+    rows = 2 * shape.kv_heads * shape.row_bytes  # of the layer at work and of the one that is being stored
+    ranking = PROMPT_QUERIES * shape.query_heads * 12 + shape.kv_heads * shape.head_dim * 4
+    index = shape.kv_heads * shape.head_dim * 16
+    rope = 8 * shape.head_dim
+    return tokens * (2 * width + rows + rope + max(ranking, index)) + _CHUNK_TOKENS["cuda"] * 24 * width
 
 
 class Prefill:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gpu_worker.engine import Engine, Mark, Posted, Retirement
+from gpu_worker.engine import Engine, Posted, Retirement
 from gpu_worker.prefill import Prefill
+from gpu_worker.streams import Mark
 from runtime.messages import (
     NO_STATS,
     Abort,
@@ -203,7 +204,6 @@ class Scheduler:
         run = request.run
         self._engine.activate(request.slot, len(run.tokens), run.sampling, run.seed)
         self._decoding[request.slot] = request
-        self._commit(request, len(run.tokens))
         self._fly(self._engine.start(request.slot, logits), [request])
 
     def _launch(self) -> None:
@@ -237,7 +237,8 @@ class Scheduler:
             run = request.run
             if request.reason is not None:  # it ended while this step was on its way
                 continue
-            if len(request.tokens) > request.committed and len(request.tokens) % self._block_tokens == 0:
+            complete = not request.committed or len(request.tokens) % self._block_tokens == 0
+            if complete and len(request.tokens) > request.committed:
                 self._commit(request, len(request.tokens))
             if run.forced is not None:
                 token = run.forced[request.generated]

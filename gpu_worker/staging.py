@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.engine import Mark
 from gpu_worker.pinning import device_view
 from gpu_worker.shape import KVShape
+from gpu_worker.streams import Mark
 from kernels.flag import wait
 from kvstore.client import StoreClient
 from kvstore.push import FLAG, PAGE_BYTES, STATUS

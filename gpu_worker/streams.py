@@ -1,4 +1,4 @@
-"""Work beside the current stream."""
+"""Work beside the current stream, and when it is done."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,3 +38,21 @@ class Branch:
         """All work to come waits for the branch."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class Mark:
+    """A point in the device's work that the host can ask for. On the CPU it is always reached."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Work to come on the current stream waits for the mark."""
+        if self._event is not None:
+            self._event.wait()

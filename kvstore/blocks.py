@@ -116,6 +116,14 @@ class BlockPool:
         waiting = [sequence for owner, sequence in self._waiting if owner == worker]
         return sum(self.free(worker, sequence) for sequence in [*waiting, *self._held.get(worker, ())])
 
+    def blocks_of(self, worker: int, sequence: int) -> list[int]:
+        """The blocks of a sequence, in order.
+
+        Raises:
+            ProtocolError: the sequence owns no blocks.
+        """
+        return list(self._holding(worker, sequence).blocks)
+
     def describe(self, worker: int, sequence: int) -> tuple[list[int], list[list[int]]]:
         """The blocks of a sequence and the tokens that each one holds.
 

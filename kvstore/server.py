@@ -162,7 +162,7 @@ class StoreServer:
 
     def on_push(self, identity: bytes, message: Push) -> None:
         pool, worker = self._attached(identity)
-        blocks, _ = pool.describe(worker, message.sequence)
+        blocks = pool.blocks_of(worker, message.sequence)
         if worker not in self._pushers:
             raise ProtocolError("A worker has to send OpenStaging before Push.")
         self._pushers[worker].push(message, blocks)

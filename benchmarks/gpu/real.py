@@ -209,7 +209,8 @@ def share_right(item: Item, logits: Tensor) -> float:
 
 @torch.inference_mode()
 def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
-    """Seconds of the median step of the first slots, and what the cache did for them."""
+    """Seconds of the median step of the first slots, and what the cache did for them; the others stand still,
+    since the graph of a batch leaves them out."""
     slots = list(range(batch))
     engine.cache._tally.zero_()
     posted, times = engine.step(slots, case.max_tokens), []
