@@ -70,7 +70,7 @@ class Engine:
         self._ahead = Branch(device)
         prefetch = config.prefetch
         if prefetch == "auto":
-            prefetch = "correct" if device.type == "cuda" else "off"
+            prefetch = "accept" if device.type == "cuda" else "off"
         self._first_prefetched = decoder.shape.layers if prefetch == "off" else config.prefetch_from
         self._first_accepted = config.prefetch_from if prefetch == "accept" else decoder.shape.layers
         if self.cache.full:

@@ -50,7 +50,7 @@ class CacheConfig:
 
     ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
     ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``auto`` is
-    ``correct`` on a GPU and ``off`` on the CPU, where there is no transfer to hide.
+    ``accept`` on a GPU and ``off`` on the CPU, where there is no transfer to hide.
     """
 
     attention: Attention = "clo"
