@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from runtime.config import (
@@ -16,6 +17,7 @@ from runtime.config import (
     LogLevel,
     ModelConfig,
     Prefetch,
+    Profile,
     ServerConfig,
     format_size,
     parse_size,
@@ -154,6 +156,13 @@ def parser() -> Parser:
         help="a head keeps its rows while its query is at least this close to the query that selected them: "
         "lower selects less often and is less exact; off selects in every step (%(default)s)",
     )
+    group.add_argument(
+        "--profile",
+        default="off",
+        metavar="FILE",
+        help="a gate for each KV head in place of --gate, as benchmarks.calibrate measures it for a model "
+        "(%(default)s)",
+    )
     choice(
         group,
         "--prefetch",
@@ -161,6 +170,14 @@ def parser() -> Parser:
         cache.prefetch,
         "fetch for a layer while the one before computes, with a predicted query: correct selects again "
         "with the real one, accept does not (faster, less exact); auto is correct on a GPU, off on the CPU",
+    )
+    group.add_argument(
+        "--guard",
+        type=partial(number_or, "off", int),
+        default="off",
+        metavar="STEPS",
+        help="compare a step of each request with full attention once in so many, and report it with the "
+        "statistics; the other requests wait meanwhile (%(default)s)",
     )
 
     group = root.add_argument_group("server")
@@ -230,6 +247,8 @@ def config_from(argv: list[str]) -> ServerConfig:
             resident=options.resident,
             gate=options.gate,
             prefetch=options.prefetch,
+            profile=None if options.profile == "off" else Profile.load(Path(options.profile)),
+            guard=options.guard,
         ),
         workers=options.workers,
         stores=tuple(options.kvstore.split(",")),

@@ -60,8 +60,8 @@ class KVCache:
         self._capacity = 0 if self.full else config.capacity
         self._storing = Branch(device)  # rows of a prompt on their way to the arena
         self._recording = Branch(device)  # a new row on its way to arena and index; no one waits for it
-        self._gating = Branch(device)
-        self._fetching = (Branch(device, urgent=True), Branch(device, urgent=True))  # of even, of odd layers
+        self._gating = Branch(device), Branch(device)  # of even, of odd layers
+        self._fetching = Branch(device, urgent=True), Branch(device, urgent=True)
         self._index: Index
         if config.attention == "clo":
             self._index = TwoBitIndex(shape, arena.shape[0], device)
@@ -78,6 +78,9 @@ class KVCache:
         self._labels = torch.zeros(*heads, label_width, dtype=shape.dtype, device=device)
         never = _NEVER_REUSE if config.gate is None else config.gate
         self.thresholds = torch.full((shape.layers, shape.kv_heads), never, device=device)
+        if config.profile is not None:
+            config.profile.check(shape.layers, shape.kv_heads, shape.head_dim)
+            self.thresholds.copy_(torch.tensor(config.profile.thresholds))
         self._norms = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
         self._tally = torch.zeros(*heads, 4, dtype=torch.int64, device=device)  # checks, misses, rows, moves
 
@@ -107,7 +110,7 @@ class KVCache:
         if self.full:
             return
         self._index.write_prompt(layer, rows[:, :, 0], table)
-        self._labels[layer, slot] = 0  # no label: the first decode step selects
+        self._labels[layer, slot].zero_()  # no label: the first decode step selects
         last = queries[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
         scores = last @ rows[:, :, 0].float().permute(1, 2, 0) * self._scale  # [kv_heads, group, T]
         self._norms[layer, slot] = scores.logsumexp(-1).flatten()
@@ -152,7 +155,7 @@ class KVCache:
     def prefetch(self, layer: int, query: Tensor, batch: Batch) -> Fresh:
         """Gate, select and begin to fetch for a layer with a predicted query, ahead of the layer itself."""
         # The layer has not appended the new token yet: what that will displace still stands in the ring.
-        return self._select(layer, query, batch, self._recent + 1)
+        return self._select(layer, query, batch, self._recent + 1, ahead=True)
 
     def attend(
         self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: Fresh | None, *, select: bool
@@ -182,7 +185,7 @@ class KVCache:
         if select:
             if coming is not None:
                 fetching.join()
-            coming = self._select(layer, query, batch, self._recent)
+            coming = self._select(layer, query, batch, self._recent, ahead=False)
         partial = attend_held(
             query, resident, members, batch.lengths, coming, self._sinks, self._recent, self._scale
         )
@@ -197,19 +200,23 @@ class KVCache:
         if not self.full:
             self._recording.join()
 
-    def _select(self, layer: int, query: Tensor, batch: Batch, tail: int) -> Fresh:
+    def _select(self, layer: int, query: Tensor, batch: Batch, tail: int, *, ahead: bool) -> Fresh:
         """Gate and select, and begin to fetch; the last ``tail`` tokens are no candidates."""
         lengths, table = batch
         count = len(lengths)
         members, tally = self._members[layer, :count], self._tally[layer, :count]
-        with self._gating.fork():
+        gating = self._gating[layer % 2]
+        with gating.fork():
             miss = gate(query, self._labels[layer, :count], self.thresholds[layer], lengths, tally)
         weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
-        self._gating.join()
+        gating.join()
         keys = weigh(miss, self._sinks, tail)
         fresh = choose(keys, miss, lengths, tail, members, self._stamps[layer, :count], tally, self._k)
         with self._fetching[layer % 2].fork():
-            fetch(fresh, members, table, self._arena[:, layer], self._resident[layer, :count], self._first)
+            fetch(
+                fresh, members, table, self._arena[:, layer], self._resident[layer, :count], self._first,
+                patient=ahead,
+            )  # fmt: skip
         return fresh
 
     # ---------------------------------------------------------------------------------- accounting
@@ -220,7 +227,7 @@ class KVCache:
 
     def reset_tally(self, slot: int) -> None:
         """Begin to count anew for the next sequence of a slot."""
-        self._tally[:, slot] = 0
+        self._tally[:, slot].zero_()
 
     def stats(self, tally: list[int], tokens: int, steps: int) -> CacheStats:
         """What the cache did for a sequence.

@@ -124,22 +124,31 @@ class Engine:
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
         self.cache.join_prompt()
-        self._lengths[slot] = length
-        self._temperature[slot] = sampling.temperature
-        self._top_p[slot] = sampling.top_p
-        self._top_k[slot] = sampling.top_k
-        self._seed[slot] = seed
+        # an assignment of a number would wait for the device
+        self._lengths[slot].fill_(length)
+        self._temperature[slot].fill_(sampling.temperature)
+        self._top_p[slot].fill_(sampling.top_p)
+        self._top_k[slot].fill_(sampling.top_k)
+        self._seed[slot].fill_(seed)
 
     @torch.inference_mode()
     def retire(self, slot: int) -> Retirement:
         """The sequence of a slot ends after the steps on their way."""
-        self._lengths[slot] = 0
+        self._lengths[slot].zero_()
         return Retirement(self.cache, slot, self._device)
 
     @torch.inference_mode()
     def feed(self, slot: int, token: int) -> None:
         """Replace the token that the next step reads (teacher forcing)."""
-        self._tokens[slot] = token
+        self._tokens[slot].fill_(token)
+
+    @torch.inference_mode()
+    def mirror(self, other: "Engine", slot: int) -> None:
+        """Slot 0 takes over blocks, length and token of another engine's slot; the arena must be the same."""
+        for mine, its in (
+            (self._table, other._table), (self._lengths, other._lengths), (self._tokens, other._tokens)
+        ):  # fmt: skip
+            mine[0] = its[slot]
 
     @torch.inference_mode()
     def start(self, slot: int, logits: Tensor) -> Posted:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.mailbox import post
 from runtime.errors import DeviceStuck
 
-_ENTRIES = 8  # posted and not yet read; the pipeline holds fewer
+_ENTRIES = 16  # posted and not yet read; the pipeline holds fewer
 _STUCK_SECONDS = 60.0
 
 

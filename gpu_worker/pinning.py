@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gpu_worker.guard import guard_bytes
 from gpu_worker.index import TwoBitIndex
 from gpu_worker.prefill import prefill_bytes
 from gpu_worker.shape import KVShape
@@ -39,12 +40,13 @@ def check_gpu_memory(
     rows = 0 if config.attention == "full" else config.sinks + config.recent + config.capacity
     resident = shape.layers * shape.kv_heads * rows * shape.row_bytes
     prefill = prefill_bytes(shape, max_tokens)
-    wanted = index + slots * resident + prefill + _GRAPH_BYTES
+    guard = guard_bytes(shape, max_tokens) if config.guard is not None else 0
+    wanted = index + slots * resident + prefill + guard + _GRAPH_BYTES
     spare = int(utilization * total) - (total - free)
     parts = (
         f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
         f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
-        f"{max_tokens} tokens, {format_size(_GRAPH_BYTES)} graphs"
+        f"{max_tokens} tokens, {format_size(guard)} guard, {format_size(_GRAPH_BYTES)} graphs"
     )
     if wanted > spare:
         raise ConfigError(

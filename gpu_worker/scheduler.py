@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from gpu_worker.engine import Engine, Posted, Retirement
+from gpu_worker.guard import Guard
 from gpu_worker.prefill import Prefill
 from gpu_worker.streams import Mark
 from runtime.messages import (
@@ -79,6 +80,7 @@ class Scheduler:
         max_tokens: longest sequence.
         report: takes messages for the router.
         ask_store: takes messages for the store.
+        guard: compares some steps with full attention.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Scheduler:
         max_tokens: int,
         report: Callable[[FromWorker], None],
         ask_store: Callable[[ToStore], None],
+        guard: Guard | None = None,
     ) -> None:
-        self._engine, self._max_tokens = engine, max_tokens
+        self._engine, self._max_tokens, self._guard = engine, max_tokens, guard
         self._block_tokens = engine.decoder.shape.block_tokens
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(slots))
@@ -208,8 +211,12 @@ class Scheduler:
 
     def _launch(self) -> None:
         requests = [self._decoding[slot] for slot in sorted(self._decoding)]
-        longest = max(len(request.run.tokens) + request.ordered for request in requests)
-        posted = self._engine.step([request.slot for request in requests], longest)
+        lengths = {request.slot: len(request.run.tokens) + request.ordered for request in requests}
+        if self._guard is not None:
+            self._guard.before(lengths)
+        posted = self._engine.step(list(lengths), max(lengths.values()))
+        if self._guard is not None:
+            self._guard.after(posted)
         self.steps += 1
         for request in requests:
             request.steps += 1

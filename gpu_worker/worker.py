@@ -10,6 +10,7 @@ import torch
 import zmq
 
 from gpu_worker.engine import Engine
+from gpu_worker.guard import Guard
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.pinning import check_gpu_memory, pin
 from gpu_worker.scheduler import Scheduler
@@ -90,12 +91,18 @@ class Worker:
         arena = arena.permute(2, 0, 1, 3, 4, 5)  # the rows of a layer and head lie together
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
         self._engine.capture()
+        self._guard = None
+        if config.cache.guard is not None:
+            self._guard = Guard(
+                self._engine, arena, config.cache.guard, config.max_num_seqs, model.max_model_len
+            )
         self._router: Dealer[FromWorker, ToWorker] = Dealer(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
         self._scheduler = Scheduler(
-            self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send
-        )
+            self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send,
+            self._guard,
+        )  # fmt: skip
         capacity = attached.blocks * shape.block_tokens
         self._ready = Ready(config.worker, os.getpid(), attached.store, capacity)
 
@@ -152,4 +159,5 @@ class Worker:
             resident_bytes=cache.resident_bytes,
             index_bytes=cache.index_token_bytes * self._ready.capacity_tokens,
             private_bytes=private_bytes(),
+            guard=None if self._guard is None else self._guard.stats(),
         )

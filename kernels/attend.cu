@@ -315,7 +315,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     int64 k, float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
-    uint8* held = (uint8*)(rings + WARPS * STAGES * STAGE);  // [ROWS], whether a row counts
+    // [ROWS, rounded up to whole batches], whether a row counts
+    uint8* held = (uint8*)(rings + WARPS * STAGES * STAGE);
     const int split = blockIdx.x / TILES, tile = blockIdx.x % TILES;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
     const int start = split * ROWS, length = (int)lengths[blockIdx.z];
@@ -328,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     fill(ring, rows, count, row_of);
     Lane mine;
     begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
-    for (int i = threadIdx.x; i < ROWS; i += THREADS) {
+    for (int i = threadIdx.x; i < (ROWS + BATCH - 1) / BATCH * BATCH; i += THREADS) {
         const int row = start + i;
         bool counts_in = i < count && (row >= first || row < length);
         if (counts_in && row >= first) counts_in = members[line * capacity + row - first] >= 0;

@@ -14,6 +14,7 @@ from kernels.select import Fresh
 _SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
+_MOST_BATCH = 16  # rows
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
@@ -154,7 +155,7 @@ def _launch(
     stage_bytes = {1: 4, 2: 2}.get(per_lane, 1) * per_lane * 2 * 32 * 16
     launch(
         "attend.cu", name, (blocks * -(-group // tile), kv_heads, batch), _THREADS, args,
-        shared=_THREADS // 32 * _STAGES * stage_bytes + rows, ELEMENT=ELEMENTS[query.dtype], DIM=dim,
+        shared=_THREADS // 32 * _STAGES * stage_bytes + -(-rows // _MOST_BATCH) * _MOST_BATCH, ELEMENT=ELEMENTS[query.dtype], DIM=dim,
         GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS, TILE=tile, SPLITS=splits,
         STAGES=_STAGES,
     )  # fmt: skip

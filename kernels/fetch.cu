@@ -10,7 +10,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(
     const int* slots, const int* counts, const int* members, const int64* table, int64 table_width,
     const char* arena, int64 block_stride, int64 head_stride, char* resident, int64 k, int64 capacity, int64 first,
-    int64 lines, int64 kv_heads) {
+    int64 lines, int64 kv_heads, int64 rows_per_block) {
     extern __shared__ int starts[];  // [lines + 1], rows of the lines before
     __shared__ int room[32];
     int rows = 0;
@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(
         if (line < lines) starts[line] = rows + before;
         rows += sum;
     }
-    const int blocks = min((int)gridDim.x, max(FEWEST, rows / ROWS_PER_BLOCK));
+    const int blocks = min((int)gridDim.x, max(2, rows / (int)rows_per_block));
     if (blockIdx.x >= blocks) return;
     if (threadIdx.x == 0) starts[lines] = rows;
     __syncthreads();

@@ -7,11 +7,20 @@ from kernels.cuda import launch
 from kernels.paging import locate
 from kernels.select import Fresh
 
-_BLOCKS, _THREADS = 24, 1024  # at most; more are slower, since their addresses lie too far apart
-_FEWEST, _ROWS_PER_BLOCK = 4, 512
+_BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
+_ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 2048
 
 
-def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident: Tensor, first: int) -> None:
+def fetch(
+    fresh: Fresh,
+    members: Tensor,
+    table: Tensor,
+    arena: Tensor,
+    resident: Tensor,
+    first: int,
+    *,
+    patient: bool = False,
+) -> None:
     """Copy rows, in place.
 
     Args:
@@ -20,6 +29,7 @@ def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident:
         table: [B, max_blocks] int64.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
         resident: [B, kv_heads, first + C, 2, head_dim]; the set starts at row ``first``.
+        patient: leave multiprocessors and memory to what runs beside it, for there is time.
     """
     if resident.is_cuda:
         lines = fresh.counts.numel()
@@ -28,9 +38,9 @@ def fetch(fresh: Fresh, members: Tensor, table: Tensor, arena: Tensor, resident:
             [fresh.slots, fresh.counts, members, table, table.stride(0), arena,
              arena.stride(0) * arena.itemsize,
              arena.stride(1) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
-             members.shape[1]],
+             members.shape[1], _PATIENT_ROWS_PER_BLOCK if patient else _ROWS_PER_BLOCK],
             shared=4 * (lines + 1), BLOCK_TOKENS=arena.shape[2], ROW_BYTES=resident[0, 0, 0].nbytes,
-            THREADS=_THREADS, FEWEST=_FEWEST, ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
+            THREADS=_THREADS,
         )  # fmt: skip
         return
     entries = torch.arange(fresh.slots.shape[2], device=fresh.counts.device)

@@ -2,7 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from runtime.errors import ConfigError
 
@@ -39,6 +43,54 @@ def format_size(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape by which a profile knows its model."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A gate for each KV head of a model, as ``benchmarks.calibrate`` writes it.
+
+    ``thresholds`` are cosines by layer and KV head; a head with one above 1 selects in every step. They were
+    measured with ``select_k`` and ``resident`` and mean nothing with others.
+    """
+
+    model: ProfiledModel
+    select_k: int
+    resident: int
+    thresholds: tuple[tuple[Annotated[float, Meta(ge=0.0, le=2.0)], ...], ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "Profile":
+        """Raises ``ConfigError`` where the file cannot be read or is no profile."""
+        try:
+            profile = msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise ConfigError(f"--profile {path} cannot be read: {error.strerror}.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--profile {path} is no profile: {error}.") from None
+        model = profile.model
+        if [len(heads) for heads in profile.thresholds] != [model.kv_heads] * model.layers:
+            raise ConfigError(
+                f"--profile {path} does not hold {model.kv_heads} thresholds for each of the {model.layers} "
+                "layers of its model; make it again with benchmarks.calibrate."
+            )
+        return profile
+
+    def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        """Raises ``ConfigError`` where the profile is of a model of another shape."""
+        own, other = self.model, ProfiledModel(layers, kv_heads, head_dim)
+        if own != other:
+            raise ConfigError(
+                f"--profile is of a model of {own.layers} layers, {own.kv_heads} KV heads and head_dim "
+                f"{own.head_dim}, and this one has {layers}, {kv_heads} and {head_dim}; make one for it with "
+                "benchmarks.calibrate."
+            )
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """The three knobs of the cache and what surrounds them.
@@ -51,6 +103,9 @@ class CacheConfig:
     ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
     ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``auto`` is
     ``accept`` on a GPU and ``off`` on the CPU, where there is no transfer to hide.
+
+    ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
+    full attention in one of so many of its decode steps.
     """
 
     attention: Attention = "clo"
@@ -61,6 +116,8 @@ class CacheConfig:
     prefetch_from: int = 3
     sinks: int = 4
     recent: int = 64
+    profile: Profile | None = None
+    guard: int | None = None
 
     def __post_init__(self) -> None:
         if self.select_k < 1:
@@ -72,6 +129,22 @@ class CacheConfig:
             )
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
             raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
+        if self.guard is not None and self.guard < 1:
+            raise ConfigError(f"--guard is {self.guard}; it must be at least 1, or 'off'.")
+        profile = self.profile
+        if profile is None:
+            return
+        if self.gate is not None:
+            raise ConfigError(
+                "--gate and --profile exclude each other: a profile holds a gate for each head."
+            )
+        if self.attention != "clo":
+            raise ConfigError(f"--profile is for --attention clo, and --attention is {self.attention}.")
+        if (self.select_k, self.resident) != (profile.select_k, profile.resident):
+            raise ConfigError(
+                f"--profile was made with --select-k {profile.select_k} --resident {profile.resident}; start "
+                "with the same, or make it again with benchmarks.calibrate."
+            )
 
     @property
     def capacity(self) -> int:

@@ -122,6 +122,14 @@ class StoreStats(msgspec.Struct, frozen=True):
     waiting: int  # allocations that wait for blocks
 
 
+class GuardStats(msgspec.Struct, frozen=True):
+    """Decode steps compared with full attention since the worker's start."""
+
+    checks: int
+    mean_kl: float  # of full attention's next token to the step's, in nats
+    agreement: float  # share of checks with the same most likely token
+
+
 class WorkerStats(msgspec.Struct, frozen=True):
     worker: int
     running: int
@@ -131,6 +139,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
     resident_bytes: int  # allocated for all slots
     index_bytes: int
     private_bytes: int  # memory of the worker process that is not the arena (RssAnon)
+    guard: GuardStats | None  # None without --guard
 
 
 # ------------------------------------------------------------------- client -> router (TCP, DEALER)

@@ -116,8 +116,8 @@ def test_every_graph_gives_the_tokens_of_the_cpu(
 def test_logits_follow_those_of_the_cpu(
     decoders: tuple[Decoder, Decoder], attention: str, prefetch: str
 ) -> None:
-    """With rows dropped, rounding may choose another of two rows that are worth the same. That moves logits by
-    a small part of what dropping rows moves them."""
+    """With rows dropped, rounding may choose another of two rows that are worth the same. That moves logits
+    by a small part of what dropping rows moves them."""
     prompt, continuation = random_tokens(500, 1), random_tokens(300, 2)
     config = CacheConfig(
         attention=attention,  # type: ignore[arg-type]

@@ -83,9 +83,14 @@ def stream(opened: Staging, layers: list[int]) -> Iterator[Tensor]:
     ahead = iter(layers)
     coming = next(ahead, None)
     for _ in layers:
-        while coming is not None and (number := opened.request(coming)) is not None:
-            numbers.append(number)
-            coming = next(ahead, None)
+        while coming is not None:
+            if (number := opened.request(coming)) is not None:
+                numbers.append(number)
+                coming = next(ahead, None)
+            elif numbers:
+                break
+            else:  # until the device has come to the last wait
+                time.sleep(1e-3)
         yield opened.wait(numbers.popleft())
 
 

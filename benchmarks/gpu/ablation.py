@@ -168,9 +168,9 @@ def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callab
     def gather(layer: int) -> None:
         torch.index_select(arena, 0, (starts[layer] + positions).flatten(), out=buffer)
 
-    def take(fresh: Fresh, members: Tensor, table: Tensor, _: Tensor, resident: Tensor, first: int) -> None:
+    def take(*args: Tensor, patient: bool) -> None:  # what ``fetch`` takes; there is no prefetch
         fetched = buffer.to("cuda", non_blocking=True)
-        resident.view(-1, row).index_copy_(0, (sets + slots).flatten(), fetched)
+        args[4].view(-1, row).index_copy_(0, (sets + slots).flatten(), fetched)
 
     with patch.object(cache_module, "choose", choose_and_send), patch.object(cache_module, "fetch", take):
         yield gather

@@ -1,0 +1,239 @@
+"""A gate for each KV head: thresholds by what a stale set of rows costs the model's output.
+
+    python -m benchmarks.calibrate profile.json --rows 3.5
+    python launch.py --profile profile.json
+
+A head keeps its rows while its query stays close to the one of its last selection, its label (arXiv
+2511.14510). What that costs differs between heads. Here every threshold of ``GRID`` runs beside full
+attention on text that ``benchmarks.gates`` does not judge by: all of them see the queries and rows of full
+attention, so that the errors of one head do not disturb another, and each head gets for each threshold
+
+- the rows that it moves per step;
+- its error in nats: half the mean square of g . e, where e is the error of the head's attention output and g
+  the gradient with respect to it of the log-probability of a token drawn from the model. To second order that
+  is the KL divergence which the error causes in the same step (g g^T has the Fisher information as its mean).
+  What an error does to later steps, and what errors of several heads do together, is left out.
+
+Then one price of a row is sought for all heads, and each takes the threshold at which error + price x rows
+is least: the same as raising thresholds in the order of error saved per row moved, up to the target.
+
+A selection is made with the real query, as with ``--prefetch off`` and ``correct``. ``select_k`` and
+``resident`` are the same for all heads: the set is one dimension of the dense buffer of all slots, layers and
+heads, and another size for each would need another buffer and another launch for each.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from benchmarks.tasks import documents, make_item
+from gpu_worker.cache import Batch, KVCache
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.model import Decoder
+from kernels.attend import attend_prompt
+from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledModel
+from runtime.messages import Text
+from runtime.text import Tokenizer
+
+ALWAYS = 2.0  # selects in every step: above any cosine
+GRID = (ALWAYS, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)  # falling; a few hundred steps show no rarer selections
+DOCUMENTS = (3, 4)  # of benchmarks.tasks; the others are for judging
+DRAWS = 2  # tokens drawn at a step, each of which gives a gradient
+
+
+class Costs(NamedTuple):
+    """What each threshold of ``GRID`` costs each head, per step: float64 [thresholds, layers, kv_heads]."""
+
+    error: Tensor  # nats
+    rows: Tensor  # moved
+    selections: Tensor
+
+    def __add__(self, other: "Costs") -> "Costs":  # type: ignore[override]
+        return Costs(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def of(self, choice: Tensor) -> "Costs":
+        """With the thresholds of number ``choice`` [layers, kv_heads]: each [layers, kv_heads]."""
+        return Costs(*(cost.gather(0, choice.unsqueeze(0)).squeeze(0) for cost in self))
+
+    def summary(self) -> str:
+        return (
+            f"{float(self.error.sum()):.5f} nats, {float(self.rows.mean()):.2f} rows and "
+            f"{float(self.selections.mean()):.0%} of a selection per step and head"
+        )
+
+
+class Bench:
+    """One text, full attention and a cache for each threshold over one arena.
+
+    Args:
+        decoder: the model.
+        config: ``select_k`` and ``resident`` of the profile.
+        prompt, continuation: token ids; each token of the continuation is fed, the last one too.
+    """
+
+    def __init__(
+        self, decoder: Decoder, config: CacheConfig, prompt: list[int], continuation: list[int]
+    ) -> None:
+        self._decoder, self._prompt, self._continuation = decoder, prompt, continuation
+        self._shape, self._device = decoder.shape, decoder.device
+        shape = self._shape
+        blocks = -(-(len(prompt) + len(continuation)) // shape.block_tokens)
+        arena = torch.zeros(
+            blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim,
+            dtype=shape.dtype, device=self._device,
+        )  # fmt: skip
+        self._table = torch.arange(blocks, device=self._device)
+
+        def cache(config: CacheConfig) -> KVCache:
+            return KVCache(shape, arena, config, 1, decoder.scale, self._device)
+
+        self._full = cache(CacheConfig(attention="full"))
+        self._caches = [cache(replace(config, gate=None)) for _ in GRID]
+        for gated, threshold in zip(self._caches, GRID, strict=True):
+            gated.thresholds.fill_(threshold)
+
+    def run(self) -> Costs:
+        """Prefill and feed the continuation."""
+        self._prefill()
+        heads = (len(GRID), self._shape.layers, self._shape.kv_heads)
+        error = torch.zeros(heads, dtype=torch.float64, device=self._device)
+        for length, token in enumerate(self._continuation, len(self._prompt) + 1):
+            error += self._step(token, length)
+        tally = torch.stack([cache._tally[:, 0] for cache in self._caches]).double()
+        steps = len(self._continuation)
+        return Costs(error.cpu() / steps, tally[..., 3].cpu() / steps, tally[..., 1].cpu() / steps)
+
+    @torch.inference_mode()
+    def _prefill(self) -> None:
+        decoder = self._decoder
+        hidden = decoder.embed(torch.tensor(self._prompt, device=self._device))
+        rope = decoder.rope(torch.arange(len(self._prompt), device=self._device))
+        normal = decoder.normalise(0, hidden)
+        for layer in range(self._shape.layers):
+            query, rows = decoder.qkv(layer, normal, rope)
+            for cache in (self._full, *self._caches):
+                cache.take_prompt(0, layer, rows, query, self._table)
+                cache.join_prompt()
+            attended = attend_prompt(query, rows, decoder.scale)
+            hidden, normal = decoder.finish(layer, hidden, attended)
+
+    def _step(self, token: int, length: int) -> Tensor:
+        """Errors in nats [thresholds, layers, kv_heads] at one token, the last of ``length``."""
+        decoder, shape = self._decoder, self._shape
+        batch = Batch(torch.tensor([length], device=self._device), self._table.unsqueeze(0))
+        probes = torch.zeros(
+            shape.layers, shape.query_heads, shape.head_dim, dtype=shape.dtype, device=self._device,
+            requires_grad=True,
+        )  # fmt: skip
+        hidden = decoder.embed(torch.tensor([token], device=self._device))
+        rope = decoder.rope(batch.lengths - 1)
+        normal = decoder.normalise(0, hidden)
+        errors = []
+        for layer in range(shape.layers):
+            query, kv = decoder.qkv(layer, normal, rope)
+            kv = kv.detach()
+            exact = self._full.attend(layer, query, kv, batch, None, select=True)
+            with torch.no_grad():
+                found = [
+                    cache.attend(layer, query.detach(), kv, batch, None, select=True)
+                    for cache in self._caches
+                ]
+                errors.append(torch.cat(found).float() - exact.float())
+            hidden, normal = decoder.finish(layer, hidden, exact + probes[layer])
+        for cache in self._caches:
+            cache.end_step()
+        logprobs = decoder.logits(normal)[0].log_softmax(-1)
+        error = torch.stack(errors, 1)  # [thresholds, layers, query_heads, head_dim]
+        total = torch.zeros(len(GRID), shape.layers, shape.kv_heads, device=self._device)
+        for drawn in logprobs.detach().exp().multinomial(DRAWS, replacement=True):
+            (gradient,) = torch.autograd.grad(logprobs[drawn], probes, retain_graph=True)
+            products = (error * gradient.float()).unflatten(2, (shape.kv_heads, -1)).sum((3, 4))
+            total += products.square() / (2 * DRAWS)
+        return total.double()
+
+
+def smoothed(costs: Costs) -> Costs:
+    """No threshold looks better than a higher one by chance: errors rise and rows fall along the grid."""
+    return Costs(costs.error.cummax(0).values, costs.rows.cummin(0).values, costs.selections)
+
+
+def solve(costs: Costs, rows: float | None, kl: float | None) -> Tensor:
+    """The thresholds' numbers [layers, kv_heads] that reach a target at the least cost of the other kind.
+
+    Args:
+        rows: most rows moved per step and head, on average over heads; or
+        kl: largest sum of the errors, in nats.
+    """
+
+    def choose(price: float) -> Tensor:
+        return (costs.error + price * costs.rows).argmin(0)
+
+    low, high = -30.0, 10.0  # of the price's logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = costs.of(choose(10**middle))
+        if rows is not None:
+            dearer = float(reached.rows.mean()) > rows
+        else:
+            dearer = float(reached.error.sum()) <= (kl or 0.0)
+        low, high = (middle, high) if dearer else (low, middle)
+    return choose(10 ** (high if rows is not None else low))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="profile to write")
+    parser.add_argument("--model", default=ModelConfig().model)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--select-k", type=int, default=CacheConfig().select_k)
+    parser.add_argument("--resident", type=int, default=CacheConfig().resident)
+    parser.add_argument("--prompt", type=int, default=3500, help="tokens of a text before the first step")
+    parser.add_argument("--steps", type=int, default=256, help="of a text, at most 256")
+    parser.add_argument("--costs", type=Path, help="keep what was measured here, and use it if it is there")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--rows", type=float, help="most rows moved per step and head")
+    target.add_argument("--kl", type=float, help="largest error, in nats")
+    arguments = parser.parse_args()
+    config = CacheConfig(select_k=arguments.select_k, resident=arguments.resident)
+    resolved = resolve(ModelConfig(model=arguments.model, device=arguments.device))
+    decoder = load_decoder(resolved)
+
+    if arguments.costs is not None and arguments.costs.exists():
+        costs = Costs(*torch.load(arguments.costs))
+    else:
+        tokenizer = Tokenizer(resolved.folder, decoder.vocab)
+        torch.manual_seed(0)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(Text(text), limit=10**7, add_special_tokens=False)
+
+        every = documents(encode)
+        parts = []
+        for number in DOCUMENTS:
+            item = make_item("text", every[number], arguments.prompt, number, encode)
+            parts.append(Bench(decoder, config, item.prompt, item.answer[: arguments.steps]).run())
+            print(f"measured document {number}", file=sys.stderr)
+        costs = Costs(*(torch.stack(pieces).mean(0) for pieces in zip(*parts, strict=True)))
+        if arguments.costs is not None:
+            torch.save(tuple(costs), arguments.costs)
+
+    for number, threshold in enumerate(GRID):
+        uniform = torch.full(costs.error.shape[1:], number)
+        print(f"uniform {threshold:4.2f}: {costs.of(uniform).summary()}")
+    choice = solve(smoothed(costs), arguments.rows, arguments.kl)
+    print(f"profile     : {costs.of(choice).summary()}")
+    shape = decoder.shape
+    model = ProfiledModel(shape.layers, shape.kv_heads, shape.head_dim)
+    thresholds = tuple(tuple(GRID[number] for number in heads) for heads in choice.tolist())
+    profile = Profile(model, config.select_k, config.resident, thresholds)
+    arguments.out.write_bytes(msgspec.json.encode(profile))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Pictures: error against bytes, error against length, and what each head does."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.quality.report import Figures
+
+
+def draw_settings(figures: list[Figures], path: Path) -> None:
+    """KL of each setting on text: against KiB moved per token at the longest length, and against length."""
+    text = [row for row in figures if row.kind == "text"]
+    longest = max(row.length for row in text)
+    names = list(dict.fromkeys(row.setting for row in text))[1:]  # but full attention by steps
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in names:
+        rows = [row for row in text if row.setting == name]
+        lengths, values = [row.length for row in rows], [row.kl.value for row in rows]
+        low_high = [[row.kl.value - row.kl.low for row in rows], [row.kl.high - row.kl.value for row in rows]]
+        right.errorbar(lengths, values, low_high, marker="o", capsize=3, label=name)
+        last = next(row for row in rows if row.length == longest)
+        bars = [[last.kl.value - last.kl.low], [last.kl.high - last.kl.value]]
+        left.errorbar([last.kib], [last.kl.value], bars, marker="o", capsize=3)
+        left.annotate(name, (last.kib, last.kl.value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    left.set(xscale="symlog", yscale="log", xlabel="KiB moved per token", title=f"text, {longest} tokens")
+    left.set_ylabel("KL(full || cache), nats")
+    right.set(yscale="log", xlabel="tokens", title="text")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def draw_heads(hits: Tensor, errors: Tensor, title: str, path: Path) -> None:
+    """Heat maps of what each layer and KV head does: both [layers, kv_heads]."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    axes = figure.subplots(2, 1)
+    parts = (("hit rate", hits), ("|output - full attention's| / |full attention's|", errors))
+    for axis, (name, values) in zip(axes, parts, strict=True):
+        image = axis.imshow(values.T.numpy(), aspect="auto", cmap="viridis")
+        axis.set(xlabel="layer", ylabel="KV head", yticks=range(values.shape[1]), title=f"{name} ({title})")
+        figure.colorbar(image)
+    figure.savefig(path, dpi=100)

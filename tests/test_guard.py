@@ -1,0 +1,133 @@
+"""The guard: it measures what the cache loses, and changes nothing."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.engine import Engine
+from gpu_worker.guard import Guard
+from gpu_worker.loader import load_decoder, resolve
+from gpu_worker.model import Decoder
+from gpu_worker.scheduler import Scheduler
+from runtime.client import Client
+from runtime.config import CacheConfig, ModelConfig
+from runtime.messages import (
+    Allocate,
+    Allocated,
+    Done,
+    FromWorker,
+    GuardStats,
+    Run,
+    Sampling,
+    Stepped,
+    ToStore,
+)
+from tests.reference import divergence, force, make_engine, prefill
+from tests.server import Server
+
+MAX_TOKENS = 700
+WHOLE = CacheConfig(resident=MAX_TOKENS, select_k=64)
+TINY = CacheConfig(resident=8, select_k=8, recent=8)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def decoder(tiny_model: Path, request: pytest.FixtureRequest) -> Decoder:
+    return load_decoder(resolve(ModelConfig(model=str(tiny_model), device=request.param, dtype="float32")))
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = torch.randint(0, 500, (count,), generator=generator).tolist()
+    return tokens
+
+
+def guarded(engine: Engine, every: int, slots: int) -> Guard:
+    return Guard(engine, engine.cache._arena, every, slots, MAX_TOKENS)
+
+
+def serve(engine: Engine, slots: int, guard: Guard | None, counts: tuple[int, ...]) -> dict[int, list[int]]:
+    """Greedy tokens of a request for each count, by request, through a scheduler with a store of its own."""
+    engine.capture()
+    granted: list[Allocated] = []
+    tokens: dict[int, list[int]] = {number: [] for number in range(len(counts))}
+    done: list[int] = []
+    blocks = iter(range(1, engine.cache._arena.shape[0]))
+
+    def report(message: FromWorker) -> None:
+        if isinstance(message, Stepped):
+            for step in message.steps:
+                tokens[step.sequence].append(step.token)
+        elif isinstance(message, Done):
+            done.append(message.sequence)
+
+    def ask_store(message: ToStore) -> None:
+        if isinstance(message, Allocate):
+            granted.append(Allocated(message.sequence, [next(blocks) for _ in range(message.blocks)]))
+
+    scheduler = Scheduler(engine, slots, MAX_TOKENS, report, ask_store, guard)
+    for number, count in enumerate(counts):
+        sampling = Sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
+        scheduler.add(Run(number, random_tokens(150 * (number + 1), number), sampling, 0, [], None))
+    while len(done) < len(counts):
+        while granted:
+            scheduler.granted(granted.pop(0))
+        scheduler.advance()
+    if engine.decoder.device.type == "cuda":
+        torch.cuda.synchronize()
+    return tokens
+
+
+def test_a_set_of_the_whole_context_is_full_attention(decoder: Decoder) -> None:
+    engine = make_engine(decoder, WHOLE, 3, MAX_TOKENS)
+    guard = guarded(engine, 4, 3)
+    serve(engine, 3, guard, (21, 21, 21))
+    stats = guard.stats()
+    assert stats.checks == 15, "each of three sequences every four of its 20 steps"
+    assert stats.mean_kl == pytest.approx(0.0, abs=1e-5)
+    assert stats.agreement == 1.0
+
+
+def test_a_tiny_set_is_measured_as_teacher_forcing_measures_it(decoder: Decoder) -> None:
+    """The first step after a prompt, whose rows no cache has touched."""
+    prompt, token = random_tokens(600, 1), 7
+    full, tiny = (
+        force(make_engine(decoder, config, 1, MAX_TOKENS), prompt, [token, 0])[1:]
+        for config in (CacheConfig(attention="full"), TINY)
+    )
+    engine = make_engine(decoder, TINY, 1, MAX_TOKENS)
+    guard = guarded(engine, 1, 1)
+    prefill(engine, 0, prompt, MAX_TOKENS)
+    engine.feed(0, token)
+    guard.before({0: 601})
+    guard.after(engine.step([0], 601))
+    if decoder.device.type == "cuda":
+        torch.cuda.synchronize()
+    stats = guard.stats()
+    assert stats.mean_kl > 0.01
+    assert stats.mean_kl == pytest.approx(divergence(tiny, full), rel=1e-3)
+    assert stats.agreement == float(tiny.argmax() == full.argmax())
+
+
+def test_the_tokens_are_the_same_with_and_without(decoder: Decoder) -> None:
+    """Three requests over two slots, with rows dropped."""
+    counts = (40, 25, 30)
+    without = serve(make_engine(decoder, TINY, 3, MAX_TOKENS), 2, None, counts)
+    engine = make_engine(decoder, TINY, 3, MAX_TOKENS)
+    guard = guarded(engine, 1, 2)
+    assert serve(engine, 2, guard, counts) == without
+    assert guard.stats().mean_kl > 0.01
+    assert guard.stats().agreement < 1.0
+
+
+def test_a_server_reports_it(launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path) -> None:
+    arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB", "--select-k", "8")
+    with launch(*arguments, "--resident", "8", "--guard", "3") as server, Client(server.address) as client:
+        assert client.info().workers[0].guard == GuardStats(0, 0.0, 0.0)
+        client.generate(random_tokens(300, 1), max_tokens=20, temperature=0.0, ignore_eos=True)
+        stats = client.info().workers[0].guard
+        assert stats is not None
+        assert stats.checks == 6, "of 19 decode steps"
+        assert stats.mean_kl > 0.01

@@ -1,0 +1,121 @@
+"""Profiles: what is refused and how, and that each head gets its own gate."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+import launch as launcher
+from gpu_worker.loader import load_decoder, resolve
+from runtime.config import CacheConfig, ModelConfig, Profile, WorkerConfig
+from tests.reference import force, make_engine
+from tests.server import Server
+
+LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
+
+
+def profile_of(**changes: Any) -> dict[str, Any]:
+    """A profile for the tiny model, as JSON has it; head 0 never selects, head 1 always."""
+    return {
+        "model": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM},
+        "select_k": 16,
+        "resident": 32,
+        "thresholds": [[0.0, 2.0]] * LAYERS,
+        **changes,
+    }
+
+
+def write(folder: Path, content: dict[str, Any] | bytes) -> str:
+    path = folder / "profile.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return str(path)
+
+
+WRONG: dict[str, tuple[dict[str, Any] | bytes, str]] = {
+    "no JSON": (b"thresholds: 0.9", "is no profile: JSON is malformed"),
+    "no text": (b"\xff\xfe\x00", "is no profile: "),
+    "missing field": ({"select_k": 16}, "is no profile: Object missing required field `model`"),
+    "unknown field": (profile_of(k=1), "is no profile: Object contains unknown field `k`"),
+    "wrong type": (profile_of(resident="32"), "is no profile: Expected `int`, got `str` - at `$.resident`"),
+    "threshold that is no cosine": (profile_of(thresholds=[[-0.1, 1.0]]), "is no profile: Expected `float`"),
+    "too few layers": (
+        profile_of(thresholds=[[0.0, 2.0]]),
+        "does not hold 2 thresholds for each of the 4 layers of its model",
+    ),
+    "too many heads": (
+        profile_of(thresholds=[[0.0, 1.0, 2.0]] * LAYERS),
+        "does not hold 2 thresholds for each of the 4 layers of its model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), WRONG.values(), ids=WRONG)
+def test_a_wrong_file_is_refused(
+    content: dict[str, Any] | bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--select-k", "16", "--resident", "32", "--profile", write(tmp_path, content)]
+    assert launcher.main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --profile {tmp_path / 'profile.json'} ")
+    assert error.count("\n") == 1
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--select-k 16 --resident 32 --gate 0.9", "--gate and --profile exclude each other"),
+        ("--select-k 16 --resident 33", "--profile was made with --select-k 16 --resident 32; start with"),
+        ("--select-k 16 --resident 32 --attention topk", "--profile is for --attention clo"),
+    ],
+)
+def test_options_that_do_not_go_with_a_profile(
+    options: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main([*options.split(), "--profile", write(tmp_path, profile_of())]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main(["--profile", str(tmp_path / "none")]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: --profile {tmp_path}/none cannot be read: No such file or directory.\n"
+    )
+
+
+def test_a_profile_of_another_model_stops_the_start(
+    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
+) -> None:
+    other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, thresholds=[[0.0, 2.0]] * 5)
+    arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB", "--select-k", "16")
+    with launch(*arguments, "--resident", "32", "--profile", write(tmp_path, other), ready=False) as server:
+        assert server.process.wait(60) == 1
+        assert server.stderr.read_text() == (
+            "error: --profile is of a model of 5 layers, 2 KV heads and head_dim 16, and this one has 4, 2 "
+            "and 16; make one for it with benchmarks.calibrate.\n"
+        )
+
+
+def test_thresholds_reach_the_heads(tiny_model: Path, tmp_path: Path) -> None:
+    """On their way to the worker they are JSON. A head of threshold 0 keeps the rows of the prompt."""
+    path = Path(write(tmp_path, profile_of()))
+    config = CacheConfig(select_k=16, resident=32, profile=Profile.load(path))
+    sent = msgspec.json.encode(WorkerConfig(0, 0, "", "", ModelConfig(), config))
+    received = msgspec.json.decode(sent, type=WorkerConfig).cache
+    assert received == config
+    decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+    engine = make_engine(decoder, received, 1, 450)
+    assert engine.cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
+    tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
+    force(engine, tokens[:400], tokens[400:])
+    checks, selections, selected, moved = engine.cache._tally[:, 0].unbind(-1)
+    assert checks.tolist() == [[20, 20]] * LAYERS
+    assert selections.tolist() == [[0, 20]] * LAYERS
+    assert selected.tolist() == [[0, 16 * 20]] * LAYERS
+    assert (moved[:, 0] == 0).all() and (moved[:, 1] > 0).all()
