@@ -155,9 +155,9 @@ def _launch(
     stage_bytes = {1: 4, 2: 2}.get(per_lane, 1) * per_lane * 2 * 32 * 16
     launch(
         "attend.cu", name, (blocks * -(-group // tile), kv_heads, batch), _THREADS, args,
-        shared=_THREADS // 32 * _STAGES * stage_bytes + -(-rows // _MOST_BATCH) * _MOST_BATCH, ELEMENT=ELEMENTS[query.dtype], DIM=dim,
-        GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS, TILE=tile, SPLITS=splits,
-        STAGES=_STAGES,
+        shared=_THREADS // 32 * _STAGES * stage_bytes + -(-rows // _MOST_BATCH) * _MOST_BATCH,
+        ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS,
+        TILE=tile, SPLITS=splits, STAGES=_STAGES,
     )  # fmt: skip
 
 
