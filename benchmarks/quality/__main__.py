@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--lengths", type=lengths, help="tokens, answer included (2048,4096,8192)")
     parser.add_argument("--documents", type=int, help="1 to 5, of text; a task has several items each (4)")
-    parser.add_argument("--tokens", type=int, help="forced of an answer, at most 256 (256)")
+    parser.add_argument("--tokens", type=int, help="forced of an answer, 80 to 256 (256)")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: minutes on two CPU cores")
     parser.add_argument(
         "--setting",
@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     )
     options = parser.parse_args()
     quick = options.quick
-    options.lengths = options.lengths or ([2048, 4096, 6144] if quick else [2048, 4096, 8192])
+    options.lengths = options.lengths or ([2048, 6144] if quick else [2048, 4096, 8192])
     options.documents = options.documents or (2 if quick else 4)
     options.tokens = options.tokens or (96 if quick else 256)
     return options

@@ -23,11 +23,12 @@ def draw_settings(figures: list[Figures], path: Path) -> None:
         last = next(row for row in rows if row.length == longest)
         bars = [[last.kl.value - last.kl.low], [last.kl.high - last.kl.value]]
         left.errorbar([last.kib], [last.kl.value], bars, marker="o", capsize=3)
-        left.annotate(name, (last.kib, last.kl.value), xytext=(6, 4), textcoords="offset points", fontsize=8)
     left.set(xscale="symlog", yscale="log", xlabel="KiB moved per token", title=f"text, {longest} tokens")
-    left.set_ylabel("KL(full || cache), nats")
     right.set(yscale="log", xlabel="tokens", title="text")
-    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.set_ylabel("KL(full || cache), nats")
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
