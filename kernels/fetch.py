@@ -8,7 +8,7 @@ from kernels.paging import locate
 from kernels.select import Fresh
 
 _BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
-_ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 2048
+_ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
 
 
 def fetch(

@@ -127,7 +127,8 @@ def filled_engine(
 @contextmanager
 def replayed(rows: int) -> Iterator[None]:
     """Within, captured steps fetch ``rows`` rows for a head that selects, drawn anew for every step, in place
-    of what their random queries would choose. The choice itself is made all the same."""
+    of what their random queries would choose. The choice itself is made all the same, on sets of its own."""
+    sets: dict[int, tuple[Tensor, Tensor]] = {}  # members and stamps, by the address of the real ones
 
     def replay(
         keys: Tensor,
@@ -139,14 +140,19 @@ def replayed(rows: int) -> Iterator[None]:
         tally: Tensor,
         k: int,
     ) -> Fresh:
-        fresh = choose(keys, miss, lengths, tail, members, stamps, tally, k)
-        if rows == 0:
-            fresh.counts.zero_()
-            return fresh
-        launch(
-            _REPLAY, "replay", (miss.numel(),), 64,
-            [lengths, miss, next(_calls), rows, miss.shape[1], k, members.shape[2], 4, tail, members, *fresh],
-        )  # fmt: skip
+        fresh = Fresh(
+            torch.empty(*miss.shape, k, dtype=torch.int32, device="cuda"),
+            (torch.empty if rows else torch.zeros)(miss.shape, dtype=torch.int32, device="cuda"),
+        )
+        if rows:  # before the choice, so that fetching begins where it ends
+            launch(
+                _REPLAY, "replay", (miss.numel(),), 64,
+                [lengths, miss, next(_calls), rows, miss.shape[1], k, members.shape[2], 4, tail, members,
+                 *fresh],
+            )  # fmt: skip
+        if members.data_ptr() not in sets:
+            sets[members.data_ptr()] = members.clone(), stamps.clone()
+        choose(keys, miss, lengths, tail, *sets[members.data_ptr()], tally, k)
         return fresh
 
     setattr(cache_module, "choose", replay)  # noqa: B010

@@ -85,7 +85,8 @@ class Reference:
     def _pass(self, cache: "_Pass", slot: int, tokens: list[int], predicted: int) -> Tensor:
         """Prefill with full attention; logits [predicted, vocab] of the last tokens."""
         work = Prefill(self.decoder, cache, slot, tokens, self.table[slot])
-        work._chunk = min(max(work._chunk, predicted + PROMPT_QUERIES), len(tokens))
+        if work._chunk < predicted + PROMPT_QUERIES:
+            work._chunk = len(tokens)  # the last chunk has to hold the prompt's last queries
         cache.queries, cache.behind = self.queries[slot], predicted - 1
         while work.advance() is None:
             pass

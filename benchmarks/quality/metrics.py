@@ -58,10 +58,8 @@ def share_exact(items: list[Item], right: Numbers) -> Numbers:
     """
     shares = []
     for item, row in zip(items, right, strict=True):
-        scored = _scored(item, row)
-        starts = numpy.flatnonzero(scored & ~numpy.roll(scored, 1))
-        ends = numpy.flatnonzero(scored & ~numpy.roll(scored, -1)) + 1
-        shares.append(numpy.mean([row[a:b].all() for a, b in zip(starts, ends, strict=True)]))
+        edges = numpy.flatnonzero(numpy.diff(numpy.pad(_scored(item, row), 1)))
+        shares.append(numpy.mean([row[a:b].all() for a, b in zip(edges[::2], edges[1::2], strict=True)]))
     return numpy.array(shares)[:, None]
 
 

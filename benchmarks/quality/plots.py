@@ -23,7 +23,8 @@ def draw_settings(figures: list[Figures], path: Path) -> None:
         last = next(row for row in rows if row.length == longest)
         bars = [[last.kl.value - last.kl.low], [last.kl.high - last.kl.value]]
         left.errorbar([last.kib], [last.kl.value], bars, marker="o", capsize=3)
-    left.set(xscale="symlog", yscale="log", xlabel="KiB moved per token", title=f"text, {longest} tokens")
+    left.set_xscale("symlog", linthresh=10)  # a window moves nothing
+    left.set(yscale="log", xlabel="KiB moved per token", title=f"text, {longest} tokens")
     right.set(yscale="log", xlabel="tokens", title="text")
     for axis in (left, right):
         axis.set_ylabel("KL(full || cache), nats")

@@ -1,0 +1,220 @@
+"""Indexes at equal bits: how many of a head's true top rows each one finds, on a real model and real text.
+
+    python -m benchmarks.indexes
+
+Keys are those of prompts of 4,096 tokens of the default model, queries those of their last 32 tokens, over
+all layers and heads. What a row is worth is its softmax weight, summed over the queries of a KV head, as in
+``kernels.select.weigh``; an index estimates the products of queries and keys that it follows from. First and
+latest tokens, which are always attended, are left out. Every index has a code of 2 bits for each entry of a
+key (128 at head_dim 64); "bits a key" adds its scale. All but ``page`` centre the keys on the mean of their
+block of 512. The learned hash is trained, head by head, on a document that no index is judged by.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.forcing import Reference
+from benchmarks.result import Result, write
+from benchmarks.tasks import documents, make_item
+from gpu_worker.loader import load_decoder, resolve
+from kernels.encode import encode, unpack
+from kernels.paging import gather_tokens
+from runtime.config import CacheConfig, ModelConfig
+from runtime.messages import Text
+from runtime.text import Tokenizer
+
+LENGTH, BLOCK = 4096, 512
+TRAINING, JUDGED = 4, (0, 1)  # documents
+K = CacheConfig().select_k
+PAGE = 16  # keys: two float16 an entry for each page are 2 bits an entry for each key
+STEPS, RATE = 60, 0.01  # of training
+
+Products = Callable[[Tensor], Tensor]
+"""From queries [H, N, D] of H KV heads to estimates of query times key, [H, N, T]."""
+
+
+class Index(NamedTuple):
+    name: str
+    bits: int  # of a key
+    make: Callable[[Tensor], Products]  # from keys [H, T, D]
+
+
+def exact(keys: Tensor) -> Products:
+    return lambda queries: _dot(queries, keys)
+
+
+def two_bit(keys: Tensor) -> Products:
+    """Rotated 2-bit codes with one scale (``kernels.encode``): what CLO uses."""
+    rotation, (centres, _) = _rotation(keys.shape[2]), _centred(keys)
+    codes, scales = encode(keys, centres, rotation)
+    levels = (unpack(codes).float() - 1.5) * scales.float().unsqueeze(-1)
+
+    def products(queries: Tensor) -> Tensor:
+        return _dot(queries, centres) + _dot(queries @ rotation, levels)
+
+    return products
+
+
+def rabitq(keys: Tensor) -> Products:
+    """RaBitQ (Gao and Long 2024): signs after a random rotation into twice the dimensions, unbiased by the
+    product of each key with its own code; norm and that product are the scale."""
+    centres, rest = _centred(keys)
+    rotation = _rotation(2 * keys.shape[2])[: keys.shape[2]]
+    rotated = rest @ rotation
+    signs = rotated.sign()
+    scales = rotated.square().sum(-1) / rotated.abs().sum(-1).clamp_min(1e-12)
+
+    def products(queries: Tensor) -> Tensor:
+        return _dot(queries, centres) + _dot(queries @ rotation, signs * scales.unsqueeze(-1))
+
+    return products
+
+
+def page(keys: Tensor) -> Products:
+    """Quest (Tang et al. 2024): least and largest entries of a page bound the products of all its keys."""
+    pages = keys.unflatten(1, (-1, PAGE))
+    least, largest = pages.amin(2), pages.amax(2)
+
+    def products(queries: Tensor) -> Tensor:
+        bound = _dot(queries.clamp_min(0), largest) + _dot(queries.clamp_max(0), least)
+        return bound.unsqueeze(-1).expand(-1, -1, -1, PAGE).flatten(2)
+
+    return products
+
+
+def sign_hash(directions: Tensor) -> Callable[[Tensor], Products]:
+    """Signs of projections on ``directions`` [H or 1, D, 2D] (SimHash, Charikar 2002): their agreement gives
+    the angle, and the key's norm is the scale."""
+
+    def make(keys: Tensor) -> Products:
+        centres, rest = _centred(keys)
+        code, norms = (rest @ directions).sign(), rest.norm(dim=-1)
+
+        def products(queries: Tensor) -> Tensor:
+            agreement = _dot((queries @ directions).sign(), code) / code.shape[2]
+            cosine = torch.sin(agreement * math.pi / 2)
+            sizes: Tensor = norms.unsqueeze(1) * queries.norm(dim=-1, keepdim=True)
+            return _dot(queries, centres) + cosine * sizes
+
+        return products
+
+    return make
+
+
+def learned_directions(queries: Tensor, keys: Tensor) -> Tensor:
+    """Directions [H, D, 2D] for ``sign_hash``, trained to give the softmax of the true products, as HATA
+    (Gong et al. 2025) trains its hash: signs forward, and backward those of a soft sign.
+
+    Args:
+        queries: [H, N, D]; keys: [H, T, D].
+    """
+    dim = keys.shape[2]
+    centres, rest = _centred(keys)
+    target, base = (_dot(queries, keys) * dim**-0.5).softmax(-1), _dot(queries, centres)
+    sizes = rest.norm(dim=-1).unsqueeze(1) * queries.norm(dim=-1, keepdim=True)
+    directions = _gaussian(dim, 2 * dim).repeat(len(keys), 1, 1).requires_grad_()
+    optimizer = torch.optim.Adam([directions], lr=RATE)
+
+    def hard(x: Tensor) -> Tensor:
+        soft = (x / x.detach().std()).tanh()
+        return soft + (soft.sign() - soft).detach()
+
+    for _ in range(STEPS):
+        agreement = _dot(hard(queries @ directions), hard(rest @ directions)) / (2 * dim)
+        estimate = base + torch.sin(agreement * math.pi / 2) * sizes
+        loss = -(target * (estimate * dim**-0.5).log_softmax(-1)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return directions.detach()
+
+
+def _dot(queries: Tensor, keys: Tensor) -> Tensor:
+    """[H, N, D] times [H, T, D]: [H, N, T]."""
+    return queries @ keys.transpose(1, 2)
+
+
+def _gaussian(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def _rotation(dim: int) -> Tensor:
+    rotation: Tensor = torch.linalg.qr(_gaussian(dim, dim)).Q
+    return rotation.contiguous()
+
+
+def _centred(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre of each key [H, T, D], and the keys without it."""
+    means = keys.unflatten(1, (-1, BLOCK)).mean(2)
+    centres = means.repeat_interleave(BLOCK, dim=1)
+    return centres, keys - centres
+
+
+def weights(products: Tensor, group: int, dim: int) -> Tensor:
+    """Softmax weights summed over a group: products [H, N * group, T] to [H, N, T]; sinks and the latest
+    tokens, some of which come after some queries, are left out."""
+    config = CacheConfig()
+    scores = (products * dim**-0.5)[..., config.sinks : -config.recent]
+    return torch.unflatten(scores.softmax(-1), 1, (-1, group)).sum(2)
+
+
+def judge(index: Index, queries: Tensor, keys: Tensor, group: int) -> Tensor:
+    """[3]: of the true top K those among K and among 2 K that the index selects, and of the weight of all
+    rows that of the K."""
+    dim = keys.shape[2]
+    true = weights(exact(keys)(queries), group, dim)
+    order = weights(index.make(keys)(queries), group, dim).topk(2 * K).indices
+    top = torch.zeros_like(true).scatter_(2, true.topk(K).indices, 1.0)
+    found = top.gather(2, order)
+    mass = true.gather(2, order[..., :K]).sum(-1) / true.sum(-1)
+    return torch.stack([found[..., :K].sum(-1) / K, found.sum(-1) / K, mass]).mean((1, 2))
+
+
+def main() -> None:
+    resolved = resolve(ModelConfig(device="cpu", dtype="float32"))
+    decoder = load_decoder(resolved)
+    shape, dim = decoder.shape, decoder.shape.head_dim
+    tokenizer = Tokenizer(resolved.folder, decoder.vocab)
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+
+    texts = documents(encoded)
+    items = [make_item("text", texts[number], LENGTH, number, encoded) for number in (*JUDGED, TRAINING)]
+    reference = Reference(decoder, items, tokens=2)
+    totals: dict[str, Tensor] = {}
+    bits: dict[str, int] = {}
+    for layer in range(shape.layers):
+        keys = gather_tokens(reference.arena[:, layer, :, :, 0], reference.table)[:, :, :LENGTH]
+        queries = reference.queries[:, layer].unflatten(2, (shape.kv_heads, -1))
+        grouped = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [items, H, W * group, D]
+        learned = learned_directions(grouped[-1], keys[-1])
+        for index in (
+            Index("exact", 32 * dim, exact),
+            Index("rotated 2-bit", 2 * dim + 16, two_bit),
+            Index("RaBitQ", 2 * dim + 16, rabitq),
+            Index("page min/max", 2 * dim, page),
+            Index("random sign hash", 2 * dim + 16, sign_hash(_gaussian(dim, 2 * dim))),
+            Index("learned hash", 2 * dim + 16, sign_hash(learned)),
+        ):
+            bits[index.name] = index.bits
+            for item in range(len(JUDGED)):
+                share = judge(index, grouped[item], keys[item], shape.group) / (len(JUDGED) * shape.layers)
+                totals[index.name] = totals.get(index.name, torch.zeros(3)) + share
+    results = []
+    for name, (found, wide, mass) in totals.items():
+        results += [
+            Result(name, "bits a key", bits[name], "bits"),
+            Result(name, f"recall in {K}", float(found), f"of the top {K}"),
+            Result(name, f"recall in {2 * K}", float(wide), f"of the top {K}"),
+            Result(name, f"weight of {K}", float(mass), "of all rows'"),
+        ]
+    write("indexes", results)
+
+
+if __name__ == "__main__":
+    main()

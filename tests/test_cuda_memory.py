@@ -1,0 +1,114 @@
+"""What a worker checks before it uses a GPU, and how long it waits for one."""
+
+import mmap
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker import mailbox, pinning
+from gpu_worker.mailbox import Mailbox
+from gpu_worker.pinning import check_gpu_memory, pin
+from gpu_worker.shape import KVShape
+from runtime.config import CacheConfig
+from runtime.errors import ConfigError, DeviceStuck
+from tests.server import Server
+
+GIB = 2**30
+LLAMA = KVShape(layers=32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+
+
+def check(config: CacheConfig, slots: int, tokens: int, utilization: float = 0.9) -> None:
+    check_gpu_memory(LLAMA, config, slots, tokens // LLAMA.block_tokens, 131_072, utilization)
+
+
+def test_what_does_not_fit_into_the_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 GiB with 15 GiB of weights: each knob that the sentence names makes it fit."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (65 * GIB, 80 * GIB))
+    large, small = CacheConfig(resident=8192), CacheConfig(resident=2048)
+    with pytest.raises(ConfigError) as caught:
+        check(large, slots=48, tokens=500_000)
+    text = str(caught.value)
+    assert text.startswith(
+        "The GPU has 72.0 GiB for CLO and that is too little (15.0 GiB in use with the weights, "
+    )
+    assert "48 x 1.0 GiB resident rows" in text
+    assert re.search(r"[\d.]+ GiB index of 499712 tokens, .* prefill of 131072 tokens", text)
+    assert text.endswith("or raise --gpu-memory-utilization.")
+    check(large, slots=32, tokens=500_000)
+    check(small, slots=48, tokens=500_000)
+    check(large, slots=48, tokens=100_000, utilization=1.0)
+    with pytest.raises(ConfigError):
+        check(small, slots=48, tokens=500_000, utilization=0.4)
+
+
+def test_other_attention_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact top-k has no index, full attention has no rows either."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (65 * GIB, 80 * GIB))
+    for attention in ("topk", "full"):
+        check(CacheConfig(attention=attention, resident=8192), slots=100, tokens=8_000_000)
+    with pytest.raises(ConfigError):
+        check(CacheConfig(select_k=64, resident=64), slots=1, tokens=8_000_000)
+
+
+@pytest.mark.gpu
+def test_a_server_that_does_not_fit_into_the_gpu_says_so(
+    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path
+) -> None:
+    """Before it pins memory or captures graphs: one line, exit code 1."""
+    options = ("--device", "cuda", "--kv-size", "16MiB", "--gpu-memory-utilization", "0.01")
+    with launch("--model", str(tiny_model), *options, ready=False) as server:
+        server.process.wait(120)
+        assert server.wait() == 1
+        text = server.stderr.read_text()
+    assert text.startswith("error: The GPU has ") and text.count("\n") == 1, text
+    assert "that is too little" in text
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_one_for_both_sides_and_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several pieces, the last one short. What CUDA refuses is a sentence, and CUDA goes on."""
+    monkeypatch.setattr(pinning, "_CHUNK_BYTES", 2**20)
+    memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 9 * 2**19), np.uint8)).view(torch.int32)
+    memory.fill_(1)
+    view = pin(memory)
+    try:
+        assert view.is_cuda and view.shape == memory.shape and view.dtype == memory.dtype
+        assert int(view.sum()) == len(memory)
+        memory[-1] = 5
+        assert int(view[-1]) == 5
+        view.fill_(7)
+        torch.cuda.synchronize()
+        assert (memory == 7).all()
+        with pytest.raises(
+            ConfigError, match=r"CUDA could not pin 4.5 MiB of CPU memory \(error 712 at "
+        ) as caught:
+            pin(memory)
+        assert "lower --kv-size" in str(caught.value) and "ulimit -l" in str(caught.value)
+        assert int(view.sum()) == 7 * len(memory)
+    finally:
+        for start in range(0, memory.nbytes, 2**20):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr() + start)
+
+
+def test_a_gpu_that_does_not_answer_is_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry has the whole time for itself, and one that comes late is still taken."""
+    monkeypatch.setattr(mailbox, "_STUCK_SECONDS", 0.2)
+    box = Mailbox(2, torch.device("cpu"))
+    for number in range(1, 40):  # more than the ring holds
+        assert box.read(number, 2) is None
+        box.post(torch.tensor([number, -number]))
+        assert box.read(number, 2) == [number, -number]
+        assert box.read(number, 1) == [number]
+    assert box.read(40, 1) is None
+    time.sleep(0.25)
+    with pytest.raises(DeviceStuck, match=r"has not finished a step for 0.2 s; look at it with nvidia-smi"):
+        box.read(40, 1)
+    box.post(torch.tensor([3]))
+    assert box.read(40, 1) == [3]
+    assert box.read(41, 1) is None
