@@ -73,18 +73,19 @@ def measure(machine: Machine) -> list[Result]:
     arena = arena_of(machine.memory, model, SEQUENCES, max_tokens)
     config = CacheConfig(select_k=256, resident=2048, prefetch="accept")
     engine = filled_engine(random_decoder(model, max_tokens), arena, config, SEQUENCES, CONTEXT, max_tokens)
-    with replayed(ROWS), torch.inference_mode():
-        engine._capture(SEQUENCES)
 
     def burst() -> None:
         for _ in range(_BURST):
             engine._graphs[SEQUENCES].replay()
 
-    replay = seconds(burst, 3) / _BURST
-    engine._mailbox.reset()
-    engine._lengths.zero_()
-    # a little apart, so that blocks fill up at different steps
-    served = serve(engine, [CONTEXT - 20 * slot for slot in range(SEQUENCES)], max_tokens)
+    with replayed(ROWS):
+        with torch.inference_mode():
+            engine._capture(SEQUENCES)
+        replay = seconds(burst, 3) / _BURST
+        engine._mailbox.reset()
+        engine._lengths.zero_()
+        # a little apart, so that blocks fill up at different steps
+        served = serve(engine, [CONTEXT - 20 * slot for slot in range(SEQUENCES)], max_tokens)
 
     wall = served.end.wall - served.begin.wall
     step = wall / (served.end.steps - served.begin.steps)

@@ -127,7 +127,8 @@ def filled_engine(
 @contextmanager
 def replayed(rows: int) -> Iterator[None]:
     """Within, captured steps fetch ``rows`` rows for a head that selects, drawn anew for every step, in place
-    of what their random queries would choose. The choice itself is made all the same, on sets of its own."""
+    of what their random queries would choose. The choice itself is made all the same, on sets of its own;
+    they last as long as the context."""
     sets: dict[int, tuple[Tensor, Tensor]] = {}  # members and stamps, by the address of the real ones
 
     def replay(
