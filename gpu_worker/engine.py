@@ -63,14 +63,17 @@ class Engine:
         self._device = device = decoder.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
-        self._pool: Any = None  # memory of all graphs
+        self._pool: Any = (
+            None  # memory of all graphs, which they can share as they are captured on one stream
+        )
+        self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, decoder.scale, device)
         self._ahead = Branch(device)
         prefetch = config.prefetch
         if prefetch == "auto":
-            prefetch = "accept" if device.type == "cuda" else "off"
+            prefetch = "accept" if device.type == "cuda" and config.attention == "clo" else "off"
         self._first_prefetched = decoder.shape.layers if prefetch == "off" else config.prefetch_from
         self._first_accepted = config.prefetch_from if prefetch == "accept" else decoder.shape.layers
         if self.cache.full:
@@ -102,7 +105,8 @@ class Engine:
         self._mailbox.reset()
 
     def _capture(self, size: int) -> None:
-        stream = torch.cuda.Stream()
+        stream = self._capturing
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(size)  # compiles what is not yet compiled

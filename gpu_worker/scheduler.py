@@ -113,7 +113,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return sum(request.ordered > 0 or request.prefill is not None for request in self._requests.values())
+        return sum(bool(request.blocks) for request in self._requests.values())
 
     @property
     def waiting(self) -> int:
@@ -145,7 +145,6 @@ class Scheduler:
         if request is None:  # cancelled meanwhile; its Free is on the way
             return
         request.blocks = message.blocks
-        request.prefill = self._engine.prefill(request.slot, request.run.tokens, message.blocks)
         self._prefilling.append(request)
 
     def denied(self, message: Denied) -> None:
@@ -192,8 +191,9 @@ class Scheduler:
         return len(self._units) < PREFILL_UNITS_AHEAD
 
     def _prefill(self, request: Request) -> None:
+        if request.prefill is None:  # only now, since it takes memory that is planned once
+            request.prefill = self._engine.prefill(request.slot, request.run.tokens, request.blocks)
         prefill = request.prefill
-        assert prefill is not None
         logits = prefill.advance()
         self._units.append(self._engine.mark())
         now = time.monotonic()
@@ -286,9 +286,10 @@ class Scheduler:
             self._waiting.remove(request)
             self._report(Done(request.run.sequence, reason, NO_STATS))
             return
-        if request.prefill is not None:
+        if request.blocks and not request.ordered:
             self._prefilling.remove(request)
             request.prefill = None
+            self._engine.cache.join_prompt()  # its blocks are free only when nothing is written to them
         if request.retirement is None:
             self._retire(request)
         self._leaving.append(request)

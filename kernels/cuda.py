@@ -37,7 +37,7 @@ def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
 def _kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], shared: int) -> Any:
     kernel = _module(file, defines).get_function(name)
     if shared > 32 * 1024:  # with static shared memory this may be more than a block gets unless it asks
-        kernel.max_dynamic_shared_size_bytes = shared
+        kernel.max_dynamic_shared_size_bytes = max(shared, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 

@@ -272,9 +272,11 @@ class AsyncClient:
         self._fail(ServerUnreachable("The client was closed."))
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.disable_monitor()
-        self._context.destroy(linger=500)
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:  # also where this is cancelled: a context left open would hold up the end of the process
+            self._socket.disable_monitor()
+            self._context.destroy(linger=500)
 
     def _open(self, request: Generate | GetInfo) -> asyncio.Queue[Any]:
         inbox: asyncio.Queue[Any] = asyncio.Queue()

@@ -102,7 +102,7 @@ class CacheConfig:
 
     ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
     ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``auto`` is
-    ``accept`` on a GPU and ``off`` on the CPU, where there is no transfer to hide.
+    ``accept`` on a GPU, and ``off`` on the CPU, where there is no transfer to hide, and for exact top-k.
 
     ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
     full attention in one of so many of its decode steps.
