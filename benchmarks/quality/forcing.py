@@ -142,7 +142,7 @@ class Reference:
             loss = -q.gather(1, self.answers[:, step, None]).squeeze(1)
             best, target = logits.argmax(-1), self.answers[:, step]
             agree = (best == self.logits[:, step].argmax(-1)).float()
-            kl = (p.exp() * (p - q)).sum(-1)
+            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # below 0 it is rounding
             columns.append(torch.stack([kl, loss, agree, (best == target).float()]))
         figures = torch.stack(columns, dim=2).masked_fill(self._ended, torch.nan).cpu()
         return Scores(*figures.double().numpy())
