@@ -169,7 +169,7 @@ def parser() -> Parser:
         Prefetch,
         cache.prefetch,
         "fetch for a layer while the one before computes, with a predicted query: correct selects again "
-        "with the real one, accept does not (faster, less exact); auto is accept on a GPU, off on the CPU",
+        "with the real one, accept does not, which is fastest on a GPU and less exact",
     )
     group.add_argument(
         "--guard",

@@ -63,19 +63,16 @@ class Engine:
         self._device = device = decoder.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
-        self._pool: Any = (
-            None  # memory of all graphs, which they can share as they are captured on one stream
-        )
+        self._pool: Any = None  # memory of all graphs
+        # one for all captures, as graphs that share a pool need
         self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, decoder.scale, device)
         self._ahead = Branch(device)
-        prefetch = config.prefetch
-        if prefetch == "auto":
-            prefetch = "accept" if device.type == "cuda" and config.attention == "clo" else "off"
-        self._first_prefetched = decoder.shape.layers if prefetch == "off" else config.prefetch_from
-        self._first_accepted = config.prefetch_from if prefetch == "accept" else decoder.shape.layers
+        accepts = config.prefetch == "accept"
+        self._first_prefetched = decoder.shape.layers if config.prefetch == "off" else config.prefetch_from
+        self._first_accepted = config.prefetch_from if accepts else decoder.shape.layers
         if self.cache.full:
             self._first_prefetched = decoder.shape.layers
 

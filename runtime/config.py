@@ -11,7 +11,7 @@ from msgspec import Meta
 from runtime.errors import ConfigError
 
 Attention = Literal["clo", "topk", "full"]
-Prefetch = Literal["auto", "off", "correct", "accept"]
+Prefetch = Literal["off", "correct", "accept"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -101,8 +101,9 @@ class CacheConfig:
     the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
 
     ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
-    ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``auto`` is
-    ``accept`` on a GPU, and ``off`` on the CPU, where there is no transfer to hide, and for exact top-k.
+    ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``off`` is the
+    default: ``accept`` hides a transfer behind a whole layer and not only behind its attention, but where a
+    layer's query is predicted badly it loses more than all else together.
 
     ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
     full attention in one of so many of its decode steps.
@@ -112,7 +113,7 @@ class CacheConfig:
     select_k: int = 128
     resident: int = 1024
     gate: float | None = None
-    prefetch: Prefetch = "auto"
+    prefetch: Prefetch = "off"
     prefetch_from: int = 3
     sinks: int = 4
     recent: int = 64

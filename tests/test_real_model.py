@@ -110,7 +110,7 @@ def test_the_worker_does_not_hold_the_kv(launch: Launch, tokens: list[int]) -> N
 
 def test_small_sets_stay_close_to_full_attention_and_move_few_rows(smollm2: Path, tokens: list[int]) -> None:
     """The default set beside the rule of arXiv 2511.14510, which fetches the whole set again at a miss.
-    ``benchmarks/quality.py`` measures the same over a longer text."""
+    ``benchmarks/quality`` measures the same over a longer text."""
     decoder = load_decoder(resolve(ModelConfig(device="cpu")))
     prompt, continuation = tokens[:3000], tokens[3000:3064]
 

@@ -19,7 +19,7 @@ from benchmarks.quality.forcing import FULL, Probe, Reference
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import Ruler, ruler_item
-from benchmarks.quality.settings import ACCEPT, DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
+from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
 from gpu_worker.loader import load_decoder, resolve
@@ -42,14 +42,13 @@ def main() -> None:
         return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
 
     make = partial(items_of, documents(encode)[: options.documents], encode)
-    own = ACCEPT if decoder.device.type == "cuda" else DEFAULT  # what ``prefetch`` "auto" means here
     figures: list[Figures] = []
     for length in options.lengths:
         items = make("text", length - options.tokens, options.documents)
         reference = Reference(decoder, items, options.tokens)
         settings = [Setting("full, by steps", FULL), *SETTINGS, *options.setting]
         figures += measure("text", length, reference, settings)
-    probed = reference.engine(own.config, probe=True)
+    probed = reference.engine(DEFAULT.config, probe=True)
     reference.force(probed)
     assert isinstance(probed.cache, Probe)
     heads = probed.cache.heads(reference.steps)
@@ -58,14 +57,14 @@ def main() -> None:
         for kind in QUICK_TASKS if options.quick else TASKS:
             count = (QUICK_ITEMS if options.quick else ITEMS) * options.documents
             reference = Reference(decoder, make(kind, length - options.tokens, count), options.tokens)
-            figures += measure(kind, length, reference, [own, FASTER, PAPER, *options.setting])
+            figures += measure(kind, length, reference, [DEFAULT, FASTER, PAPER, *options.setting])
             del reference
 
     name = f"quality-{Path(resolved.name).name}"
     write(name, results_of(figures))
     (RESULTS / f"{name}.md").write_text(tables_of(resolved.name, options.tokens, figures))
     draw_settings(figures, RESULTS / f"{name}.png")
-    draw_heads(*heads, f"{own.name}, {options.lengths[-1]} tokens", RESULTS / f"{name}-heads.png")
+    draw_heads(*heads, f"{DEFAULT.name}, {options.lengths[-1]} tokens", RESULTS / f"{name}-heads.png")
 
 
 def items_of(

@@ -13,14 +13,14 @@ class Setting(NamedTuple):
     whole: bool = False
 
 
-DEFAULT = Setting("default", CacheConfig(prefetch="off"))
+DEFAULT = Setting("default", CacheConfig())
 ACCEPT = Setting("default, accept", CacheConfig(prefetch="accept"))
 CORRECT = Setting("default, correct", CacheConfig(prefetch="correct"))
-FASTER = Setting("faster", CacheConfig(select_k=64, prefetch="off"))
-PAPER = Setting("paper's rule", CacheConfig(select_k=256, resident=256, gate=0.8, prefetch="off"), whole=True)
+FASTER = Setting("faster", CacheConfig(select_k=64))
+PAPER = Setting("paper's rule", CacheConfig(select_k=256, resident=256, gate=0.8), whole=True)
 SETTINGS = (
     # never selects: its one row stays the one that the prompt chose
-    Setting("window", CacheConfig(select_k=1, resident=1, gate=0.0, prefetch="off")),
+    Setting("window", CacheConfig(select_k=1, resident=1, gate=0.0)),
     Setting("exact top-k", CacheConfig(attention="topk")),
     PAPER,
     DEFAULT,
