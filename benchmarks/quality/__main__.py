@@ -54,13 +54,13 @@ def main() -> None:
     heads = probed.cache.heads(reference.steps)
     del reference, probed
     for length in options.lengths[:1] if options.quick else options.lengths:
-        for kind in QUICK_TASKS if options.quick else TASKS:
+        for kind in options.tasks:
             count = (QUICK_ITEMS if options.quick else ITEMS) * options.documents
             reference = Reference(decoder, make(kind, length - options.tokens, count), options.tokens)
             figures += measure(kind, length, reference, [DEFAULT, FASTER, PAPER, *options.setting])
             del reference
 
-    name = f"quality-{Path(resolved.name).name}"
+    name = options.name or f"quality-{Path(resolved.name).name}"
     write(name, results_of(figures))
     (RESULTS / f"{name}.md").write_text(tables_of(resolved.name, options.tokens, figures))
     draw_settings(figures, RESULTS / f"{name}.png")
@@ -103,6 +103,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=lengths, help="tokens, answer included (2048,4096,8192)")
     parser.add_argument("--documents", type=int, help="1 to 5, of text; a task has several items each (4)")
     parser.add_argument("--tokens", type=int, help="forced of an answer, 80 to 256 (256)")
+    parser.add_argument("--tasks", help=f"of {','.join(TASKS)}, or none (all of them)")
+    parser.add_argument("--name", help="of the files in benchmarks/results (quality-MODEL)")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: minutes on two CPU cores")
     parser.add_argument(
         "--setting",
@@ -116,6 +118,10 @@ def parse() -> argparse.Namespace:
     options.lengths = options.lengths or ([2048, 6144] if quick else [2048, 4096, 8192])
     options.documents = options.documents or (2 if quick else 4)
     options.tokens = options.tokens or (96 if quick else 256)
+    tasks = TASKS if options.tasks is None else () if options.tasks == "none" else options.tasks.split(",")
+    options.tasks = QUICK_TASKS if quick and options.tasks is None else tasks
+    if unknown := set(options.tasks) - set(TASKS):
+        parser.error(f"--tasks: unknown {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
     return options
 
 
