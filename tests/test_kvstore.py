@@ -90,12 +90,14 @@ def test_a_killed_worker_gives_its_blocks_to_one_that_waits(store: Store) -> Non
     code = f"""
 import os, signal, zmq
 from kvstore.client import StoreClient
-from runtime.messages import Allocate, Attach
+from runtime.messages import Allocate, Attach, GetStoreStats
 client = StoreClient(zmq.Context(), {store.endpoint!r})
 client.attach(Attach(1, os.getpid(), 16, {MIB}), 20)
 client.send(Allocate(1, {BLOCKS}))
 assert len(client.receive(20000).blocks) == {BLOCKS}
 client.send(Allocate(2, {BLOCKS}))  # waits, and must not be served once this process is dead
+client.send(GetStoreStats())
+assert client.receive(20000).stats.waiting == 1
 print("holds", flush=True)
 signal.pause()
 """
