@@ -49,12 +49,6 @@ struct __align__(4 * sizeof(Element)) Four {
     Element of[4];
 };
 
-__device__ inline float power_of_2(float exponent) {
-    float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
-    return value;
-}
-
 __device__ inline float logarithm(float value) {
     float exponent;
     asm("lg2.approx.f32 %0, %1;" : "=f"(exponent) : "f"(value));
@@ -69,14 +63,6 @@ __device__ inline void copy_async(uint4* shared, const void* global, bool there)
             target),
         "l"(global), "r"((int)there)
         : "memory");
-}
-
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for the copies of this thread, but for those of the last OPEN closed groups.
-template <int OPEN>
-__device__ inline void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
 }
 
 __device__ inline bool in_row(int lane, int part) { return lane + part * LANES < CHUNKS; }

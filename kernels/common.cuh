@@ -65,6 +65,21 @@ __device__ inline void unpack(const uint4& chunk, float (&values)[PER_CHUNK]) {
 }
 #endif
 
+__device__ inline float power_of_2(float exponent) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+    return value;
+}
+
+// Ends a group of asynchronous copies of this thread.
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the copies of this thread, but for those of the last OPEN closed groups.
+template <int OPEN>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
+
 __device__ inline float warp_sum(float value) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(FULL_WARP, value, offset);
@@ -86,15 +101,6 @@ __device__ inline float block_sum(float value, float* room) {
     if (lane == 0) room[warp] = value;
     __syncthreads();
     return warp_sum(lane < warps ? room[lane] : 0.f);
-}
-
-__device__ inline float block_max(float value, float* room) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = (blockDim.x + 31) >> 5;
-    value = warp_max(value);
-    __syncthreads();
-    if (lane == 0) room[warp] = value;
-    __syncthreads();
-    return warp_max(lane < warps ? room[lane] : -INFINITE);
 }
 
 // Sum over the threads before this one; `total` becomes the sum over all. `room` is 32 ints.

@@ -56,20 +56,6 @@ __device__ inline void copy_4(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
 }
 
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for the copies of this thread, but for those of the last OPEN closed groups.
-template <int OPEN>
-__device__ inline void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
-}
-
-__device__ inline float power_of_two(float exponent) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
-    return power;
-}
-
 __device__ inline void mma(int (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -214,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) weigh_codes(
                     for (int pair = 0; pair < 2; pair++) {
                         const bool upper = SIDES == 1 ? quad >= 2 : side == 1;
                         const int level = 4 * (upper ? even[2 + pair] : even[pair]) + (upper ? odd[2 + pair] : odd[pair]);
-                        weight[side][tile] += power_of_two(
+                        weight[side][tile] += power_of_2(
                             (__int_as_float(level) - __int_as_float(MAGIC)) *
                                 (magnitude[side][tile] * factor[column][pair]) +
                             (pair ? centre[column].y : centre[column].x));

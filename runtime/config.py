@@ -103,7 +103,7 @@ class CacheConfig:
     ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
     ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``off`` is the
     default: ``accept`` hides a transfer behind a whole layer and not only behind its attention, but where a
-    layer's query is predicted badly it loses more than all else together.
+    query is predicted badly it fetches the wrong rows.
 
     ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
     full attention in one of so many of its decode steps.
