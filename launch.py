@@ -134,19 +134,20 @@ def parser() -> Parser:
     )
     group.add_argument(
         "--select-k",
-        type=int,
-        default=cache.select_k,
+        type=partial(number_or, "auto", int),
+        default="auto",
         metavar="ROWS",
-        help="rows that a KV head selects at a time: more is closer to full attention and moves more "
-        "(%(default)s)",
+        help="rows that a KV head selects at a time: more is closer to full attention and moves more; auto "
+        "takes 128, and 256 where --max-model-len exceeds 8192 (%(default)s)",
     )
     group.add_argument(
         "--resident",
-        type=int,
-        default=cache.resident,
+        type=partial(number_or, "auto", int),
+        default="auto",
         metavar="ROWS",
         help="rows that a KV head keeps on the worker and attends to, at least --select-k: more is closer to "
-        "full attention, fetches less and takes more memory for each request (%(default)s)",
+        "full attention, fetches less and takes more memory for each request; auto takes 8 times --select-k "
+        "(%(default)s)",
     )
     group.add_argument(
         "--gate",
@@ -168,8 +169,8 @@ def parser() -> Parser:
         "--prefetch",
         Prefetch,
         cache.prefetch,
-        "fetch for a layer while the one before computes, with a predicted query: correct selects again "
-        "with the real one, accept does not, which is fastest on a GPU and less exact",
+        "fetch for a layer while the one before computes, with a predicted query, in all layers where that "
+        "predicts well: correct selects again with the real one, accept does not, which is fastest",
     )
     group.add_argument(
         "--guard",

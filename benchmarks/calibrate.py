@@ -24,7 +24,6 @@ heads, and another size for each would need another buffer and another launch fo
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ from gpu_worker.cache import Batch, KVCache
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
 from kernels.attend import attend_prompt
-from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledModel
+from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledModel, Sizes
 from runtime.messages import Text
 from runtime.text import Tokenizer
 
@@ -73,17 +72,16 @@ class Bench:
 
     Args:
         decoder: the model.
-        config: ``select_k`` and ``resident`` of the profile.
+        sizes: of the profile.
         prompt, continuation: token ids; each token of the continuation is fed, the last one too.
     """
 
-    def __init__(
-        self, decoder: Decoder, config: CacheConfig, prompt: list[int], continuation: list[int]
-    ) -> None:
+    def __init__(self, decoder: Decoder, sizes: Sizes, prompt: list[int], continuation: list[int]) -> None:
         self._decoder, self._prompt, self._continuation = decoder, prompt, continuation
         self._shape, self._device = decoder.shape, decoder.device
         shape = self._shape
-        blocks = -(-(len(prompt) + len(continuation)) // shape.block_tokens)
+        total = len(prompt) + len(continuation)
+        blocks = -(-total // shape.block_tokens)
         arena = torch.zeros(
             blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim,
             dtype=shape.dtype, device=self._device,
@@ -91,10 +89,10 @@ class Bench:
         self._table = torch.arange(blocks, device=self._device)
 
         def cache(config: CacheConfig) -> KVCache:
-            return KVCache(shape, arena, config, 1, decoder.scale, self._device)
+            return KVCache(shape, arena, config, 1, total, decoder.scale, self._device)
 
         self._full = cache(CacheConfig(attention="full"))
-        self._caches = [cache(replace(config, gate=None)) for _ in GRID]
+        self._caches = [cache(CacheConfig(select_k=sizes.select_k, resident=sizes.resident)) for _ in GRID]
         for gated, threshold in zip(self._caches, GRID, strict=True):
             gated.thresholds.fill_(threshold)
 
@@ -121,7 +119,7 @@ class Bench:
                 cache.take_prompt(0, layer, rows, query, self._table)
                 cache.join_prompt()
             attended = attend_prompt(query, rows, decoder.scale)
-            hidden, normal = decoder.finish(layer, hidden, attended)
+            hidden, normal = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
 
     def _step(self, token: int, length: int) -> Tensor:
         """Errors in nats [thresholds, layers, kv_heads] at one token, the last of ``length``."""
@@ -145,7 +143,8 @@ class Bench:
                     for cache in self._caches
                 ]
                 errors.append(torch.cat(found).float() - exact.float())
-            hidden, normal = decoder.finish(layer, hidden, exact + probes[layer])
+            hidden, normal = decoder.add_attention(layer, hidden, exact + probes[layer])
+            hidden, normal = decoder.add_mlp(layer, hidden, normal)
         for cache in self._caches:
             cache.end_step()
         logprobs = decoder.logits(normal)[0].log_softmax(-1)
@@ -191,8 +190,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT.json", help="profile to write")
     parser.add_argument("--model", default=ModelConfig().model)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--select-k", type=int, default=CacheConfig().select_k)
-    parser.add_argument("--resident", type=int, default=CacheConfig().resident)
+    parser.add_argument("--select-k", type=int, help="as launch.py chooses it for such a text")
+    parser.add_argument("--resident", type=int, help="likewise")
     parser.add_argument("--prompt", type=int, default=3500, help="tokens of a text before the first step")
     parser.add_argument("--steps", type=int, default=256, help="of a text, at most 256")
     parser.add_argument("--costs", type=Path, help="keep what was measured here, and use it if it is there")
@@ -201,6 +200,7 @@ def main() -> None:
     target.add_argument("--kl", type=float, help="largest error, in nats")
     arguments = parser.parse_args()
     config = CacheConfig(select_k=arguments.select_k, resident=arguments.resident)
+    sizes = config.sized(arguments.prompt + arguments.steps)
     resolved = resolve(ModelConfig(model=arguments.model, device=arguments.device))
     decoder = load_decoder(resolved)
 
@@ -217,7 +217,7 @@ def main() -> None:
         parts = []
         for number in DOCUMENTS:
             item = make_item("text", every[number], arguments.prompt, number, encode)
-            parts.append(Bench(decoder, config, item.prompt, item.answer[: arguments.steps]).run())
+            parts.append(Bench(decoder, sizes, item.prompt, item.answer[: arguments.steps]).run())
             print(f"measured document {number}", file=sys.stderr)
         costs = Costs(*(torch.stack(pieces).mean(0) for pieces in zip(*parts, strict=True)))
         if arguments.costs is not None:
@@ -231,7 +231,7 @@ def main() -> None:
     shape = decoder.shape
     model = ProfiledModel(shape.layers, shape.kv_heads, shape.head_dim)
     thresholds = tuple(tuple(GRID[number] for number in heads) for heads in choice.tolist())
-    profile = Profile(model, config.select_k, config.resident, thresholds)
+    profile = Profile(model, *sizes, thresholds)
     arguments.out.write_bytes(msgspec.json.encode(profile))
 
 

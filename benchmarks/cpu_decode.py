@@ -69,7 +69,7 @@ def main() -> None:
     for case, config in {
         "clo/6k": CacheConfig(),
         "full/6k": CacheConfig(attention="full"),
-        "clo/6k/prefetch-correct": CacheConfig(prefetch="correct"),
+        "clo/6k/prefetch-off": CacheConfig(prefetch="off"),
     }.items():
         seconds, rows = clo_step(make_engine(decoder, config, 1, CONTEXT + STEPS), prompt)
         results.append(Result(case, "decode", 1 / seconds, "tokens/s", 1 / reference, reference / seconds))

@@ -40,6 +40,7 @@ class KVCache:
         arena: [blocks, layers, kv_heads, block_tokens, 2, head_dim], shared with the KV store.
         config: the knobs; ``attention`` chooses full attention over the arena, exact top-k, or CLO.
         slots: sequences at a time.
+        max_tokens: longest sequence.
         scale: of the softmax.
         device: of everything but the arena.
     """
@@ -50,14 +51,16 @@ class KVCache:
         arena: Tensor,
         config: CacheConfig,
         slots: int,
+        max_tokens: int,
         scale: float,
         device: torch.device,
     ) -> None:
         self.shape = shape
         self.full = config.attention == "full"
         self._arena, self._scale = arena, scale
-        self._sinks, self._recent, self._k = config.sinks, config.recent, config.select_k
-        self._capacity = 0 if self.full else config.capacity
+        self._sinks, self._recent = config.sinks, config.recent
+        self._k, resident = config.sized(max_tokens)
+        self._capacity = 0 if self.full else resident
         self._storing = Branch(device)  # rows of a prompt on their way to the arena
         self._recording = Branch(device)  # a new row on its way to arena and index; no one waits for it
         self._gating = Branch(device), Branch(device)  # of even, of odd layers

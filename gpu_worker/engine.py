@@ -9,6 +9,7 @@ from tqdm import tqdm
 from gpu_worker.cache import Batch, KVCache
 from gpu_worker.mailbox import Mailbox
 from gpu_worker.model import Decoder
+from gpu_worker.prediction import Source, measure_sources
 from gpu_worker.prefill import Prefill
 from gpu_worker.streams import Branch, Mark
 from kernels.sample import sample
@@ -54,10 +55,17 @@ class Engine:
         config: the knobs of the cache.
         slots: sequences at a time.
         max_tokens: longest sequence.
+        sources: what each layer selects with where it prefetches; measured if None.
     """
 
     def __init__(
-        self, decoder: Decoder, arena: Tensor, config: CacheConfig, slots: int, max_tokens: int
+        self,
+        decoder: Decoder,
+        arena: Tensor,
+        config: CacheConfig,
+        slots: int,
+        max_tokens: int,
+        sources: tuple[Source, ...] | None = None,
     ) -> None:
         self.decoder = decoder
         self._device = device = decoder.device
@@ -68,13 +76,12 @@ class Engine:
         self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
-        self.cache = KVCache(decoder.shape, arena, config, slots, decoder.scale, device)
+        self.cache = KVCache(decoder.shape, arena, config, slots, max_tokens, decoder.scale, device)
         self._ahead = Branch(device)
-        accepts = config.prefetch == "accept"
-        self._first_prefetched = decoder.shape.layers if config.prefetch == "off" else config.prefetch_from
-        self._first_accepted = config.prefetch_from if accepts else decoder.shape.layers
-        if self.cache.full:
-            self._first_prefetched = decoder.shape.layers
+        self._accepts = config.prefetch == "accept"
+        if config.prefetch == "off" or config.attention != "clo":
+            sources = (Source.OWN,) * decoder.shape.layers
+        self._sources = measure_sources(decoder) if sources is None else sources
 
         max_blocks = -(-max_tokens // decoder.shape.block_tokens)
         self._table = torch.zeros(slots, max_blocks, dtype=torch.int64, device=device)
@@ -223,19 +230,24 @@ class Engine:
         hidden = decoder.embed(self._tokens[:slots])
         normal = decoder.normalise(0, hidden)
         rope = decoder.rope((lengths - 1).clamp_min(0))
-        next_coming: Fresh | None = None
-        for layer in range(decoder.shape.layers):
-            if next_coming is not None:
+
+        def prefetch(layer: int, hidden: Tensor) -> Fresh:
+            with self._ahead.fork():
+                predicted = decoder.query(layer, decoder.normalise(layer, hidden), rope)
+                return cache.prefetch(layer, predicted, batch)
+
+        coming: Fresh | None = None
+        for layer, source in enumerate(self._sources):
+            following = (*self._sources, Source.OWN)[layer + 1]
+            if source is not Source.OWN:
                 self._ahead.join()
-            coming, next_coming, following = next_coming, None, layer + 1
-            if self._first_prefetched <= following < decoder.shape.layers:
-                with self._ahead.fork():
-                    predicted = decoder.query(following, decoder.normalise(following, hidden), rope)
-                    next_coming = cache.prefetch(following, predicted, batch)
+            next_coming = prefetch(layer + 1, hidden) if following is Source.INPUT else None
             query, kv = decoder.qkv(layer, normal, rope)
-            select = layer < self._first_accepted
+            select = source is Source.OWN or not self._accepts
             attended = cache.attend(layer, query, kv, batch, coming, select=select)
-            hidden, normal = decoder.finish(layer, hidden, attended)
+            hidden, normal = decoder.add_attention(layer, hidden, attended)
+            coming = prefetch(layer + 1, hidden) if following is Source.MIDDLE else next_coming
+            hidden, normal = decoder.add_mlp(layer, hidden, normal)
         cache.end_step()
         return decoder.logits(normal)
 

@@ -126,8 +126,8 @@ class Decoder:
         """
         return self._project(layer, normal, self.shape.query_heads, rope)
 
-    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The rest of a layer after attention.
+    def add_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """From the output of a layer's attention to its MLP.
 
         Args:
             layer: number of the layer.
@@ -135,12 +135,19 @@ class Decoder:
             attended: output of attention [N, query_heads, head_dim].
 
         Returns:
+            Hidden states [N, hidden] between attention and MLP, and the same normalised for the MLP.
+        """
+        weights = self._weights.layers[layer]
+        projected = weights.output(attended.flatten(1))
+        return self._add_and_norm(hidden, projected, weights.mlp_norm, self._norm_eps)
+
+    def add_mlp(self, layer: int, hidden: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of a layer, given what ``add_attention`` returned.
+
+        Returns:
             Hidden states [N, hidden] that enter the next layer, and the same ``normalise``d for it.
         """
         weights = self._weights.layers[layer]
-        hidden, normal = self._add_and_norm(
-            hidden, weights.output(attended.flatten(1)), weights.mlp_norm, self._norm_eps
-        )
         out = weights.down(self._gated(weights.gate_up(normal)))
         return self._add_and_norm(hidden, out, self._norm_of(layer + 1), self._norm_eps)
 

@@ -37,7 +37,8 @@ def check_gpu_memory(
     free, total = torch.cuda.mem_get_info()
     tokens = blocks * shape.block_tokens
     index = TwoBitIndex.bytes_per_token(shape) * tokens if config.attention == "clo" else 0
-    rows = 0 if config.attention == "full" else config.sinks + config.recent + config.capacity
+    kept = config.sized(max_tokens).resident
+    rows = 0 if config.attention == "full" else config.sinks + config.recent + kept
     resident = shape.layers * shape.kv_heads * rows * shape.row_bytes
     prefill = prefill_bytes(shape, max_tokens)
     guard = guard_bytes(shape, max_tokens) if config.guard is not None else 0

@@ -65,7 +65,8 @@ class Prefill:
         query, rows = self._decoder.qkv(layer, normal, (cos[start:end], sin[start:end]))
         self._rows[start:end] = rows
         attended = attend_prompt(query, self._rows[:end], self._decoder.scale)
-        self._hidden[start:end], normal = self._decoder.finish(layer, hidden, attended)
+        hidden, normal = self._decoder.add_attention(layer, hidden, attended)
+        self._hidden[start:end], normal = self._decoder.add_mlp(layer, hidden, normal)
         self._start = end
         if end < self.total:
             return None

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,10 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_SELECTED = 128, 256  # rows, for sequences up to _SHORT tokens and for longer ones: benchmarks.quality
+_SHORT = 8192
+_KEPT = 8  # resident rows for each that is selected
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -91,6 +95,13 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
+class Sizes(NamedTuple):
+    """Rows of one KV head. ``topk`` keeps just what it selects."""
+
+    select_k: int
+    resident: int
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """The three knobs of the cache and what surrounds them.
@@ -99,33 +110,33 @@ class CacheConfig:
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
     longest ago among its ``resident`` rows. All resident rows are attended, beside ``sinks`` first tokens and
     the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
+    Where one of the two is None, ``sized`` chooses it.
 
-    ``prefetch`` selects and fetches for layer l with a query predicted from the input of layer l-1, from
-    ``prefetch_from`` on; ``correct`` selects again with the real query, ``accept`` does not. ``off`` is the
-    default: ``accept`` hides a transfer behind a whole layer and not only behind its attention, but where a
-    query is predicted badly it fetches the wrong rows.
+    ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
+    then, so that a transfer hides behind a whole layer; ``correct`` selects again with the real query,
+    ``accept`` does not. Layers whose query cannot be predicted do without (``gpu_worker.prediction``).
 
     ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
     full attention in one of so many of its decode steps.
     """
 
     attention: Attention = "clo"
-    select_k: int = 128
-    resident: int = 1024
+    select_k: int | None = None
+    resident: int | None = None
     gate: float | None = None
-    prefetch: Prefetch = "off"
-    prefetch_from: int = 3
+    prefetch: Prefetch = "accept"
     sinks: int = 4
     recent: int = 64
     profile: Profile | None = None
     guard: int | None = None
 
     def __post_init__(self) -> None:
-        if self.select_k < 1:
-            raise ConfigError(f"--select-k is {self.select_k}; it must be at least 1.")
-        if self.attention == "clo" and self.resident < self.select_k:
+        k, resident = self.select_k, self.resident
+        if k is not None and k < 1:
+            raise ConfigError(f"--select-k is {k}; it must be at least 1.")
+        if resident is not None and (resident < 1 or (self.attention == "clo" and resident < (k or 1))):
             raise ConfigError(
-                f"--resident {self.resident} is below --select-k {self.select_k}; "
+                f"--resident {resident} is below --select-k {k or 1}; "
                 "the rows selected in one step must fit into the resident set."
             )
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
@@ -141,16 +152,21 @@ class CacheConfig:
             )
         if self.attention != "clo":
             raise ConfigError(f"--profile is for --attention clo, and --attention is {self.attention}.")
-        if (self.select_k, self.resident) != (profile.select_k, profile.resident):
+        own = profile.select_k, profile.resident
+        if any(asked not in (None, its) for asked, its in zip((k, resident), own, strict=True)):
             raise ConfigError(
                 f"--profile was made with --select-k {profile.select_k} --resident {profile.resident}; start "
                 "with the same, or make it again with benchmarks.calibrate."
             )
 
-    @property
-    def capacity(self) -> int:
-        """Rows of the selected set that one head keeps: ``topk`` keeps just what it selects."""
-        return self.select_k if self.attention == "topk" else self.resident
+    def sized(self, max_tokens: int) -> Sizes:
+        """The rows that a head selects and keeps where a sequence has at most ``max_tokens`` tokens."""
+        if self.profile is not None:
+            return Sizes(self.profile.select_k, self.profile.resident)
+        k = self.select_k
+        if k is None:
+            k = min(_SELECTED[max_tokens > _SHORT], self.resident or max_tokens)
+        return Sizes(k, k if self.attention == "topk" else self.resident or _KEPT * k)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,20 @@ from transformers import AutoModelForCausalLM
 from gpu_worker.engine import Engine, Posted
 from gpu_worker.model import Decoder
 from gpu_worker.pinning import device_view
+from gpu_worker.prediction import Source
 from runtime.config import CacheConfig
 from runtime.messages import CacheStats, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
 
-def make_engine(decoder: Decoder, config: CacheConfig, slots: int, max_tokens: int) -> Engine:
+def make_engine(
+    decoder: Decoder,
+    config: CacheConfig,
+    slots: int,
+    max_tokens: int,
+    sources: tuple[Source, ...] | None = None,
+) -> Engine:
     """An engine over an arena in this process, with its blocks poisoned."""
     shape = decoder.shape
     pages = -(-max_tokens // shape.block_tokens)
@@ -27,7 +34,7 @@ def make_engine(decoder: Decoder, config: CacheConfig, slots: int, max_tokens: i
     )
     if decoder.device.type == "cuda":
         arena = device_view(arena)
-    return Engine(decoder, arena, config, slots, max_tokens)
+    return Engine(decoder, arena, config, slots, max_tokens, sources)
 
 
 def prefill(engine: Engine, slot: int, tokens: list[int], total: int) -> Tensor:

@@ -10,6 +10,7 @@ from examples.document import document
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
+from gpu_worker.prediction import Source
 from runtime.config import CacheConfig, ModelConfig
 from runtime.messages import Text
 from runtime.text import Tokenizer
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.gpu
 Answer = tuple[list[int], Tensor]  # greedy tokens, and the logits [tokens, vocab] that chose them
 
 FULL = CacheConfig(attention="full")
+SOURCES = (Source.OWN, Source.INPUT, Source.MIDDLE, Source.INPUT)
 LENGTHS = (1, 3, 63, 70, 511, 512, 700, 1300)
 COUNT = 60
 
@@ -89,8 +91,8 @@ def test_a_whole_set_gives_the_tokens_of_the_cpu(
     prefetch: str,
     graphs: bool,
 ) -> None:
-    config = CacheConfig(resident=1600, select_k=64, prefetch=prefetch, prefetch_from=1)  # type: ignore[arg-type]
-    engine = make_engine(decoders[1], config, len(prompts), 1600)
+    config = CacheConfig(resident=1600, select_k=64, prefetch=prefetch)  # type: ignore[arg-type]
+    engine = make_engine(decoders[1], config, len(prompts), 1600, SOURCES)
     if graphs:
         engine.capture()
     assert_follows(answers(engine, prompts, COUNT), expected, 1e-5)
@@ -111,7 +113,7 @@ def test_every_graph_gives_the_tokens_of_the_cpu(
 
 @pytest.mark.parametrize(
     ("attention", "prefetch"),
-    [("clo", "off"), ("clo", "correct"), ("clo", "accept"), ("topk", "correct"), ("full", "off")],
+    [("clo", "off"), ("clo", "correct"), ("clo", "accept"), ("topk", "off"), ("full", "off")],
 )
 def test_logits_follow_those_of_the_cpu(
     decoders: tuple[Decoder, Decoder], attention: str, prefetch: str
@@ -122,12 +124,11 @@ def test_logits_follow_those_of_the_cpu(
     config = CacheConfig(
         attention=attention,  # type: ignore[arg-type]
         prefetch=prefetch,  # type: ignore[arg-type]
-        prefetch_from=1,
         select_k=64,
         resident=256,
     )
     full, cpu, gpu = (
-        force(make_engine(decoder, how, 1, 800), prompt, continuation).cpu()
+        force(make_engine(decoder, how, 1, 800, SOURCES), prompt, continuation).cpu()
         for decoder, how in ((decoders[0], FULL), (decoders[0], config), (decoders[1], config))
     )
     assert divergence(gpu, cpu) < 0.1 * divergence(cpu, full) + 1e-5

@@ -6,6 +6,7 @@ import torch
 from gpu_worker.engine import Engine
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
+from gpu_worker.prediction import Source
 from runtime.config import CacheConfig, ModelConfig
 from tests.reference import (
     arrived,
@@ -17,6 +18,8 @@ from tests.reference import (
     stats_of,
     transformers_greedy,
 )
+
+SOURCES = (Source.OWN, Source.INPUT, Source.MIDDLE, Source.INPUT)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,8 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
 def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch: str) -> None:
     prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300)
     full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)
-    config = CacheConfig(resident=600, prefetch=prefetch, prefetch_from=1)  # type: ignore[arg-type]
-    engine = make_engine(decoder, config, 1, 600)
+    config = CacheConfig(resident=600, prefetch=prefetch)  # type: ignore[arg-type]
+    engine = make_engine(decoder, config, 1, 600, SOURCES)
     torch.testing.assert_close(force(engine, prompt, continuation), full, rtol=1e-3, atol=1e-4)
     stats = stats_of(engine, 599, 299)
     assert stats.fetched_rows == 0, "whatever leaves the ring stays resident while there is room"

@@ -69,7 +69,8 @@ def hidden_states(decoder: Decoder) -> Tensor:
     for layer in range(decoder.shape.layers):
         query, rows = decoder.qkv(layer, normal, rope)
         values = rows.sum(dim=2).repeat_interleave(decoder.shape.group, dim=1)
-        hidden, normal = decoder.finish(layer, hidden, query + values)
+        hidden, normal = decoder.add_attention(layer, hidden, query + values)
+        hidden, normal = decoder.add_mlp(layer, hidden, normal)
     return decoder.logits(normal)
 
 

@@ -69,7 +69,7 @@ def test_shares_count_scored_tokens_and_whole_answers() -> None:
     assert share_exact(items, right[:, :4]).tolist() == [[1.0], [0.5]]
 
 
-@pytest.mark.parametrize("kind", ["lookup", "track", "count", "list"])
+@pytest.mark.parametrize("kind", ["lookup", "track", "count", "list", "copy"])
 def test_a_task_repeats_by_its_seed_and_fits(kind: Ruler) -> None:
     text = letters("What stands here is of no use to any question. " * 400)
     item = ruler_item(kind, text, 6000, 3, letters)
@@ -92,8 +92,8 @@ def test_counted_words_stand_more_often_than_others() -> None:
 
 
 def test_settings_by_text() -> None:
-    assert parse_setting("k=64,gate=.9").config == CacheConfig(select_k=64, gate=0.9, prefetch="off")
-    assert parse_setting("C=2048,prefetch=accept").config == CacheConfig(resident=2048, prefetch="accept")
+    assert parse_setting("k=64,gate=.9").config == CacheConfig(select_k=64, gate=0.9)
+    assert parse_setting("C=2048,prefetch=off").config == CacheConfig(resident=2048, prefetch="off")
     for wrong in ("k=64,c=1", "prefetch=no", "k"):
         with pytest.raises(ValueError):
             parse_setting(wrong)
@@ -143,4 +143,4 @@ def test_the_default_cache_stays_within_its_bar(smollm2: Path) -> None:
     default, small = rows
     assert default.kl.value <= BAR
     assert default.kl.value < small.kl.value
-    assert 0 < default.rows < 0.1 * DEFAULT.config.select_k
+    assert 0 < default.rows < 0.1 * DEFAULT.config.sized(1248).select_k

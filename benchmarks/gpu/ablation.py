@@ -21,11 +21,12 @@ from torch import Tensor
 
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, step_seconds
+from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED, step_seconds
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
 from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
+from gpu_worker.prediction import Source
 from gpu_worker.streams import Branch
 from kernels.select import Fresh
 from runtime.config import CacheConfig
@@ -45,9 +46,9 @@ def measure(machine: Machine) -> list[Result]:
         return filled_engine(decoder, arena, config, _SEQUENCES, _LENGTH, MAX_TOKENS)
 
     engine = engine_of(CONFIG)
-    times = {share: _taken_apart(engine, machine.host, CONFIG.select_k * share // 100) for share in (9, 50)}
+    times = {share: _taken_apart(engine, machine.host, SELECTED * share // 100) for share in (9, 50)}
     del engine
-    alone = engine_of(CacheConfig(select_k=256, resident=256, prefetch="accept"))
+    alone = engine_of(CacheConfig(select_k=256, resident=256))
     with replayed(256):
         times[9]["no-resident-set"] = step_seconds(alone, _SEQUENCES)
 
@@ -68,10 +69,7 @@ def _taken_apart(engine: Engine, host: Tensor, rows: int) -> dict[str, float]:
     cache, times = engine.cache, {}
     with replayed(rows):
         times["whole"] = step_seconds(engine, _SEQUENCES)
-        with (
-            patch.object(engine, "_first_prefetched", LLAMA_8B.layers),
-            patch.object(engine, "_first_accepted", LLAMA_8B.layers),
-        ):
+        with patch.object(engine, "_sources", (Source.OWN,) * LLAMA_8B.layers):
             times["no-prefetch"] = step_seconds(engine, _SEQUENCES)
             in_line = Branch(torch.device("cpu"))  # does its work where it stands
             with patch.object(cache, "_fetching", (in_line, in_line)):

@@ -71,7 +71,7 @@ class Prefilled:
 def measure(machine: Machine) -> list[Result]:
     model, max_tokens = LLAMA_8B, CONTEXT + _LONGEST
     arena = arena_of(machine.memory, model, SEQUENCES, max_tokens)
-    config = CacheConfig(select_k=256, resident=2048, prefetch="accept")
+    config = CacheConfig(select_k=256, resident=2048)
     engine = filled_engine(random_decoder(model, max_tokens), arena, config, SEQUENCES, CONTEXT, max_tokens)
 
     def burst() -> None:

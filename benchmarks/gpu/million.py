@@ -19,7 +19,7 @@ ROWS = 23  # new ones a step and head: 9 % of k
 
 def measure(machine: Machine) -> list[Result]:
     model, max_tokens = QWEN_7B, CONTEXT + 512
-    config = CacheConfig(select_k=256, resident=2048, prefetch="accept")
+    config = CacheConfig(select_k=256, resident=2048)
     gemm = gemm_step(model, 1)
     before = memory_in_use()
     decoder = random_decoder(model, max_tokens)

@@ -31,6 +31,7 @@ from benchmarks.result import Result
 from benchmarks.tasks import KINDS, Item, documents, make_item
 from gpu_worker.engine import Engine
 from gpu_worker.loader import Resolved, load_decoder, resolve
+from kernels.paging import gather_tokens
 from runtime.config import CacheConfig, ModelConfig
 from runtime.messages import CacheStats, Text
 from runtime.text import Tokenizer
@@ -67,8 +68,7 @@ def measure(machine: Machine) -> list[Result]:
         return results
     release()
     long = ModelConfig(model=folder, dtype="bfloat16")
-    config = CacheConfig(select_k=256, resident=2048)
-    return results + measure_case(machine, Case("real/smollm2-32k", long, config, 32000, (1, 16, 64)))
+    return results + measure_case(machine, Case("real/smollm2-32k", long, CacheConfig(), 32000, (1, 16, 64)))
 
 
 def measure_case(machine: Machine, case: Case) -> list[Result]:
@@ -80,9 +80,7 @@ def measure_case(machine: Machine, case: Case) -> list[Result]:
         config.hidden_size, config.intermediate_size, config.vocab_size, decoder.shape.head_dim,
     )  # fmt: skip
     # One sequence more than decodes: `prefill` leaves out block 0, and `prefilled` wants blocks of its own.
-    arena, rows = (
-        arena_of(memory, model, len(items) + 1, case.max_tokens) for memory in (machine.memory, machine.host)
-    )
+    arena = arena_of(machine.memory, model, len(items) + 1, case.max_tokens)
     engine = Engine(decoder, arena, case.config, len(items), case.max_tokens)
     capture(engine, case)
     network = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=decoder.shape.dtype)
@@ -103,7 +101,7 @@ def measure_case(machine: Machine, case: Case) -> list[Result]:
     steps = {batch: decode(engine, case, batch) for batch in case.batches}
     fitting = 0.0
     for batch, (seconds, stats) in steps.items():
-        fitting = transformers_rate(network, case, rows, items[:batch]) or fitting
+        fitting = transformers_rate(network, case, arena, items[:batch]) or fitting
         name, rate = f"{case.name}/{batch}", batch / seconds
         results += [
             Result(name, "decode", rate, "tokens/s", fitting, rate / fitting),
@@ -226,25 +224,22 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
 
 
 @torch.inference_mode()
-def transformers_rate(network: Any, case: Case, rows: Tensor, items: list[Item]) -> float | None:
+def transformers_rate(network: Any, case: Case, arena: Tensor, items: list[Item]) -> float | None:
     """Tokens per second of transformers' median step; None where the KV does not fit.
 
     Args:
-        rows: the arena as the CPU sees it; the blocks of the sequences follow each other from block 1 on.
+        arena: the blocks of the sequences follow each other from block 1 on.
     """
     release()
     cache = DynamicCache(config=network.config)
-    blocks = len(items) * -(-case.max_tokens // rows.shape[3])
+    pages = -(-case.max_tokens // arena.shape[3])
+    table = torch.arange(1, 1 + len(items) * pages, device=arena.device).view(len(items), pages)
     held = case.prompt - TRANSFORMERS_STEPS  # so that the prompts are complete at the end
     times = []
     try:
-        for layer in range(rows.shape[1]):
-            heads = [
-                # of one layer and head the blocks lie together: one copy
-                rows[1 : 1 + blocks, layer, head].to(network.device).view(len(items), -1, *rows.shape[4:])
-                for head in range(rows.shape[2])
-            ]
-            cache.update(*torch.stack([head[:, :held] for head in heads], dim=1).unbind(3), layer)
+        for layer in range(arena.shape[1]):
+            rows = gather_tokens(arena[:, layer], table)[:, :, :held]
+            cache.update(*rows.unbind(3), layer)
         tokens = torch.tensor([[item.prompt[held]] for item in items], device=network.device)
         for _ in range(TRANSFORMERS_STEPS):
             began = time.perf_counter()

@@ -13,6 +13,7 @@ from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
 from gpu_worker.index import TwoBitIndex
 from gpu_worker.model import Decoder, Layer, Linear, Weights
+from gpu_worker.prediction import Source
 from gpu_worker.shape import KVShape
 from kernels.cuda import launch
 from kernels.select import Fresh, choose
@@ -105,7 +106,9 @@ def filled_engine(
     decoder: Decoder, arena: Tensor, config: CacheConfig, sequences: int, length: int, max_tokens: int
 ) -> Engine:
     """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random."""
-    engine = Engine(decoder, arena, config, sequences, max_tokens)
+    # Random weights predict nothing. In the default model too, few layers need their own query.
+    sources = (Source.OWN,) * 2 + (Source.MIDDLE,) + (Source.INPUT,) * (decoder.shape.layers - 3)
+    engine = Engine(decoder, arena, config, sequences, max_tokens, sources)
     cache, index = engine.cache, engine.cache._index
     blocks = torch.arange(len(arena), device="cuda").view(sequences, -1)
     engine._table[:, : blocks.shape[1]] = blocks

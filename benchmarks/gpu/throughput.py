@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu.baseline import decode_rates, release
 from benchmarks.gpu.ceilings import full_attention
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, step_seconds
+from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED, step_seconds
 from benchmarks.gpu.synthetic import (
     LLAMA_8B,
     QWEN_14B,
@@ -75,9 +75,9 @@ def _rates(machine: Machine, model: Model, sequences: int) -> tuple[float, float
     engine = filled_engine(
         random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
     )
-    with replayed(round(CONFIG.select_k * _NEW)):
+    with replayed(round(SELECTED * _NEW)):
         every = sequences / step_seconds(engine, sequences)
-    with replayed(round(CONFIG.select_k * _NEW_GATED)), _half_selecting(model.layers):
+    with replayed(round(SELECTED * _NEW_GATED)), _half_selecting(model.layers):
         return every, sequences / step_seconds(engine, sequences)
 
 

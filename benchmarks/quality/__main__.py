@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.quality.forcing import FULL, Probe, Reference
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
-from benchmarks.quality.ruler import Ruler, ruler_item
+from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
 from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
@@ -27,8 +27,8 @@ from runtime.config import DEFAULT_MODEL, ModelConfig
 from runtime.messages import Text
 from runtime.text import Tokenizer
 
-TASKS: tuple[Kind | Ruler, ...] = ("quote", "lookup", "track", "count", "list", "needle", "chain")
-QUICK_TASKS = TASKS[:5]  # the others ask what only models of ``benchmarks.long_model`` can answer
+TASKS: tuple[Kind | Ruler, ...] = ("quote", "lookup", "track", "count", "list", "needle", "chain", "copy")
+QUICK_TASKS = TASKS[:5]  # needle and chain are for models of ``benchmarks.long_model``, copy takes long
 ITEMS, QUICK_ITEMS = 4, 2  # of a task, for each document
 
 
@@ -56,7 +56,8 @@ def main() -> None:
     for length in options.lengths[:1] if options.quick else options.lengths:
         for kind in options.tasks:
             count = (QUICK_ITEMS if options.quick else ITEMS) * options.documents
-            reference = Reference(decoder, make(kind, length - options.tokens, count), options.tokens)
+            tokens = min(COPIED, length // 4) if kind == "copy" else options.tokens
+            reference = Reference(decoder, make(kind, length - tokens, count), tokens)
             figures += measure(kind, length, reference, [DEFAULT, FASTER, PAPER, *options.setting])
             del reference
 
@@ -75,7 +76,7 @@ def items_of(
     for seed in range(count):
         text = texts[seed % len(texts)]
         match kind:
-            case "lookup" | "track" | "count" | "list":
+            case "lookup" | "track" | "count" | "list" | "copy":
                 items.append(ruler_item(kind, text, prompt, seed, encode))
             case _:
                 items.append(make_item(kind, text, prompt, seed, encode))
@@ -102,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--lengths", type=lengths, help="tokens, answer included (2048,4096,8192)")
     parser.add_argument("--documents", type=int, help="1 to 5, of text; a task has several items each (4)")
-    parser.add_argument("--tokens", type=int, help="forced of an answer, 80 to 256 (256)")
+    parser.add_argument("--tokens", type=int, help="forced of an answer but copy's, 80 to 256 (256)")
     parser.add_argument("--tasks", help=f"of {','.join(TASKS)}, or none (all of them)")
     parser.add_argument("--name", help="of the files in benchmarks/results (quality-MODEL)")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: minutes on two CPU cores")
@@ -111,7 +112,7 @@ def parse() -> argparse.Namespace:
         type=parse_setting,
         action="append",
         default=[],
-        help="one more cache, such as k=256,C=2048,gate=.9,prefetch=accept",
+        help="one more cache, such as k=256,C=2048,gate=.9,prefetch=off",
     )
     options = parser.parse_args()
     quick = options.quick

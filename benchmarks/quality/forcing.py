@@ -16,6 +16,7 @@ from benchmarks.tasks import Item
 from gpu_worker.cache import PROMPT_QUERIES, Batch, KVCache
 from gpu_worker.engine import Engine
 from gpu_worker.model import Decoder
+from gpu_worker.prediction import measure_sources
 from gpu_worker.prefill import Prefill
 from gpu_worker.shape import KVShape
 from kernels.attend import attend_all
@@ -71,13 +72,14 @@ class Reference:
         steps = max(len(item.answer[:tokens]) for item in items)
         self.answers = torch.zeros(len(items), steps, dtype=torch.int64, device=device)
         self.logits = torch.zeros(len(items), steps, decoder.vocab, device=device)
-        cache = _Pass(shape, self.arena, FULL, len(items), decoder.scale, device)
+        cache = _Pass(shape, self.arena, FULL, len(items), self.max_tokens, decoder.scale, device)
         for slot, item in enumerate(items):
             answer = item.answer[:tokens]
             self.answers[slot, : len(answer)] = torch.tensor(answer, device=device)
             self.logits[slot, : len(answer)] = self._pass(cache, slot, item.prompt + answer[:-1], len(answer))
         cache.join_prompt()
         answers = torch.tensor([len(item.answer) for item in items], device=device)
+        self._sources = measure_sources(decoder)
         self._ended = torch.arange(1, steps, device=device) >= answers.unsqueeze(1)  # [items, steps]
         self.full = self._scores([self.logits[:, step] for step in range(1, steps)])
 
@@ -97,9 +99,11 @@ class Reference:
     def engine(self, config: CacheConfig, *, probe: bool = False) -> Engine:
         """An engine whose slots hold the prompts; with ``probe``, its cache is a ``Probe``."""
         slots, decoder = len(self.items), self.decoder
-        engine = Engine(decoder, self.arena, config, slots, self.max_tokens)
+        engine = Engine(decoder, self.arena, config, slots, self.max_tokens, self._sources)
         if probe:
-            engine.cache = Probe(decoder.shape, self.arena, config, slots, decoder.scale, decoder.device)
+            engine.cache = Probe(
+                decoder.shape, self.arena, config, slots, self.max_tokens, decoder.scale, decoder.device
+            )
         if decoder.device.type == "cuda":
             engine._capture(slots)  # before the prompts, for it takes steps, of no sequence
             torch.cuda.synchronize()
@@ -169,10 +173,11 @@ class Probe(KVCache):
         arena: Tensor,
         config: CacheConfig,
         slots: int,
+        max_tokens: int,
         scale: float,
         device: torch.device,
     ) -> None:
-        super().__init__(shape, arena, config, slots, scale, device)
+        super().__init__(shape, arena, config, slots, max_tokens, scale, device)
         self.errors = torch.zeros(self._tally.shape[:3], device=device)
         """|cache - full| / |full| of the outputs of a query group, summed over the steps: [layers, slots,
         kv_heads]."""

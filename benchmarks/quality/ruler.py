@@ -3,10 +3,11 @@
 ``lookup``   numbers of some of many keys, each in a sentence of its own in the text (multi-key NIAH)
 ``track``    all variables that hold a value, through chains of assignments (variable tracking)
 ``count``    the most frequent words of a long numbered list: needs every line (common words extraction)
-``list``     all numbers of the text in their order: a long answer, of keys as well as numbers
+``list``     all numbers of the text in their order, and their keys
+``copy``     a long passage of the text from its first words on: 2,048 tokens, at most a quarter of the prompt
 
-Wording and definitions are RULER's, but for ``list``, which it lacks, and but for sizes: RULER's own fill no
-context below 4K. Copying is the kind ``quote`` of ``benchmarks.tasks``.
+Wording and definitions are RULER's, but for ``list`` and ``copy``, which it lacks, and but for sizes: RULER's
+own fill no context below 4K. Copying short passages is the kind ``quote`` of ``benchmarks.tasks``.
 """
 
 from random import Random
@@ -14,8 +15,9 @@ from typing import Literal
 
 from benchmarks.tasks import Encode, Item, Task, _names, _number, _scattered
 
-Ruler = Literal["lookup", "track", "count", "list"]
+Ruler = Literal["lookup", "track", "count", "list", "copy"]
 
+COPIED = 2048  # tokens
 
 _TOKENS_PER_KEY = 128  # of a prompt
 _ASKED = 8  # keys
@@ -24,6 +26,7 @@ _CHAINS, _HOPS = 2, 4
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _COMMON, _RARE_TIMES = 10, 3  # words, and how often each other one stands in the list
 _QUESTION_TOKENS = 40  # of ``count``, about
+_GIVEN = 16  # tokens of a passage to copy
 
 
 def ruler_item(kind: Ruler, document: list[int], length: int, seed: int, encode: Encode) -> Item:
@@ -35,6 +38,8 @@ def ruler_item(kind: Ruler, document: list[int], length: int, seed: int, encode:
         seed: chooses the part, the facts and the questions.
     """
     random = Random(seed)
+    if kind == "copy":
+        return _copy(random, document, length, encode)
     if kind == "count":
         prompt, pairs = _count(random, length, encode)
     else:
@@ -51,6 +56,15 @@ def ruler_item(kind: Ruler, document: list[int], length: int, seed: int, encode:
             answer += text
             scored += [marked] * len(text)
     return Item(prompt, answer, scored)
+
+
+def _copy(random: Random, document: list[int], length: int, encode: Encode) -> Item:
+    heading, size = encode("\n\nQuotes from the text above.\nQuote: "), min(COPIED, length // 4)
+    start = random.randrange(len(document) - length)
+    text = document[start : start + length - len(heading)]
+    start = random.randrange(len(text) - size)
+    passage = text[start : start + size]
+    return Item(text + heading, passage, [False] * _GIVEN + [True] * (size - _GIVEN))
 
 
 def _facts(random: Random, count: int) -> tuple[dict[str, str], list[str]]:

@@ -14,33 +14,34 @@ class Setting(NamedTuple):
 
 
 DEFAULT = Setting("default", CacheConfig())
-ACCEPT = Setting("default, accept", CacheConfig(prefetch="accept"))
-CORRECT = Setting("default, correct", CacheConfig(prefetch="correct"))
-FASTER = Setting("faster", CacheConfig(select_k=64))
-PAPER = Setting("paper's rule", CacheConfig(select_k=256, resident=256, gate=0.8), whole=True)
+OFF = Setting("default, prefetch off", CacheConfig(prefetch="off"))
+CORRECT = Setting("default, prefetch correct", CacheConfig(prefetch="correct"))
+FASTER = Setting("faster", CacheConfig(select_k=64, resident=1024))
+PAPER = Setting("paper's rule", CacheConfig(select_k=256, resident=256, gate=0.8, prefetch="off"), whole=True)
 SETTINGS = (
     # never selects: its one row stays the one that the prompt chose
-    Setting("window", CacheConfig(select_k=1, resident=1, gate=0.0)),
+    Setting("window", CacheConfig(select_k=1, resident=1, gate=0.0, prefetch="off")),
     Setting("exact top-k", CacheConfig(attention="topk")),
     PAPER,
     DEFAULT,
-    ACCEPT,
+    OFF,
     CORRECT,
     FASTER,
 )
 
 
 def parse_setting(text: str) -> Setting:
-    """A setting such as ``k=256,C=2048,gate=.9,prefetch=accept``; what is left out is the default's.
+    """A setting such as ``k=256,C=2048,gate=.9,prefetch=off``; what is left out is the default's.
 
     Raises:
         ValueError: it is none.
     """
     options = dict(part.split("=", 1) for part in text.split(","))
-    gate, prefetch = options.pop("gate", None), options.pop("prefetch", "off")
+    k, resident, gate = (options.pop(key, None) for key in ("k", "C", "gate"))
+    prefetch = options.pop("prefetch", DEFAULT.config.prefetch)
     config = CacheConfig(
-        select_k=int(options.pop("k", DEFAULT.config.select_k)),
-        resident=int(options.pop("C", DEFAULT.config.resident)),
+        select_k=None if k is None else int(k),
+        resident=None if resident is None else int(resident),
         gate=None if gate is None else float(gate),
         prefetch=cast(Prefetch, prefetch),
     )
