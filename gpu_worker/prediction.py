@@ -40,7 +40,7 @@ def measure_sources(decoder: Decoder) -> tuple[Source, ...]:
     )
     rope = decoder.rope(torch.arange(_TOKENS, device=device))
     last = rope[0][-_QUERIES:], rope[1][-_QUERIES:]
-    hidden = decoder.embed(drawn.to(device))
+    hidden = decoder.embed(drawn.repeat(2).to(device))
     normal = decoder.normalise(0, hidden)
     sources = []
     earlier: list[tuple[Source, Tensor]] = []
