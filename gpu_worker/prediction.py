@@ -35,9 +35,7 @@ def measure_sources(decoder: Decoder) -> tuple[Source, ...]:
     al. 2022, "In-context Learning and Induction Heads").
     """
     shape, device = decoder.shape, decoder.device
-    drawn = torch.randint(decoder.vocab, (_TOKENS // 2,), generator=torch.Generator().manual_seed(0)).repeat(
-        2
-    )
+    drawn = torch.randint(decoder.vocab, (_TOKENS // 2,), generator=torch.Generator().manual_seed(0))
     rope = decoder.rope(torch.arange(_TOKENS, device=device))
     last = rope[0][-_QUERIES:], rope[1][-_QUERIES:]
     hidden = decoder.embed(drawn.repeat(2).to(device))

@@ -81,7 +81,7 @@ class Reference:
         answers = torch.tensor([len(item.answer) for item in items], device=device)
         self._sources = measure_sources(decoder)
         self._ended = torch.arange(1, steps, device=device) >= answers.unsqueeze(1)  # [items, steps]
-        self.full = self._scores([self.logits[:, step] for step in range(1, steps)])
+        self.full = self._scores([self._score(step, self.logits[:, step]) for step in range(1, steps)])
 
     @torch.inference_mode()
     def _pass(self, cache: "_Pass", slot: int, tokens: list[int], predicted: int) -> Tensor:
@@ -128,26 +128,28 @@ class Reference:
         """Feed the answers to the decode steps of a fresh ``engine``."""
         slots = list(range(len(self.items)))
         longest = max(len(item.prompt) for item in self.items)
-        logits = []
+        columns = []
         for step in range(1, self.steps + 1):
             engine._tokens.copy_(self.answers[:, step - 1])
             engine._lengths.masked_fill_(self._ended[:, step - 1], 0)  # not in use any more
             if engine._graphs:
-                logits.append(engine.step(slots, longest + step).logits.clone())
+                logits = engine.step(slots, longest + step).logits
             else:  # without the sampling, which takes long on the CPU
-                logits.append(engine.forward(len(slots), longest + step))
-        return self._scores(logits)
+                logits = engine.forward(len(slots), longest + step)
+            columns.append(self._score(step, logits))
+        return self._scores(columns)
 
-    def _scores(self, steps: list[Tensor]) -> Scores:
-        """Scores of the logits [items, vocab] of each decode step."""
-        columns = []
-        for step, logits in enumerate(steps, 1):
-            p, q = self.logits[:, step].log_softmax(-1), logits.log_softmax(-1)
-            loss = -q.gather(1, self.answers[:, step, None]).squeeze(1)
-            best, target = logits.argmax(-1), self.answers[:, step]
-            agree = (best == self.logits[:, step].argmax(-1)).float()
-            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # below 0 it is rounding
-            columns.append(torch.stack([kl, loss, agree, (best == target).float()]))
+    def _score(self, step: int, logits: Tensor) -> Tensor:
+        """What ``Scores`` has of one decode step, given its logits [items, vocab]: [4, items]."""
+        p, q = self.logits[:, step].log_softmax(-1), logits.log_softmax(-1)
+        loss = -q.gather(1, self.answers[:, step, None]).squeeze(1)
+        best, target = logits.argmax(-1), self.answers[:, step]
+        agree = (best == self.logits[:, step].argmax(-1)).float()
+        kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # below 0 it is rounding
+        return torch.stack([kl, loss, agree, (best == target).float()])
+
+    def _scores(self, columns: list[Tensor]) -> Scores:
+        """Those of all steps, past the end of an answer NaN."""
         figures = torch.stack(columns, dim=2).masked_fill(self._ended, torch.nan).cpu()
         return Scores(*figures.double().numpy())
 

@@ -27,6 +27,7 @@ SETTINGS = (
     OFF,
     CORRECT,
     FASTER,
+    Setting("default, gate .9", CacheConfig(gate=0.9)),
 )
 
 
