@@ -1,12 +1,13 @@
-"""A gate for each KV head: thresholds by what a stale set of rows costs the model's output.
+"""What each layer selects and keeps, and a gate for each KV head, by what they cost the model's output.
 
     python -m benchmarks.calibrate profile.json --rows 3.5
     python launch.py --profile profile.json
 
 A head keeps its rows while its query stays close to the one of its last selection, its label (arXiv
-2511.14510). What that costs differs between heads. Here every threshold of ``GRID`` runs beside full
-attention on text that ``benchmarks.gates`` does not judge by: all of them see the queries and rows of full
-attention, so that the errors of one head do not disturb another, and each head gets for each threshold
+2511.14510). What that costs differs between heads, and so does what few rows cost. Here every threshold of
+``GRID``, and every other pair of sizes of ``SIZES``, runs beside full attention on text that
+``benchmarks.gates`` does not judge by: all of them see the queries and rows of full attention, so that the
+errors of one head do not disturb another, and each head gets for each of them
 
 - the rows that it moves per step;
 - its error in nats: half the mean square of g . e, where e is the error of the head's attention output and g
@@ -14,16 +15,17 @@ attention, so that the errors of one head do not disturb another, and each head 
   is the KL divergence which the error causes in the same step (g g^T has the Fisher information as its mean).
   What an error does to later steps, and what errors of several heads do together, is left out.
 
-Then one price of a row is sought for all heads, and each takes the threshold at which error + price x rows
-is least: the same as raising thresholds in the order of error saved per row moved, up to the target.
+Then a price of a moved row and one of a resident row are sought for all layers, and each layer takes the
+sizes, and at its own sizes each head the threshold, at which error + prices x rows is least. The first price
+meets the target, the second one keeps the resident rows of all layers together at those of equal sizes.
 
-A selection is made with the real query, as with ``--prefetch off`` and ``correct``. ``select_k`` and
-``resident`` are the same for all heads: the set is one dimension of the dense buffer of all slots, layers and
-heads, and another size for each would need another buffer and another launch for each.
+A selection is made with the real query, as with ``--prefetch off`` and ``correct``. Heads of a layer share
+their sizes: one launch does them all.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,18 +38,21 @@ from gpu_worker.cache import Batch, KVCache
 from gpu_worker.loader import load_decoder, resolve
 from gpu_worker.model import Decoder
 from kernels.attend import attend_prompt
-from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledModel, Sizes
+from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledLayer, ProfiledModel, Sizes
 from runtime.messages import Text
 from runtime.text import Tokenizer
 
 ALWAYS = 2.0  # selects in every step: above any cosine
-GRID = (ALWAYS, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)  # falling; a few hundred steps show no rarer selections
+GRID = (ALWAYS, 0.95, 0.9, 0.8, 0.7, 0.5)  # falling; a few hundred steps show no rarer selections
+SIZES = ((0.25, 1), (0.5, 1), (2, 1), (0.5, 0.5), (1, 0.5), (0.25, 2), (0.5, 2))
+"""Factors of the rows that are selected and kept, beside (1, 1), to which the thresholds belong."""
 DOCUMENTS = (3, 4)  # of benchmarks.tasks; the others are for judging
 DRAWS = 2  # tokens drawn at a step, each of which gives a gradient
 
 
 class Costs(NamedTuple):
-    """What each threshold of ``GRID`` costs each head, per step: float64 [thresholds, layers, kv_heads]."""
+    """What each threshold of ``GRID``, then each pair of ``SIZES``, costs each head, per step: float64
+    [options, layers, kv_heads]."""
 
     error: Tensor  # nats
     rows: Tensor  # moved
@@ -57,7 +62,7 @@ class Costs(NamedTuple):
         return Costs(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def of(self, choice: Tensor) -> "Costs":
-        """With the thresholds of number ``choice`` [layers, kv_heads]: each [layers, kv_heads]."""
+        """With the options of number ``choice`` [layers, kv_heads]: each [layers, kv_heads]."""
         return Costs(*(cost.gather(0, choice.unsqueeze(0)).squeeze(0) for cost in self))
 
     def summary(self) -> str:
@@ -68,11 +73,11 @@ class Costs(NamedTuple):
 
 
 class Bench:
-    """One text, full attention and a cache for each threshold over one arena.
+    """One text, full attention and a cache for each option over one arena.
 
     Args:
         decoder: the model.
-        sizes: of the profile.
+        sizes: the pair (1, 1).
         prompt, continuation: token ids; each token of the continuation is fed, the last one too.
     """
 
@@ -92,14 +97,15 @@ class Bench:
             return KVCache(shape, arena, config, 1, total, decoder.scale, self._device)
 
         self._full = cache(CacheConfig(attention="full"))
-        self._caches = [cache(CacheConfig(select_k=sizes.select_k, resident=sizes.resident)) for _ in GRID]
-        for gated, threshold in zip(self._caches, GRID, strict=True):
+        for_all = [sizes] * len(GRID) + [scaled(sizes, factors) for factors in SIZES]
+        self._caches = [cache(CacheConfig(select_k=k, resident=resident)) for k, resident in for_all]
+        for gated, threshold in zip(self._caches, GRID, strict=False):
             gated.thresholds.fill_(threshold)
 
     def run(self) -> Costs:
         """Prefill and feed the continuation."""
         self._prefill()
-        heads = (len(GRID), self._shape.layers, self._shape.kv_heads)
+        heads = (len(self._caches), self._shape.layers, self._shape.kv_heads)
         error = torch.zeros(heads, dtype=torch.float64, device=self._device)
         for length, token in enumerate(self._continuation, len(self._prompt) + 1):
             error += self._step(token, length)
@@ -122,7 +128,7 @@ class Bench:
             hidden, normal = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
 
     def _step(self, token: int, length: int) -> Tensor:
-        """Errors in nats [thresholds, layers, kv_heads] at one token, the last of ``length``."""
+        """Errors in nats [options, layers, kv_heads] at one token, the last of ``length``."""
         decoder, shape = self._decoder, self._shape
         batch = Batch(torch.tensor([length], device=self._device), self._table.unsqueeze(0))
         probes = torch.zeros(
@@ -148,8 +154,8 @@ class Bench:
         for cache in self._caches:
             cache.end_step()
         logprobs = decoder.logits(normal)[0].log_softmax(-1)
-        error = torch.stack(errors, 1)  # [thresholds, layers, query_heads, head_dim]
-        total = torch.zeros(len(GRID), shape.layers, shape.kv_heads, device=self._device)
+        error = torch.stack(errors, 1)  # [options, layers, query_heads, head_dim]
+        total = torch.zeros(len(self._caches), shape.layers, shape.kv_heads, device=self._device)
         for drawn in logprobs.detach().exp().multinomial(DRAWS, replacement=True):
             (gradient,) = torch.autograd.grad(logprobs[drawn], probes, retain_graph=True)
             products = (error * gradient.float()).unflatten(2, (shape.kv_heads, -1)).sum((3, 4))
@@ -157,32 +163,69 @@ class Bench:
         return total.double()
 
 
+def scaled(sizes: Sizes, factors: tuple[float, float]) -> Sizes:
+    """Sizes by their factors."""
+    return Sizes(round(factors[0] * sizes.select_k), round(factors[1] * sizes.resident))
+
+
 def smoothed(costs: Costs) -> Costs:
     """No threshold looks better than a higher one by chance: errors rise and rows fall along the grid."""
-    return Costs(costs.error.cummax(0).values, costs.rows.cummin(0).values, costs.selections)
+    gates, error, rows = len(GRID), costs.error.clone(), costs.rows.clone()
+    error[:gates], rows[:gates] = error[:gates].cummax(0).values, rows[:gates].cummin(0).values
+    return Costs(error, rows, costs.selections)
 
 
 def solve(costs: Costs, rows: float | None, kl: float | None) -> Tensor:
-    """The thresholds' numbers [layers, kv_heads] that reach a target at the least cost of the other kind.
+    """The options' numbers [layers, kv_heads] that reach a target at the least cost of the other kind.
 
     Args:
         rows: most rows moved per step and head, on average over heads; or
         kl: largest sum of the errors, in nats.
     """
+    kept = torch.tensor([resident for _, resident in SIZES], dtype=torch.float64)
 
-    def choose(price: float) -> Tensor:
-        return (costs.error + price * costs.rows).argmin(0)
+    def at_prices(row: float, resident: float) -> Tensor:
+        price = costs.error + row * costs.rows
+        gates, thresholds = price[: len(GRID)].min(0)  # [layers, kv_heads]
+        heads = costs.error.shape[2]
+        others = price[len(GRID) :].sum(2) + heads * resident * (kept - 1).unsqueeze(1)  # [sizes, layers]
+        least, size = others.min(0)
+        own = (gates.sum(1) <= least).unsqueeze(1)
+        return torch.where(own, thresholds, len(GRID) + size.unsqueeze(1))
 
-    low, high = -30.0, 10.0  # of the price's logarithm
-    for _ in range(60):
-        middle = (low + high) / 2
-        reached = costs.of(choose(10**middle))
+    def choose(row: float) -> Tensor:
+        if kept_by(at_prices(row, 0.0)) <= 1:
+            return at_prices(row, 0.0)
+        return at_prices(row, 10 ** bisect(lambda log: kept_by(at_prices(row, 10**log)) > 1)[1])
+
+    def kept_by(choice: Tensor) -> float:
+        return float(torch.cat((torch.ones(len(GRID), dtype=torch.float64), kept))[choice].mean())
+
+    def cheap(log: float) -> bool:
+        """Whether rows may cost more."""
+        reached = costs.of(choose(10**log))
         if rows is not None:
-            dearer = float(reached.rows.mean()) > rows
-        else:
-            dearer = float(reached.error.sum()) <= (kl or 0.0)
-        low, high = (middle, high) if dearer else (low, middle)
+            return float(reached.rows.mean()) > rows
+        return float(reached.error.sum()) <= (kl or 0.0)
+
+    low, high = bisect(cheap)
     return choose(10 ** (high if rows is not None else low))
+
+
+def bisect(below: Callable[[float], bool]) -> tuple[float, float]:
+    """Where ``below`` ends: the last value known to be below, and the first one known not to be."""
+    low, high = -30.0, 10.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low, high
+
+
+def layer_of(heads: list[int], sizes: Sizes) -> ProfiledLayer:
+    """A layer by the options' numbers of its heads."""
+    if heads[0] < len(GRID):
+        return ProfiledLayer(*sizes, tuple(GRID[number] for number in heads))
+    return ProfiledLayer(*scaled(sizes, SIZES[heads[0] - len(GRID)]), (ALWAYS,) * len(heads))
 
 
 def main() -> None:
@@ -200,7 +243,7 @@ def main() -> None:
     target.add_argument("--kl", type=float, help="largest error, in nats")
     arguments = parser.parse_args()
     config = CacheConfig(select_k=arguments.select_k, resident=arguments.resident)
-    sizes = config.sized(arguments.prompt + arguments.steps)
+    (sizes,) = config.sizes(arguments.prompt + arguments.steps, 1)
     resolved = resolve(ModelConfig(model=arguments.model, device=arguments.device))
     decoder = load_decoder(resolved)
 
@@ -223,15 +266,15 @@ def main() -> None:
         if arguments.costs is not None:
             torch.save(tuple(costs), arguments.costs)
 
-    for number, threshold in enumerate(GRID):
+    names = [f"gate {threshold:4.2f}" for threshold in GRID] + [f"sizes x {factors}" for factors in SIZES]
+    for number, name in enumerate(names):
         uniform = torch.full(costs.error.shape[1:], number)
-        print(f"uniform {threshold:4.2f}: {costs.of(uniform).summary()}")
+        print(f"uniform {name:16}: {costs.of(uniform).summary()}")
     choice = solve(smoothed(costs), arguments.rows, arguments.kl)
     print(f"profile     : {costs.of(choice).summary()}")
     shape = decoder.shape
     model = ProfiledModel(shape.layers, shape.kv_heads, shape.head_dim)
-    thresholds = tuple(tuple(GRID[number] for number in heads) for heads in choice.tolist())
-    profile = Profile(model, *sizes, thresholds)
+    profile = Profile(model, tuple(layer_of(heads, sizes) for heads in choice.tolist()))
     arguments.out.write_bytes(msgspec.json.encode(profile))
 
 

@@ -35,7 +35,7 @@ from tests.reference import make_engine, prefill
 
 DOCUMENTS = (0, 1)  # of benchmarks.tasks; calibration takes others
 UNIFORM = (0.9, 0.8, 0.7)
-SELECTED = (64, 40)  # beside the k of the profiles
+SELECTED = (64, 40)  # beside the default
 BLOCK, RESAMPLES = 16, 4000
 
 Steps = NDArray[numpy.float64]
@@ -128,10 +128,10 @@ def main() -> None:
     measure = partial(run, decoder, items=items, full=full)
 
     profiles = {path.stem: Profile.load(path) for path in arguments.profiles}
-    first = next(iter(profiles.values()))
-    none = CacheConfig(select_k=first.select_k, resident=first.resident, prefetch="off")
+    none = CacheConfig(prefetch="off")
     configs = {"no gate": none}
-    configs |= {f"no gate, k {k}": replace(none, select_k=k) for k in SELECTED}
+    _, resident = none.sizes(arguments.prompt + arguments.steps, 1)[0]
+    configs |= {f"no gate, k {k}": replace(none, select_k=k, resident=resident) for k in SELECTED}
     configs |= {f"uniform {gate}": replace(none, gate=gate) for gate in UNIFORM}
     configs |= {f"profile {name}": replace(none, profile=profile) for name, profile in profiles.items()}
     runs, results = {}, []

@@ -29,7 +29,7 @@ from runtime.text import Tokenizer
 
 LENGTH, BLOCK = 4096, 512
 TRAINING, JUDGED = 4, (0, 1)  # documents
-K = CacheConfig().sized(8192).select_k
+K = CacheConfig().sizes(8192, 1)[0].select_k
 PAGE = 16  # keys: two float16 an entry for each page are 2 bits an entry for each key
 STEPS, RATE = 60, 0.01  # of training
 

@@ -59,8 +59,6 @@ class KVCache:
         self.full = config.attention == "full"
         self._arena, self._scale = arena, scale
         self._sinks, self._recent = config.sinks, config.recent
-        self._k, resident = config.sized(max_tokens)
-        self._capacity = 0 if self.full else resident
         self._storing = Branch(device)  # rows of a prompt on their way to the arena
         self._recording = Branch(device)  # a new row on its way to arena and index; no one waits for it
         self._gating = Branch(device), Branch(device)  # of even, of odd layers
@@ -71,26 +69,35 @@ class KVCache:
         else:
             self._index = ExactIndex(arena)
 
-        heads = (shape.layers, slots, shape.kv_heads)
         self._first = self._sinks + self._recent  # row at which the set starts
-        rows = self._first + self._capacity
-        self._resident = torch.zeros(*heads, rows, 2, shape.head_dim, dtype=shape.dtype, device=device)
-        self._members = torch.full((*heads, self._capacity), -1, dtype=torch.int32, device=device)
-        self._stamps = torch.full((*heads, self._capacity), -1, dtype=torch.int32, device=device)
+        # by layer, [slots, kv_heads, ...]
+        self._k: list[int] = []
+        self._resident: list[Tensor] = []
+        self._members: list[Tensor] = []
+        self._stamps: list[Tensor] = []
+        for k, kept in config.sizes(max_tokens, shape.layers):
+            capacity = 0 if self.full else kept
+            lines = (slots, shape.kv_heads)
+            rows = (*lines, self._first + capacity, 2, shape.head_dim)
+            self._k.append(k)
+            self._resident.append(torch.zeros(rows, dtype=shape.dtype, device=device))
+            self._members.append(torch.full((*lines, capacity), -1, dtype=torch.int32, device=device))
+            self._stamps.append(torch.full((*lines, capacity), -1, dtype=torch.int32, device=device))
+        heads = (shape.layers, slots, shape.kv_heads)
         label_width = 0 if self.full else shape.group * shape.head_dim
         self._labels = torch.zeros(*heads, label_width, dtype=shape.dtype, device=device)
         never = _NEVER_REUSE if config.gate is None else config.gate
         self.thresholds = torch.full((shape.layers, shape.kv_heads), never, device=device)
         if config.profile is not None:
             config.profile.check(shape.layers, shape.kv_heads, shape.head_dim)
-            self.thresholds.copy_(torch.tensor(config.profile.thresholds))
+            self.thresholds.copy_(torch.tensor([layer.thresholds for layer in config.profile.layers]))
         self._norms = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
         self._tally = torch.zeros(*heads, 4, dtype=torch.int64, device=device)  # checks, misses, rows, moves
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident rows of all slots."""
-        return self._resident.nbytes
+        return sum(rows.nbytes for rows in self._resident)
 
     @property
     def index_token_bytes(self) -> int:
@@ -117,7 +124,8 @@ class KVCache:
         last = queries[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
         scores = last @ rows[:, :, 0].float().permute(1, 2, 0) * self._scale  # [kv_heads, group, T]
         self._norms[layer, slot] = scores.logsumexp(-1).flatten()
-        resident, members = self._resident[layer, slot], self._members[layer, slot]
+        resident, members = self._resident[layer][slot], self._members[layer][slot]
+        stamps, capacity = self._stamps[layer][slot], members.shape[1]
         by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
         head = min(self._sinks, total)
         resident[:, :head] = by_head[:, :head]
@@ -126,18 +134,18 @@ class KVCache:
         resident[:, ring] = by_head[:, latest]
 
         members.fill_(-1)
-        self._stamps[layer, slot].fill_(-1)
+        stamps.fill_(-1)
         candidates = total - self._sinks - self._recent
         if candidates <= 0:
             return
-        if candidates <= self._capacity:  # all fit, each in the slot that `append` expects
+        if candidates <= capacity:  # all fit, each in the slot that `append` expects
             chosen = torch.arange(self._sinks, self._sinks + candidates, device=resident.device)
             chosen = chosen.expand(self.shape.kv_heads, -1)
         else:
-            chosen = self._rank_prompt(by_head[:, self._sinks : total - self._recent, 0], queries)
+            chosen = self._rank_prompt(by_head[:, self._sinks : total - self._recent, 0], queries, capacity)
         count = chosen.shape[1]
         members[:, :count] = chosen.int()
-        self._stamps[layer, slot, :, :count] = torch.arange(count - 1, -1, -1, device=resident.device).int()
+        stamps[:, :count] = torch.arange(count - 1, -1, -1, device=resident.device).int()
         heads = torch.arange(self.shape.kv_heads, device=resident.device).unsqueeze(1)
         resident[:, self._first : self._first + count] = by_head[heads, chosen]
 
@@ -145,13 +153,13 @@ class KVCache:
         """All work to come finds the prompts' rows in the arena."""
         self._storing.join()
 
-    def _rank_prompt(self, keys: Tensor, queries: Tensor) -> Tensor:
-        """Positions [kv_heads, capacity] of the keys that the last queries weigh most, best first."""
+    def _rank_prompt(self, keys: Tensor, queries: Tensor, count: int) -> Tensor:
+        """Positions [kv_heads, count] of the keys that the last queries weigh most, best first."""
         kv_heads = self.shape.kv_heads
         last = queries[-PROMPT_QUERIES:].float()
         grouped = last.view(len(last), kv_heads, -1, self.shape.head_dim).transpose(0, 1).flatten(1, 2)
         products = grouped @ keys.float().transpose(1, 2) * self._scale  # [kv_heads, W * group, T']
-        return products.softmax(-1).mean(1).topk(self._capacity).indices + self._sinks
+        return products.softmax(-1).mean(1).topk(count).indices + self._sinks
 
     # ------------------------------------------------------------------------------------- decode
 
@@ -175,11 +183,11 @@ class KVCache:
         """
         count = len(batch.lengths)
         arena = self._arena[:, layer]
-        resident, members = self._resident[layer, :count], self._members[layer, :count]
+        resident, members = self._resident[layer][:count], self._members[layer][:count]
         if self.full:
             store_new(kv, batch.lengths, batch.table, arena)
             return attend_all(query, arena, batch.table, batch.lengths, self._scale)
-        stamps = self._stamps[layer, :count]
+        stamps = self._stamps[layer][:count]
         append(kv, batch.lengths, resident, members, stamps, self._sinks, self._recent)
         with self._recording.fork(kv):
             store_new(kv, batch.lengths, batch.table, arena)
@@ -207,17 +215,18 @@ class KVCache:
         """Gate and select, and begin to fetch; the last ``tail`` tokens are no candidates."""
         lengths, table = batch
         count = len(lengths)
-        members, tally = self._members[layer, :count], self._tally[layer, :count]
+        members, tally = self._members[layer][:count], self._tally[layer, :count]
         gating = self._gating[layer % 2]
         with gating.fork():
             miss = gate(query, self._labels[layer, :count], self.thresholds[layer], lengths, tally)
         weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
         gating.join()
         keys = weigh(miss, self._sinks, tail)
-        fresh = choose(keys, miss, lengths, tail, members, self._stamps[layer, :count], tally, self._k)
+        stamps = self._stamps[layer][:count]
+        fresh = choose(keys, miss, lengths, tail, members, stamps, tally, self._k[layer])
         with self._fetching[layer % 2].fork():
             fetch(
-                fresh, members, table, self._arena[:, layer], self._resident[layer, :count], self._first,
+                fresh, members, table, self._arena[:, layer], self._resident[layer][:count], self._first,
                 patient=ahead,
             )  # fmt: skip
         return fresh
@@ -247,7 +256,7 @@ class KVCache:
             selected_rows=selected,
             fetched_rows=moved,
             fetched_bytes=moved * self.shape.row_bytes,
-            resident_bytes=self._resident[:, 0].nbytes,
+            resident_bytes=sum(rows[0].nbytes for rows in self._resident),
             index_bytes=tokens * self._index.token_bytes,
             kv_bytes=tokens * self.shape.token_bytes,
         )

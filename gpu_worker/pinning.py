@@ -37,9 +37,9 @@ def check_gpu_memory(
     free, total = torch.cuda.mem_get_info()
     tokens = blocks * shape.block_tokens
     index = TwoBitIndex.bytes_per_token(shape) * tokens if config.attention == "clo" else 0
-    kept = config.sized(max_tokens).resident
-    rows = 0 if config.attention == "full" else config.sinks + config.recent + kept
-    resident = shape.layers * shape.kv_heads * rows * shape.row_bytes
+    kept = sum(sizes.resident for sizes in config.sizes(max_tokens, shape.layers))
+    rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + kept
+    resident = shape.kv_heads * rows * shape.row_bytes
     prefill = prefill_bytes(shape, max_tokens)
     guard = guard_bytes(shape, max_tokens) if config.guard is not None else 0
     wanted = index + slots * resident + prefill + guard + _GRAPH_BYTES

@@ -55,17 +55,20 @@ class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A gate for each KV head of a model, as ``benchmarks.calibrate`` writes it.
+class ProfiledLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows that a KV head of a layer selects and keeps, and the gate of each head: a cosine; a head with one
+    above 1 selects in every step."""
 
-    ``thresholds`` are cosines by layer and KV head; a head with one above 1 selects in every step. They were
-    measured with ``select_k`` and ``resident`` and mean nothing with others.
-    """
+    select_k: Annotated[int, Meta(ge=1)]
+    resident: Annotated[int, Meta(ge=1)]
+    thresholds: tuple[Annotated[float, Meta(ge=0.0, le=2.0)], ...]
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What each layer and KV head of a model needs, as ``benchmarks.calibrate`` writes it."""
 
     model: ProfiledModel
-    select_k: int
-    resident: int
-    thresholds: tuple[tuple[Annotated[float, Meta(ge=0.0, le=2.0)], ...], ...]
+    layers: tuple[ProfiledLayer, ...]
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
@@ -77,11 +80,17 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"--profile {path} is no profile: {error}.") from None
         model = profile.model
-        if [len(heads) for heads in profile.thresholds] != [model.kv_heads] * model.layers:
+        if [len(layer.thresholds) for layer in profile.layers] != [model.kv_heads] * model.layers:
             raise ConfigError(
                 f"--profile {path} does not hold {model.kv_heads} thresholds for each of the {model.layers} "
                 "layers of its model; make it again with benchmarks.calibrate."
             )
+        for number, layer in enumerate(profile.layers):
+            if layer.resident < layer.select_k:
+                raise ConfigError(
+                    f"--profile {path} keeps {layer.resident} rows of {layer.select_k} that it selects in "
+                    f"layer {number}; the rows selected in one step must fit into the resident set."
+                )
         return profile
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
@@ -110,13 +119,13 @@ class CacheConfig:
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
     longest ago among its ``resident`` rows. All resident rows are attended, beside ``sinks`` first tokens and
     the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
-    Where one of the two is None, ``sized`` chooses it.
+    Where one of the two is None, ``sizes`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``correct`` selects again with the real query,
     ``accept`` does not. Layers whose query cannot be predicted do without (``gpu_worker.prediction``).
 
-    ``profile`` gives each head a gate of its own in place of ``gate``. ``guard`` compares a sequence with
+    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``guard`` compares a sequence with
     full attention in one of so many of its decode steps.
     """
 
@@ -146,27 +155,20 @@ class CacheConfig:
         profile = self.profile
         if profile is None:
             return
-        if self.gate is not None:
-            raise ConfigError(
-                "--gate and --profile exclude each other: a profile holds a gate for each head."
-            )
+        for option, value in (("--select-k", k), ("--resident", resident), ("--gate", self.gate)):
+            if value is not None:
+                raise ConfigError(f"{option} and --profile exclude each other: a profile holds its own.")
         if self.attention != "clo":
             raise ConfigError(f"--profile is for --attention clo, and --attention is {self.attention}.")
-        own = profile.select_k, profile.resident
-        if any(asked not in (None, its) for asked, its in zip((k, resident), own, strict=True)):
-            raise ConfigError(
-                f"--profile was made with --select-k {profile.select_k} --resident {profile.resident}; start "
-                "with the same, or make it again with benchmarks.calibrate."
-            )
 
-    def sized(self, max_tokens: int) -> Sizes:
-        """The rows that a head selects and keeps where a sequence has at most ``max_tokens`` tokens."""
+    def sizes(self, max_tokens: int, layers: int) -> list[Sizes]:
+        """The rows that a head of each layer selects and keeps; ``max_tokens`` of the longest sequence."""
         if self.profile is not None:
-            return Sizes(self.profile.select_k, self.profile.resident)
+            return [Sizes(layer.select_k, layer.resident) for layer in self.profile.layers]
         k = self.select_k
         if k is None:
             k = min(_SELECTED[max_tokens > _SHORT], self.resident or max_tokens)
-        return Sizes(k, k if self.attention == "topk" else self.resident or _KEPT * k)
+        return [Sizes(k, k if self.attention == "topk" else self.resident or _KEPT * k)] * layers
 
 
 @dataclass(frozen=True)

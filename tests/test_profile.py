@@ -19,15 +19,15 @@ from tests.server import Server
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
 
 
+def layer(**changes: Any) -> dict[str, Any]:
+    """Head 0 never selects, head 1 always."""
+    return {"select_k": 16, "resident": 32, "thresholds": [0.0, 2.0], **changes}
+
+
 def profile_of(**changes: Any) -> dict[str, Any]:
-    """A profile for the tiny model, as JSON has it; head 0 never selects, head 1 always."""
-    return {
-        "model": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM},
-        "select_k": 16,
-        "resident": 32,
-        "thresholds": [[0.0, 2.0]] * LAYERS,
-        **changes,
-    }
+    """A profile for the tiny model, as JSON has it."""
+    model = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    return {"model": model, "layers": [layer()] * LAYERS, **changes}
 
 
 def write(folder: Path, content: dict[str, Any] | bytes) -> str:
@@ -39,17 +39,25 @@ def write(folder: Path, content: dict[str, Any] | bytes) -> str:
 WRONG: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "no JSON": (b"thresholds: 0.9", "is no profile: JSON is malformed"),
     "no text": (b"\xff\xfe\x00", "is no profile: "),
-    "missing field": ({"select_k": 16}, "is no profile: Object missing required field `model`"),
+    "missing field": ({"layers": []}, "is no profile: Object missing required field `model`"),
     "unknown field": (profile_of(k=1), "is no profile: Object contains unknown field `k`"),
-    "wrong type": (profile_of(resident="32"), "is no profile: Expected `int`, got `str` - at `$.resident`"),
-    "threshold that is no cosine": (profile_of(thresholds=[[-0.1, 1.0]]), "is no profile: Expected `float`"),
+    "wrong type": (profile_of(layers=[layer(resident="32")]), "is no profile: Expected `int`, got `str`"),
+    "nothing selected": (profile_of(layers=[layer(select_k=0)]), "is no profile: Expected `int` >= 1"),
+    "threshold that is no cosine": (
+        profile_of(layers=[layer(thresholds=[-0.1, 1.0])]),
+        "is no profile: Expected `float`",
+    ),
     "too few layers": (
-        profile_of(thresholds=[[0.0, 2.0]]),
+        profile_of(layers=[layer()]),
         "does not hold 2 thresholds for each of the 4 layers of its model",
     ),
     "too many heads": (
-        profile_of(thresholds=[[0.0, 1.0, 2.0]] * LAYERS),
+        profile_of(layers=[layer(thresholds=[0.0, 1.0, 2.0])] * LAYERS),
         "does not hold 2 thresholds for each of the 4 layers of its model",
+    ),
+    "fewer kept than selected": (
+        profile_of(layers=[layer()] * (LAYERS - 1) + [layer(resident=15)]),
+        "keeps 15 rows of 16 that it selects in layer 3",
     ),
 }
 
@@ -58,8 +66,7 @@ WRONG: dict[str, tuple[dict[str, Any] | bytes, str]] = {
 def test_a_wrong_file_is_refused(
     content: dict[str, Any] | bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["--select-k", "16", "--resident", "32", "--profile", write(tmp_path, content)]
-    assert launcher.main(line) == 2
+    assert launcher.main(["--profile", write(tmp_path, content)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --profile {tmp_path / 'profile.json'} ")
     assert error.count("\n") == 1
@@ -69,9 +76,10 @@ def test_a_wrong_file_is_refused(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--select-k 16 --resident 32 --gate 0.9", "--gate and --profile exclude each other"),
-        ("--select-k 16 --resident 33", "--profile was made with --select-k 16 --resident 32; start with"),
-        ("--select-k 16 --resident 32 --attention topk", "--profile is for --attention clo"),
+        ("--gate 0.9", "--gate and --profile exclude each other"),
+        ("--select-k 16", "--select-k and --profile exclude each other"),
+        ("--resident 32", "--resident and --profile exclude each other"),
+        ("--attention topk", "--profile is for --attention clo"),
     ],
 )
 def test_options_that_do_not_go_with_a_profile(
@@ -92,9 +100,9 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_profile_of_another_model_stops_the_start(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, thresholds=[[0.0, 2.0]] * 5)
-    arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB", "--select-k", "16")
-    with launch(*arguments, "--resident", "32", "--profile", write(tmp_path, other), ready=False) as server:
+    other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, layers=[layer()] * 5)
+    arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB")
+    with launch(*arguments, "--profile", write(tmp_path, other), ready=False) as server:
         assert server.process.wait(60) == 1
         assert server.stderr.read_text() == (
             "error: --profile is of a model of 5 layers, 2 KV heads and head_dim 16, and this one has 4, 2 "
@@ -102,20 +110,23 @@ def test_a_profile_of_another_model_stops_the_start(
         )
 
 
-def test_thresholds_reach_the_heads(tiny_model: Path, tmp_path: Path) -> None:
+def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path: Path) -> None:
     """On their way to the worker they are JSON. A head of threshold 0 keeps the rows of the prompt."""
-    path = Path(write(tmp_path, profile_of()))
-    config = CacheConfig(select_k=16, resident=32, profile=Profile.load(path))
+    sizes = [(16, 32), (8, 64), (16, 16), (24, 40)]
+    layers = [layer(select_k=k, resident=resident) for k, resident in sizes]
+    config = CacheConfig(profile=Profile.load(Path(write(tmp_path, profile_of(layers=layers)))))
     sent = msgspec.json.encode(WorkerConfig(0, 0, "", "", ModelConfig(), config))
     received = msgspec.json.decode(sent, type=WorkerConfig).cache
     assert received == config
     decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
     engine = make_engine(decoder, received, 1, 450)
-    assert engine.cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
+    cache = engine.cache
+    assert cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
+    assert [members.shape[2] for members in cache._members] == [resident for _, resident in sizes]
     tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
     force(engine, tokens[:400], tokens[400:])
-    checks, selections, selected, moved = engine.cache._tally[:, 0].unbind(-1)
+    checks, selections, selected, moved = cache._tally[:, 0].unbind(-1)
     assert checks.tolist() == [[20, 20]] * LAYERS
     assert selections.tolist() == [[0, 20]] * LAYERS
-    assert selected.tolist() == [[0, 16 * 20]] * LAYERS
+    assert selected.tolist() == [[0, k * 20] for k, _ in sizes]
     assert (moved[:, 0] == 0).all() and (moved[:, 1] > 0).all()

@@ -143,4 +143,4 @@ def test_the_default_cache_stays_within_its_bar(smollm2: Path) -> None:
     default, small = rows
     assert default.kl.value <= BAR
     assert default.kl.value < small.kl.value
-    assert 0 < default.rows < 0.1 * DEFAULT.config.sized(1248).select_k
+    assert 0 < default.rows < 0.1 * DEFAULT.config.sizes(1248, 1)[0].select_k

@@ -155,7 +155,7 @@ def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callab
     heads = torch.arange(shape.layers * shape.kv_heads).view(shape.layers, 1, shape.kv_heads, 1)
     starts = (heads * _SEQUENCES + torch.arange(_SEQUENCES).view(-1, 1, 1)) * tokens
     lines = torch.arange(_SEQUENCES * shape.kv_heads, device="cuda").view(_SEQUENCES, -1, 1)
-    sets = lines * cache._resident.shape[3] + cache._first
+    sets = lines * cache._resident[0].shape[2] + cache._first
     positions = torch.zeros(_SEQUENCES, shape.kv_heads, rows, dtype=torch.int32, pin_memory=True)
     buffer = torch.zeros(positions.numel(), row, dtype=shape.dtype, pin_memory=True)
     slots = torch.zeros(positions.shape, dtype=torch.int64, device="cuda")

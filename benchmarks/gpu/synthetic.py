@@ -116,12 +116,12 @@ def filled_engine(
         index._codes.random_(0, 256)
         index._scales.uniform_(0.5, 1.5)
         index._centres.normal_(0.0, 0.3)
-    for layer in cache._resident:
-        layer.normal_()
-    capacity = cache._members.shape[3]
+    capacity = cache._members[0].shape[2]
     spread = torch.linspace(cache._sinks, length - cache._recent - 1, capacity, device="cuda")
-    cache._members[:] = spread.int()
-    cache._stamps.random_(length - 300, length)
+    for rows, members, stamps in zip(cache._resident, cache._members, cache._stamps, strict=True):
+        rows.normal_()
+        members[:] = spread.int()
+        stamps.random_(length - 300, length)
     cache._norms.fill_(8.0)
     engine._lengths[:] = length
     return engine
