@@ -161,8 +161,8 @@ def parser() -> Parser:
         "--profile",
         default="off",
         metavar="FILE",
-        help="what each layer selects and keeps and a gate for each KV head, as benchmarks.calibrate measures "
-        "it for a model, in place of --select-k, --resident and --gate (%(default)s)",
+        help="what each layer selects and keeps, and a gate for each KV head, as benchmarks.calibrate finds "
+        "them for a model; in place of --select-k, --resident and --gate (%(default)s)",
     )
     choice(
         group,

@@ -11,8 +11,8 @@ from kernels.attend import attend_prompt
 
 logger = logging.getLogger(__name__)
 
-_TOKENS, _QUERIES, _SELECTED = 2048, 64, 16  # few of many, as in a long context
-_MOST_LOST = 0.01  # of a head's attention
+_TOKENS, _QUERIES, _SELECTED = 1024, 64, 64
+_MOST_LOST = 0.0125  # of a head's attention
 _ALWAYS = 68  # sinks and latest tokens, which need no selection
 
 

@@ -159,5 +159,6 @@ class Worker:
             resident_bytes=cache.resident_bytes,
             index_bytes=cache.index_token_bytes * self._ready.capacity_tokens,
             private_bytes=private_bytes(),
+            gpu_bytes=torch.cuda.memory_reserved(),
             guard=None if self._guard is None else self._guard.stats(),
         )

@@ -139,6 +139,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
     resident_bytes: int  # allocated for all slots
     index_bytes: int
     private_bytes: int  # memory of the worker process that is not the arena (RssAnon)
+    gpu_bytes: int  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
     guard: GuardStats | None  # None without --guard
 
 

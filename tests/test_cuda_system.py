@@ -224,8 +224,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(
             with Client(server.address) as client:
                 wait_until_idle(client)
                 worker = client.info().workers[0]
-            free, total = torch.cuda.mem_get_info()
-            held.append((worker.private_bytes, total - free))
+            held.append((worker.private_bytes, worker.gpu_bytes))
             if (
                 worker.guard is not None
             ):  # it compared steps with full attention, of which nothing is lost here
@@ -234,7 +233,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(
         assert_serves(server)  # worker and store check their books whenever they are idle
         first, second = held
         assert second[0] - first[0] < 128 * MIB, "memory of the process"
-        assert second[1] - first[1] < 256 * MIB, "memory of the GPU, with what the allocator keeps"
+        assert 0 < second[1] < first[1] + 256 * MIB, "memory of the GPU, with what the allocator keeps"
         log = server.stderr.read_text()
         assert " ERROR " not in log and "Traceback" not in log
 
