@@ -8,12 +8,13 @@ from torch import Tensor
 
 from gpu_worker.model import Decoder
 from kernels.attend import attend_prompt
+from runtime.config import CacheConfig
 
 logger = logging.getLogger(__name__)
 
 _TOKENS, _QUERIES, _SELECTED = 1024, 64, 64
 _MOST_LOST = 0.0125  # of a head's attention
-_ALWAYS = 68  # sinks and latest tokens, which need no selection
+_ALWAYS = CacheConfig.sinks + CacheConfig.recent  # tokens that need no selection
 
 
 class Source(Enum):

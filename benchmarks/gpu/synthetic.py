@@ -106,7 +106,8 @@ def filled_engine(
     decoder: Decoder, arena: Tensor, config: CacheConfig, sequences: int, length: int, max_tokens: int
 ) -> Engine:
     """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random."""
-    # Random weights predict nothing. In the default model too, few layers need their own query.
+    # Random weights predict nothing. These are the layers that fail at the start of the default model, which
+    # has four more further on.
     sources = (Source.OWN,) * 2 + (Source.MIDDLE,) + (Source.INPUT,) * (decoder.shape.layers - 3)
     engine = Engine(decoder, arena, config, sequences, max_tokens, sources)
     cache, index = engine.cache, engine.cache._index
