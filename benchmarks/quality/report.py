@@ -102,8 +102,8 @@ def tables_of(model: str, tokens: int, figures: list[Figures]) -> str:
     parts = [
         f"# {model}: what a cache loses against full attention, and what it moves",
         f"Made by `python -m benchmarks.quality`. Of each answer {tokens} tokens at most are forced by "
-        f"decode steps, of a copied passage {COPIED}. In brackets are 95 % intervals: for text a bootstrap over "
-        f"blocks of {BLOCK} successive tokens, for answers a paired one over items.",
+        f"decode steps, of a copied passage {COPIED}. In brackets are 95 % intervals: for text a bootstrap "
+        f"over blocks of {BLOCK} successive tokens, for answers a paired one over items.",
         "## Text",
         _table(text, [_text_line(row) for row in figures if row.right is None]),
         "## Tasks",
