@@ -209,7 +209,8 @@ def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
 
 @shapes
 @pytest.mark.parametrize("most", [0, 3, 60])
-def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int) -> None:
+@pytest.mark.parametrize("patient", [False, True])
+def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int, patient: bool) -> None:
     batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
     table = table_of(batch, pages)
     arena = torch.randn(kv_heads, len(table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)
@@ -220,7 +221,8 @@ def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: in
     slots = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :64].int()
     resident_gpu = resident.cuda()
     fetch(Fresh(slots, counts), members, table, arena, resident, first)
-    fetch(Fresh(slots.cuda(), counts.cuda()), members.cuda(), table.cuda(), arena_gpu, resident_gpu, first)
+    asked = Fresh(slots.cuda(), counts.cuda())
+    fetch(asked, members.cuda(), table.cuda(), arena_gpu, resident_gpu, first, patient=patient)
     same((resident, resident_gpu))
 
 

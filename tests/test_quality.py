@@ -117,10 +117,10 @@ def test_full_attention_by_steps_is_the_pass_over_all_tokens(tiny_model: Path) -
     assert abs(exact.kl.value) < 1e-5
     assert exact.agree.value == 1.0
     assert exact.right is not None
-    assert exact.right.cache == exact.right.full
+    assert exact.right.cache == exact.right.full.value
     assert small.kl.value > 0.01
     assert small.right is not None
-    assert small.right.gap.low <= small.right.cache - small.right.full <= small.right.gap.high
+    assert small.right.gap.low <= small.right.cache - small.right.full.value <= small.right.gap.high
     assert 0 < small.rows <= 8
     assert {result.case for result in results_of(list(rows.values()))} == {
         f"count/1500/{name}" for name in rows

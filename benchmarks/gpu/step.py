@@ -1,4 +1,9 @@
-"""step/resident and step/fetch: a decode step of 24 sequences of 32K at the Llama-3-8B shape."""
+"""step/resident and step/fetch: a decode step of 24 sequences of 32K at the Llama-3-8B shape.
+
+store/decode is step/resident beside the same step without writing its new rows to CPU memory.
+"""
+
+from unittest.mock import patch
 
 import torch
 
@@ -6,6 +11,7 @@ from benchmarks.gpu.ceilings import gemm_step, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
+from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
 from runtime.config import CacheConfig
 
@@ -33,6 +39,9 @@ def measure(machine: Machine) -> list[Result]:
         if share == 0:
             resident = took
             results.append(Result("step/resident", "time", took * 1e3, "ms", floor * 1e3, took / floor))
+            with replayed(0), patch.object(cache_module, "store_new", lambda *_: None):
+                without = step_seconds(engine, sequences)
+            results.append(Result("store/decode", "time", took * 1e3, "ms", without * 1e3, took / without))
         else:
             name = "step/fetch" if share == 9 else f"step/fetch/{share}%"
             results.append(Result(name, "time", took * 1e3, "ms", resident * 1e3, took / resident))

@@ -15,10 +15,10 @@ from gpu_worker.cache import KVCache
 
 @dataclass(frozen=True)
 class Answers:
-    """Mean shares over items, and the mean difference to full attention over the same items."""
+    """Mean shares over items, full attention's own, and the mean difference over the same items."""
 
     cache: float
-    full: float
+    full: Estimate
     gap: Estimate
 
 
@@ -61,7 +61,7 @@ def figures_of(
 
 
 def _answers(cache: Numbers, full: Numbers) -> Answers:
-    return Answers(float(cache.mean()), float(full.mean()), estimate(cache - full))
+    return Answers(float(cache.mean()), estimate(full), estimate(cache - full))
 
 
 def results_of(figures: list[Figures]) -> list[Result]:
@@ -87,8 +87,10 @@ def results_of(figures: list[Figures]) -> list[Result]:
             ("exact", "of answers", row.exact),
         ):
             if answers is not None:
-                ratio = answers.cache / answers.full if answers.full else None
-                results.append(Result(case, metric, answers.cache, unit, answers.full, ratio))
+                own = answers.full.value
+                ratio = answers.cache / own if own else None
+                results.append(Result(case, metric, answers.cache, unit, own, ratio))
+                results += interval(f"full's {metric}", answers.full, unit)
                 results += interval(f"{metric} - full's", answers.gap, unit)
     return results
 
@@ -103,7 +105,7 @@ def tables_of(model: str, tokens: int, figures: list[Figures]) -> str:
         f"# {model}: what a cache loses against full attention, and what it moves",
         f"Made by `python -m benchmarks.quality`. Of each answer {tokens} tokens at most are forced by "
         f"decode steps, of a copied passage {COPIED}. In brackets are 95 % intervals: for text a bootstrap "
-        f"over blocks of {BLOCK} successive tokens, for answers a paired one over items.",
+        f"over blocks of {BLOCK} successive tokens, for answers over items, paired for the differences.",
         "## Text",
         _table(text, [_text_line(row) for row in figures if row.right is None]),
         "## Tasks",
@@ -130,7 +132,7 @@ def _text_line(row: Figures) -> list[str]:
 def _task_line(row: Figures, right: Answers, exact: Answers) -> list[str]:
     shares = []
     for answers in (right, exact):
-        shares += [f"{answers.cache:.3f}", f"{answers.full:.3f}", _bracketed(answers.gap, "+.3f")]
+        shares += [f"{answers.cache:.3f}", _bracketed(answers.full, ".3f"), _bracketed(answers.gap, "+.3f")]
     return [str(row.length), row.kind, str(row.items), row.setting, *shares, f"{row.kl.value:.5f}"]
 
 
