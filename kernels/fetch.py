@@ -7,10 +7,8 @@ from kernels.cuda import launch
 from kernels.paging import locate
 from kernels.select import Fresh
 
-_BLOCKS = 32  # at most; more are slower, since their addresses lie too far apart
-_ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 64, 1024
-_PATIENT_THREADS = 1024
-_STAGES, _STAGE_BYTES = 2, 16 * 1024  # on their way to a block in bulk
+_BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
+_ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
 
 
 def fetch(
@@ -34,22 +32,15 @@ def fetch(
         patient: leave multiprocessors and memory to what runs beside it, for there is time.
     """
     if resident.is_cuda:
-        lines, row_bytes = fresh.counts.numel(), resident[0, 0, 0].nbytes
-        shared = 4 * (lines + 1)
-        if patient:
-            threads, rows_per_block = _PATIENT_THREADS, _PATIENT_ROWS_PER_BLOCK
-            means = {"BULK": 0}
-        else:
-            threads, rows_per_block = 32, _ROWS_PER_BLOCK
-            means = {"BULK": 1, "STAGES": _STAGES, "LANES": min(32, _STAGE_BYTES // row_bytes)}
-            shared += means["STAGES"] * means["LANES"] * row_bytes
+        lines = fresh.counts.numel()
         launch(
-            "fetch.cu", "fetch", (_BLOCKS,), threads,
+            "fetch.cu", "fetch", (_BLOCKS,), _THREADS,
             [fresh.slots, fresh.counts, members, table, table.stride(0), arena,
              arena.stride(0) * arena.itemsize,
              arena.stride(1) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
-             members.shape[1], rows_per_block],
-            shared=shared, BLOCK_TOKENS=arena.shape[2], ROW_BYTES=row_bytes, THREADS=threads, **means,
+             members.shape[1], _PATIENT_ROWS_PER_BLOCK if patient else _ROWS_PER_BLOCK],
+            shared=4 * (lines + 1), BLOCK_TOKENS=arena.shape[2], ROW_BYTES=resident[0, 0, 0].nbytes,
+            THREADS=_THREADS,
         )  # fmt: skip
         return
     entries = torch.arange(fresh.slots.shape[2], device=fresh.counts.device)

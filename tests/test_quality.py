@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from benchmarks.quality.__main__ import probe
 from benchmarks.quality.forcing import FULL, Reference
 from benchmarks.quality.metrics import BLOCK, blocks, estimate, share_exact, share_right
 from benchmarks.quality.report import figures_of, results_of, tables_of
@@ -122,10 +123,22 @@ def test_full_attention_by_steps_is_the_pass_over_all_tokens(tiny_model: Path) -
     assert small.right is not None
     assert small.right.gap.low <= small.right.cache - small.right.full.value <= small.right.gap.high
     assert 0 < small.rows <= 8
-    assert {result.case for result in results_of(list(rows.values()))} == {
-        f"count/1500/{name}" for name in rows
-    }
-    assert tables_of("tiny", 200, list(rows.values())).count("| count |") == len(rows)
+    figures = list(rows.values())
+    cases = {result.case for result in results_of(figures, {"small": 0.5})}
+    assert cases == {"prefetch/small", *(f"count/1500/{name}" for name in rows)}
+    assert tables_of("tiny", 200, figures, {"small": 0.5}).count("| count |") == len(rows)
+
+
+def test_without_prefetching_all_that_is_fetched_comes_late(tiny_model: Path) -> None:
+    decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+    text = letters("What stands here is of no use to any question. " * 50)
+    reference = Reference(decoder, [ruler_item("lookup", text, 1300, 1, letters)], tokens=40)
+    off = Setting("off", CacheConfig(select_k=8, resident=32, prefetch="off"))
+    engine = reference.engine(off.config)
+    fetched = figures_of("text", 1300, off, reference, reference.force(engine), engine.cache).rows
+    assert float(probe(reference, off).late.mean()) == pytest.approx(fetched, rel=0.05)
+    whole = Setting("whole", CacheConfig(select_k=8, resident=2048, prefetch="off"))
+    assert not probe(reference, whole).late.any()
 
 
 def test_the_default_cache_stays_within_its_bar(smollm2: Path) -> None:

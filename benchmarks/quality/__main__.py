@@ -15,11 +15,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.quality.forcing import FULL, Probe, Reference
+from benchmarks.quality.forcing import FULL, Heads, Probe, Reference
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
-from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
+from benchmarks.quality.settings import CORRECT, DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
 from gpu_worker.loader import load_decoder, resolve
@@ -48,11 +48,8 @@ def main() -> None:
         reference = Reference(decoder, items, options.tokens)
         settings = [Setting("full, by steps", FULL), *SETTINGS, *options.setting]
         figures += measure("text", length, reference, settings)
-    probed = reference.engine(DEFAULT.config, probe=True)
-    reference.force(probed)
-    assert isinstance(probed.cache, Probe)
-    heads = probed.cache.heads(reference.steps)
-    del reference, probed
+    probed = {setting.name: probe(reference, setting) for setting in (DEFAULT, CORRECT)}
+    del reference
     for length in options.lengths[:1] if options.quick else options.lengths:
         for kind in options.tasks:
             count = (QUICK_ITEMS if options.quick else ITEMS) * options.documents
@@ -62,10 +59,12 @@ def main() -> None:
             del reference
 
     name = options.name or f"quality-{Path(resolved.name).name}"
-    write(name, results_of(figures))
-    (RESULTS / f"{name}.md").write_text(tables_of(resolved.name, options.tokens, figures))
+    late = {setting: float(heads.late.mean()) for setting, heads in probed.items()}
+    write(name, results_of(figures, late))
+    (RESULTS / f"{name}.md").write_text(tables_of(resolved.name, options.tokens, figures, late))
     draw_settings(figures, RESULTS / f"{name}.png")
-    draw_heads(*heads, f"{DEFAULT.name}, {options.lengths[-1]} tokens", RESULTS / f"{name}-heads.png")
+    title = f"{DEFAULT.name}, {options.lengths[-1]} tokens"
+    draw_heads(probed[DEFAULT.name], title, RESULTS / f"{name}-heads.png")
 
 
 def items_of(
@@ -92,6 +91,14 @@ def measure(kind: str, length: int, reference: Reference, settings: list[Setting
         rows.append(figures_of(kind, length, setting, reference, scores, engine.cache))
         print(f"measured {kind} {length} {setting.name}: KL {rows[-1].kl.value:.5f}", file=sys.stderr)
     return rows
+
+
+def probe(reference: Reference, setting: Setting) -> Heads:
+    """What each head does with a setting."""
+    engine = reference.engine(setting.config, probe=True)
+    reference.force(engine)
+    assert isinstance(engine.cache, Probe)
+    return engine.cache.heads(reference.steps)
 
 
 def parse() -> argparse.Namespace:

@@ -6,6 +6,7 @@ once, however many caches are measured on it.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -21,7 +22,7 @@ from gpu_worker.prefill import Prefill
 from gpu_worker.shape import KVShape
 from kernels.attend import attend_all
 from kernels.paging import gather_tokens
-from kernels.select import Fresh
+from kernels.select import Fresh, choose
 from runtime.config import CacheConfig
 from tests.reference import GREEDY
 
@@ -42,6 +43,14 @@ class Scores:
     loss: Numbers
     agree: Numbers
     right: Numbers
+
+
+class Heads(NamedTuple):
+    """What each head does in the mean step: each [layers, kv_heads]."""
+
+    hits: Tensor  # share of selected rows that were resident
+    errors: Tensor  # |cache - full| / |full| of the outputs of a query group
+    late: Tensor  # rows that its query wants and that are neither resident nor on their way
 
 
 class Reference:
@@ -108,7 +117,7 @@ class Reference:
             engine._capture(slots)  # before the prompts, for it takes steps, of no sequence
             torch.cuda.synchronize()
         if isinstance(engine.cache, Probe):
-            engine.cache.errors.zero_()
+            engine.cache.reset()
         engine._table.copy_(self.table)
         for slot, item in enumerate(self.items):
             for layer in range(decoder.shape.layers):
@@ -167,7 +176,8 @@ class _Pass(KVCache):
 
 
 class Probe(KVCache):
-    """Compares each attention with full attention over the same rows, for sequences that are all in use."""
+    """Compares each attention with full attention over the same rows, and what a prefetch brings with what
+    the query itself wants, for sequences that are all in use."""
 
     def __init__(
         self,
@@ -180,22 +190,42 @@ class Probe(KVCache):
         device: torch.device,
     ) -> None:
         super().__init__(shape, arena, config, slots, max_tokens, scale, device)
-        self.errors = torch.zeros(self._tally.shape[:3], device=device)
-        """|cache - full| / |full| of the outputs of a query group, summed over the steps: [layers, slots,
-        kv_heads]."""
+        # [layers, slots, kv_heads], summed over the steps
+        self._errors = torch.zeros(self._tally.shape[:3], device=device)
+        self._late = torch.zeros_like(self._errors)
+
+    def reset(self) -> None:
+        self._errors.zero_()
+        self._late.zero_()
 
     def attend(
         self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: Fresh | None, *, select: bool
     ) -> Tensor:
+        count = len(query)
+        self._late[layer, :count] += self._missing(layer, query, batch)
         attended = super().attend(layer, query, kv, batch, coming, select=select)
         self._recording.join()  # the new row is in the arena
         full = attend_all(query, self._arena[:, layer], batch.table, batch.lengths, self._scale).float()
-        grouped = (len(query), self.shape.kv_heads, -1)
+        grouped = (count, self.shape.kv_heads, -1)
         off = (attended.float() - full).view(grouped).norm(dim=-1)
-        self.errors[layer, : len(query)] += off / full.view(grouped).norm(dim=-1)
+        self._errors[layer, :count] += off / full.view(grouped).norm(dim=-1)
         return attended
 
-    def heads(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Hit rate of selected rows, and error of the mean step: both [layers, kv_heads]."""
+    def _missing(self, layer: int, query: Tensor, batch: Batch) -> Tensor:
+        """Rows that the query wants and that neither lie in the set nor are on their way: [B, kv_heads]."""
+        lengths, table = batch
+        count, tail = len(query), self._recent + 1  # as in ``prefetch``: the new token is not appended yet
+        every = torch.ones(count, self.shape.kv_heads, dtype=torch.bool, device=query.device)
+        weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
+        held = (
+            self._members[layer][:count].clone(),
+            self._stamps[layer][:count].clone(),
+            self._tally[layer, :count].clone(),
+        )
+        return choose(weigh(every, self._sinks, tail), every, lengths, tail, *held, self._k[layer]).counts
+
+    def heads(self, steps: int) -> Heads:
+        """Means over the steps and slots."""
         _, _, selected, fetched = self._tally.sum(1).cpu().unbind(-1)
-        return 1 - fetched / selected.clamp_min(1), self.errors.mean(1).cpu() / steps
+        errors, late = self._errors.mean(1).cpu() / steps, self._late.mean(1).cpu() / steps
+        return Heads(1 - fetched / selected.clamp_min(1), errors, late)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from benchmarks.quality.forcing import Heads
 from benchmarks.quality.report import Figures
 
 
@@ -33,12 +33,12 @@ def draw_settings(figures: list[Figures], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_heads(hits: Tensor, errors: Tensor, title: str, path: Path) -> None:
-    """Heat maps of what each layer and KV head does: both [layers, kv_heads]."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    axes = figure.subplots(2, 1)
-    parts = (("hit rate", hits), ("|output - full attention's| / |full attention's|", errors))
-    for axis, (name, values) in zip(axes, parts, strict=True):
+def draw_heads(heads: Heads, title: str, path: Path) -> None:
+    """Heat maps of what each layer and KV head does."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(3, 1)
+    names = ("hit rate", "|output - full attention's| / |full attention's|", "rows wanted too late")
+    for axis, name, values in zip(axes, names, heads, strict=True):
         image = axis.imshow(values.T.numpy(), aspect="auto", cmap="viridis")
         axis.set(xlabel="layer", ylabel="KV head", yticks=range(values.shape[1]), title=f"{name} ({title})")
         figure.colorbar(image)

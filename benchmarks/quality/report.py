@@ -64,9 +64,12 @@ def _answers(cache: Numbers, full: Numbers) -> Answers:
     return Answers(float(cache.mean()), estimate(full), estimate(cache - full))
 
 
-def results_of(figures: list[Figures]) -> list[Result]:
-    """Every figure; an interval is two results more."""
-    results = []
+def results_of(figures: list[Figures], late: dict[str, float]) -> list[Result]:
+    """Every figure; an interval is two results more. late: rows that come too late, by setting."""
+    results = [
+        Result(f"prefetch/{setting}", "too late", rows, "rows per step and head")
+        for setting, rows in late.items()
+    ]
     for row in figures:
         case = f"{row.kind}/{row.length}/{row.setting}"
 
@@ -95,8 +98,8 @@ def results_of(figures: list[Figures]) -> list[Result]:
     return results
 
 
-def tables_of(model: str, tokens: int, figures: list[Figures]) -> str:
-    """Markdown."""
+def tables_of(model: str, tokens: int, figures: list[Figures], late: dict[str, float]) -> str:
+    """Markdown. late: as in ``results_of``."""
     text = ["tokens", "cache", "KL to full (nats)", "same top token", "perplexity", "ratio to full's",
             "rows moved per step and head", "KiB moved per token", "hit rate"]  # fmt: skip
     tasks = ["tokens", "task", "items", "cache", "tokens right", "full's", "difference", "answers right",
@@ -108,6 +111,8 @@ def tables_of(model: str, tokens: int, figures: list[Figures]) -> str:
         f"over blocks of {BLOCK} successive tokens, for answers over items, paired for the differences.",
         "## Text",
         _table(text, [_text_line(row) for row in figures if row.right is None]),
+        "Rows per step and head that a layer's own query wants and that are neither resident nor on their "
+        f"way, at the longest text: {', '.join(f'{rows:.2f} ({name})' for name, rows in late.items())}.",
         "## Tasks",
         "Shares over the items, of the answers' tokens that are right and of whole answers that are, beside "
         "full attention's own on the same items.",
