@@ -3,6 +3,8 @@
 // thread looks up its next chunk while the present one is on its way. All blocks walk through the rows side by
 // side, so that the addresses in flight stay close together (the GPU's reach of address translation into CPU
 // memory is about 1 GiB).
+// Bulk asynchronous copies (cp.async.bulk) carry a little more where nothing runs beside them, and cost a decode
+// step more than loads do.
 #include "common.cuh"
 
 #define CHUNKS (ROW_BYTES / 16)
