@@ -216,7 +216,7 @@ def test_rows_that_never_come_end_in_an_error(
     with pytest.raises(DeviceStuck, match="KV store"):
         opened.wait(number).sum().item()  # the CPU waits here, a GPU runs into the timeout behind this line
         opened.check()
-    assert time.monotonic() - start >= 0.2
+    assert 0.2 <= time.monotonic() - start < 5.0
     for late in (lambda: opened.wait(number), lambda: opened.request(2), opened.check):
         with pytest.raises(DeviceStuck):
             late()
