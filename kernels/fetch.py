@@ -9,6 +9,8 @@ from kernels.select import Fresh
 
 _BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
 _ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
+_MANY = 32768  # rows of one launch, from which on they come in bulk
+_STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block
 
 
 def fetch(
@@ -32,15 +34,19 @@ def fetch(
         patient: leave multiprocessors and memory to what runs beside it, for there is time.
     """
     if resident.is_cuda:
-        lines = fresh.counts.numel()
+        lines, k = fresh.counts.numel(), fresh.slots.shape[2]
+        row_bytes = resident[0, 0, 0].nbytes
+        stages = _STAGES if lines * k >= _MANY else 0
+        lanes = min(32, _STAGE_BYTES // row_bytes)
+        shared = stages * lanes * row_bytes + 4 * (lines + 1)
         launch(
             "fetch.cu", "fetch", (_BLOCKS,), _THREADS,
             [fresh.slots, fresh.counts, members, table, table.stride(0), arena,
              arena.stride(0) * arena.itemsize,
-             arena.stride(1) * arena.itemsize, resident, fresh.slots.shape[2], members.shape[2], first, lines,
-             members.shape[1], _PATIENT_ROWS_PER_BLOCK if patient else _ROWS_PER_BLOCK],
-            shared=4 * (lines + 1), BLOCK_TOKENS=arena.shape[2], ROW_BYTES=resident[0, 0, 0].nbytes,
-            THREADS=_THREADS,
+             arena.stride(1) * arena.itemsize, resident, k, members.shape[2], first, lines,
+             members.shape[1], _PATIENT_ROWS_PER_BLOCK if patient else _ROWS_PER_BLOCK, _MANY],
+            shared=shared, BLOCK_TOKENS=arena.shape[2], ROW_BYTES=row_bytes, THREADS=_THREADS,
+            STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
     entries = torch.arange(fresh.slots.shape[2], device=fresh.counts.device)

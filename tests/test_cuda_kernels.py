@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.pinning import pin
+from kernels import fetch as fetch_module
 from kernels.append import append
 from kernels.attend import attend_fresh, attend_held
 from kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
@@ -209,8 +210,12 @@ def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
 
 @shapes
 @pytest.mark.parametrize("most", [0, 3, 60])
-@pytest.mark.parametrize("patient", [False, True])
-def test_fetch(dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int, patient: bool) -> None:
+@pytest.mark.parametrize(("patient", "many"), [(False, 2**30), (True, 2**30), (False, 1)])
+def test_fetch(
+    dim: int, kv_heads: int, group: int, dtype: torch.dtype, most: int, patient: bool, many: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fetch_module, "_MANY", many)
     batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
     table = table_of(batch, pages)
     arena = torch.randn(kv_heads, len(table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)

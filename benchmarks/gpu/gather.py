@@ -1,5 +1,10 @@
-"""gather/N: N rows a head of 12 sequences x 8 heads x 32K, one layer after another, fresh rows each time."""
+"""gather/N: N rows a head of 12 sequences x 8 heads x 32K, one layer after another, fresh rows each time.
 
+What the same kernel reaches on rows that follow one another is a second ceiling: the copy engine asks for
+larger pieces than any kernel does.
+"""
+
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,22 +27,32 @@ def measure(machine: Machine) -> list[Result]:
     arena = arena_of(machine.memory, model, sequences, CONTEXT)
     table = torch.arange(len(arena), device="cuda").view(sequences, -1)
     resident = torch.zeros(sequences, 8, capacity, 2, 128, dtype=torch.bfloat16, device="cuda")
-    results = []
-    for rows in (2048, 256, 64):
+
+    def rate(rows: int, draw: Callable[[], Tensor]) -> float:
         slots = torch.arange(rows, device="cuda").int().expand(sequences, 8, rows).contiguous()
         counts = torch.full((sequences, 8), rows, dtype=torch.int32, device="cuda")
-        draws = []
-        for _ in range(2 * layers):
-            drawn = torch.rand(sequences, 8, CONTEXT, device="cuda").argsort(-1)[..., :rows].sort(-1).values
-            draws.append(torch.nn.functional.pad(drawn.int(), (0, capacity - rows)))
+        fresh = Fresh(slots, counts)
+        draws = [torch.nn.functional.pad(draw().int(), (0, capacity - rows)) for _ in range(2 * layers)]
 
-        def work(draws: list[Tensor], fresh: Fresh) -> None:
+        def work() -> None:
             for turn, members in enumerate(draws):
                 fetch(fresh, members, table, arena[:, turn % layers], resident, 0)
 
-        graph = graph_of(partial(work, draws, Fresh(slots, counts)))
-        rate = len(draws) * sequences * 8 * rows * 512 / seconds(graph.replay)
-        results.append(
-            Result(f"gather/{rows}", "rate", rate / 1e9, "GB/s", machine.to_gpu / 1e9, rate / machine.to_gpu)
-        )
-    return results
+        return len(draws) * sequences * 8 * rows * 512 / seconds(graph_of(work).replay)
+
+    def scattered(rows: int) -> Tensor:
+        """[sequences, 8, rows] positions, in order."""
+        return torch.rand(sequences, 8, CONTEXT, device="cuda").argsort(-1)[..., :rows].sort(-1).values
+
+    def consecutive(rows: int) -> Tensor:
+        start = int(torch.randint(CONTEXT - rows, ()))
+        return torch.arange(start, start + rows, device="cuda").expand(sequences, 8, rows)
+
+    def result(case: str, metric: str, reached: float) -> Result:
+        return Result(case, metric, reached / 1e9, "GB/s", machine.to_gpu / 1e9, reached / machine.to_gpu)
+
+    ceiling = rate(2048, partial(consecutive, 2048))
+    return [
+        result("ceiling", "consecutive rows", ceiling),
+        *(result(f"gather/{rows}", "rate", rate(rows, partial(scattered, rows))) for rows in (2048, 256, 64)),
+    ]
