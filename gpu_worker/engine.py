@@ -11,7 +11,7 @@ from gpu_worker.mailbox import Mailbox
 from gpu_worker.model import Decoder
 from gpu_worker.prediction import Source, measure_sources
 from gpu_worker.prefill import Prefill
-from gpu_worker.streams import Branch, Mark
+from gpu_worker.streams import Branch, Mark, Urgency
 from kernels.sample import sample
 from kernels.select import Fresh
 from runtime.config import CacheConfig
@@ -73,7 +73,7 @@ class Engine:
         self._logits: dict[int, Tensor] = {}
         self._pool: Any = None  # memory of all graphs
         # one for all captures, as graphs that share a pool need
-        self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._capturing = torch.cuda.Stream(device, priority=Urgency.STEP) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, max_tokens, decoder.scale, device)
