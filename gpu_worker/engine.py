@@ -231,12 +231,8 @@ class Engine:
         normal = decoder.normalise(0, hidden)
         rope = decoder.rope((lengths - 1).clamp_min(0))
 
-        read_ahead = hidden  # not given back to the allocator before the next join
-
         def prefetch(layer: int, hidden: Tensor) -> Fresh:
-            nonlocal read_ahead
-            read_ahead = hidden
-            with self._ahead.fork():
+            with self._ahead.fork(hidden):
                 predicted = decoder.query(layer, decoder.normalise(layer, hidden), rope)
                 return cache.prefetch(layer, predicted, batch)
 

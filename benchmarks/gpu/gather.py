@@ -5,7 +5,6 @@ larger pieces than any kernel does.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,11 +27,11 @@ def measure(machine: Machine) -> list[Result]:
     table = torch.arange(len(arena), device="cuda").view(sequences, -1)
     resident = torch.zeros(sequences, 8, capacity, 2, 128, dtype=torch.bfloat16, device="cuda")
 
-    def rate(rows: int, draw: Callable[[], Tensor]) -> float:
+    def rate(rows: int, draw: Callable[[int], Tensor]) -> float:
         slots = torch.arange(rows, device="cuda").int().expand(sequences, 8, rows).contiguous()
         counts = torch.full((sequences, 8), rows, dtype=torch.int32, device="cuda")
         fresh = Fresh(slots, counts)
-        draws = [torch.nn.functional.pad(draw().int(), (0, capacity - rows)) for _ in range(2 * layers)]
+        draws = [torch.nn.functional.pad(draw(rows).int(), (0, capacity - rows)) for _ in range(2 * layers)]
 
         def work() -> None:
             for turn, members in enumerate(draws):
@@ -51,8 +50,8 @@ def measure(machine: Machine) -> list[Result]:
     def result(case: str, metric: str, reached: float) -> Result:
         return Result(case, metric, reached / 1e9, "GB/s", machine.to_gpu / 1e9, reached / machine.to_gpu)
 
-    ceiling = rate(2048, partial(consecutive, 2048))
+    ceiling = rate(2048, consecutive)
     return [
         result("ceiling", "consecutive rows", ceiling),
-        *(result(f"gather/{rows}", "rate", rate(rows, partial(scattered, rows))) for rows in (2048, 256, 64)),
+        *(result(f"gather/{rows}", "rate", rate(rows, scattered)) for rows in (2048, 256, 64)),
     ]
