@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_worker.index import ExactIndex, Index, TwoBitIndex
 from gpu_worker.shape import KVShape
-from gpu_worker.streams import Branch, Urgency
+from gpu_worker.streams import Branch
 from kernels.append import append
 from kernels.attend import attend_all, attend_fresh, attend_held
 from kernels.fetch import fetch
@@ -61,11 +61,8 @@ class KVCache:
         self._sinks, self._recent = config.sinks, config.recent
         self._storing = Branch(device)  # rows of a prompt on their way to the arena
         self._recording = Branch(device)  # a new row on its way to arena and index; no one waits for it
-
-        def of_layers() -> tuple[Branch, Branch]:  # of even and of odd ones
-            return Branch(device, Urgency.URGENT), Branch(device, Urgency.URGENT)
-
-        self._gating, self._preparing, self._fetching = of_layers(), of_layers(), of_layers()
+        self._gating = Branch(device), Branch(device)  # of even, of odd layers
+        self._fetching = Branch(device, urgent=True), Branch(device, urgent=True)
         self._index: Index
         if config.attention == "clo":
             self._index = TwoBitIndex(shape, arena.shape[0], device)
@@ -219,13 +216,11 @@ class KVCache:
         lengths, table = batch
         count = len(lengths)
         members, tally = self._members[layer][:count], self._tally[layer, :count]
-        gating, preparing = self._gating[layer % 2], self._preparing[layer % 2]
+        gating = self._gating[layer % 2]
         with gating.fork():
             miss = gate(query, self._labels[layer, :count], self.thresholds[layer], lengths, tally)
-        with preparing.fork():
-            weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
+        weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
         gating.join()
-        preparing.join()
         keys = weigh(miss, self._sinks, tail)
         stamps = self._stamps[layer][:count]
         fresh = choose(keys, miss, lengths, tail, members, stamps, tally, self._k[layer])

@@ -11,7 +11,7 @@ from gpu_worker.mailbox import Mailbox
 from gpu_worker.model import Decoder
 from gpu_worker.prediction import Source, measure_sources
 from gpu_worker.prefill import Prefill
-from gpu_worker.streams import Branch, Mark, Urgency
+from gpu_worker.streams import Branch, Mark
 from kernels.sample import sample
 from kernels.select import Fresh
 from runtime.config import CacheConfig
@@ -73,11 +73,11 @@ class Engine:
         self._logits: dict[int, Tensor] = {}
         self._pool: Any = None  # memory of all graphs
         # one for all captures, as graphs that share a pool need
-        self._capturing = torch.cuda.Stream(device, priority=Urgency.STEP) if device.type == "cuda" else None
+        self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, max_tokens, decoder.scale, device)
-        self._ahead = Branch(device)
+        self._ahead = Branch(device), Branch(device)  # of even, of odd layers
         self._accepts = config.prefetch == "accept"
         if config.prefetch == "off" or config.attention != "clo":
             sources = (Source.OWN,) * decoder.shape.layers
@@ -232,17 +232,17 @@ class Engine:
         rope = decoder.rope((lengths - 1).clamp_min(0))
 
         def prefetch(layer: int, hidden: Tensor) -> Fresh:
-            with self._ahead.fork(hidden):
+            with self._ahead[layer % 2].fork(hidden):
                 predicted = decoder.query(layer, decoder.normalise(layer, hidden), rope)
                 return cache.prefetch(layer, predicted, batch)
 
         coming: Fresh | None = None
         for layer, source in enumerate(self._sources):
             following = (*self._sources, Source.OWN)[layer + 1]
-            if source is not Source.OWN:
-                self._ahead.join()
             next_coming = prefetch(layer + 1, hidden) if following is Source.INPUT else None
             query, kv = decoder.qkv(layer, normal, rope)
+            if source is not Source.OWN:
+                self._ahead[layer % 2].join()
             select = source is Source.OWN or not self._accepts
             attended = cache.attend(layer, query, kv, batch, coming, select=select)
             hidden, normal = decoder.add_attention(layer, hidden, attended)

@@ -2,21 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
 
 import torch
 from torch import Tensor
-
-
-class Urgency(IntEnum):
-    """Whose blocks a multiprocessor takes first where several kernels have some left; a stream's priority.
-
-    The rank of a kernel stays with it in a CUDA graph.
-    """
-
-    FILLER = 0  # all that is not waited for yet: it fills what the others leave
-    STEP = -1  # the chain from a decode step's token to its next one
-    URGENT = -2  # little work that much waits for, and transfers, which wait for PCIe most of the time
 
 
 class Branch:
@@ -26,11 +14,13 @@ class Branch:
 
     Args:
         device: of the work.
-        urgency: of its work.
+        urgent: whether its blocks go before those of the current stream.
     """
 
-    def __init__(self, device: torch.device, urgency: Urgency = Urgency.FILLER) -> None:
-        self._stream = torch.cuda.Stream(device, priority=urgency) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+        self._stream = (
+            torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
+        )
 
     @contextmanager
     def fork(self, *inputs: Tensor) -> Iterator[None]:

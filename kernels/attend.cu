@@ -56,12 +56,12 @@ __device__ inline float logarithm(float value) {
 }
 
 // Zeros where it is not `there`, and then nothing is read.
-__device__ inline void copy_async(uint4* shared, const void* global, bool there) {
+__device__ inline void copy_async(uint4* shared, const void* global, bool there, int64 policy) {
     const uint32 target = (uint32)__cvta_generic_to_shared(shared);
     asm volatile(
-        "{ .reg .pred absent; setp.eq.s32 absent, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, absent; }" ::"r"(
-            target),
-        "l"(global), "r"((int)there)
+        "{ .reg .pred absent; setp.eq.s32 absent, %2, 0; "
+        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, absent, %3; }" ::"r"(target),
+        "l"(global), "r"((int)there), "l"(policy)
         : "memory");
 }
 
@@ -93,6 +93,7 @@ __device__ inline int first_row(int batch) { return batch * BATCH + threadIdx.x 
 // Asks for the lane's chunks of a batch of `count` rows, of which the i-th is row `row_of(i)`.
 template <class RowOf>
 __device__ inline void copy(uint4* stage, const char* rows, int batch, int count, RowOf row_of) {
+    const int64 policy = passing();
 #pragma unroll
     for (int r = 0; r < DEPTH; r++) {
         const int i = first_row(batch) + r;
@@ -102,8 +103,8 @@ __device__ inline void copy(uint4* stage, const char* rows, int batch, int count
             // a lane past the end of the row goes with the last one, so that it reads numbers too
             const int chunk = min((int)threadIdx.x % LANES + part * LANES, CHUNKS - 1);
             uint4* target = stage + (r * PER_LANE + part) * 64;
-            copy_async(target, row + chunk * 16, i < count);
-            copy_async(target + 32, row + (CHUNKS + chunk) * 16, i < count);
+            copy_async(target, row + chunk * 16, i < count, policy);
+            copy_async(target + 32, row + (CHUNKS + chunk) * 16, i < count, policy);
         }
     }
 }

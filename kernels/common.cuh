@@ -71,6 +71,13 @@ __device__ inline float power_of_2(float exponent) {
     return value;
 }
 
+// For what is read once a step, so that it does not drive what is read again soon out of the L2 cache.
+__device__ inline int64 passing() {
+    int64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Ends a group of asynchronous copies of this thread.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -37,13 +37,6 @@ __device__ inline int chunk_place(int chunk) {
 #endif
 }
 
-// Codes are read once, so they shall not drive the keys, which are read next, out of the L2 cache.
-__device__ inline int64 passing() {
-    int64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 __device__ inline void copy_16(void* shared, const void* global, int64 policy) {
     const uint32 target = (uint32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global),

@@ -11,12 +11,23 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import ablation, gather, host, million, prefill, real, step, throughput
+from benchmarks.gpu import (
+    ablation,
+    gather,
+    host,
+    million,
+    prefill,
+    real,
+    step,
+    throughput,
+    translation,
+)
 from benchmarks.gpu.machine import Machine
 from benchmarks.result import write
 
 CASES: dict[str, ModuleType] = {
     "gather": gather,
+    "translation": translation,
     "step": step,
     "throughput": throughput,
     "ablation": ablation,

@@ -27,7 +27,7 @@ from benchmarks.result import Result
 from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
 from gpu_worker.prediction import Source
-from gpu_worker.streams import Branch, Urgency
+from gpu_worker.streams import Branch
 from kernels.select import Fresh
 from runtime.config import CacheConfig
 
@@ -104,7 +104,7 @@ def _cut(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]
         between: what the host does at each cut, once it has waited; gets the layer.
     """
     choose: Callable[..., Fresh] = vars(cache_module)["choose"]
-    stream, pool = torch.cuda.Stream(priority=Urgency.STEP), torch.cuda.graph_pool_handle()
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     graphs = [torch.cuda.CUDAGraph()]
 
     def choose_and_cut(*args: object) -> Fresh:

@@ -1,8 +1,12 @@
 """step/resident and step/fetch: a decode step of 24 sequences of 32K at the Llama-3-8B shape.
 
-store/decode is step/resident beside the same step without writing its new rows to CPU memory.
+store/decode is step/resident beside the same step without writing its new rows to CPU memory. All steps run
+in turn, several times around, so that they find the machine in the same state.
 """
 
+from collections.abc import Iterable
+from contextlib import ExitStack
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -15,7 +19,7 @@ from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
 from runtime.config import CacheConfig
 
-CONTEXT, STEPS = 32768, 40
+CONTEXT, STEPS, ROUNDS = 32768, 40, 5
 MAX_TOKENS = CONTEXT + 512
 SELECTED = 256  # k
 CONFIG = CacheConfig(select_k=SELECTED, resident=2048)
@@ -31,25 +35,39 @@ def measure(machine: Machine) -> list[Result]:
         random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
     )
     read = sequences * CONTEXT * engine.cache.index_token_bytes + engine.cache.resident_bytes
-    floor, resident = gemm + read / machine.hbm, 0.0
-    results = [Result("ceiling", "GEMM graph", gemm * 1e3, "ms")]
-    for share in SHARES:
-        with replayed(round(SELECTED * share / 100)):
-            took = step_seconds(engine, sequences)
-        if share == 0:
-            resident = took
-            results.append(Result("step/resident", "time", took * 1e3, "ms", floor * 1e3, took / floor))
-            with replayed(0), patch.object(cache_module, "store_new", lambda *_: None):
-                without = step_seconds(engine, sequences)
-            results.append(Result("store/decode", "time", took * 1e3, "ms", without * 1e3, took / without))
-        else:
-            name = "step/fetch" if share == 9 else f"step/fetch/{share}%"
-            results.append(Result(name, "time", took * 1e3, "ms", resident * 1e3, took / resident))
+    floor = gemm + read / machine.hbm
+    with ExitStack() as replays:
+        replays.enter_context(replayed(0))
+        with patch.object(cache_module, "store_new", lambda *_: None):
+            steps = [captured(engine, sequences)]
+        for share in SHARES:
+            replays.enter_context(replayed(round(SELECTED * share / 100)))
+            steps.append(captured(engine, sequences))
+        without, resident, *fetching = in_turn(steps)
+    results = [
+        Result("ceiling", "GEMM graph", gemm * 1e3, "ms"),
+        Result("step/resident", "time", resident * 1e3, "ms", floor * 1e3, resident / floor),
+        Result("store/decode", "time", resident * 1e3, "ms", without * 1e3, resident / without),
+    ]
+    for share, took in zip(SHARES[1:], fetching, strict=True):
+        name = "step/fetch" if share == 9 else f"step/fetch/{share}%"
+        results.append(Result(name, "time", took * 1e3, "ms", resident * 1e3, took / resident))
     return results
 
 
-@torch.inference_mode()
+def in_turn(steps: Iterable[torch.cuda.CUDAGraph]) -> list[float]:
+    """Median seconds of each step."""
+    times = [[seconds(step.replay, STEPS // ROUNDS) for step in steps] for _ in range(ROUNDS)]
+    return [median(each) for each in zip(*times, strict=True)]
+
+
 def step_seconds(engine: Engine, size: int) -> float:
     """Median seconds of a decode step, captured as it now is."""
+    return seconds(captured(engine, size).replay, STEPS)
+
+
+@torch.inference_mode()
+def captured(engine: Engine, size: int) -> torch.cuda.CUDAGraph:
+    """A decode step, captured as it now is."""
     engine._capture(size)
-    return seconds(engine._graphs[size].replay, STEPS)
+    return engine._graphs[size]
