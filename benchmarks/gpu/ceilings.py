@@ -1,6 +1,6 @@
 """What the machine can do at most, measured in the same run as what is compared with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -24,6 +24,12 @@ def seconds(work: Callable[[], object], repeats: int = 10) -> float:
         end.synchronize()
         times.append(float(begin.elapsed_time(end)) / 1e3)
     return median(times)
+
+
+def in_turn(works: Sequence[Callable[[], object]]) -> list[float]:
+    """Median ``seconds`` of each of ``works``, in turn, so that all find the machine in the same state."""
+    times = [[seconds(work, 8) for work in works] for _ in range(5)]
+    return [median(each) for each in zip(*times, strict=True)]
 
 
 def graph_of(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -4,14 +4,12 @@ store/decode is step/resident beside the same step without writing its new rows 
 in turn, several times around, so that they find the machine in the same state.
 """
 
-from collections.abc import Iterable
 from contextlib import ExitStack
-from statistics import median
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu.ceilings import gemm_step, seconds
+from benchmarks.gpu.ceilings import gemm_step, in_turn, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
@@ -19,7 +17,7 @@ from gpu_worker import cache as cache_module
 from gpu_worker.engine import Engine
 from runtime.config import CacheConfig
 
-CONTEXT, STEPS, ROUNDS = 32768, 40, 5
+CONTEXT, STEPS = 32768, 40
 MAX_TOKENS = CONTEXT + 512
 SELECTED = 256  # k
 CONFIG = CacheConfig(select_k=SELECTED, resident=2048)
@@ -43,7 +41,7 @@ def measure(machine: Machine) -> list[Result]:
         for share in SHARES:
             replays.enter_context(replayed(round(SELECTED * share / 100)))
             steps.append(captured(engine, sequences))
-        without, resident, *fetching = in_turn(steps)
+        without, resident, *fetching = in_turn([step.replay for step in steps])
     results = [
         Result("ceiling", "GEMM graph", gemm * 1e3, "ms"),
         Result("step/resident", "time", resident * 1e3, "ms", floor * 1e3, resident / floor),
@@ -53,12 +51,6 @@ def measure(machine: Machine) -> list[Result]:
         name = "step/fetch" if share == 9 else f"step/fetch/{share}%"
         results.append(Result(name, "time", took * 1e3, "ms", resident * 1e3, took / resident))
     return results
-
-
-def in_turn(steps: Iterable[torch.cuda.CUDAGraph]) -> list[float]:
-    """Median seconds of each step."""
-    times = [[seconds(step.replay, STEPS // ROUNDS) for step in steps] for _ in range(ROUNDS)]
-    return [median(each) for each in zip(*times, strict=True)]
 
 
 def step_seconds(engine: Engine, size: int) -> float:
