@@ -71,7 +71,8 @@ def attend_held(
             entries < fresh.counts.unsqueeze(2), held.shape[2] - 1
         )
         held = held.scatter_(2, coming, False)[..., :-1]
-    return _partial(query, resident, held, scale)
+    used = int(held.any(0).any(0).nonzero().max()) + 1  # a set fills from its front
+    return _partial(query, resident[:, :, :used], held[..., :used], scale)
 
 
 def attend_fresh(
