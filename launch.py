@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from runtime.config import (
+from clo.runtime.config import (
     Attention,
     CacheConfig,
     Device,
@@ -22,8 +22,8 @@ from runtime.config import (
     format_size,
     parse_size,
 )
-from runtime.errors import CLOError, ConfigError
-from runtime.process import configure_logging
+from clo.runtime.machine.process import configure_logging
+from clo.runtime.wire.errors import CLOError, ConfigError
 
 DESCRIPTION = """\
 Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index
@@ -173,7 +173,7 @@ def parser() -> Parser:
         "predicts well: correct selects again with the real one, accept does not, which is fastest",
     )
     group.add_argument(
-        "--guard",
+        "--drift-check",
         type=partial(number_or, "off", int),
         default="off",
         metavar="STEPS",
@@ -249,7 +249,7 @@ def config_from(argv: list[str]) -> ServerConfig:
             gate=options.gate,
             prefetch=options.prefetch,
             profile=None if options.profile == "off" else Profile.load(Path(options.profile)),
-            guard=options.guard,
+            drift_check=options.drift_check,
         ),
         workers=options.workers,
         stores=tuple(options.kvstore.split(",")),
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> int:
     configure_logging(config.log_level)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
-        from runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
+        from clo.runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
 
         return supervise(config)
     except CLOError as error:

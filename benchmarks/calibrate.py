@@ -19,7 +19,7 @@ Then a price of a moved row and one of a resident row are sought for all layers,
 sizes, and at its own sizes each head the threshold, at which error + prices x rows is least. The first price
 meets the target, the second one keeps the resident rows of all layers together at those of equal sizes.
 
-A selection is made with the real query, as with ``--prefetch off`` and ``correct``. Heads of a layer share
+A selection is made with the real query, as with ``--prefetch off`` and ``verified``. Heads of a layer share
 their sizes: one launch does them all.
 """
 
@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.tasks import documents, make_item
-from gpu_worker.cache import Batch, KVCache
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from kernels.attend import attend_prompt
-from runtime.config import CacheConfig, ModelConfig, Profile, ProfiledLayer, ProfiledModel, Sizes
-from runtime.messages import Text
-from runtime.text import Tokenizer
+from clo.gpu_worker.cache.kv_cache import Batch, KVCache
+from clo.gpu_worker.model.decoder import Decoder
+from clo.kernels.attend import attend_prompt
+from clo.runtime.config import CacheConfig, ModelConfig, Profile, ProfiledLayer, ProfiledModel, Sizes
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import Text
 
 ALWAYS = 2.0  # selects in every step: above any cosine
 GRID = (ALWAYS, 0.95, 0.9, 0.8, 0.7, 0.5)  # falling; a few hundred steps show no rarer selections
@@ -91,7 +91,7 @@ class Bench:
             blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim,
             dtype=shape.dtype, device=self._device,
         )  # fmt: skip
-        self._table = torch.arange(blocks, device=self._device)
+        self._block_table = torch.arange(blocks, device=self._device)
 
         def cache(config: CacheConfig) -> KVCache:
             return KVCache(shape, arena, config, 1, total, decoder.scale, self._device)
@@ -109,38 +109,38 @@ class Bench:
         error = torch.zeros(heads, dtype=torch.float64, device=self._device)
         for length, token in enumerate(self._continuation, len(self._prompt) + 1):
             error += self._step(token, length)
-        tally = torch.stack([cache._tally[:, 0] for cache in self._caches]).double()
+        counters = torch.stack([cache._counters[:, 0] for cache in self._caches]).double()
         steps = len(self._continuation)
-        return Costs(error.cpu() / steps, tally[..., 3].cpu() / steps, tally[..., 1].cpu() / steps)
+        return Costs(error.cpu() / steps, counters[..., 3].cpu() / steps, counters[..., 1].cpu() / steps)
 
     @torch.inference_mode()
     def _prefill(self) -> None:
         decoder = self._decoder
         hidden = decoder.embed(torch.tensor(self._prompt, device=self._device))
         rope = decoder.rope(torch.arange(len(self._prompt), device=self._device))
-        normal = decoder.normalise(0, hidden)
+        normed = decoder.input_norm(0, hidden)
         for layer in range(self._shape.layers):
-            query, rows = decoder.qkv(layer, normal, rope)
+            query, rows = decoder.qkv(layer, normed, rope)
             for cache in (self._full, *self._caches):
-                cache.take_prompt(0, layer, rows, query, self._table)
+                cache.take_prompt(0, layer, rows, query, self._block_table)
                 cache.join_prompt()
             attended = attend_prompt(query, rows, decoder.scale)
-            hidden, normal = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
+            hidden, normed = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
 
     def _step(self, token: int, length: int) -> Tensor:
         """Errors in nats [options, layers, kv_heads] at one token, the last of ``length``."""
         decoder, shape = self._decoder, self._shape
-        batch = Batch(torch.tensor([length], device=self._device), self._table.unsqueeze(0))
+        batch = Batch(torch.tensor([length], device=self._device), self._block_table.unsqueeze(0))
         probes = torch.zeros(
             shape.layers, shape.query_heads, shape.head_dim, dtype=shape.dtype, device=self._device,
             requires_grad=True,
         )  # fmt: skip
         hidden = decoder.embed(torch.tensor([token], device=self._device))
         rope = decoder.rope(batch.lengths - 1)
-        normal = decoder.normalise(0, hidden)
+        normed = decoder.input_norm(0, hidden)
         errors = []
         for layer in range(shape.layers):
-            query, kv = decoder.qkv(layer, normal, rope)
+            query, kv = decoder.qkv(layer, normed, rope)
             kv = kv.detach()
             exact = self._full.attend(layer, query, kv, batch, None, select=True)
             with torch.no_grad():
@@ -149,11 +149,11 @@ class Bench:
                     for cache in self._caches
                 ]
                 errors.append(torch.cat(found).float() - exact.float())
-            hidden, normal = decoder.add_attention(layer, hidden, exact + probes[layer])
-            hidden, normal = decoder.add_mlp(layer, hidden, normal)
+            hidden, normed = decoder.add_attention(layer, hidden, exact + probes[layer])
+            hidden, normed = decoder.add_mlp(layer, hidden, normed)
         for cache in self._caches:
             cache.end_step()
-        logprobs = decoder.logits(normal)[0].log_softmax(-1)
+        logprobs = decoder.logits(normed)[0].log_softmax(-1)
         error = torch.stack(errors, 1)  # [options, layers, query_heads, head_dim]
         total = torch.zeros(len(self._caches), shape.layers, shape.kv_heads, device=self._device)
         for drawn in logprobs.detach().exp().multinomial(DRAWS, replacement=True):

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.result import Result, write
+from clo.gpu_worker.engine import Engine
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
 from examples.document import document
-from gpu_worker.engine import Engine
-from gpu_worker.loader import load_decoder, resolve
-from runtime.config import CacheConfig, ModelConfig
 from tests.reference import arrived, make_engine, prefill, stats_of
 
 CONTEXT, STEPS = 6000, 40

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from benchmarks.result import Result, write
 from benchmarks.tasks import Item, documents, make_item
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from runtime.config import CacheConfig, ModelConfig, Profile
-from runtime.messages import Text
-from runtime.text import Tokenizer
+from clo.gpu_worker.model.decoder import Decoder
+from clo.runtime.config import CacheConfig, ModelConfig, Profile
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import Text
 from tests.reference import make_engine, prefill
 
 DOCUMENTS = (0, 1)  # of benchmarks.tasks; calibration takes others
@@ -55,15 +55,15 @@ class Run(NamedTuple):
 
 @torch.inference_mode()
 def decode(decoder: Decoder, config: CacheConfig, item: Item, steps: int) -> tuple[Tensor, Tensor]:
-    """Logits [steps, vocab] after each token of the answer, and the tally [steps, 4] of all heads."""
+    """Logits [steps, vocab] after each token of the answer, and the counters [steps, 4] of all heads."""
     total = len(item.prompt) + steps
     engine = make_engine(decoder, config, 1, total)
     prefill(engine, 0, item.prompt, total)
-    logits, tallies = [], [engine.cache.tally(0)]
+    logits, tallies = [], [engine.cache.counters(0)]
     for length, token in enumerate(item.answer[:steps], len(item.prompt) + 1):
         engine.feed(0, token)
         logits.append(engine.forward(1, length))
-        tallies.append(engine.cache.tally(0))
+        tallies.append(engine.cache.counters(0))
     return torch.cat(logits), torch.stack(tallies).diff(dim=0)
 
 
@@ -71,12 +71,12 @@ def run(decoder: Decoder, config: CacheConfig, items: list[Item], full: list[Ten
     heads = decoder.shape.layers * decoder.shape.kv_heads
     divergences, tallies = [], []
     for item, expected in zip(items, full, strict=True):
-        logits, tally = decode(decoder, config, item, len(expected))
+        logits, counters = decode(decoder, config, item, len(expected))
         p, q = expected.log_softmax(-1), logits.log_softmax(-1)
         divergences.append((p.exp() * (p - q)).sum(-1).double().cpu())
-        tallies.append(tally.double().cpu() / heads)
-    tally = torch.cat(tallies)
-    return Run(torch.cat(divergences).numpy(), tally[:, 3].numpy(), tally[:, 1].numpy())
+        tallies.append(counters.double().cpu() / heads)
+    counters = torch.cat(tallies)
+    return Run(torch.cat(divergences).numpy(), counters[:, 3].numpy(), counters[:, 1].numpy())
 
 
 def beside(mine: Run, others: list[Run], steps: NDArray[numpy.int64] | slice) -> tuple[float, float]:

@@ -4,7 +4,7 @@
 
 Keys are those of prompts of 4,096 tokens of the default model, queries those of their last 32 tokens, over
 all layers and heads. What a row is worth is its softmax weight, summed over the queries of a KV head, as in
-``kernels.select.weigh``; an index estimates the products of queries and keys that it follows from. First and
+``clo.kernels.score.score_products``; an index estimates the products of queries and keys that it follows from. First and
 latest tokens, which are always attended, are left out. Every index has a code of 2 bits for each entry of a
 key (128 at head_dim 64); "bits a key" adds its scale. All but ``page`` centre the keys on the mean of their
 block of 512. The learned hash is trained, head by head, on a document that no index is judged by.
@@ -20,12 +20,12 @@ from torch import Tensor
 from benchmarks.quality.forcing import Reference
 from benchmarks.result import Result, write
 from benchmarks.tasks import documents, make_item
-from gpu_worker.loader import load_decoder, resolve
-from kernels.encode import encode, unpack
-from kernels.paging import gather_tokens
-from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import Text
-from runtime.text import Tokenizer
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.encode import encode, unpack
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import Text
 
 LENGTH, BLOCK = 4096, 512
 TRAINING, JUDGED = 4, (0, 1)  # documents
@@ -48,7 +48,7 @@ def exact(keys: Tensor) -> Products:
 
 
 def two_bit(keys: Tensor) -> Products:
-    """Rotated 2-bit codes with one scale (``kernels.encode``): what CLO uses."""
+    """Rotated 2-bit codes with one scale (``clo.kernels.encode``): what CLO uses."""
     rotation, (centres, _) = _rotation(keys.shape[2]), _centred(keys)
     codes, scales = encode(keys, centres, rotation)
     levels = (unpack(codes).float() - 1.5) * scales.float().unsqueeze(-1)

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.tasks import KINDS, Encode, make_item
-from gpu_worker.loader import resolve
-from runtime.config import DEFAULT_MODEL, ModelConfig
+from clo.runtime.config import DEFAULT_MODEL, ModelConfig
+from clo.runtime.model.files import resolve
 
 THETA = 1e6
 RANK = 64

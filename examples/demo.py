@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clo.runtime.client import Client, Result
+from clo.runtime.config import format_size
+from clo.runtime.wire.messages import Progress
 from examples.document import document
-from runtime.client import Client, Result
-from runtime.config import format_size
-from runtime.messages import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT_CHARACTERS = 26_000  # about 6,300 tokens

@@ -4,9 +4,9 @@ import sys
 
 import msgspec
 
-from gpu_worker.worker import Worker
-from runtime.config import WorkerConfig
-from runtime.process import configure_logging, die_with_parent, run_process
+from clo.gpu_worker.worker import Worker
+from clo.runtime.config import WorkerConfig
+from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
 
 
 def main() -> None:

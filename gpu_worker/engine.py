@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpu_worker.cache import Batch, KVCache
-from gpu_worker.mailbox import Mailbox
-from gpu_worker.model import Decoder
-from gpu_worker.prediction import Source, measure_sources
-from gpu_worker.prefill import Prefill
-from gpu_worker.streams import Branch, Mark
-from kernels.sample import sample
-from kernels.select import Fresh
-from runtime.config import CacheConfig
-from runtime.messages import NO_STATS, CacheStats, Logprob, Sampling
+from clo.gpu_worker.cache.kv_cache import Batch, KVCache
+from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
+from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.outputs import Mailbox
+from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.kernels.sample import sample
+from clo.kernels.update_resident import FetchList
+from clo.runtime.config import CacheConfig
+from clo.runtime.wire.messages import NO_STATS, CacheStats, Logprob, Sampling
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of the captured graphs
 
 
-class Posted(NamedTuple):
+class StepHandle(NamedTuple):
     """A step on its way: its tokens come by mailbox."""
 
     number: int
@@ -28,19 +28,19 @@ class Posted(NamedTuple):
     logits: Tensor  # [rows, vocab] float32; overwritten by the next step
 
 
-class Retirement:
+class SlotRelease:
     """A slot on its way out: once ``mark`` is reached the device no longer touches it."""
 
     def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
         self._cache = cache
-        self._tally = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._tally.copy_(cache.tally(slot), non_blocking=True)
-        cache.reset_tally(slot)
-        self.mark = Mark(device)
+        self._counters = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._counters.copy_(cache.counters(slot), non_blocking=True)
+        cache.reset_counters(slot)
+        self.mark = DeviceEvent(device)
 
     def stats(self, tokens: int, steps: int) -> CacheStats:
         """What the cache did for the sequence, ``tokens`` long, in ``steps`` decode steps."""
-        return self._cache.stats(self._tally.tolist(), tokens, steps) if steps else NO_STATS
+        return self._cache.stats(self._counters.tolist(), tokens, steps) if steps else NO_STATS
 
 
 class Engine:
@@ -65,7 +65,7 @@ class Engine:
         config: CacheConfig,
         slots: int,
         max_tokens: int,
-        sources: tuple[Source, ...] | None = None,
+        sources: tuple[QuerySource, ...] | None = None,
     ) -> None:
         self.decoder = decoder
         self._device = device = decoder.device
@@ -77,14 +77,14 @@ class Engine:
         self.depth = 2 if device.type == "cuda" else 1
         """Steps that should be on their way at a time, so that the device does not wait for the host."""
         self.cache = KVCache(decoder.shape, arena, config, slots, max_tokens, decoder.scale, device)
-        self._ahead = Branch(device), Branch(device)  # of even, of odd layers
-        self._accepts = config.prefetch == "accept"
+        self._ahead = SideStream(device), SideStream(device)  # of even, of odd layers
+        self._accepts = config.prefetch == "predicted"
         if config.prefetch == "off" or config.attention != "clo":
-            sources = (Source.OWN,) * decoder.shape.layers
-        self._sources = measure_sources(decoder) if sources is None else sources
+            sources = (QuerySource.OWN,) * decoder.shape.layers
+        self._sources = measure_query_sources(decoder) if sources is None else sources
 
         max_blocks = -(-max_tokens // decoder.shape.block_tokens)
-        self._table = torch.zeros(slots, max_blocks, dtype=torch.int64, device=device)
+        self._block_table = torch.zeros(slots, max_blocks, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._temperature = torch.zeros(slots, device=device)
@@ -123,10 +123,12 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
         """Begin the prefill of a sequence in a free slot."""
-        row = torch.zeros(self._table.shape[1], dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        row = torch.zeros(
+            self._block_table.shape[1], dtype=torch.int64, pin_memory=self._device.type == "cuda"
+        )
         row[: len(blocks)] = torch.tensor(blocks)
-        self._table[slot].copy_(row, non_blocking=True)
-        return Prefill(self.decoder, self.cache, slot, tokens, self._table[slot])
+        self._block_table[slot].copy_(row, non_blocking=True)
+        return Prefill(self.decoder, self.cache, slot, tokens, self._block_table[slot])
 
     @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
@@ -140,10 +142,10 @@ class Engine:
         self._seed[slot].fill_(seed)
 
     @torch.inference_mode()
-    def retire(self, slot: int) -> Retirement:
+    def retire(self, slot: int) -> SlotRelease:
         """The sequence of a slot ends after the steps on their way."""
         self._lengths[slot].zero_()
-        return Retirement(self.cache, slot, self._device)
+        return SlotRelease(self.cache, slot, self._device)
 
     @torch.inference_mode()
     def feed(self, slot: int, token: int) -> None:
@@ -154,20 +156,20 @@ class Engine:
     def mirror(self, other: "Engine", slot: int) -> None:
         """Slot 0 takes over blocks, length and token of another engine's slot; the arena must be the same."""
         for mine, its in (
-            (self._table, other._table), (self._lengths, other._lengths), (self._tokens, other._tokens)
+            (self._block_table, other._block_table), (self._lengths, other._lengths), (self._tokens, other._tokens)
         ):  # fmt: skip
             mine[0] = its[slot]
 
     @torch.inference_mode()
-    def start(self, slot: int, logits: Tensor) -> Posted:
+    def start(self, slot: int, logits: Tensor) -> StepHandle:
         """Draw the first token of an activated slot from the logits [1, vocab] of its prefill."""
         self._tokens[slot : slot + 1] = drawn = self._sample(logits, slice(slot, slot + 1))
         self._mailbox.post(drawn)
         self._posted += 1
-        return Posted(self._posted, [0], logits)
+        return StepHandle(self._posted, [0], logits)
 
     @torch.inference_mode()
-    def step(self, slots: list[int], longest: int) -> Posted:
+    def step(self, slots: list[int], longest: int) -> StepHandle:
         """Launch one decode step.
 
         Args:
@@ -182,9 +184,9 @@ class Engine:
         else:
             logits = self._step(needed, longest)
         self._posted += 1
-        return Posted(self._posted, slots, logits)
+        return StepHandle(self._posted, slots, logits)
 
-    def read(self, posted: Posted) -> list[int] | None:
+    def read(self, posted: StepHandle) -> list[int] | None:
         """The tokens of a step, in the order of ``posted.rows``, or None while they are on their way.
 
         Raises:
@@ -193,12 +195,12 @@ class Engine:
         tokens = self._mailbox.read(posted.number, max(posted.rows) + 1)
         return None if tokens is None else [tokens[row] for row in posted.rows]
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """The end of the work so far."""
-        return Mark(self._device)
+        return DeviceEvent(self._device)
 
     @torch.inference_mode()
-    def logprob(self, logits: Tensor, mark: Mark, token: int, top: int) -> Logprob:
+    def logprob(self, logits: Tensor, mark: DeviceEvent, token: int, top: int) -> Logprob:
         """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
 
         Args:
@@ -226,30 +228,30 @@ class Engine:
         lengths = self._lengths[:slots]
         lengths += lengths > 0
         pages = None if longest is None else -(-longest // decoder.shape.block_tokens)
-        batch = Batch(lengths, self._table[:slots, :pages])
+        batch = Batch(lengths, self._block_table[:slots, :pages])
         hidden = decoder.embed(self._tokens[:slots])
-        normal = decoder.normalise(0, hidden)
+        normed = decoder.input_norm(0, hidden)
         rope = decoder.rope((lengths - 1).clamp_min(0))
 
-        def prefetch(layer: int, hidden: Tensor) -> Fresh:
+        def prefetch(layer: int, hidden: Tensor) -> FetchList:
             with self._ahead[layer % 2].fork(hidden):
-                predicted = decoder.query(layer, decoder.normalise(layer, hidden), rope)
+                predicted = decoder.query(layer, decoder.input_norm(layer, hidden), rope)
                 return cache.prefetch(layer, predicted, batch)
 
-        coming: Fresh | None = None
+        coming: FetchList | None = None
         for layer, source in enumerate(self._sources):
-            following = (*self._sources, Source.OWN)[layer + 1]
-            next_coming = prefetch(layer + 1, hidden) if following is Source.INPUT else None
-            query, kv = decoder.qkv(layer, normal, rope)
-            if source is not Source.OWN:
+            following = (*self._sources, QuerySource.OWN)[layer + 1]
+            next_coming = prefetch(layer + 1, hidden) if following is QuerySource.INPUT else None
+            query, kv = decoder.qkv(layer, normed, rope)
+            if source is not QuerySource.OWN:
                 self._ahead[layer % 2].join()
-            select = source is Source.OWN or not self._accepts
+            select = source is QuerySource.OWN or not self._accepts
             attended = cache.attend(layer, query, kv, batch, coming, select=select)
-            hidden, normal = decoder.add_attention(layer, hidden, attended)
-            coming = prefetch(layer + 1, hidden) if following is Source.MIDDLE else next_coming
-            hidden, normal = decoder.add_mlp(layer, hidden, normal)
+            hidden, normed = decoder.add_attention(layer, hidden, attended)
+            coming = prefetch(layer + 1, hidden) if following is QuerySource.MIDDLE else next_coming
+            hidden, normed = decoder.add_mlp(layer, hidden, normed)
         cache.end_step()
-        return decoder.logits(normal)
+        return decoder.logits(normed)
 
     def _step(self, slots: int, longest: int | None = None) -> Tensor:
         logits = self.forward(slots, longest)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpu_worker.guard import guard_bytes
-from gpu_worker.index import TwoBitIndex
-from gpu_worker.prefill import prefill_bytes
-from gpu_worker.shape import KVShape
-from runtime.config import CacheConfig, format_size
-from runtime.errors import ConfigError
+from clo.gpu_worker.cache.index import TwoBitIndex
+from clo.gpu_worker.drift_check import drift_check_bytes
+from clo.gpu_worker.prefill import prefill_bytes
+from clo.runtime.config import CacheConfig, format_size
+from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.wire.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ def check_gpu_memory(
     rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + kept
     resident = shape.kv_heads * rows * shape.row_bytes
     prefill = prefill_bytes(shape, max_tokens)
-    guard = guard_bytes(shape, max_tokens) if config.guard is not None else 0
-    wanted = index + slots * resident + prefill + guard + _GRAPH_BYTES
+    drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
+    wanted = index + slots * resident + prefill + drift_check + _GRAPH_BYTES
     spare = int(utilization * total) - (total - free)
     parts = (
         f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
         f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
-        f"{max_tokens} tokens, {format_size(guard)} guard, {format_size(_GRAPH_BYTES)} graphs"
+        f"{max_tokens} tokens, {format_size(drift_check)} drift_check, {format_size(_GRAPH_BYTES)} graphs"
     )
     if wanted > spare:
         raise ConfigError(

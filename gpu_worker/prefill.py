@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from gpu_worker.cache import PROMPT_QUERIES, KVCache
-from gpu_worker.model import Decoder
-from gpu_worker.shape import KVShape
-from kernels.attend import attend_prompt
+from clo.gpu_worker.cache.kv_cache import PROMPT_QUERIES, KVCache
+from clo.gpu_worker.model.decoder import Decoder
+from clo.kernels.attend import attend_prompt
+from clo.runtime.model.kv_shape import KVShape
 
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # about as long as a decode step
 
@@ -29,13 +29,15 @@ class Prefill:
         cache: takes each layer's rows.
         slot: of the sequence.
         tokens: the prompt, at least one token.
-        table: [max_blocks] int64, blocks of the sequence.
+        block_table: [max_blocks] int64, blocks of the sequence.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slot: int, tokens: list[int], table: Tensor) -> None:
-        self._decoder, self._cache, self._slot, self._table = decoder, cache, slot, table
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, slot: int, tokens: list[int], block_table: Tensor
+    ) -> None:
+        self._decoder, self._cache, self._slot, self._block_table = decoder, cache, slot, block_table
         self.total = len(tokens)
-        device, shape = table.device, decoder.shape
+        device, shape = block_table.device, decoder.shape
         ids = torch.tensor(
             tokens, pin_memory=device.type == "cuda"
         )  # else the copy would wait for the device
@@ -61,18 +63,18 @@ class Prefill:
         end = min(start + self._chunk, self.total)
         hidden = self._hidden[start:end]
         cos, sin = self._rope
-        normal = self._decoder.normalise(layer, hidden)
-        query, rows = self._decoder.qkv(layer, normal, (cos[start:end], sin[start:end]))
+        normed = self._decoder.input_norm(layer, hidden)
+        query, rows = self._decoder.qkv(layer, normed, (cos[start:end], sin[start:end]))
         self._rows[start:end] = rows
         attended = attend_prompt(query, self._rows[:end], self._decoder.scale)
-        hidden, normal = self._decoder.add_attention(layer, hidden, attended)
-        self._hidden[start:end], normal = self._decoder.add_mlp(layer, hidden, normal)
+        hidden, normed = self._decoder.add_attention(layer, hidden, attended)
+        self._hidden[start:end], normed = self._decoder.add_mlp(layer, hidden, normed)
         self._start = end
         if end < self.total:
             return None
-        self._cache.take_prompt(self._slot, layer, self._rows, query, self._table)
+        self._cache.take_prompt(self._slot, layer, self._rows, query, self._block_table)
         self._rows = torch.empty_like(self._rows)  # the former ones may be on their way to the arena
         self._layer, self._start = layer + 1, 0
         if self._layer < self._decoder.shape.layers:
             return None
-        return self._decoder.logits(normal[-1:])
+        return self._decoder.logits(normed[-1:])

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gpu_worker.engine import Engine, Posted, Retirement
-from gpu_worker.guard import Guard
-from gpu_worker.prefill import Prefill
-from gpu_worker.streams import Mark
-from runtime.messages import (
+from clo.gpu_worker.drift_check import DriftCheck
+from clo.gpu_worker.engine import Engine, SlotRelease, StepHandle
+from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.side_stream import DeviceEvent
+from clo.runtime.wire.messages import (
     NO_STATS,
     Abort,
     Allocate,
@@ -51,7 +51,7 @@ class Request:
     steps: int = 0
     committed: int = 0
     reason: str | None = None  # why it ended
-    retirement: Retirement | None = None
+    retirement: SlotRelease | None = None
 
     @property
     def generated(self) -> int:
@@ -59,13 +59,13 @@ class Request:
 
 
 @dataclass
-class Flight:
+class InFlightStep:
     """A step on its way: whose tokens it brings, and logits [vocab] where log-probabilities are wanted."""
 
-    posted: Posted
+    posted: StepHandle
     requests: list[Request]
     logits: dict[int, Tensor]  # by sequence
-    mark: Mark | None
+    mark: DeviceEvent | None
 
 
 class Scheduler:
@@ -80,7 +80,7 @@ class Scheduler:
         max_tokens: longest sequence.
         report: takes messages for the router.
         ask_store: takes messages for the store.
-        guard: compares some steps with full attention.
+        drift_check: compares some steps with full attention.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Scheduler:
         max_tokens: int,
         report: Callable[[FromWorker], None],
         ask_store: Callable[[ToStore], None],
-        guard: Guard | None = None,
+        drift_check: DriftCheck | None = None,
     ) -> None:
-        self._engine, self._max_tokens, self._guard = engine, max_tokens, guard
+        self._engine, self._max_tokens, self._drift_check = engine, max_tokens, drift_check
         self._block_tokens = engine.decoder.shape.block_tokens
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(slots))
@@ -100,9 +100,9 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # for a slot
         self._prefilling: deque[Request] = deque()
         self._decoding: dict[int, Request] = {}  # by slot
-        self._flying: deque[Flight] = deque()
+        self._flying: deque[InFlightStep] = deque()
         self._leaving: list[Request] = []  # ended, but their last step is not over
-        self._units: deque[Mark] = deque()  # of prefill, on their way
+        self._units: deque[DeviceEvent] = deque()  # of prefill, on their way
         self.steps = 0
         self.generated = 0
 
@@ -212,17 +212,17 @@ class Scheduler:
     def _launch(self) -> None:
         requests = [self._decoding[slot] for slot in sorted(self._decoding)]
         lengths = {request.slot: len(request.run.tokens) + request.ordered for request in requests}
-        if self._guard is not None:
-            self._guard.before(lengths)
+        if self._drift_check is not None:
+            self._drift_check.before(lengths)
         posted = self._engine.step(list(lengths), max(lengths.values()))
-        if self._guard is not None:
-            self._guard.after(posted)
+        if self._drift_check is not None:
+            self._drift_check.after(posted)
         self.steps += 1
         for request in requests:
             request.steps += 1
         self._fly(posted, requests)
 
-    def _fly(self, posted: Posted, requests: list[Request]) -> None:
+    def _fly(self, posted: StepHandle, requests: list[Request]) -> None:
         """Note what is on its way, and what the next step has to know before the tokens arrive."""
         rows: dict[int, Tensor] = {}
         for row, request in zip(posted.rows, requests, strict=True):
@@ -235,9 +235,9 @@ class Scheduler:
             if request.ordered == run.sampling.max_tokens:
                 self._retire(request)
         mark = self._engine.mark() if rows else None
-        self._flying.append(Flight(posted, requests, rows, mark))
+        self._flying.append(InFlightStep(posted, requests, rows, mark))
 
-    def _take(self, flight: Flight, drawn: list[int]) -> None:
+    def _take(self, flight: InFlightStep, drawn: list[int]) -> None:
         """Report the tokens of a step together, end the requests that are complete."""
         steps = []
         for request, token in zip(flight.requests, drawn, strict=True):

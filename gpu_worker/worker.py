@@ -9,18 +9,17 @@ from typing import Any
 import torch
 import zmq
 
-from gpu_worker.engine import Engine
-from gpu_worker.guard import Guard
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.pinning import check_gpu_memory, pin
-from gpu_worker.scheduler import Scheduler
-from kvstore.arena import Arena
-from kvstore.client import StoreClient
-from kvstore.numa import bind
-from runtime.channel import Dealer
-from runtime.config import WorkerConfig
-from runtime.errors import ConfigError, ProtocolError
-from runtime.messages import (
+from clo.gpu_worker.drift_check import DriftCheck
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.pinning import check_gpu_memory, pin
+from clo.gpu_worker.scheduler import Scheduler
+from clo.kvstore.arena import Arena
+from clo.kvstore.client import StoreClient
+from clo.runtime.config import WorkerConfig
+from clo.runtime.machine.numa import bind
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.wire.errors import ConfigError, ProtocolError
+from clo.runtime.wire.messages import (
     Abort,
     Allocated,
     Attach,
@@ -36,6 +35,7 @@ from runtime.messages import (
     WorkerReport,
     WorkerStats,
 )
+from clo.runtime.wire.sockets import DealerSocket
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +91,17 @@ class Worker:
         arena = arena.permute(2, 0, 1, 3, 4, 5)  # the rows of a layer and head lie together
         self._engine = Engine(decoder, arena, config.cache, config.max_num_seqs, model.max_model_len)
         self._engine.capture()
-        self._guard = None
-        if config.cache.guard is not None:
-            self._guard = Guard(
-                self._engine, arena, config.cache.guard, config.max_num_seqs, model.max_model_len
+        self._drift_check = None
+        if config.cache.drift_check is not None:
+            self._drift_check = DriftCheck(
+                self._engine, arena, config.cache.drift_check, config.max_num_seqs, model.max_model_len
             )
-        self._router: Dealer[FromWorker, ToWorker] = Dealer(
+        self._router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
         self._scheduler = Scheduler(
             self._engine, config.max_num_seqs, model.max_model_len, self._router.send, self._store.send,
-            self._guard,
+            self._drift_check,
         )  # fmt: skip
         capacity = attached.blocks * shape.block_tokens
         self._ready = Ready(config.worker, os.getpid(), attached.store, capacity)
@@ -160,5 +160,5 @@ class Worker:
             index_bytes=cache.index_token_bytes * self._ready.capacity_tokens,
             private_bytes=private_bytes(),
             gpu_bytes=torch.cuda.memory_reserved(),
-            guard=None if self._guard is None else self._guard.stats(),
+            drift_check=None if self._drift_check is None else self._drift_check.stats(),
         )

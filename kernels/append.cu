@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void append(
-    const uint4* kv, int64 batch_stride, const int64* lengths, uint4* resident, int* members, int* stamps,
+    const uint4* kv, int64 batch_stride, const int64* lengths, uint4* resident, int* positions, int* last_used,
     int64 sinks, int64 recent, int64 capacity) {
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x, chunk = threadIdx.x;
     const int chunks = blockDim.x;
@@ -17,8 +17,8 @@ extern "C" __global__ void append(
     if (home >= 0 && home < capacity) {
         rows[(int64)(first + home) * chunks + chunk] = rows[(int64)place * chunks + chunk];
         if (chunk == 0) {
-            members[line * capacity + home] = oldest;
-            stamps[line * capacity + home] = at;
+            positions[line * capacity + home] = oldest;
+            last_used[line * capacity + home] = at;
         }
     }
     rows[(int64)place * chunks + chunk] = value;

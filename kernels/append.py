@@ -3,37 +3,29 @@
 import torch
 from torch import Tensor
 
-from kernels.cuda import launch
+from clo.kernels.launch import launch
+from clo.kernels.resident import ResidentSet
 
 
-def append(
-    kv: Tensor,
-    lengths: Tensor,
-    resident: Tensor,
-    members: Tensor,
-    stamps: Tensor,
-    sinks: int,
-    recent: int,
-) -> None:
+def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
     """Write one new row per sequence and KV head, in place.
 
-    The resident buffer is ``[sinks | recent ring | set]``. The token that the new one displaces from the ring
-    moves into the set while the set still has room for the whole context (slot = position - sinks); later it
-    is left to the selection, its row being in the arena since it was new.
+    The token that the new one displaces from the ring moves into the set while the set still has room for the
+    whole context (its row is position - sinks); later it is left to the selection, since its row has been in
+    the arena from the start.
 
     Args:
         kv: [B, kv_heads, 2, head_dim], the new rows; those of a sequence contiguous.
         lengths: [B] int64, tokens of each sequence with the new one; 0 for a slot not in use.
-        resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
-        members: [B, kv_heads, C] int32, the position that each row of the set holds, -1 where empty.
-        stamps: [B, kv_heads, C] int32, length of the sequence when the row was last selected.
+        resident: of the B sequences.
     """
+    rows, positions, last_used, sinks, recent = resident
     if kv.is_cuda:
         chunks = kv[0, 0].nbytes // 16
         launch(
             "append.cu", "append", (kv.shape[1], len(kv)), chunks,
-            [kv, kv.stride(0) * kv.itemsize // 16, lengths, resident, members, stamps, sinks, recent,
-             members.shape[2]],
+            [kv, kv.stride(0) * kv.itemsize // 16, lengths, rows, positions, last_used, sinks, recent,
+             resident.capacity],
         )  # fmt: skip
         return
     active = (lengths > 0).nonzero().squeeze(1)
@@ -41,9 +33,9 @@ def append(
     ring = torch.where(at < sinks, at, sinks + torch.remainder(at - sinks, recent))
     oldest = at - recent  # position that the ring holds in this place
     home = oldest - sinks
-    moves = (home >= 0) & (home < members.shape[2])
-    rows, home = active[moves], home[moves]
-    resident[rows, :, sinks + recent + home] = resident[rows, :, ring[moves]]
-    members[rows, :, home] = oldest[moves].unsqueeze(1).int()
-    stamps[rows, :, home] = at[moves].unsqueeze(1).int()
-    resident[active, :, ring] = kv[active]
+    moves = (home >= 0) & (home < resident.capacity)
+    sequences, home = active[moves], home[moves]
+    rows[sequences, :, resident.first + home] = rows[sequences, :, ring[moves]]
+    positions[sequences, :, home] = oldest[moves].unsqueeze(1).int()
+    last_used[sequences, :, home] = at[moves].unsqueeze(1).int()
+    rows[active, :, ring] = kv[active]

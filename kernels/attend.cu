@@ -296,8 +296,8 @@ __device__ inline int unit_of(int u, int tile) {
     return min((int)threadIdx.x + u * THREADS, min(TILE, GROUP - tile * TILE) * FOURS - 1);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
-    const Element* query, int64 query_stride, const char* resident, const int* members, const int64* lengths, const int* slots,
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
+    const Element* query, int64 query_stride, const char* resident, const int* positions, const int64* lengths, const int* entries,
     const int* counts, float* outs, float* totals, float* peaks, int64 kv_heads, int64 first, int64 capacity,
     int64 k, float scale) {
     extern __shared__ uint4 rings[];
@@ -319,12 +319,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     for (int i = threadIdx.x; i < (ROWS + BATCH - 1) / BATCH * BATCH; i += THREADS) {
         const int row = start + i;
         bool counts_in = i < count && (row >= first || row < length);
-        if (counts_in && row >= first) counts_in = members[line * capacity + row - first] >= 0;
+        if (counts_in && row >= first) counts_in = positions[line * capacity + row - first] >= 0;
         held[i] = counts_in;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < coming; i += THREADS) {
-        const int place = (int)first + slots[line * k + i] - start;
+        const int place = (int)first + entries[line * k + i] - start;
         if (place >= 0 && place < ROWS) held[place] = 0;
     }
     __syncthreads();
@@ -343,16 +343,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_held(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) attend_fresh(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) merge_fetched(
     const float* outs, const float* totals, const float* peaks, const Element* query, int64 query_stride,
-    const char* resident, const int64* lengths, const int* slots, const int* counts, float* norm, Element* out, int64 kv_heads,
+    const char* resident, const int64* lengths, const int* entries, const int* counts, float* lse, Element* out, int64 kv_heads,
     int64 first, int64 capacity, int64 k, float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
     const int tile = blockIdx.x;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
     const char* rows = resident + (line * (first + capacity) + first) * ROW_BYTES;
-    const auto row_of = [&](int i) { return slots[line * k + min(i, (int)k - 1)]; };
+    const auto row_of = [&](int i) { return entries[line * k + min(i, (int)k - 1)]; };
     uint4* ring = lane_ring(rings);
     const bool used = lengths[blockIdx.z] > 0;
     int count = 0;
@@ -400,6 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         const float share = 1.f / sum.total;
         ((Four*)out)[member * FOURS + unit] = {to_element(sum.out.x * share), to_element(sum.out.y * share),
                                                to_element(sum.out.z * share), to_element(sum.out.w * share)};
-        if (unit % FOURS == 0) norm[member + unit / FOURS] = (sum.peak + logarithm(sum.total)) * LN2;
+        if (unit % FOURS == 0) lse[member + unit / FOURS] = (sum.peak + logarithm(sum.total)) * LN2;
     }
 }

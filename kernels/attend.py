@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.cuda import ELEMENTS, launch
-from kernels.paging import gather_tokens
-from kernels.select import Fresh
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.launch import ELEMENTS, launch
+from clo.kernels.resident import ResidentSet
+from clo.kernels.update_resident import FetchList
 
 _SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
 _THREADS = 128
@@ -18,112 +19,99 @@ _MOST_BATCH = 16  # rows
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
-class Partial(NamedTuple):
+class AttentionState(NamedTuple):
     """Attention over some of the rows, in S parts, before normalisation."""
 
-    out: Tensor  # [B, kv_heads, S, group, head_dim] float32, sum of exp(score - peak) * value
-    total: Tensor  # [B, kv_heads, S, group] float32, sum of exp(score - peak)
-    peak: Tensor  # [B, kv_heads, S, group] float32, largest score, -inf where there was no row
+    out: Tensor  # [B, kv_heads, S, group, head_dim] float32, sum of exp(score - max) * value
+    sum: Tensor  # [B, kv_heads, S, group] float32, sum of exp(score - max)
+    max: Tensor  # [B, kv_heads, S, group] float32, largest score, -inf where there was no row
 
 
-def attend_held(
-    query: Tensor,
-    resident: Tensor,
-    members: Tensor,
-    lengths: Tensor,
-    fresh: Fresh | None,
-    sinks: int,
-    recent: int,
-    scale: float,
-) -> Partial:
-    """Attention over ``[sinks | recent ring | set]`` but the rows that are still on their way.
-
-    Keys carry RoPE, so their order does not matter.
+def attend_resident(
+    query: Tensor, resident: ResidentSet, lengths: Tensor, fetch_list: FetchList | None, scale: float
+) -> AttentionState:
+    """Attention over all resident rows except those that are still on their way.
 
     Args:
-        query: [B, query_heads, head_dim], those of a sequence contiguous, also below.
-        resident: [B, kv_heads, sinks + recent + C, 2, head_dim].
-        members: [B, kv_heads, C] int32, -1 where a row of the set is empty.
+        query: [B, query_heads, head_dim]; those of a sequence contiguous, also below.
+        resident: of the B sequences.
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
-        fresh: rows to leave out.
+        fetch_list: the rows to leave out; None where all have arrived.
+        scale: factor of the scores.
     """
+    positions, first = resident.positions, resident.first
     if query.is_cuda:
         splits = _splits(resident)
-        shape = (len(query), members.shape[1], splits, query.shape[1] // members.shape[1])
-        partial = Partial(
+        shape = (len(query), resident.kv_heads, splits, query.shape[1] // resident.kv_heads)
+        state = AttentionState(
             torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
             torch.empty(shape, dtype=torch.float32, device=query.device),
             torch.empty(shape, dtype=torch.float32, device=query.device),
         )
         _launch(
-            "attend_held", splits, query, resident,
-            [query, query.stride(0), resident, members, lengths, *_pointers(fresh), *partial,
-             members.shape[1], sinks + recent, members.shape[2],
-             0 if fresh is None else fresh.slots.shape[2], scale],
+            "attend_resident", splits, query, resident,
+            [query, query.stride(0), resident.rows, positions, lengths, *_pointers(fetch_list), *state,
+             resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
-        return partial
-    always = torch.arange(sinks + recent, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
-    held = torch.cat([always.unsqueeze(1).expand(-1, members.shape[1], -1), members >= 0], dim=2)
-    if fresh is not None:
+        return state
+    always = torch.arange(first, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
+    held = torch.cat([always.unsqueeze(1).expand(-1, resident.kv_heads, -1), positions >= 0], dim=2)
+    if fetch_list is not None:
         held = torch.nn.functional.pad(held, (0, 1))
-        entries = torch.arange(fresh.slots.shape[2], device=lengths.device)
-        coming = (fresh.slots.long() + sinks + recent).where(
-            entries < fresh.counts.unsqueeze(2), held.shape[2] - 1
+        entries = torch.arange(_width(fetch_list), device=lengths.device)
+        coming = (fetch_list.entries.long() + first).where(
+            entries < fetch_list.counts.unsqueeze(2), held.shape[2] - 1
         )
         held = held.scatter_(2, coming, False)[..., :-1]
     used = int(held.any(0).any(0).nonzero().max()) + 1  # a set fills from its front
-    return _partial(query, resident[:, :, :used], held[..., :used], scale)
+    return _attend(query, resident.rows[:, :, :used], held[..., :used], scale)
 
 
-def attend_fresh(
-    partial: Partial,
+def merge_fetched(
+    state: AttentionState,
     query: Tensor,
-    resident: Tensor,
+    resident: ResidentSet,
     lengths: Tensor,
-    fresh: Fresh | None,
-    norm: Tensor,
-    first: int,
+    fetch_list: FetchList | None,
+    lse: Tensor,
     scale: float,
 ) -> Tensor:
     """Add the rows that have arrived meanwhile, and normalise.
 
     Args:
-        partial: of ``attend_held``.
-        query: [B, query_heads, head_dim].
-        resident: [B, kv_heads, first + C, 2, head_dim].
-        lengths: [B] int64; 0 for a slot not in use, whose result is undefined.
-        fresh: the rows that ``attend_held`` left out.
-        norm: [B, query_heads] float32; becomes the log-sum-exp of the scores.
+        state: what ``attend_resident`` returned.
+        query, resident, lengths, scale: as for ``attend_resident``.
+        fetch_list: the rows that ``attend_resident`` left out.
+        lse: [B, query_heads] float32; becomes the log-sum-exp of the scores.
 
     Returns:
         [B, query_heads, head_dim], dtype of ``query``.
     """
     if query.is_cuda:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        kv_heads = resident.shape[1]
         _launch(
-            "attend_fresh", 1, query, resident,
-            [*partial, query, query.stride(0), resident, lengths, *_pointers(fresh), norm, out, kv_heads,
-             first, resident.shape[2] - first, 0 if fresh is None else fresh.slots.shape[2], scale],
+            "merge_fetched", 1, query, resident,
+            [*state, query, query.stride(0), resident.rows, lengths, *_pointers(fetch_list), lse, out,
+             resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return out
-    parts = [partial]
-    if fresh is not None:
-        arrived = torch.arange(fresh.slots.shape[2], device=norm.device) < fresh.counts.unsqueeze(2)
-        places = (fresh.slots.long() + first).where(arrived, 0)[..., None, None]
-        rows = resident.gather(2, places.expand(-1, -1, -1, 2, resident.shape[4]))
-        parts.append(_partial(query, rows, arrived, scale))
+    parts = [state]
+    if fetch_list is not None:
+        arrived = torch.arange(_width(fetch_list), device=lse.device) < fetch_list.counts.unsqueeze(2)
+        places = (fetch_list.entries.long() + resident.first).where(arrived, 0)[..., None, None]
+        rows = resident.rows.gather(2, places.expand(-1, -1, -1, 2, query.shape[2]))
+        parts.append(_attend(query, rows, arrived, scale))
     out, total, peak = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     highest = peak.amax(2, keepdim=True)
     weight = (peak - highest).exp()
     sums = (total * weight).sum(2)
     latest = (highest.squeeze(2) + sums.log()).flatten(1)
-    norm.copy_(latest.where((lengths > 0).unsqueeze(1), norm))
+    lse.copy_(latest.where((lengths > 0).unsqueeze(1), lse))
     out = (out * weight.unsqueeze(-1)).sum(2) / sums.unsqueeze(-1)
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _partial(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> Partial:
+def _attend(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> AttentionState:
     """Attention over the rows [B, kv_heads, R, 2, head_dim] where ``held`` [B, kv_heads, R], in one part."""
     grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
     scores = (grouped @ rows[:, :, :, 0].transpose(-1, -2)).float() * scale
@@ -131,25 +119,29 @@ def _partial(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> Partial
     peak = scores.amax(-1)
     weights = (scores - peak.clamp_min(-1e30).unsqueeze(-1)).exp()
     out = (weights.to(rows.dtype) @ rows[:, :, :, 1]).float()
-    return Partial(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), peak.unsqueeze(2))
+    return AttentionState(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), peak.unsqueeze(2))
 
 
-def _pointers(fresh: Fresh | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if fresh is None else (fresh.slots, fresh.counts)
+def _width(fetch_list: FetchList | None) -> int:
+    return 0 if fetch_list is None else fetch_list.entries.shape[2]
 
 
-def _splits(resident: Tensor) -> int:
+def _pointers(fetch_list: FetchList | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if fetch_list is None else (fetch_list.entries, fetch_list.counts)
+
+
+def _splits(resident: ResidentSet) -> int:
     """Parts of about equal size; they do not depend on the batch, so that the result does not either."""
-    return max(1, round(resident[0, 0].nbytes / _SPLIT_BYTES))
+    return max(1, round(resident.rows[0, 0].nbytes / _SPLIT_BYTES))
 
 
 def _launch(
-    name: str, blocks: int, query: Tensor, resident: Tensor, args: list[Tensor | int | float | None]
+    name: str, blocks: int, query: Tensor, resident: ResidentSet, args: list[Tensor | int | float | None]
 ) -> None:
-    batch, kv_heads = resident.shape[:2]
+    batch, kv_heads, count = resident.rows.shape[:3]
     group = query.shape[1] // kv_heads
     dim, tile, splits = query.shape[2], min(group, _QUERY_TILE), _splits(resident)
-    rows, row_bytes = -(-resident.shape[2] // splits), resident[0, 0, 0].nbytes
+    rows, row_bytes = -(-count // splits), resident.rows[0, 0, 0].nbytes
     chunks = row_bytes // 32  # of 16 bytes, of a key
     lanes = next((lanes for lanes in (8, 16) if chunks <= lanes), 32)
     per_lane = -(-chunks // lanes)
@@ -162,19 +154,19 @@ def _launch(
     )  # fmt: skip
 
 
-def attend_all(query: Tensor, arena: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def attend_all(query: Tensor, arena: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Full attention, reading every row of the arena.
 
     Args:
         query: [B, query_heads, head_dim].
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
-        table: [B, max_blocks] int64.
+        block_table: [B, max_blocks] int64.
         lengths: [B] int64.
 
     Returns:
         [B, query_heads, head_dim].
     """
-    rows = gather_tokens(arena, table)  # [B, kv_heads, T, 2, D]
+    rows = gather_tokens(arena, block_table)  # [B, kv_heads, T, 2, D]
     mask = torch.arange(rows.shape[2], device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
     grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
     out = scaled_dot_product_attention(

@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void encode_new(
-    const Element* keys, int64 batch_stride, int64 head_stride, const int64* lengths, const int64* table, int64 table_width,
+    const Element* keys, int64 batch_stride, int64 head_stride, const int64* lengths, const int64* block_table, int64 table_width,
     uint8* codes, uint16* scales, float* centres, const float* rotation, float step) {
     __shared__ float centred[DIM];
     __shared__ uint8 levels[DIM];
@@ -10,7 +10,7 @@ extern "C" __global__ void encode_new(
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x, entry = threadIdx.x;
     const int at = (int)lengths[batch] - 1;
     if (at < 0) return;
-    const int64* blocks = table + batch * table_width;
+    const int64* blocks = block_table + batch * table_width;
     const int64 page = blocks[at / BLOCK_TOKENS] * kv_heads + head;
     const int64 before = blocks[(at > 0 ? at - 1 : 0) / BLOCK_TOKENS] * kv_heads + head;
     if (entry < DIM) {

@@ -7,14 +7,28 @@ before scalar quantisation follows RaBitQ (Gao and Long 2024). Centring on the b
 independent of the rest of the sequence. At 2 bits an entry, head_dim 64 takes 16 bytes and a float16 scale.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from kernels.cuda import ELEMENTS, launch
-from kernels.paging import locate
+from clo.kernels.blocks import locate
+from clo.kernels.launch import ELEMENTS, launch
 
 STEP = 0.9957  # of the optimal uniform 2-bit quantiser of N(0, 1)
 CODES_PER_BYTE = 4
+
+
+class CodePages(NamedTuple):
+    """One layer of an index: pages of ``block_tokens`` tokens each, addressed by a page table."""
+
+    codes: Tensor  # [pages, kv_heads, block_tokens, head_dim // 4] uint8, see ``encode``
+    scales: Tensor  # [pages, kv_heads, block_tokens] float16
+    centres: Tensor  # [pages, kv_heads, head_dim] float32, on which the keys of a page are centred
+
+    @property
+    def block_tokens(self) -> int:
+        return self.codes.shape[2]
 
 
 def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,45 +56,37 @@ def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tens
 
 
 def encode_new(
-    keys: Tensor,
-    lengths: Tensor,
-    table: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    centres: Tensor,
-    rotation: Tensor,
+    keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePages, rotation: Tensor
 ) -> None:
     """Index the newest key of each sequence, in place.
 
-    A block that decoding opens takes over the centre of the block before it, since its own mean is not known
+    A page that decoding opens takes over the centre of the page before it, since its own mean is not known
     yet; the first key of a sequence is its own centre.
 
     Args:
         keys: [B, kv_heads, head_dim].
         lengths: [B] int64, tokens of each sequence with the new one; 0 for a slot not in use.
-        table: [B, max_blocks] int64.
-        codes: [blocks, kv_heads, block_tokens, head_dim // 4] uint8, this layer of the index.
-        scales: [blocks, kv_heads, block_tokens] float16.
-        centres: [blocks, kv_heads, head_dim] float32.
+        page_table: [B, max_blocks] int64.
+        pages: this layer of the index.
         rotation: [head_dim, head_dim] float32.
     """
     if keys.is_cuda:
         dim = keys.shape[2]
         launch(
             "encode.cu", "encode_new", (keys.shape[1], len(keys)), -(-dim // 32) * 32,
-            [keys, keys.stride(0), keys.stride(1), lengths, table, table.stride(0), codes, scales, centres,
-             rotation, STEP],
-            ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=codes.shape[2],
+            [keys, keys.stride(0), keys.stride(1), lengths, page_table, page_table.stride(0), *pages, rotation,
+             STEP],
+            ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=pages.block_tokens,
         )  # fmt: skip
         return
     active = (lengths > 0).nonzero().squeeze(1)
     at = (lengths[active] - 1).unsqueeze(1)
-    blocks, offsets = (found.squeeze(1) for found in locate(at, table[active], codes.shape[2]))
-    before, _ = locate((at - 1).clamp_min(0), table[active], codes.shape[2])
+    written, offsets = (found.squeeze(1) for found in locate(at, page_table[active], pages.block_tokens))
+    before, _ = locate((at - 1).clamp_min(0), page_table[active], pages.block_tokens)
     keys, at = keys[active].float(), at.unsqueeze(2)
-    centre = torch.where(at == 0, keys, centres[before.squeeze(1)])
-    centres[blocks] = centre
-    codes[blocks, :, offsets], scales[blocks, :, offsets] = encode(keys, centre, rotation)
+    centre = torch.where(at == 0, keys, pages.centres[before.squeeze(1)])
+    pages.centres[written] = centre
+    pages.codes[written, :, offsets], pages.scales[written, :, offsets] = encode(keys, centre, rotation)
 
 
 def unpack(codes: Tensor) -> Tensor:

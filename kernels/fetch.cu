@@ -112,7 +112,7 @@ __device__ inline void copy_in_bulk(char* staged, int rows, int blocks, Locate l
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(
-    const int* slots, const int* counts, const int* members, const int64* table, int64 table_width,
+    const int* entries, const int* counts, const int* positions, const int64* block_table, int64 table_width,
     const char* arena, int64 block_stride, int64 head_stride, char* resident, int64 k, int64 capacity, int64 first,
     int64 lines, int64 kv_heads, int64 rows_per_block, int64 many) {
     int* starts = (int*)(shared + STAGES * LANES * ROW_BYTES);  // [lines + 1], rows of the lines before
@@ -138,9 +138,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(
             else high = middle;
         }
         const int batch = low / (int)kv_heads, head = low % (int)kv_heads;
-        const int slot = slots[low * k + (row - starts[low])];
-        const int position = members[low * capacity + slot];
-        const int64 block = table[batch * table_width + position / BLOCK_TOKENS];
+        const int slot = entries[low * k + (row - starts[low])];
+        const int position = positions[low * capacity + slot];
+        const int64 block = block_table[batch * table_width + position / BLOCK_TOKENS];
         source = arena + block * block_stride + head * head_stride + position % BLOCK_TOKENS * ROW_BYTES;
         target = resident + (low * (first + capacity) + first + slot) * ROW_BYTES;
     };

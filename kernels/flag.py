@@ -4,7 +4,7 @@ import time
 
 from torch import Tensor
 
-from kernels.cuda import launch
+from clo.kernels.launch import launch
 
 _PAUSE_SECONDS = 5e-5  # between looks of the reference
 

@@ -2,20 +2,20 @@
 #include "common.cuh"
 
 extern "C" __global__ void gate(
-    const Element* query, int64 query_stride, Element* label, const float* threshold, const int64* lengths, int64* tally,
-    uint8* miss) {
+    const Element* query, int64 query_stride, Element* selection_query, const float* threshold, const int64* lengths, int64* counters,
+    uint8* reselect) {
     __shared__ float room[32];
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x;
     const int64 line = (int64)batch * kv_heads + head;
     if (lengths[batch] <= 0) {
-        if (threadIdx.x == 0) miss[line] = 0;
+        if (threadIdx.x == 0) reselect[line] = 0;
         return;
     }
     query += batch * query_stride + head * GROUP * DIM;
-    label += line * GROUP * DIM;
+    selection_query += line * GROUP * DIM;
     float product = 0.f, now = 0.f, past = 0.f;
     for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) {
-        const float a = to_float(query[i]), b = to_float(label[i]);
+        const float a = to_float(query[i]), b = to_float(selection_query[i]);
         product += a * b;
         now += a * a;
         past += b * b;
@@ -25,10 +25,10 @@ extern "C" __global__ void gate(
     past = block_sum(past, room);
     const bool selects = product / fmaxf(sqrtf(now * past), 1e-30f) < threshold[head];
     if (selects)
-        for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) label[i] = query[i];
+        for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) selection_query[i] = query[i];
     if (threadIdx.x == 0) {
-        miss[line] = selects;
-        tally[line * 4] += 1;
-        tally[line * 4 + 1] += selects;
+        reselect[line] = selects;
+        counters[line * 4] += 1;
+        counters[line * 4 + 1] += selects;
     }
 }

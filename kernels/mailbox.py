@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.cuda import launch
+from clo.kernels.launch import launch
 
 
 def post(tokens: Tensor, counter: Tensor, mailbox: Tensor) -> None:

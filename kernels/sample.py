@@ -5,7 +5,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from kernels.cuda import launch
+from clo.kernels.launch import launch
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: SplitMix64's increment
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685

@@ -2,18 +2,18 @@
 
 from torch import Tensor
 
-from kernels.cuda import launch
-from kernels.paging import locate
+from clo.kernels.blocks import locate
+from clo.kernels.launch import launch
 
 _BLOCKS, _THREADS = 12, 512  # PCIe is full with few, and the others are left to the next layer
 
 
-def store(rows: Tensor, table: Tensor, arena: Tensor) -> None:
+def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
     """Write the rows of a whole prompt, in place.
 
     Args:
         rows: [T, kv_heads, 2, head_dim], contiguous.
-        table: [max_blocks] int64, the sequence's blocks.
+        block_table: [max_blocks] int64, the sequence's blocks.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
     total, kv_heads = rows.shape[:2]
@@ -21,32 +21,32 @@ def store(rows: Tensor, table: Tensor, arena: Tensor) -> None:
     if rows.is_cuda:
         launch(
             "store.cu", "store", (_BLOCKS,), _THREADS,
-            [rows, total, kv_heads, rows[0, 0].nbytes // 16, table, arena, arena.stride(0) * arena.itemsize,
+            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena, arena.stride(0) * arena.itemsize,
              arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
         )  # fmt: skip
         return
     for start in range(0, total, block_tokens):
         part = rows[start : start + block_tokens]
-        arena[table[start // block_tokens], :, : len(part)] = part.transpose(0, 1)
+        arena[block_table[start // block_tokens], :, : len(part)] = part.transpose(0, 1)
 
 
-def store_new(kv: Tensor, lengths: Tensor, table: Tensor, arena: Tensor) -> None:
+def store_new(kv: Tensor, lengths: Tensor, block_table: Tensor, arena: Tensor) -> None:
     """Write the newest row of each sequence and KV head, in place.
 
     Args:
         kv: [B, kv_heads, 2, head_dim]; the rows of a sequence contiguous.
         lengths: [B] int64, tokens of each sequence with the new one; 0 for a slot not in use.
-        table: [B, max_blocks] int64.
+        block_table: [B, max_blocks] int64.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
     if kv.is_cuda:
         launch(
             "store.cu", "store_new", (kv.shape[1], len(kv)), kv[0, 0].nbytes // 16,
-            [kv, kv.stride(0) * kv.itemsize // 16, lengths, table, table.stride(0), arena,
+            [kv, kv.stride(0) * kv.itemsize // 16, lengths, block_table, block_table.stride(0), arena,
              arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize],
             BLOCK_TOKENS=arena.shape[2],
         )  # fmt: skip
         return
     active = (lengths > 0).nonzero().squeeze(1)
-    blocks, offsets = locate((lengths[active] - 1).unsqueeze(1), table[active], arena.shape[2])
+    blocks, offsets = locate((lengths[active] - 1).unsqueeze(1), block_table[active], arena.shape[2])
     arena[blocks.squeeze(1), :, offsets.squeeze(1)] = kv[active]

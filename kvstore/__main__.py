@@ -5,12 +5,12 @@ import sys
 import msgspec
 import zmq
 
-from kvstore import numa
-from kvstore.arena import Arena
-from kvstore.memory import check_memory
-from kvstore.server import StoreServer, listen
-from runtime.config import StoreConfig
-from runtime.process import configure_logging, die_with_parent, run_process
+from clo.kvstore import numa
+from clo.kvstore.arena import Arena
+from clo.kvstore.server import StoreServer, listen
+from clo.runtime.config import StoreConfig
+from clo.runtime.machine.host_memory import check_memory
+from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
 
 
 def main() -> None:

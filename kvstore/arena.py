@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from runtime.errors import ConfigError, WorkerDied
+from clo.runtime.wire.errors import ConfigError, WorkerDied
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Arena:
     @classmethod
     def create(cls, size: int) -> "Arena":
         """Make an arena and touch every page of it, so that missing memory shows now and not while a request
-        is served; call ``kvstore.memory.check_memory`` before. The pages are zero."""
+        is served; call ``clo.runtime.machine.host_memory.check_memory`` before. The pages are zero."""
         fd = os.memfd_create("clo-arena")
         os.ftruncate(fd, size)
         arena = cls(fd, size)

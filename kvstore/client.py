@@ -4,9 +4,8 @@ from typing import Any, TypeVar
 
 import zmq
 
-from runtime.channel import Dealer
-from runtime.errors import ProtocolError, WorkerDied, error_from
-from runtime.messages import (
+from clo.runtime.wire.errors import ProtocolError, WorkerDied, error_from
+from clo.runtime.wire.messages import (
     Attach,
     Attached,
     Denied,
@@ -15,12 +14,13 @@ from runtime.messages import (
     StagingOpened,
     ToStore,
 )
+from clo.runtime.wire.sockets import DealerSocket
 
 _Answer = TypeVar("_Answer", Attached, StagingOpened)
 
 
-class StoreClient(Dealer[ToStore, FromStore]):
-    """A ``Dealer`` that knows how a worker begins; all else is ``send`` and ``receive``."""
+class StoreClient(DealerSocket[ToStore, FromStore]):
+    """A ``DealerSocket`` that knows how a worker begins; all else is ``send`` and ``receive``."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         super().__init__(context, endpoint, FromStore)

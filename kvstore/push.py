@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.arena import Arena
-from runtime.errors import ConfigError, ProtocolError
-from runtime.messages import GPUMemory, OpenStaging, Push
+from clo.kvstore.arena import Arena
+from clo.runtime.wire.errors import ConfigError, ProtocolError
+from clo.runtime.wire.messages import GPUMemory, OpenStaging, Push
 
 PAGE_BYTES = 4096
 """Of the control words, each int64."""

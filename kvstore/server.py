@@ -7,14 +7,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from kvstore.arena import Arena
-from kvstore.blocks import BlockPool
-from kvstore.push import Pusher, Source
-from runtime.channel import Decoder, configure, encode
-from runtime.config import StoreConfig
-from runtime.errors import CLOError, ConfigError, ProtocolError
-from runtime.handlers import handlers_of
-from runtime.messages import (
+from clo.kvstore.arena import Arena
+from clo.kvstore.pool import BlockPool
+from clo.kvstore.push import Pusher, Source
+from clo.runtime.config import StoreConfig
+from clo.runtime.wire.errors import CLOError, ConfigError, ProtocolError
+from clo.runtime.wire.handlers import handlers_of
+from clo.runtime.wire.messages import (
     Allocate,
     Allocated,
     Attach,
@@ -34,6 +33,7 @@ from runtime.messages import (
     StoreStats,
     ToStore,
 )
+from clo.runtime.wire.sockets import Decoder, configure, encode
 
 _logger = logging.getLogger(__name__)
 

@@ -18,9 +18,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from runtime.channel import Decoder, configure, encode
-from runtime.errors import InvalidRequest, ProtocolError, RequestTimeout, ServerUnreachable, error_from
-from runtime.messages import (
+from clo.runtime.wire.errors import (
+    InvalidRequest,
+    ProtocolError,
+    RequestTimeout,
+    ServerUnreachable,
+    error_from,
+)
+from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     CacheStats,
     Cancel,
@@ -39,6 +44,7 @@ from runtime.messages import (
     Tokens,
     Usage,
 )
+from clo.runtime.wire.sockets import Decoder, configure, encode
 
 SILENCE_SECONDS = 5.0  # a server says something every second while a request is open
 
@@ -211,10 +217,10 @@ class AsyncClient:
         Args:
             timeout: seconds, instead of the client's own.
             on_progress: called with ``Progress`` while the request waits and prefills.
-            sampling: fields of ``runtime.messages.Sampling``.
+            sampling: fields of ``clo.runtime.wire.messages.Sampling``.
 
         Raises:
-            CLOError: one of ``runtime.errors``, saying what went wrong.
+            CLOError: one of ``clo.runtime.wire.errors``, saying what went wrong.
         """
         stream = self.stream(prompt, timeout=timeout, on_progress=on_progress, **sampling)
         async for _ in stream:

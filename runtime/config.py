@@ -8,10 +8,10 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from runtime.errors import ConfigError
+from clo.runtime.wire.errors import ConfigError
 
 Attention = Literal["clo", "topk", "full"]
-Prefetch = Literal["off", "correct", "accept"]
+Prefetch = Literal["off", "verified", "predicted"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -122,10 +122,10 @@ class CacheConfig:
     Where one of the two is None, ``sizes`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
-    then, so that a transfer hides behind a whole layer; ``correct`` selects again with the real query,
-    ``accept`` does not. Layers whose query cannot be predicted do without (``gpu_worker.prediction``).
+    then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
+    ``predicted`` does not. Layers whose query cannot be predicted do without (``clo.gpu_worker.cache.query_prediction``).
 
-    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``guard`` compares a sequence with
+    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` compares a sequence with
     full attention in one of so many of its decode steps.
     """
 
@@ -133,11 +133,11 @@ class CacheConfig:
     select_k: int | None = None
     resident: int | None = None
     gate: float | None = None
-    prefetch: Prefetch = "accept"
+    prefetch: Prefetch = "predicted"
     sinks: int = 4
     recent: int = 64
     profile: Profile | None = None
-    guard: int | None = None
+    drift_check: int | None = None
 
     def __post_init__(self) -> None:
         k, resident = self.select_k, self.resident
@@ -150,8 +150,8 @@ class CacheConfig:
             )
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
             raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
-        if self.guard is not None and self.guard < 1:
-            raise ConfigError(f"--guard is {self.guard}; it must be at least 1, or 'off'.")
+        if self.drift_check is not None and self.drift_check < 1:
+            raise ConfigError(f"--drift-check is {self.drift_check}; it must be at least 1, or 'off'.")
         profile = self.profile
         if profile is None:
             return

@@ -12,11 +12,19 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from gpu_worker.loader import Resolved
-from runtime.config import ServerConfig
-from runtime.errors import CLOError, ConfigError, InvalidRequest, Overloaded, PromptTooLong, ProtocolError
-from runtime.handlers import handlers_of
-from runtime.messages import (
+from clo.runtime.config import ServerConfig
+from clo.runtime.model.files import Resolved
+from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.wire.errors import (
+    CLOError,
+    ConfigError,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    ProtocolError,
+)
+from clo.runtime.wire.handlers import handlers_of
+from clo.runtime.wire.messages import (
     NO_STATS,
     Abort,
     Cancel,
@@ -45,8 +53,7 @@ from runtime.messages import (
     Usage,
     WorkerReport,
 )
-from runtime.peers import Delivery, Peers
-from runtime.text import Detokenizer, Tokenizer
+from clo.runtime.wire.sockets import Delivery, RouterSocket
 
 UNREAD_MESSAGES = 20_000  # that a client may leave before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
@@ -101,7 +108,7 @@ class Router:
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._context = zmq.asyncio.Context()
         try:
-            self._clients: Peers[ToClient, ToRouter] = Peers(
+            self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
                 self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES
             )
         except zmq.ZMQError as error:
@@ -112,7 +119,7 @@ class Router:
             ) from None
         self.address = self._clients.endpoint
         self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"
-        self._workers: Peers[ToWorker, FromWorker] = Peers(
+        self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
             self._context, self.workers_endpoint, FromWorker, queue=0
         )
         try:
@@ -159,7 +166,7 @@ class Router:
             task.cancel()
         self._context.destroy(linger=FLUSH_MS)
 
-    async def _receive(self, peers: Peers[Any, Any]) -> None:
+    async def _receive(self, peers: RouterSocket[Any, Any]) -> None:
         while True:
             peer, message = await peers.receive()
             if not isinstance(message, ProtocolError):

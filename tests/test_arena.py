@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.arena import Arena
-from runtime.errors import WorkerDied
+from clo.kvstore.arena import Arena
+from clo.runtime.wire.errors import WorkerDied
 from tests.store import ARENA_BYTES, WAIT_MS, command, new_endpoint, running_store
 
 EXIT_EXPLAINED = 3
@@ -44,7 +44,7 @@ def users(arena: os.stat_result) -> set[str]:
 def test_what_one_process_writes_another_reads() -> None:
     code = """
 import sys, torch
-from kvstore.arena import Arena
+from clo.kvstore.arena import Arena
 arena = Arena.open(*map(int, sys.argv[1:]))
 arena.tensor(torch.bfloat16, (8, 4, 16))[5] += 1.5
 """

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from kvstore.blocks import BlockPool, Grant
-from runtime.errors import PromptTooLong, ProtocolError
+from clo.kvstore.pool import BlockPool, Grant
+from clo.runtime.wire.errors import PromptTooLong, ProtocolError
 
 
 def granted(pool: BlockPool) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.calibrate import GRID, SIZES, Costs, scaled, solve
-from runtime.config import Sizes
+from clo.runtime.config import Sizes
 
 LAYERS, HEADS = 12, 2
 KEPT = torch.tensor([1.0] * len(GRID) + [resident for _, resident in SIZES])

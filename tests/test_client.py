@@ -8,11 +8,21 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from runtime import client as client_module
-from runtime.channel import Decoder, configure, encode
-from runtime.client import AsyncClient, Client
-from runtime.errors import CLOError, ProtocolError, ServerUnreachable
-from runtime.messages import NO_STATS, Cancel, Chunk, Failed, Finished, Generate, Message, ToRouter, Usage
+from clo.runtime import client as client_module
+from clo.runtime.client import AsyncClient, Client
+from clo.runtime.wire.errors import CLOError, ProtocolError, ServerUnreachable
+from clo.runtime.wire.messages import (
+    NO_STATS,
+    Cancel,
+    Chunk,
+    Failed,
+    Finished,
+    Generate,
+    Message,
+    ToRouter,
+    Usage,
+)
+from clo.runtime.wire.sockets import Decoder, configure, encode
 from tests.faults import WAIT_S, error_of
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import Text
 from examples.document import document
-from gpu_worker.engine import Engine
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from gpu_worker.prediction import Source
-from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import Text
-from runtime.text import Tokenizer
 from tests.reference import arrived, divergence, force, make_engine, prefill, stats_of
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 Answer = tuple[list[int], Tensor]  # greedy tokens, and the logits [tokens, vocab] that chose them
 
 FULL = CacheConfig(attention="full")
-SOURCES = (Source.OWN, Source.INPUT, Source.MIDDLE, Source.INPUT)
+SOURCES = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE, QuerySource.INPUT)
 LENGTHS = (1, 3, 63, 70, 511, 512, 700, 1300)
 COUNT = 60
 
@@ -82,7 +82,7 @@ def expected(decoders: tuple[Decoder, Decoder], prompts: list[list[int]]) -> lis
     return answers(make_engine(decoders[0], FULL, len(prompts), 1600), prompts, COUNT)
 
 
-@pytest.mark.parametrize("prefetch", ["off", "correct", "accept"])
+@pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 def test_a_whole_set_gives_the_tokens_of_the_cpu(
     decoders: tuple[Decoder, Decoder],
@@ -113,7 +113,7 @@ def test_every_graph_gives_the_tokens_of_the_cpu(
 
 @pytest.mark.parametrize(
     ("attention", "prefetch"),
-    [("clo", "off"), ("clo", "correct"), ("clo", "accept"), ("topk", "off"), ("full", "off")],
+    [("clo", "off"), ("clo", "verified"), ("clo", "predicted"), ("topk", "off"), ("full", "off")],
 )
 def test_logits_follow_those_of_the_cpu(
     decoders: tuple[Decoder, Decoder], attention: str, prefetch: str

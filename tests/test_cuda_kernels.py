@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.pinning import pin
-from kernels import fetch as fetch_module
-from kernels.append import append
-from kernels.attend import attend_fresh, attend_held
-from kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
-from kernels.fetch import fetch
-from kernels.gate import gate
-from kernels.select import NEVER, Fresh, choose, prepare, weigh_codes
-from kernels.store import store, store_new
+from clo.gpu_worker.pinning import pin
+from clo.kernels import fetch as fetch_module
+from clo.kernels.append import append
+from clo.kernels.attend import attend_resident, merge_fetched
+from clo.kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
+from clo.kernels.fetch import fetch
+from clo.kernels.gate import gate
+from clo.kernels.quantize_query import quantize_query
+from clo.kernels.score import NEVER, score_codes
+from clo.kernels.store import store, store_new
+from clo.kernels.update_resident import FetchList, update_resident
 
 pytestmark = pytest.mark.gpu
 
@@ -74,42 +76,42 @@ def same(*pairs: tuple[Tensor, Tensor]) -> None:
 @shapes
 def test_append_and_store_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     batch, pages, capacity = 4, 3, 20
-    table = table_of(batch, pages)
-    arena = torch.randn(len(table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
+    block_table = table_of(batch, pages)
+    arena = torch.randn(len(block_table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
     resident = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
-    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    stamps = members.clone()
+    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    last_used = positions.clone()
     arena_gpu = mapped(arena)
-    resident_gpu, members_gpu, stamps_gpu = resident.cuda(), members.cuda(), stamps.cuda()
+    resident_gpu, members_gpu, stamps_gpu = resident.cuda(), positions.cuda(), last_used.cuda()
     starts = torch.tensor([0, 3, SINKS + RECENT - 2, 0])
     for step in range(1, 100):
         lengths = starts + step
         lengths[3] = 0
         kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        append(kv, lengths, resident, members, stamps, SINKS, RECENT)
+        append(kv, lengths, resident, positions, last_used, SINKS, RECENT)
         append(inner(kv), lengths.cuda(), resident_gpu, members_gpu, stamps_gpu, SINKS, RECENT)
-        store_new(kv, lengths, table, arena)
-        store_new(inner(kv), lengths.cuda(), table.cuda(), arena_gpu)
-    same((arena, arena_gpu), (resident, resident_gpu), (members, members_gpu), (stamps, stamps_gpu))
+        store_new(kv, lengths, block_table, arena)
+        store_new(inner(kv), lengths.cuda(), block_table.cuda(), arena_gpu)
+    same((arena, arena_gpu), (resident, resident_gpu), (positions, members_gpu), (last_used, stamps_gpu))
 
 
 @shapes
 def test_store(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
-    table = table_of(1, 4)[0]
+    block_table = table_of(1, 4)[0]
     arena = torch.randn(7, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
     arena_gpu = mapped(arena)
     for total in (1, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7):
         rows = torch.randn(total, kv_heads, 2, dim).to(dtype)
-        store(rows, table, arena)
-        store(rows.cuda(), table.cuda(), arena_gpu)
+        store(rows, block_table, arena)
+        store(rows.cuda(), block_table.cuda(), arena_gpu)
         same((arena, arena_gpu))
 
 
 @shapes
 def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     batch, pages = 3, 3
-    table = table_of(batch, pages)
-    blocks = len(table.flatten()) + 3
+    block_table = table_of(batch, pages)
+    blocks = len(block_table.flatten()) + 3
     codes = torch.randint(0, 256, (blocks, kv_heads, BLOCK_TOKENS, dim // CODES_PER_BYTE), dtype=torch.uint8)
     scales = torch.randn(blocks, kv_heads, BLOCK_TOKENS).half()
     centres = torch.randn(blocks, kv_heads, dim)
@@ -118,8 +120,8 @@ def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> 
     for step in range(1, 2 * BLOCK_TOKENS + 4):
         lengths = torch.tensor([step, step + 37, 0])
         rows = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        encode_new(rows[:, :, 0], lengths, table, codes, scales, centres, rotation)
-        encode_new(inner(rows)[:, :, 0], lengths.cuda(), table.cuda(), *index, rotation.cuda())
+        encode_new(rows[:, :, 0], lengths, block_table, codes, scales, centres, rotation)
+        encode_new(inner(rows)[:, :, 0], lengths.cuda(), block_table.cuda(), *index, rotation.cuda())
     same((centres, index[2]))
     different = unpack(codes) != unpack(index[0].cpu())
     assert different.float().mean() < 1e-3, "entries between two levels may go either way"
@@ -129,54 +131,56 @@ def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> 
 @shapes
 def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     batch = 5
-    label = torch.randn(batch, kv_heads, group * dim).to(dtype)
-    label[0] = 0
-    query = (label.float() + torch.rand(batch, kv_heads, 1) * torch.randn_like(label.float())).to(dtype)
+    selection_query = torch.randn(batch, kv_heads, group * dim).to(dtype)
+    selection_query[0] = 0
+    query = (
+        selection_query.float() + torch.rand(batch, kv_heads, 1) * torch.randn_like(selection_query.float())
+    ).to(dtype)
     query = query.view(batch, kv_heads * group, dim)
     threshold = torch.rand(kv_heads) * 0.4 + 0.6
     lengths = torch.tensor([9, 1, 5, 0, 7])
-    tally = torch.randint(0, 99, (batch, kv_heads, 4))
-    label_gpu, tally_gpu = label.cuda(), tally.cuda()
+    counters = torch.randint(0, 99, (batch, kv_heads, 4))
+    label_gpu, tally_gpu = selection_query.cuda(), counters.cuda()
     miss_gpu = gate(inner(query), label_gpu, threshold.cuda(), lengths.cuda(), tally_gpu)
-    miss = gate(query, label, threshold, lengths, tally)
-    same((miss, miss_gpu), (label, label_gpu), (tally, tally_gpu))
+    reselect = gate(query, selection_query, threshold, lengths, counters)
+    same((reselect, miss_gpu), (selection_query, label_gpu), (counters, tally_gpu))
 
 
 @shapes
 @pytest.mark.parametrize("block_tokens", [64, 256, 512])
 def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
     batch, pages = 4, 1300 // block_tokens + 1
-    table = table_of(batch, pages)
-    blocks = len(table.flatten()) + 3
+    block_table = table_of(batch, pages)
+    blocks = len(block_table.flatten()) + 3
     keys = torch.randn(blocks, kv_heads, block_tokens, dim) * 2
     centres = torch.randn(blocks, kv_heads, dim)
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
     codes, scales = encode(keys, centres.unsqueeze(2), rotation)
     query = torch.randn(batch, kv_heads * group, dim).to(dtype)
-    norm = torch.randn(batch, kv_heads * group) * 3
-    miss = torch.rand(batch, kv_heads) < 0.8
+    lse = torch.randn(batch, kv_heads * group) * 3
+    reselect = torch.rand(batch, kv_heads) < 0.8
     lengths = torch.tensor([1300, RECENT + SINKS + 9, 3, 700])
     scale = dim**-0.5
-    prepared = prepare(query, centres, rotation, norm, lengths, table, block_tokens, scale)
-    expected = weigh_codes(prepared, codes, scales, miss, lengths, table, SINKS, RECENT, scale)
-    lengths_gpu, table_gpu = lengths.cuda(), table.cuda()
-    prepared = prepare(
+    quantized = quantize_query(query, centres, rotation, lse, lengths, block_table, block_tokens, scale)
+    expected = score_codes(quantized, codes, scales, reselect, lengths, block_table, SINKS, RECENT, scale)
+    lengths_gpu, table_gpu = lengths.cuda(), block_table.cuda()
+    quantized = quantize_query(
         inner(query),
         centres.cuda(),
         rotation.cuda(),
-        norm.cuda(),
+        lse.cuda(),
         lengths_gpu,
         table_gpu,
         block_tokens,
         scale,
     )
-    found = weigh_codes(
-        prepared, codes.cuda(), scales.cuda(), miss.cuda(), lengths_gpu, table_gpu, SINKS, RECENT, scale
+    found = score_codes(
+        quantized, codes.cuda(), scales.cuda(), reselect.cuda(), lengths_gpu, table_gpu, SINKS, RECENT, scale
     ).cpu()
     for b in range(batch):
         end = max(0, int(lengths[b]) - RECENT)
         for h in range(kv_heads):
-            if miss[b, h] and end > SINKS:
+            if reselect[b, h] and end > SINKS:
                 assert (found[b, h, :SINKS] == NEVER).all()
                 difference = found[b, h, SINKS:end].int() - expected[b, h, SINKS:end].int()
                 # a query entry between two 8-bit steps may go either way
@@ -190,22 +194,27 @@ def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
 )  # fmt: skip
 def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
     batch, kv_heads, tail = 3, 3, 5
-    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    stamps = members.clone()
-    tally = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
-    state = members.cuda(), stamps.cuda(), tally.cuda()
+    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    last_used = positions.clone()
+    counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
+    state = positions.cuda(), last_used.cuda(), counters.cuda()
     drift = torch.randn(batch, kv_heads, span)
     for step in range(12):
         lengths = torch.tensor([span - 12 + step, span // 3 + step, 0])
         drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
         keys = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
         keys[..., :SINKS] = NEVER
-        miss = torch.rand(batch, kv_heads) < 0.8
-        fresh = choose(keys, miss, lengths, tail, members, stamps, tally, k)
-        found = choose(keys.cuda(), miss.cuda(), lengths.cuda(), tail, *state, k)
-        same((members, state[0]), (stamps, state[1]), (tally, state[2]), (fresh.counts, found.counts))
-        there = torch.arange(k) < fresh.counts.unsqueeze(2)
-        assert torch.equal(fresh.slots[there], found.slots.cpu()[there])
+        reselect = torch.rand(batch, kv_heads) < 0.8
+        fetch_list = update_resident(keys, reselect, lengths, tail, positions, last_used, counters, k)
+        found = update_resident(keys.cuda(), reselect.cuda(), lengths.cuda(), tail, *state, k)
+        same(
+            (positions, state[0]),
+            (last_used, state[1]),
+            (counters, state[2]),
+            (fetch_list.counts, found.counts),
+        )
+        there = torch.arange(k) < fetch_list.counts.unsqueeze(2)
+        assert torch.equal(fetch_list.entries[there], found.slots.cpu()[there])
 
 
 @shapes
@@ -217,17 +226,17 @@ def test_fetch(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fetch_module, "_MANY", many)
     batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
-    table = table_of(batch, pages)
-    arena = torch.randn(kv_heads, len(table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)
+    block_table = table_of(batch, pages)
+    arena = torch.randn(kv_heads, len(block_table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)
     arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
     resident = torch.randn(batch, kv_heads, first + capacity, 2, dim).to(dtype)
-    members = torch.randint(0, pages * BLOCK_TOKENS, (batch, kv_heads, capacity), dtype=torch.int32)
+    positions = torch.randint(0, pages * BLOCK_TOKENS, (batch, kv_heads, capacity), dtype=torch.int32)
     counts = torch.randint(0, most + 1, (batch, kv_heads), dtype=torch.int32)
     slots = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :64].int()
     resident_gpu = resident.cuda()
-    fetch(Fresh(slots, counts), members, table, arena, resident, first)
-    asked = Fresh(slots.cuda(), counts.cuda())
-    fetch(asked, members.cuda(), table.cuda(), arena_gpu, resident_gpu, first, patient=patient)
+    fetch(FetchList(slots, counts), positions, block_table, arena, resident, first)
+    asked = FetchList(slots.cuda(), counts.cuda())
+    fetch(asked, positions.cuda(), block_table.cuda(), arena_gpu, resident_gpu, first, patient=patient)
     same((resident, resident_gpu))
 
 
@@ -236,8 +245,8 @@ def test_fetch(
 def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacity: int) -> None:
     batch, first, k, scale = 4, SINKS + RECENT, 200, dim**-0.5
     lengths = torch.tensor([3, first + capacity // 2, 5000, 0])
-    members = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    members[1, :, : capacity // 2] = members[2] = 7
+    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    positions[1, :, : capacity // 2] = positions[2] = 7
     resident = torch.full((batch, kv_heads, first + capacity, 2, dim), torch.nan)
     resident[0, :, :3] = torch.randn(kv_heads, 3, 2, dim)
     resident[1, :, : first + capacity // 2] = torch.randn(kv_heads, first + capacity // 2, 2, dim)
@@ -249,26 +258,26 @@ def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacit
     slots = torch.zeros(batch, kv_heads, k, dtype=torch.int32)
     chosen = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :k].int()
     slots[..., : chosen.shape[2]] = chosen
-    norm = torch.randn(batch, kv_heads * group)
-    norm_gpu = norm.cuda()
+    lse = torch.randn(batch, kv_heads * group)
+    lse_gpu = lse.cuda()
 
-    full = Fresh(slots, counts)
-    partial = attend_held(
-        query.float(), resident.float().nan_to_num(), members, lengths, full, SINKS, RECENT, scale
+    full = FetchList(slots, counts)
+    partial = attend_resident(
+        query.float(), resident.float().nan_to_num(), positions, lengths, full, SINKS, RECENT, scale
     )
-    expected = attend_fresh(
-        partial, query.float(), resident.float().nan_to_num(), lengths, full, norm, first, scale
+    expected = merge_fetched(
+        partial, query.float(), resident.float().nan_to_num(), lengths, full, lse, first, scale
     )
-    on_gpu = [inner(query), *(tensor.cuda() for tensor in (resident, members, lengths))]
-    fresh = Fresh(slots.cuda(), counts.cuda())
+    on_gpu = [inner(query), *(tensor.cuda() for tensor in (resident, positions, lengths))]
+    fetch_list = FetchList(slots.cuda(), counts.cuda())
     late = on_gpu[1].clone()  # the rows that are not there yet hold rubbish while the others are attended
     for h in range(kv_heads):
         late[2, h, first + slots[2, h, : counts[2, h]].long()] = torch.nan
-    held = attend_held(on_gpu[0], late, on_gpu[2], on_gpu[3], fresh, SINKS, RECENT, scale)
-    found = attend_fresh(held, on_gpu[0], on_gpu[1], on_gpu[3], fresh, norm_gpu, first, scale)
+    held = attend_resident(on_gpu[0], late, on_gpu[2], on_gpu[3], fetch_list, SINKS, RECENT, scale)
+    found = merge_fetched(held, on_gpu[0], on_gpu[1], on_gpu[3], fetch_list, lse_gpu, first, scale)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(norm_gpu.cpu(), norm, rtol=1e-4, atol=1e-4)
-    nothing = attend_held(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], None, SINKS, RECENT, scale)
-    whole = attend_fresh(nothing, on_gpu[0], on_gpu[1], on_gpu[3], None, norm_gpu, first, scale)
+    torch.testing.assert_close(lse_gpu.cpu(), lse, rtol=1e-4, atol=1e-4)
+    nothing = attend_resident(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], None, SINKS, RECENT, scale)
+    whole = merge_fetched(nothing, on_gpu[0], on_gpu[1], on_gpu[3], None, lse_gpu, first, scale)
     torch.testing.assert_close(whole[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)

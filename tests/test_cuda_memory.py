@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker import mailbox, pinning
-from gpu_worker.mailbox import Mailbox
-from gpu_worker.pinning import check_gpu_memory, pin
-from gpu_worker.shape import KVShape
-from runtime.config import CacheConfig
-from runtime.errors import ConfigError, DeviceStuck
+from clo.gpu_worker import mailbox, pinning
+from clo.gpu_worker.outputs import Mailbox
+from clo.gpu_worker.pinning import check_gpu_memory, pin
+from clo.runtime.config import CacheConfig
+from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.wire.errors import ConfigError, DeviceStuck
 from tests.server import Server
 
 GIB = 2**30

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sample import sample
+from clo.kernels.sample import sample
 
 pytestmark = pytest.mark.gpu
 

@@ -26,11 +26,11 @@ import psutil
 import pytest
 import torch
 
+from clo.runtime.client import AsyncClient, Client, Result
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.errors import WorkerDied
+from clo.runtime.wire.messages import Chunk, Generate, Progress, Sampling, Text, Tokens
 from examples.document import document
-from runtime.client import AsyncClient, Client, Result
-from runtime.errors import WorkerDied
-from runtime.messages import Chunk, Generate, Progress, Sampling, Text, Tokens
-from runtime.text import Tokenizer
 from tests import server as servers
 from tests.faults import WAIT_S, assert_serves, error_of, raw, wait_until_idle
 from tests.server import Server
@@ -181,8 +181,8 @@ CASES = {
         "--resident",
         "4096",
         "--prefetch",
-        "correct",
-        "--guard",
+        "verified",
+        "--drift-check",
         "16",
     ),
     "rows dropped": ("--kv-size", "1GiB", "--select-k", "32", "--resident", "256"),
@@ -226,10 +226,10 @@ def test_requests_that_come_and_go_get_what_they_get_alone(
                 worker = client.info().workers[0]
             held.append((worker.private_bytes, worker.gpu_bytes))
             if (
-                worker.guard is not None
+                worker.drift_check is not None
             ):  # it compared steps with full attention, of which nothing is lost here
-                assert worker.guard.checks > 0 and worker.guard.agreement > 0.99
-                assert abs(worker.guard.mean_kl) < 1e-5
+                assert worker.drift_check.checks > 0 and worker.drift_check.agreement > 0.99
+                assert abs(worker.drift_check.mean_kl) < 1e-5
         assert_serves(server)  # worker and store check their books whenever they are idle
         first, second = held
         assert second[0] - first[0] < 128 * MIB, "memory of the process"

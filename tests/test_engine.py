@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gpu_worker.engine import Engine
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from gpu_worker.prediction import Source
-from runtime.config import CacheConfig, ModelConfig
+from clo.gpu_worker.cache.query_prediction import Source
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
 from tests.reference import (
     arrived,
     divergence,
@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
         alone.retire(0)
 
 
-@pytest.mark.parametrize("prefetch", ["off", "correct", "accept"])
+@pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
 def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch: str) -> None:
     prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300)
     full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)

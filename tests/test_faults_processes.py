@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.client import AsyncClient
-from runtime.errors import CLOError, ServerStopped, ServerUnreachable, WorkerDied
+from clo.runtime.client import AsyncClient
+from clo.runtime.wire.errors import CLOError, ServerStopped, ServerUnreachable, WorkerDied
 from tests.faults import ENDLESS, SMALL, WAIT_S
 from tests.server import Server
 

@@ -14,9 +14,18 @@ from typing import Any
 import pytest
 import zmq
 
-from runtime.client import AsyncClient, Client, Result
-from runtime.errors import CLOError, InvalidRequest, PromptTooLong, ProtocolError, RequestTimeout
-from runtime.messages import MAX_MESSAGE_BYTES, Cancel, Chunk, Generate, Progress, Sampling, Text, Tokens
+from clo.runtime.client import AsyncClient, Client, Result
+from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, ProtocolError, RequestTimeout
+from clo.runtime.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    Chunk,
+    Generate,
+    Progress,
+    Sampling,
+    Text,
+    Tokens,
+)
 from tests.faults import ENDLESS, SMALL, WAIT_S, assert_serves, garbage, raw, wait_until_idle
 from tests.server import ROOT, Server
 
@@ -230,7 +239,7 @@ def test_a_client_that_vanishes_in_mid_stream(server: Server, client: Client) ->
     """Killed, so that nobody cancels: its blocks come back."""
     before = wait_until_idle(client)
     code = f"""
-from runtime.client import Client
+from clo.runtime.client import Client
 for _ in Client({server.address!r}).stream("a", max_tokens=1400, ignore_eos=True):
     print("streams", flush=True)
 """

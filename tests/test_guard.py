@@ -1,4 +1,4 @@
-"""The guard: it measures what the cache loses, and changes nothing."""
+"""The drift_check: it measures what the cache loses, and changes nothing."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_worker.engine import Engine
-from gpu_worker.guard import Guard
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from gpu_worker.scheduler import Scheduler
-from runtime.client import Client
-from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import (
+from clo.gpu_worker.drift_check import DriftCheck
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.scheduler import Scheduler
+from clo.runtime.client import Client
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.wire.messages import (
     Allocate,
     Allocated,
     Done,
+    DriftStats,
     FromWorker,
-    GuardStats,
     Run,
     Sampling,
     Stepped,
@@ -44,11 +44,13 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return tokens
 
 
-def guarded(engine: Engine, every: int, slots: int) -> Guard:
-    return Guard(engine, engine.cache._arena, every, slots, MAX_TOKENS)
+def guarded(engine: Engine, every: int, slots: int) -> DriftCheck:
+    return DriftCheck(engine, engine.cache._arena, every, slots, MAX_TOKENS)
 
 
-def serve(engine: Engine, slots: int, guard: Guard | None, counts: tuple[int, ...]) -> dict[int, list[int]]:
+def serve(
+    engine: Engine, slots: int, drift_check: DriftCheck | None, counts: tuple[int, ...]
+) -> dict[int, list[int]]:
     """Greedy tokens of a request for each count, by request, through a scheduler with a store of its own."""
     engine.capture()
     granted: list[Allocated] = []
@@ -67,7 +69,7 @@ def serve(engine: Engine, slots: int, guard: Guard | None, counts: tuple[int, ..
         if isinstance(message, Allocate):
             granted.append(Allocated(message.sequence, [next(blocks) for _ in range(message.blocks)]))
 
-    scheduler = Scheduler(engine, slots, MAX_TOKENS, report, ask_store, guard)
+    scheduler = Scheduler(engine, slots, MAX_TOKENS, report, ask_store, drift_check)
     for number, count in enumerate(counts):
         sampling = Sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
         scheduler.add(Run(number, random_tokens(150 * (number + 1), number), sampling, 0, [], None))
@@ -82,9 +84,9 @@ def serve(engine: Engine, slots: int, guard: Guard | None, counts: tuple[int, ..
 
 def test_a_set_of_the_whole_context_is_full_attention(decoder: Decoder) -> None:
     engine = make_engine(decoder, WHOLE, 3, MAX_TOKENS)
-    guard = guarded(engine, 4, 3)
-    serve(engine, 3, guard, (21, 21, 21))
-    stats = guard.stats()
+    drift_check = guarded(engine, 4, 3)
+    serve(engine, 3, drift_check, (21, 21, 21))
+    stats = drift_check.stats()
     assert stats.checks == 15, "each of three sequences every four of its 20 steps"
     assert stats.mean_kl == pytest.approx(0.0, abs=1e-5)
     assert stats.agreement == 1.0
@@ -98,14 +100,14 @@ def test_a_tiny_set_is_measured_as_teacher_forcing_measures_it(decoder: Decoder)
         for config in (CacheConfig(attention="full"), TINY)
     )
     engine = make_engine(decoder, TINY, 1, MAX_TOKENS)
-    guard = guarded(engine, 1, 1)
+    drift_check = guarded(engine, 1, 1)
     prefill(engine, 0, prompt, MAX_TOKENS)
     engine.feed(0, token)
-    guard.before({0: 601})
-    guard.after(engine.step([0], 601))
+    drift_check.before({0: 601})
+    drift_check.after(engine.step([0], 601))
     if decoder.device.type == "cuda":
         torch.cuda.synchronize()
-    stats = guard.stats()
+    stats = drift_check.stats()
     assert stats.mean_kl > 0.01
     assert stats.mean_kl == pytest.approx(divergence(tiny, full), rel=1e-3)
     assert stats.agreement == float(tiny.argmax() == full.argmax())
@@ -116,18 +118,21 @@ def test_the_tokens_are_the_same_with_and_without(decoder: Decoder) -> None:
     counts = (40, 25, 30)
     without = serve(make_engine(decoder, TINY, 3, MAX_TOKENS), 2, None, counts)
     engine = make_engine(decoder, TINY, 3, MAX_TOKENS)
-    guard = guarded(engine, 1, 2)
-    assert serve(engine, 2, guard, counts) == without
-    assert guard.stats().mean_kl > 0.01
-    assert guard.stats().agreement < 1.0
+    drift_check = guarded(engine, 1, 2)
+    assert serve(engine, 2, drift_check, counts) == without
+    assert drift_check.stats().mean_kl > 0.01
+    assert drift_check.stats().agreement < 1.0
 
 
 def test_a_server_reports_it(launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path) -> None:
     arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB", "--select-k", "8")
-    with launch(*arguments, "--resident", "8", "--guard", "3") as server, Client(server.address) as client:
-        assert client.info().workers[0].guard == GuardStats(0, 0.0, 0.0)
+    with (
+        launch(*arguments, "--resident", "8", "--drift-check", "3") as server,
+        Client(server.address) as client,
+    ):
+        assert client.info().workers[0].drift_check == DriftStats(0, 0.0, 0.0)
         client.generate(random_tokens(300, 1), max_tokens=20, temperature=0.0, ignore_eos=True)
-        stats = client.info().workers[0].guard
+        stats = client.info().workers[0].drift_check
         assert stats is not None
         assert stats.checks == 6, "of 19 decode steps"
         assert stats.mean_kl > 0.01

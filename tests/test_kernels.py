@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.append import append
-from kernels.attend import attend_all, attend_fresh, attend_held, attend_prompt
-from kernels.encode import encode, encode_new, unpack
-from kernels.fetch import fetch
-from kernels.gate import gate
-from kernels.paging import gather_tokens
-from kernels.sample import sample, uniform
-from kernels.select import NEVER, Fresh, choose, prepare, scan_exact, weigh, weigh_codes
-from kernels.store import store_new
+from clo.kernels.append import append
+from clo.kernels.attend import attend_all, attend_prompt, attend_resident, merge_fetched
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.encode import encode, encode_new, unpack
+from clo.kernels.fetch import fetch
+from clo.kernels.gate import gate
+from clo.kernels.quantize_query import quantize_query
+from clo.kernels.sample import sample, uniform
+from clo.kernels.score import NEVER, score_codes, score_exact, score_products
+from clo.kernels.store import store_new
+from clo.kernels.update_resident import FetchList, update_resident
 
 SINKS, RECENT, CAPACITY = 2, 4, 8
 SHAPES = [
@@ -35,17 +37,17 @@ def softmax_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float)
 def paged(batch: int, pages: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
     """A random arena layer with more blocks than needed, and a table of shuffled distinct blocks."""
     blocks = batch * pages + 3
-    table = torch.randperm(blocks)[: batch * pages].view(batch, pages)
-    return torch.randn(blocks, kv_heads, BLOCK_TOKENS, 2, dim), table
+    block_table = torch.randperm(blocks)[: batch * pages].view(batch, pages)
+    return torch.randn(blocks, kv_heads, BLOCK_TOKENS, 2, dim), block_table
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
 def test_attention_over_everything_and_over_a_chunk(dim: int, kv_heads: int, group: int) -> None:
-    arena, table = paged(3, 4, kv_heads, dim)
+    arena, block_table = paged(3, 4, kv_heads, dim)
     lengths = torch.tensor([1, 17, 32])
     query = torch.randn(3, kv_heads * group, dim)
-    out = attend_all(query, arena, table, lengths, 0.3)
-    rows = gather_tokens(arena, table)
+    out = attend_all(query, arena, block_table, lengths, 0.3)
+    rows = gather_tokens(arena, block_table)
     for b in range(3):
         for h in range(kv_heads * group):
             keys, values = rows[b, h // group, : lengths[b]].unbind(1)
@@ -66,18 +68,18 @@ def test_attention_over_everything_and_over_a_chunk(dim: int, kv_heads: int, gro
 
 def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     batch, kv_heads, dim = 3, 2, 16
-    arena, table = paged(batch, 4, kv_heads, dim)
+    arena, block_table = paged(batch, 4, kv_heads, dim)
     resident = torch.full((batch, kv_heads, SINKS + RECENT + CAPACITY, 2, dim), torch.nan)
-    members = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
-    stamps = members.clone()
+    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
+    last_used = positions.clone()
     history = torch.randn(30, batch, kv_heads, 2, dim)
     joins = torch.tensor([0, 5, 30])  # step at which a sequence begins; the last one never does
     lengths = torch.zeros(batch, dtype=torch.int64)
     for step in range(30):
         lengths += step >= joins
-        append(history[step], lengths, resident, members, stamps, SINKS, RECENT)
-        store_new(history[step], lengths, table, arena)
-    written = gather_tokens(arena, table)
+        append(history[step], lengths, resident, positions, last_used, SINKS, RECENT)
+        store_new(history[step], lengths, block_table, arena)
+    written = gather_tokens(arena, block_table)
     for b in range(2):
         mine = history[joins[b] :, b]
         assert torch.equal(written[b, :, : len(mine)], mine.transpose(0, 1))
@@ -86,9 +88,9 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
             place = SINKS + (position - SINKS) % RECENT
             assert torch.equal(resident[b, :, place], mine[position])
         for slot in range(CAPACITY):  # while there was room, what left the ring entered the set
-            assert (members[b, :, slot] == SINKS + slot).all()
+            assert (positions[b, :, slot] == SINKS + slot).all()
             assert torch.equal(resident[b, :, SINKS + RECENT + slot], mine[SINKS + slot])
-    assert (members[2] == -1).all()
+    assert (positions[2] == -1).all()
     assert resident[2].isnan().all()
 
 
@@ -98,30 +100,32 @@ def test_attention_sees_the_rows_that_are_held_and_those_that_arrive_later() -> 
         resident = torch.full((1, kv_heads, first + CAPACITY, 2, dim), 1e4)  # poison
         valid = [*range(min(length, first)), *range(first, first + held)]
         rows = torch.randn(1, kv_heads, len(valid), 2, dim)
-        members = torch.full((1, kv_heads, CAPACITY), -1, dtype=torch.int32)
-        members[..., :held] = torch.arange(held) + SINKS
+        positions = torch.full((1, kv_heads, CAPACITY), -1, dtype=torch.int32)
+        positions[..., :held] = torch.arange(held) + SINKS
         slots = torch.zeros(1, kv_heads, 6, dtype=torch.int32)
         slots[..., :coming] = torch.randperm(max(held, 1))[:coming].sort().values
-        fresh = Fresh(slots, torch.full((1, kv_heads), coming, dtype=torch.int32))
+        fetch_list = FetchList(slots, torch.full((1, kv_heads), coming, dtype=torch.int32))
         late = [first + slot for slot in slots[0, 0, :coming].tolist()]
         early = [place for place, row in enumerate(valid) if row not in late]
         resident[:, :, [valid[place] for place in early]] = rows[:, :, early]
-        query, norm = torch.randn(1, 6, dim), torch.full((1, 6), torch.nan)
-        partial = attend_held(query, resident, members, torch.tensor([length]), fresh, SINKS, RECENT, 0.2)
+        query, lse = torch.randn(1, 6, dim), torch.full((1, 6), torch.nan)
+        partial = attend_resident(
+            query, resident, positions, torch.tensor([length]), fetch_list, SINKS, RECENT, 0.2
+        )
         resident[:, :, valid] = rows
-        out = attend_fresh(partial, query, resident, torch.tensor([length]), fresh, norm, first, 0.2)
+        out = merge_fetched(partial, query, resident, torch.tensor([length]), fetch_list, lse, first, 0.2)
         for h in range(6):
             keys, values = resident[0, h // 3, valid].unbind(1)
             torch.testing.assert_close(
                 out[0, h].double(), softmax_attention(query[0, h], keys, values, 0.2), rtol=1e-4, atol=1e-5
             )
             expected = (keys @ query[0, h] * 0.2).logsumexp(0)
-            torch.testing.assert_close(norm[0, h], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(lse[0, h], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
 def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
-    arena, table = paged(2, 3, kv_heads, dim)
+    arena, block_table = paged(2, 3, kv_heads, dim)
     keys, scale = arena[:, :, :, 0], dim**-0.5
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
     centres = keys.mean(2)
@@ -132,71 +136,71 @@ def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     error = (decoded - keys).square().mean() / (keys - centres.unsqueeze(2)).square().mean()
     assert error < 0.14, "a Gaussian in 2 bits loses about 12 % of its energy"
     query = torch.randn(2, kv_heads * group, dim)
-    norm = 3 * torch.rand(2, kv_heads * group)
-    lengths, miss = torch.tensor([24, 15]), torch.ones(2, kv_heads, dtype=torch.bool)
-    prepared = prepare(query, centres, rotation, norm, lengths, table, BLOCK_TOKENS, scale)
-    found = weigh_codes(prepared, codes, scales, miss, lengths, table, SINKS, RECENT, scale)
-    products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, table).transpose(-1, -2)
-    expected = weigh(products, norm, lengths, SINKS, RECENT, scale)
+    lse = 3 * torch.rand(2, kv_heads * group)
+    lengths, reselect = torch.tensor([24, 15]), torch.ones(2, kv_heads, dtype=torch.bool)
+    quantized = quantize_query(query, centres, rotation, lse, lengths, block_table, BLOCK_TOKENS, scale)
+    found = score_codes(quantized, codes, scales, reselect, lengths, block_table, SINKS, RECENT, scale)
+    products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, block_table).transpose(-1, -2)
+    expected = score_products(products, lse, lengths, SINKS, RECENT, scale)
     assert torch.equal(found == NEVER, expected == NEVER)
     weights = ((keys.int() << 16).view(torch.float32) for keys in (found, expected))
     # in 8 bits the query loses a little, in 16 the weight
     torch.testing.assert_close(*weights, rtol=0.06, atol=0.0, equal_nan=True)
-    exact = scan_exact(query, arena, table)
+    exact = query.view(2, kv_heads, group, dim) @ gather_tokens(keys, block_table).transpose(-1, -2)
     torch.testing.assert_close(
-        exact, query.view(2, kv_heads, group, dim) @ gather_tokens(keys, table).transpose(-1, -2),
-        rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
+        score_exact(query, arena, block_table, lse, lengths, SINKS, RECENT, scale),
+        score_products(exact, lse, lengths, SINKS, RECENT, scale),
+    )
 
 
 def test_new_keys_are_indexed_as_encode_does() -> None:
     kv_heads, dim, pages = 2, 32, 5
     keys = torch.randn(40, 2, kv_heads, dim)
-    table = torch.randperm(2 * pages).view(2, pages)
+    block_table = torch.randperm(2 * pages).view(2, pages)
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
     codes = torch.zeros(2 * pages, kv_heads, BLOCK_TOKENS, dim // 4, dtype=torch.uint8)
     scales = torch.zeros(2 * pages, kv_heads, BLOCK_TOKENS, dtype=torch.float16)
     centres = torch.zeros(2 * pages, kv_heads, dim)
     for step in range(40):
         lengths = torch.tensor([step + 1, 0])
-        encode_new(keys[step], lengths, table, codes, scales, centres, rotation)
+        encode_new(keys[step], lengths, block_table, codes, scales, centres, rotation)
     expected = encode(keys[:, 0], keys[0, 0], rotation)
-    found = unpack(gather_tokens(codes, table)[0, :, :40])
+    found = unpack(gather_tokens(codes, block_table)[0, :, :40])
     different = found != unpack(expected[0].transpose(0, 1))
     assert different.sum() <= 2, "an entry between two levels may go either way"
     torch.testing.assert_close(
-        gather_tokens(scales, table)[0, :, :40], expected[1].transpose(0, 1), rtol=0.02, atol=1e-3
+        gather_tokens(scales, block_table)[0, :, :40], expected[1].transpose(0, 1), rtol=0.02, atol=1e-3
     )
-    assert not codes[table[1]].any(), "a slot that is not in use writes nothing"
+    assert not codes[block_table[1]].any(), "a slot that is not in use writes nothing"
 
 
 def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> None:
-    products, norm = torch.randn(2, 2, 3, 32) * 9, torch.randn(2, 6)
+    products, lse = torch.randn(2, 2, 3, 32) * 9, torch.randn(2, 6)
     lengths = torch.tensor([25 + RECENT, SINKS + RECENT])
-    keys = weigh(products, norm, lengths, SINKS, RECENT, 0.7)
+    keys = score_products(products, lse, lengths, SINKS, RECENT, 0.7)
     assert (keys[1] == NEVER).all()
     assert (keys[0, :, :SINKS] == NEVER).all() and (keys[0, :, 25:] == NEVER).all()
-    weight = (products[0] * 0.7 - norm[0].view(2, 3, 1)).exp().sum(1)[:, SINKS:25]
+    weight = (products[0] * 0.7 - lse[0].view(2, 3, 1)).exp().sum(1)[:, SINKS:25]
     found = (keys[0, :, SINKS:25].int() << 16).view(torch.float32)  # cut to 8 bits of mantissa
     assert (found <= weight).all() and (weight <= found * (1 + 2**-7)).all()
 
 
 def test_choose_marks_what_is_resident_and_replaces_the_rows_selected_longest_ago() -> None:
     batch, kv_heads, span, k = 3, 3, 64, 6
-    members = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
-    stamps = members.clone()
-    tally = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
+    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
+    last_used = positions.clone()
+    counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
     for step in range(20, 60):
         lengths = torch.tensor([step, step + 3, 0])
         keys = torch.randint(0, 80, (batch, kv_heads, span)).to(torch.int16)  # with ties
         keys[..., :SINKS] = NEVER
-        miss = torch.rand(batch, kv_heads) < 0.7
-        before, old, counted = members.tolist(), stamps.tolist(), tally.clone()
-        fresh = choose(keys, miss, lengths, RECENT, members, stamps, tally, k)
+        reselect = torch.rand(batch, kv_heads) < 0.7
+        before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
+        fetch_list = update_resident(keys, reselect, lengths, RECENT, positions, last_used, counters, k)
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
-                if miss[b, h] and lengths[b] > 0:
+                if reselect[b, h] and lengths[b] > 0:
                     row = keys[b, h].tolist()
                     candidates = [p for p in range(max(0, int(lengths[b]) - RECENT)) if row[p] != NEVER]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
@@ -209,44 +213,52 @@ def test_choose_marks_what_is_resident_and_replaces_the_rows_selected_longest_ag
                 expected = before[b][h].copy()
                 for slot, position in zip(leaving, missing, strict=True):
                     expected[slot], ages[slot] = position, int(lengths[b])
-                assert members[b, h].tolist() == expected
-                assert stamps[b, h].tolist() == ages
-                assert fresh.counts[b, h] == len(missing)
-                assert fresh.slots[b, h, : len(missing)].tolist() == leaving
-                assert (tally - counted)[b, h].tolist() == [0, 0, len(best), len(missing)]
+                assert positions[b, h].tolist() == expected
+                assert last_used[b, h].tolist() == ages
+                assert fetch_list.counts[b, h] == len(missing)
+                assert fetch_list.entries[b, h, : len(missing)].tolist() == leaving
+                assert (counters - counted)[b, h].tolist() == [0, 0, len(best), len(missing)]
 
 
 def test_gate_compares_with_the_query_of_the_last_selection() -> None:
-    label = torch.zeros(2, 2, 3 * 16)
+    selection_query = torch.zeros(2, 2, 3 * 16)
     threshold = torch.tensor([0.8, 2.0])
     lengths = torch.tensor([5, 0])
-    tally = torch.zeros(2, 2, 4, dtype=torch.int64)
+    counters = torch.zeros(2, 2, 4, dtype=torch.int64)
     query = torch.randn(2, 6, 16)
-    assert gate(query, label, threshold, lengths, tally).tolist() == [[True, True], [False, False]]
-    assert torch.equal(label[0], query[0].view(2, 48))
+    assert gate(query, selection_query, threshold, lengths, counters).tolist() == [
+        [True, True],
+        [False, False],
+    ]
+    assert torch.equal(selection_query[0], query[0].view(2, 48))
     near = query + 0.05 * torch.randn_like(query)
-    before = label.clone()
-    assert gate(near, label, threshold, lengths, tally).tolist() == [[False, True], [False, False]]
-    assert torch.equal(label[0, 0], before[0, 0]), "a reuse keeps the label, so that drift adds up"
-    assert torch.equal(label[0, 1], near[0].view(2, 48)[1])
-    assert gate(-query, label, threshold, lengths, tally)[0].tolist() == [True, True]
-    assert tally.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+    before = selection_query.clone()
+    assert gate(near, selection_query, threshold, lengths, counters).tolist() == [
+        [False, True],
+        [False, False],
+    ]
+    assert torch.equal(selection_query[0, 0], before[0, 0]), (
+        "a reuse keeps the selection_query, so that drift adds up"
+    )
+    assert torch.equal(selection_query[0, 1], near[0].view(2, 48)[1])
+    assert gate(-query, selection_query, threshold, lengths, counters)[0].tolist() == [True, True]
+    assert counters.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
 
 
 def test_fetch_copies_the_rows_of_the_positions_that_came_into_the_set() -> None:
     batch, kv_heads, dim, first, k = 2, 3, 16, SINKS + RECENT, 6
-    arena, table = paged(batch, 8, kv_heads, dim)
-    rows = gather_tokens(arena, table)
+    arena, block_table = paged(batch, 8, kv_heads, dim)
+    rows = gather_tokens(arena, block_table)
     before = torch.randn(batch, kv_heads, first + CAPACITY, 2, dim)
     resident = before.clone()
-    members = torch.randint(0, 8 * BLOCK_TOKENS, (batch, kv_heads, CAPACITY), dtype=torch.int32)
+    positions = torch.randint(0, 8 * BLOCK_TOKENS, (batch, kv_heads, CAPACITY), dtype=torch.int32)
     count = torch.randint(0, k + 1, (batch, kv_heads), dtype=torch.int32)
     slots = torch.rand(batch, kv_heads, CAPACITY).argsort(2)[..., :k].int()
-    fetch(Fresh(slots, count), members, table, arena, resident, first)
+    fetch(FetchList(slots, count), positions, block_table, arena, resident, first)
     for b in range(batch):
         for h in range(kv_heads):
             for slot in slots[b, h, : count[b, h]].tolist():
-                before[b, h, first + slot] = rows[b, h, members[b, h, slot]]
+                before[b, h, first + slot] = rows[b, h, positions[b, h, slot]]
     assert torch.equal(resident, before)
 
 

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import zmq
 
-from kvstore.client import StoreClient
-from runtime.errors import ConfigError, ProtocolError, WorkerDied
-from runtime.messages import (
+from clo.kvstore.client import StoreClient
+from clo.runtime.wire.errors import ConfigError, ProtocolError, WorkerDied
+from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     Allocate,
     Allocated,
@@ -89,8 +89,8 @@ def test_an_allocation_that_can_never_fit_is_denied_at_once(store: Store) -> Non
 def test_a_killed_worker_gives_its_blocks_to_one_that_waits(store: Store) -> None:
     code = f"""
 import os, signal, zmq
-from kvstore.client import StoreClient
-from runtime.messages import Allocate, Attach, GetStoreStats
+from clo.kvstore.client import StoreClient
+from clo.runtime.wire.messages import Allocate, Attach, GetStoreStats
 client = StoreClient(zmq.Context(), {store.endpoint!r})
 client.attach(Attach(1, os.getpid(), 16, {MIB}), 20)
 client.send(Allocate(1, {BLOCKS}))

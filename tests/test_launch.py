@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import launch
-from runtime.config import CacheConfig, ModelConfig, ServerConfig
+from clo import launch
+from clo.runtime.config import CacheConfig, ModelConfig, ServerConfig
 from tests.server import ROOT
 
 
@@ -19,11 +19,11 @@ def test_every_option_reaches_the_configuration() -> None:
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 "
         "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
-        "--gate 0.5 --prefetch accept --guard 9 --host 127.0.0.2 --port 0 --seed 7 --log-level info"
+        "--gate 0.5 --prefetch predicted --drift-check 9 --host 127.0.0.2 --port 0 --seed 7 --log-level info"
     )
     assert launch.config_from(line.split()) == ServerConfig(
         model=ModelConfig("m", "dummy", "bfloat16", "cpu", 100, 7),
-        cache=CacheConfig("topk", 5, 6, 0.5, "accept", guard=9),
+        cache=CacheConfig("topk", 5, 6, 0.5, "predicted", drift_check=9),
         workers=2,
         stores=("numa0", "numa1"),
         kv_bytes=3 * 2**19,
@@ -61,7 +61,7 @@ WRONG_OPTIONS = {
     "gate that is no cosine": ("--gate 1.1", "--gate is 1.1; it is a cosine from 0 to 1"),
     "gate that is no number": ("--gate low", "'low' is neither a number nor 'off'"),
     "gate that is not a number": ("--gate nan", "--gate is nan; it is a cosine from 0 to 1"),
-    "guard of no steps": ("--guard 0", "--guard is 0; it must be at least 1"),
+    "drift_check of no steps": ("--drift-check 0", "--drift-check is 0; it must be at least 1"),
     "size without a number": ("--kv-size much", "'much' is not a size; write for example 512MiB or 8GiB."),
     "empty size": ("--kv-size 0", "'0' is not a size"),
     "no tokens": ("--max-model-len 0", "--max-model-len is 0; it must be at least 1."),

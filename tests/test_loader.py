@@ -13,13 +13,13 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpu_worker import gguf, loader
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from runtime.config import ModelConfig
-from runtime.errors import ConfigError
-from runtime.messages import Text
-from runtime.text import Tokenizer
+from clo.gpu_worker import gguf, loader
+from clo.gpu_worker.model.decoder import Decoder
+from clo.runtime.config import ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.errors import ConfigError
+from clo.runtime.wire.messages import Text
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,13 +65,13 @@ def hidden_states(decoder: Decoder) -> Tensor:
     """Something that depends on every weight."""
     tokens = torch.arange(50)
     hidden, rope = decoder.embed(tokens), decoder.rope(tokens)
-    normal = decoder.normalise(0, hidden)
+    normed = decoder.input_norm(0, hidden)
     for layer in range(decoder.shape.layers):
-        query, rows = decoder.qkv(layer, normal, rope)
+        query, rows = decoder.qkv(layer, normed, rope)
         values = rows.sum(dim=2).repeat_interleave(decoder.shape.group, dim=1)
-        hidden, normal = decoder.add_attention(layer, hidden, query + values)
-        hidden, normal = decoder.add_mlp(layer, hidden, normal)
-    return decoder.logits(normal)
+        hidden, normed = decoder.add_attention(layer, hidden, query + values)
+        hidden, normed = decoder.add_mlp(layer, hidden, normed)
+    return decoder.logits(normed)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from gpu_worker.loader import load_decoder, resolve
-from gpu_worker.model import Decoder
-from runtime.config import CacheConfig, DType, ModelConfig
-from runtime.errors import ConfigError
+from clo.gpu_worker.model.decoder import Decoder
+from clo.runtime.config import CacheConfig, DType, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.wire.errors import ConfigError
 from tests.reference import divergence, force, load_transformers, make_engine
 
 PROMPT, CONTINUATION = 1018, 20  # two prefill chunks; decoding goes from the second block into the third
@@ -105,7 +105,7 @@ def test_half_precision_stays_close(name: str, dtype: DType, nats: float, tmp_pa
 @pytest.mark.parametrize("name", ["llama-biases-yarn", "qwen2", "qwen3-tied"])
 def test_the_predicting_query_is_the_layers_own(name: str, tmp_path: Path) -> None:
     decoder = load(save(name, tmp_path))
-    hidden = decoder.normalise(1, decoder.embed(torch.arange(7)))
+    hidden = decoder.input_norm(1, decoder.embed(torch.arange(7)))
     rope = decoder.rope(torch.arange(100, 107))
     for layer in range(decoder.shape.layers):
         query, _ = decoder.qkv(layer, hidden, rope)

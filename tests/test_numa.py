@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import memory
-from runtime.errors import ConfigError
+from clo.kvstore import memory
+from clo.runtime.wire.errors import ConfigError
 from tests.store import running_store
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def test_a_store_for_a_node_that_is_missing_warns_once_and_serves() -> None:
 def test_binding_keeps_threads_and_memory_on_the_node() -> None:
     code = """
 import logging, mmap, os
-from kvstore.numa import bind
+from clo.runtime.machine.numa import bind
 bind(0)
 memory = mmap.mmap(-1, 2**24)
 memory.write(b"x" * 2**24)

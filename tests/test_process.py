@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from runtime.handlers import handlers_of
-from runtime.messages import Commit, Describe, Free
+from clo.runtime.wire.handlers import handlers_of
+from clo.runtime.wire.messages import Commit, Describe, Free
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import os, signal
-from runtime.errors import ConfigError
-from runtime.process import run_process
+from clo.runtime.wire.errors import ConfigError
+from clo.runtime.machine.process import run_process
 def main():
     {body}
 run_process(main)

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import torch
 
-import launch as launcher
-from gpu_worker.loader import load_decoder, resolve
-from runtime.config import CacheConfig, ModelConfig, Profile, WorkerConfig
+import clo.launch as launcher
+from clo.runtime.config import CacheConfig, ModelConfig, Profile, WorkerConfig
+from clo.runtime.model.files import load_decoder, resolve
 from tests.reference import force, make_engine
 from tests.server import Server
 
@@ -122,10 +122,10 @@ def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path:
     engine = make_engine(decoder, received, 1, 450)
     cache = engine.cache
     assert cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
-    assert [members.shape[2] for members in cache._members] == [resident for _, resident in sizes]
+    assert [positions.shape[2] for positions in cache._positions] == [resident for _, resident in sizes]
     tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
     force(engine, tokens[:400], tokens[400:])
-    checks, selections, selected, moved = cache._tally[:, 0].unbind(-1)
+    checks, selections, selected, moved = cache._counters[:, 0].unbind(-1)
     assert checks.tolist() == [[20, 20]] * LAYERS
     assert selections.tolist() == [[0, 20]] * LAYERS
     assert selected.tolist() == [[0, k * 20] for k, _ in sizes]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker import staging
-from gpu_worker.shape import KVShape
-from gpu_worker.staging import Staging
-from kernels.flag import wait
-from kvstore.arena import Arena
-from kvstore.client import StoreClient
-from kvstore.push import PAGE_BYTES
-from runtime.errors import CLOError, DeviceStuck, ProtocolError
-from runtime.messages import (
+from clo.gpu_worker import staging
+from clo.gpu_worker.cache.staging import Staging
+from clo.kernels.flag import wait
+from clo.kvstore.arena import Arena
+from clo.kvstore.client import StoreClient
+from clo.kvstore.push import PAGE_BYTES
+from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.wire.errors import CLOError, DeviceStuck, ProtocolError
+from clo.runtime.wire.messages import (
     Allocate,
     Allocated,
     Attach,

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from clo.runtime.client import AsyncClient, Client, Result
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import CacheStats, Text
 from examples.document import document
-from gpu_worker.loader import load_decoder, resolve
-from runtime.client import AsyncClient, Client, Result
-from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import CacheStats, Text
-from runtime.text import Tokenizer
 from tests.reference import divergence, force, load_transformers, make_engine, stats_of, transformers_greedy
 from tests.server import Server
 

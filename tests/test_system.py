@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.client import AsyncClient, Client
-from runtime.errors import PromptTooLong
-from runtime.messages import Info
+from clo.runtime.client import AsyncClient, Client
+from clo.runtime.wire.errors import PromptTooLong
+from clo.runtime.wire.messages import Info
 from tests.reference import load_transformers, transformers_greedy
 from tests.server import Server
 
@@ -33,7 +33,7 @@ async def assert_all_free(client: AsyncClient) -> None:
     raise AssertionError(f"blocks are still held: {info.stores}")
 
 
-@pytest.mark.parametrize("prefetch", ["off", "correct"])
+@pytest.mark.parametrize("prefetch", ["off", "verified"])
 def test_concurrent_streams_equal_the_ones_generated_alone(
     launch: Launch, tiny_model: Path, prefetch: str
 ) -> None:

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runtime.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
-from runtime.messages import Chat, Text, Tokens, Turn
-from runtime.text import Detokenizer, Tokenizer
+from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
+from clo.runtime.wire.messages import Chat, Text, Tokens, Turn
 from tests.conftest import SPECIAL, VOCABULARY
 
 LIMIT = 100

@@ -24,12 +24,12 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED, step_seconds
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
-from gpu_worker import cache as cache_module
-from gpu_worker.engine import Engine
-from gpu_worker.prediction import Source
-from gpu_worker.streams import Branch
-from kernels.select import Fresh
-from runtime.config import CacheConfig
+from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.update_resident import FetchList
+from clo.runtime.config import CacheConfig
 
 ARENA_GIB = 98
 
@@ -69,9 +69,9 @@ def _taken_apart(engine: Engine, host: Tensor, rows: int) -> dict[str, float]:
     cache, times = engine.cache, {}
     with replayed(rows):
         times["whole"] = step_seconds(engine, _SEQUENCES)
-        with patch.object(engine, "_sources", (Source.OWN,) * LLAMA_8B.layers):
+        with patch.object(engine, "_sources", (QuerySource.OWN,) * LLAMA_8B.layers):
             times["no-prefetch"] = step_seconds(engine, _SEQUENCES)
-            in_line = Branch(torch.device("cpu"))  # does its work where it stands
+            in_line = SideStream(torch.device("cpu"))  # does its work where it stands
             with patch.object(cache, "_fetching", (in_line, in_line)):
                 times["no-overlap"] = step_seconds(engine, _SEQUENCES)
             times["host-sync"] = seconds(_cut(engine, lambda layer: None), _STEPS)
@@ -85,14 +85,14 @@ def _taken_apart(engine: Engine, host: Tensor, rows: int) -> dict[str, float]:
 @contextmanager
 def _waiting() -> Iterator[None]:
     """Within, the host waits for what each layer chooses."""
-    choose: Callable[..., Fresh] = vars(cache_module)["choose"]
+    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
 
-    def choose_and_wait(*args: object) -> Fresh:
-        fresh = choose(*args)
+    def choose_and_wait(*args: object) -> FetchList:
+        fetch_list = update_resident(*args)
         torch.cuda.current_stream().synchronize()
-        return fresh
+        return fetch_list
 
-    with patch.object(cache_module, "choose", choose_and_wait):
+    with patch.object(cache_module, "update_resident", choose_and_wait):
         yield
 
 
@@ -103,24 +103,24 @@ def _cut(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]
         engine: without prefetch.
         between: what the host does at each cut, once it has waited; gets the layer.
     """
-    choose: Callable[..., Fresh] = vars(cache_module)["choose"]
+    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     graphs = [torch.cuda.CUDAGraph()]
 
-    def choose_and_cut(*args: object) -> Fresh:
-        fresh = choose(*args)
+    def choose_and_cut(*args: object) -> FetchList:
+        fetch_list = update_resident(*args)
         engine.cache._recording.join()
         graphs[-1].capture_end()
         graphs.append(torch.cuda.CUDAGraph())
         graphs[-1].capture_begin(pool)
-        return fresh
+        return fetch_list
 
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         engine._step(_SEQUENCES)
         torch.cuda.synchronize()
         with (
-            patch.object(cache_module, "choose", choose_and_cut),
+            patch.object(cache_module, "update_resident", choose_and_cut),
             patch.object(engine.cache, "end_step", lambda: None),  # joined at the last cut
         ):
             graphs[0].capture_begin(pool)
@@ -146,7 +146,7 @@ def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callab
         host: the arena's memory [bytes] uint8 as the CPU sees it.
         rows: that each head fetches.
     """
-    choose: Callable[..., Fresh] = vars(cache_module)["choose"]
+    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
     cache, shape = engine.cache, engine.cache.shape
     row = 2 * shape.head_dim
     arena = host[: cache._arena.nbytes].view(shape.dtype).view(-1, row)
@@ -160,11 +160,11 @@ def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callab
     buffer = torch.zeros(positions.numel(), row, dtype=shape.dtype, pin_memory=True)
     slots = torch.zeros(positions.shape, dtype=torch.int64, device="cuda")
 
-    def choose_and_send(*args: Tensor) -> Fresh:
-        fresh = choose(*args)
-        slots.copy_(fresh.slots[..., :rows])  # every head has as many
-        positions.copy_(args[4].gather(2, slots), non_blocking=True)  # of the members
-        return fresh
+    def choose_and_send(*args: Tensor) -> FetchList:
+        fetch_list = update_resident(*args)
+        slots.copy_(fetch_list.entries[..., :rows])  # every head has as many
+        positions.copy_(args[4].gather(2, slots), non_blocking=True)  # of the positions
+        return fetch_list
 
     def gather(layer: int) -> None:
         torch.index_select(arena, 0, (starts[layer] + positions).flatten(), out=buffer)
@@ -173,5 +173,8 @@ def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callab
         fetched = buffer.to("cuda", non_blocking=True)
         args[4].view(-1, row).index_copy_(0, (sets + slots).flatten(), fetched)
 
-    with patch.object(cache_module, "choose", choose_and_send), patch.object(cache_module, "fetch", take):
+    with (
+        patch.object(cache_module, "update_resident", choose_and_send),
+        patch.object(cache_module, "fetch", take),
+    ):
         yield gather

@@ -13,8 +13,8 @@ from benchmarks.gpu.ceilings import graph_of, in_turn
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
-from kernels.fetch import fetch
-from kernels.select import Fresh
+from clo.kernels.fetch import fetch
+from clo.kernels.update_resident import FetchList
 
 CONTEXT = 32768
 ROWS = (2048, 256, 64)  # a head
@@ -41,11 +41,11 @@ def measure(machine: Machine) -> list[Result]:
         slots = torch.arange(rows, device="cuda").int().expand(sequences, 8, rows).contiguous()
         counts = torch.full((sequences, 8), rows, dtype=torch.int32, device="cuda")
         draws = [torch.nn.functional.pad(draw(rows).int(), (0, capacity - rows)) for _ in range(2 * layers)]
-        inputs.append((Fresh(slots, counts), draws))
+        inputs.append((FetchList(slots, counts), draws))
 
-    def gather(fresh: Fresh, draws: list[Tensor]) -> None:
-        for turn, members in enumerate(draws):
-            fetch(fresh, members, table, arena[:, turn % layers], resident, 0)
+    def gather(fresh: FetchList, draws: list[Tensor]) -> None:
+        for turn, positions in enumerate(draws):
+            fetch(fresh, positions, table, arena[:, turn % layers], resident, 0)
 
     copied = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     graphs = [graph_of(partial(gather, *each)) for each in inputs]
@@ -54,7 +54,7 @@ def measure(machine: Machine) -> list[Result]:
     )
     engine = 2**30 / copying
     rates = [
-        len(draws) * fresh.slots.numel() * 512 / took
+        len(draws) * fetch_list.entries.numel() * 512 / took
         for (fresh, draws), took in zip(inputs, gathering, strict=True)
     ]
     names = [("ceiling", "consecutive rows"), *((f"gather/{rows}", "rate") for rows in ROWS)]

@@ -20,13 +20,13 @@ from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
-from gpu_worker.engine import Engine
-from gpu_worker.scheduler import Scheduler
-from gpu_worker.worker import Worker
-from kvstore.server import listen
-from runtime.channel import Dealer
-from runtime.config import CacheConfig
-from runtime.messages import Attach, Done, FromWorker, Ready, Run, Sampling, Stepped, ToWorker
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.scheduler import Scheduler
+from clo.gpu_worker.worker import Worker
+from clo.kvstore.server import listen
+from clo.runtime.config import CacheConfig
+from clo.runtime.wire.messages import Attach, Done, FromWorker, Ready, Run, Sampling, Stepped, ToWorker
+from clo.runtime.wire.sockets import DealerSocket
 from tests.store import ARENA_BYTES, new_endpoint, running_store
 
 CONTEXT, SEQUENCES = 32768, 24
@@ -142,7 +142,9 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
         client.attach(Attach(0, os.getpid(), shape.block_tokens, block_bytes), 20.0)
         endpoint = new_endpoint()
         with listen(context, endpoint):
-            router: Dealer[FromWorker, ToWorker] = Dealer(context, endpoint, ToWorker, b"worker-0")
+            router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
+                context, endpoint, ToWorker, b"worker-0"
+            )
             scheduler = Scheduler(engine, len(prompts), max_tokens, report, client.send)
             script = observe()
             due = next(script)

@@ -4,8 +4,8 @@ import torch
 
 from benchmarks.gpu.ceilings import copy_engine, hbm_copy
 from benchmarks.result import Result
-from gpu_worker.pinning import pin
-from kvstore.arena import Arena
+from clo.gpu_worker.pinning import pin
+from clo.kvstore.arena import Arena
 
 
 class Machine:

@@ -9,8 +9,8 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.step import step_seconds
 from benchmarks.gpu.synthetic import QWEN_7B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
-from gpu_worker.index import TwoBitIndex
-from runtime.config import CacheConfig
+from clo.gpu_worker.cache.index import TwoBitIndex
+from clo.runtime.config import CacheConfig
 
 CONTEXT = 1_000_000
 ARENA_GIB = 54

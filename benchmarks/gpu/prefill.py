@@ -19,11 +19,11 @@ from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_decoder
 from benchmarks.result import Result
-from gpu_worker import cache as cache_module
-from gpu_worker.engine import Engine
-from gpu_worker.model import Decoder
-from kernels.store import store
-from runtime.config import CacheConfig
+from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
+from clo.kernels.store import store
+from clo.runtime.config import CacheConfig
 
 LENGTHS = (32768, 131072)
 ARENA_GIB = 17
@@ -50,7 +50,7 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     case, shape = f"prefill/{total // 1024}k", model.shape
     rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
     queries = torch.randn(CHUNK, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
-    table, cache = engine._table[0], engine.cache
+    table, cache = engine._block_table[0], engine.cache
     table[:] = torch.arange(len(table), device="cuda")
     attention = attention_rate(queries, rows, SDPBackend.FLASH_ATTENTION)
     results = [Result("ceiling", f"flash attention, {total}", attention / 1e12, "TFLOP/s")]

@@ -29,12 +29,12 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
 from benchmarks.tasks import KINDS, Item, documents, make_item
-from gpu_worker.engine import Engine
-from gpu_worker.loader import Resolved, load_decoder, resolve
-from kernels.paging import gather_tokens
-from runtime.config import CacheConfig, ModelConfig
-from runtime.messages import CacheStats, Text
-from runtime.text import Tokenizer
+from clo.gpu_worker.engine import Engine
+from clo.kernels.blocks import gather_tokens
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import Resolved, load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import CacheStats, Text
 from tests.reference import arrived, divergence, prefill
 
 ARENA_GIB = 46
@@ -145,13 +145,13 @@ def full_logits(network: Any, item: Item) -> Tensor:
 @torch.inference_mode()
 def prefilled(engine: Engine, item: Item) -> Tensor:
     """The same by the engine's prefill, in slot 0, which must not be in use."""
-    decoder, pages, blocks = engine.decoder, engine._table.shape[1], len(engine.cache._arena)
+    decoder, pages, blocks = engine.decoder, engine._block_table.shape[1], len(engine.cache._arena)
     own = [0, *range(blocks - pages + 1, blocks)]
     work = engine.prefill(0, item.prompt + item.answer[: FORCED - 1], own)
     while work.advance() is None:
         pass
     engine.cache.join_prompt()
-    return decoder.logits(decoder.normalise(decoder.shape.layers, work._hidden[-FORCED:]))
+    return decoder.logits(decoder.input_norm(decoder.shape.layers, work._hidden[-FORCED:]))
 
 
 def start(engine: Engine, case: Case, slot: int, item: Item) -> Tensor:
@@ -210,7 +210,7 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
     """Seconds of the median step of the first slots, and what the cache did for them; the others stand still,
     since the graph of a batch leaves them out."""
     slots = list(range(batch))
-    engine.cache._tally.zero_()
+    engine.cache._counters.zero_()
     posted, times = engine.step(slots, case.max_tokens), []
     for _ in range(STEPS):
         following = engine.step(slots, case.max_tokens)
@@ -218,8 +218,8 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
         times.append(time.perf_counter())
         posted = following
     arrived(engine, posted)
-    tally = engine.cache._tally[:, :batch].sum((0, 1, 2)).tolist()
-    stats = engine.cache.stats(tally, case.prompt, batch * (STEPS + 1))
+    counters = engine.cache._counters[:, :batch].sum((0, 1, 2)).tolist()
+    stats = engine.cache.stats(counters, case.prompt, batch * (STEPS + 1))
     return median(after - before for before, after in pairwise(times)), stats
 
 
@@ -233,12 +233,12 @@ def transformers_rate(network: Any, case: Case, arena: Tensor, items: list[Item]
     release()
     cache = DynamicCache(config=network.config)
     pages = -(-case.max_tokens // arena.shape[3])
-    table = torch.arange(1, 1 + len(items) * pages, device=arena.device).view(len(items), pages)
+    block_table = torch.arange(1, 1 + len(items) * pages, device=arena.device).view(len(items), pages)
     held = case.prompt - TRANSFORMERS_STEPS  # so that the prompts are complete at the end
     times = []
     try:
         for layer in range(arena.shape[1]):
-            rows = gather_tokens(arena[:, layer], table)[:, :, :held]
+            rows = gather_tokens(arena[:, layer], block_table)[:, :, :held]
             cache.update(*rows.unbind(3), layer)
         tokens = torch.tensor([[item.prompt[held]] for item in items], device=network.device)
         for _ in range(TRANSFORMERS_STEPS):

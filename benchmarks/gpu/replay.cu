@@ -11,7 +11,7 @@ __device__ inline uint32 hash(uint32 x) {
 
 extern "C" __global__ void replay(
     const int64* lengths, const uint8* miss, int64 call, int64 rows, int64 kv_heads, int64 k, int64 capacity,
-    int64 sinks, int64 tail, int* members, int* slots, int* counts) {
+    int64 sinks, int64 tail, int* positions, int* slots, int* counts) {
     const int64 line = blockIdx.x;
     const uint32 length = (uint32)lengths[line / kv_heads];  // one more at each step
     if (threadIdx.x == 0) counts[line] = miss[line] ? (int)rows : 0;
@@ -21,6 +21,6 @@ extern "C" __global__ void replay(
         const uint32 drawn = hash(hash(hash(length) + (uint32)call) + (uint32)(line * 4096 + i));
         const int slot = (int)(i * part + (drawn >> 20) % part);
         slots[line * k + i] = slot;
-        members[line * capacity + slot] = (int)(sinks + i * span + drawn % span);
+        positions[line * capacity + slot] = (int)(sinks + i * span + drawn % span);
     }
 }

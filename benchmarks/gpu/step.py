@@ -13,9 +13,9 @@ from benchmarks.gpu.ceilings import gemm_step, in_turn, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
 from benchmarks.result import Result
-from gpu_worker import cache as cache_module
-from gpu_worker.engine import Engine
-from runtime.config import CacheConfig
+from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.engine import Engine
+from clo.runtime.config import CacheConfig
 
 CONTEXT, STEPS = 32768, 40
 MAX_TOKENS = CONTEXT + 512

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpu_worker import cache as cache_module
-from gpu_worker.engine import Engine
-from gpu_worker.index import TwoBitIndex
-from gpu_worker.model import Decoder, Layer, Linear, Weights
-from gpu_worker.prediction import Source
-from gpu_worker.shape import KVShape
-from kernels.cuda import launch
-from kernels.select import Fresh, choose
-from runtime.config import CacheConfig
+from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.cache.index import TwoBitIndex
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder, Layer, Linear, Weights
+from clo.kernels.launch import launch
+from clo.kernels.update_resident import FetchList, update_resident
+from clo.runtime.config import CacheConfig
+from clo.runtime.model.kv_shape import KVShape
 
 _REPLAY = str(Path(__file__).with_name("replay.cu").resolve())
 _calls = count(1)  # of the replay: no two draw the same rows
@@ -108,22 +108,24 @@ def filled_engine(
     """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random."""
     # Random weights predict nothing. These are the layers that fail at the start of the default model, which
     # has four more further on.
-    sources = (Source.OWN,) * 2 + (Source.MIDDLE,) + (Source.INPUT,) * (decoder.shape.layers - 3)
+    sources = (
+        (QuerySource.OWN,) * 2 + (QuerySource.MIDDLE,) + (QuerySource.INPUT,) * (decoder.shape.layers - 3)
+    )
     engine = Engine(decoder, arena, config, sequences, max_tokens, sources)
     cache, index = engine.cache, engine.cache._index
     blocks = torch.arange(len(arena), device="cuda").view(sequences, -1)
-    engine._table[:, : blocks.shape[1]] = blocks
+    engine._block_table[:, : blocks.shape[1]] = blocks
     if isinstance(index, TwoBitIndex):
         index._codes.random_(0, 256)
         index._scales.uniform_(0.5, 1.5)
         index._centres.normal_(0.0, 0.3)
-    capacity = cache._members[0].shape[2]
+    capacity = cache._positions[0].shape[2]
     spread = torch.linspace(cache._sinks, length - cache._recent - 1, capacity, device="cuda")
-    for rows, members, stamps in zip(cache._resident, cache._members, cache._stamps, strict=True):
+    for rows, positions, last_used in zip(cache._resident, cache._positions, cache._last_used, strict=True):
         rows.normal_()
-        members[:] = spread.int()
-        stamps.random_(length - 300, length)
-    cache._norms.fill_(8.0)
+        positions[:] = spread.int()
+        last_used.random_(length - 300, length)
+    cache._lse.fill_(8.0)
     engine._lengths[:] = length
     return engine
 
@@ -133,35 +135,35 @@ def replayed(rows: int) -> Iterator[None]:
     """Within, captured steps fetch ``rows`` rows for a head that selects, drawn anew for every step, in place
     of what their random queries would choose. The choice itself is made all the same, on sets of its own;
     they last as long as the context."""
-    sets: dict[int, tuple[Tensor, Tensor]] = {}  # members and stamps, by the address of the real ones
+    sets: dict[int, tuple[Tensor, Tensor]] = {}  # positions and last_used, by the address of the real ones
 
     def replay(
         keys: Tensor,
-        miss: Tensor,
+        reselect: Tensor,
         lengths: Tensor,
         tail: int,
-        members: Tensor,
-        stamps: Tensor,
-        tally: Tensor,
+        positions: Tensor,
+        last_used: Tensor,
+        counters: Tensor,
         k: int,
-    ) -> Fresh:
-        fresh = Fresh(
-            torch.empty(*miss.shape, k, dtype=torch.int32, device="cuda"),
-            (torch.empty if rows else torch.zeros)(miss.shape, dtype=torch.int32, device="cuda"),
+    ) -> FetchList:
+        fetch_list = FetchList(
+            torch.empty(*reselect.shape, k, dtype=torch.int32, device="cuda"),
+            (torch.empty if rows else torch.zeros)(reselect.shape, dtype=torch.int32, device="cuda"),
         )
         if rows:  # before the choice, so that fetching begins where it ends
             launch(
-                _REPLAY, "replay", (miss.numel(),), 64,
-                [lengths, miss, next(_calls), rows, miss.shape[1], k, members.shape[2], 4, tail, members,
-                 *fresh],
+                _REPLAY, "replay", (reselect.numel(),), 64,
+                [lengths, reselect, next(_calls), rows, reselect.shape[1], k, positions.shape[2], 4, tail, positions,
+                 *fetch_list],
             )  # fmt: skip
-        if members.data_ptr() not in sets:
-            sets[members.data_ptr()] = members.clone(), stamps.clone()
-        choose(keys, miss, lengths, tail, *sets[members.data_ptr()], tally, k)
-        return fresh
+        if positions.data_ptr() not in sets:
+            sets[positions.data_ptr()] = positions.clone(), last_used.clone()
+        update_resident(keys, reselect, lengths, tail, *sets[positions.data_ptr()], counters, k)
+        return fetch_list
 
-    setattr(cache_module, "choose", replay)  # noqa: B010
+    setattr(cache_module, "update_resident", replay)  # noqa: B010
     try:
         yield
     finally:
-        setattr(cache_module, "choose", choose)  # noqa: B010
+        setattr(cache_module, "update_resident", choose)  # noqa: B010

@@ -30,8 +30,8 @@ from benchmarks.gpu.synthetic import (
     replayed,
 )
 from benchmarks.result import Result
-from gpu_worker import cache as cache_module
-from kernels.gate import gate
+from clo.gpu_worker import cache as cache_module
+from clo.kernels.gate import gate
 
 ARENA_GIB = 98
 _NEW = 0.09  # of k
@@ -87,10 +87,12 @@ def _half_selecting(layers: int) -> Iterator[None]:
     its work all the same."""
     drawn: list[Tensor] = []  # of the layers to come, the last one first
 
-    def half(query: Tensor, label: Tensor, threshold: Tensor, lengths: Tensor, tally: Tensor) -> Tensor:
-        gate(query, label, threshold, lengths, tally)
+    def half(
+        query: Tensor, selection_query: Tensor, threshold: Tensor, lengths: Tensor, counters: Tensor
+    ) -> Tensor:
+        gate(query, selection_query, threshold, lengths, counters)
         if not drawn:  # once for all layers, so that drawing costs next to nothing
-            drawn.extend(torch.rand(layers, *label.shape[:2], device=label.device) < 0.5)
+            drawn.extend(torch.rand(layers, *selection_query.shape[:2], device=selection_query.device) < 0.5)
         return drawn.pop()
 
     with patch.object(cache_module, "gate", half):

@@ -14,10 +14,10 @@ from benchmarks.gpu.ceilings import graph_of, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
-from gpu_worker.streams import Branch
-from kernels.attend import attend_held
-from kernels.fetch import fetch
-from kernels.select import Fresh
+from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.attend import attend_resident
+from clo.kernels.fetch import fetch
+from clo.kernels.update_resident import FetchList
 
 CONTEXT = 32768
 ARENA_GIB = 26
@@ -39,21 +39,21 @@ def measure(machine: Machine) -> list[Result]:
     query = torch.randn(_SEQUENCES, 32, 128, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((_SEQUENCES,), CONTEXT, device="cuda")
     slots = torch.arange(_ROWS, device="cuda").int().expand(*lines, _ROWS).contiguous()
-    fresh = Fresh(slots, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
-    fetching = Branch(torch.device("cuda"), urgent=True)
+    fresh = FetchList(slots, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
+    fetching = SideStream(torch.device("cuda"), urgent=True)
 
     def draw(span: int) -> Tensor:
         drawn = torch.rand(*lines, span, device="cuda").argsort(-1)[..., :_ROWS].sort(-1).values
         return torch.nn.functional.pad(drawn.int(), (0, _CAPACITY - _ROWS))
 
     def work(draws: list[Tensor], *, fetches: bool, attends: bool) -> None:
-        for turn, members in enumerate(draws):
+        for turn, positions in enumerate(draws):
             layer = turn % _LAYERS
             with fetching.fork():
                 if fetches:
-                    fetch(fresh, members, table, arena[:, layer], resident[layer], _SINKS + _RECENT)
+                    fetch(fresh, positions, table, arena[:, layer], resident[layer], _SINKS + _RECENT)
             if attends:
-                attend_held(query, resident[layer], members, lengths, fresh, _SINKS, _RECENT, 128**-0.5)
+                attend_resident(query, resident[layer], positions, lengths, fresh, _SINKS, _RECENT, 128**-0.5)
             fetching.join()
 
     def layer_seconds(draws: list[Tensor], *, fetches: bool, attends: bool) -> float:

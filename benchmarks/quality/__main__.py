@@ -19,13 +19,13 @@ from benchmarks.quality.forcing import FULL, Heads, Probe, Reference
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
-from benchmarks.quality.settings import CORRECT, DEFAULT, FASTER, PAPER, SETTINGS, Setting, parse_setting
+from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, VERIFIED, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
-from gpu_worker.loader import load_decoder, resolve
-from runtime.config import DEFAULT_MODEL, ModelConfig
-from runtime.messages import Text
-from runtime.text import Tokenizer
+from clo.runtime.config import DEFAULT_MODEL, ModelConfig
+from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.messages import Text
 
 TASKS: tuple[Kind | Ruler, ...] = ("quote", "lookup", "track", "count", "list", "needle", "chain", "copy")
 QUICK_TASKS = TASKS[:5]  # needle and chain are for models of ``benchmarks.long_model``, copy takes long
@@ -48,7 +48,7 @@ def main() -> None:
         reference = Reference(decoder, items, options.tokens)
         settings = [Setting("full, by steps", FULL), *SETTINGS, *options.setting]
         figures += measure("text", length, reference, settings)
-    probed = {setting.name: probe(reference, setting) for setting in (DEFAULT, CORRECT)}
+    probed = {setting.name: probe(reference, setting) for setting in (DEFAULT, VERIFIED)}
     del reference
     for length in options.lengths[:1] if options.quick else options.lengths:
         for kind in options.tasks:

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.tasks import Item
-from gpu_worker.cache import PROMPT_QUERIES, Batch, KVCache
-from gpu_worker.engine import Engine
-from gpu_worker.model import Decoder
-from gpu_worker.prediction import measure_sources
-from gpu_worker.prefill import Prefill
-from gpu_worker.shape import KVShape
-from kernels.attend import attend_all
-from kernels.paging import gather_tokens
-from kernels.select import Fresh, choose
-from runtime.config import CacheConfig
+from clo.gpu_worker.cache.kv_cache import PROMPT_QUERIES, Batch, KVCache
+from clo.gpu_worker.cache.query_prediction import measure_query_sources
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.prefill import Prefill
+from clo.kernels.attend import attend_all
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.update_resident import FetchList, update_resident
+from clo.runtime.config import CacheConfig
+from clo.runtime.model.kv_shape import KVShape
 from tests.reference import GREEDY
 
 FULL = CacheConfig(attention="full")
@@ -88,7 +88,7 @@ class Reference:
             self.logits[slot, : len(answer)] = self._pass(cache, slot, item.prompt + answer[:-1], len(answer))
         cache.join_prompt()
         answers = torch.tensor([len(item.answer) for item in items], device=device)
-        self._sources = measure_sources(decoder)
+        self._sources = measure_query_sources(decoder)
         self._ended = torch.arange(1, steps, device=device) >= answers.unsqueeze(1)  # [items, steps]
         self.full = self._scores([self._score(step, self.logits[:, step]) for step in range(1, steps)])
 
@@ -101,8 +101,8 @@ class Reference:
         cache.queries, cache.behind = self.queries[slot], predicted - 1
         while work.advance() is None:
             pass
-        normal = self.decoder.normalise(self.decoder.shape.layers, work._hidden[-predicted:])
-        return self.decoder.logits(normal)
+        normed = self.decoder.input_norm(self.decoder.shape.layers, work._hidden[-predicted:])
+        return self.decoder.logits(normed)
 
     @torch.inference_mode()
     def engine(self, config: CacheConfig, *, probe: bool = False) -> Engine:
@@ -118,7 +118,7 @@ class Reference:
             torch.cuda.synchronize()
         if isinstance(engine.cache, Probe):
             engine.cache.reset()
-        engine._table.copy_(self.table)
+        engine._block_table.copy_(self.table)
         for slot, item in enumerate(self.items):
             for layer in range(decoder.shape.layers):
                 pages = gather_tokens(self.arena[:, layer], self.table[slot : slot + 1])
@@ -134,7 +134,7 @@ class Reference:
 
     @torch.inference_mode()
     def force(self, engine: Engine) -> Scores:
-        """Feed the answers to the decode steps of a fresh ``engine``."""
+        """Feed the answers to the decode steps of a fetch_list ``engine``."""
         slots = list(range(len(self.items)))
         longest = max(len(item.prompt) for item in self.items)
         columns = []
@@ -169,8 +169,8 @@ class _Pass(KVCache):
     queries: Tensor  # [layers, W, query_heads, head_dim]
     behind: int  # tokens of the answer that follow the prompt
 
-    def take_prompt(self, slot: int, layer: int, rows: Tensor, queries: Tensor, table: Tensor) -> None:
-        super().take_prompt(slot, layer, rows, queries, table)
+    def take_prompt(self, slot: int, layer: int, rows: Tensor, queries: Tensor, block_table: Tensor) -> None:
+        super().take_prompt(slot, layer, rows, queries, block_table)
         end = len(queries) - self.behind
         self.queries[layer] = queries[end - PROMPT_QUERIES : end]
 
@@ -191,7 +191,7 @@ class Probe(KVCache):
     ) -> None:
         super().__init__(shape, arena, config, slots, max_tokens, scale, device)
         # [layers, slots, kv_heads], summed over the steps
-        self._errors = torch.zeros(self._tally.shape[:3], device=device)
+        self._errors = torch.zeros(self._counters.shape[:3], device=device)
         self._late = torch.zeros_like(self._errors)
 
     def reset(self) -> None:
@@ -199,7 +199,7 @@ class Probe(KVCache):
         self._late.zero_()
 
     def attend(
-        self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: Fresh | None, *, select: bool
+        self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: FetchList | None, *, select: bool
     ) -> Tensor:
         count = len(query)
         self._late[layer, :count] += self._missing(layer, query, batch)
@@ -213,19 +213,23 @@ class Probe(KVCache):
 
     def _missing(self, layer: int, query: Tensor, batch: Batch) -> Tensor:
         """Rows that the query wants and that neither lie in the set nor are on their way: [B, kv_heads]."""
-        lengths, table = batch
+        lengths, block_table = batch
         count, tail = len(query), self._recent + 1  # as in ``prefetch``: the new token is not appended yet
         every = torch.ones(count, self.shape.kv_heads, dtype=torch.bool, device=query.device)
-        weigh = self._index.prepare(layer, query, self._norms[layer, :count], lengths, table, self._scale)
-        held = (
-            self._members[layer][:count].clone(),
-            self._stamps[layer][:count].clone(),
-            self._tally[layer, :count].clone(),
+        weigh = self._index.quantize_query(
+            layer, query, self._lse[layer, :count], lengths, block_table, self._scale
         )
-        return choose(weigh(every, self._sinks, tail), every, lengths, tail, *held, self._k[layer]).counts
+        held = (
+            self._positions[layer][:count].clone(),
+            self._last_used[layer][:count].clone(),
+            self._counters[layer, :count].clone(),
+        )
+        return update_resident(
+            weigh(every, self._sinks, tail), every, lengths, tail, *held, self._k[layer]
+        ).counts
 
     def heads(self, steps: int) -> Heads:
         """Means over the steps and slots."""
-        _, _, selected, fetched = self._tally.sum(1).cpu().unbind(-1)
+        _, _, selected, fetched = self._counters.sum(1).cpu().unbind(-1)
         errors, late = self._errors.mean(1).cpu() / steps, self._late.mean(1).cpu() / steps
         return Heads(1 - fetched / selected.clamp_min(1), errors, late)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, cast, get_args
 
-from runtime.config import CacheConfig, Prefetch
+from clo.runtime.config import CacheConfig, Prefetch
 
 
 class Setting(NamedTuple):
@@ -15,7 +15,7 @@ class Setting(NamedTuple):
 
 DEFAULT = Setting("default", CacheConfig())
 OFF = Setting("default, prefetch off", CacheConfig(prefetch="off"))
-CORRECT = Setting("default, prefetch correct", CacheConfig(prefetch="correct"))
+VERIFIED = Setting("default, prefetch verified", CacheConfig(prefetch="verified"))
 FASTER = Setting("faster", CacheConfig(select_k=64, resident=1024))
 PAPER = Setting("paper's rule", CacheConfig(select_k=256, resident=256, gate=0.8, prefetch="off"), whole=True)
 SETTINGS = (
@@ -25,7 +25,7 @@ SETTINGS = (
     PAPER,
     DEFAULT,
     OFF,
-    CORRECT,
+    VERIFIED,
     FASTER,
     Setting("default, gate .9", CacheConfig(gate=0.9)),
 )

@@ -1,0 +1,1 @@
+"""The KV cache as one worker sees it."""

@@ -1,0 +1,1 @@
+"""The transformer: weights and what they compute, without a cache."""

@@ -1,0 +1,58 @@
+"""Work beside the current stream, and when it is done."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class SideStream:
+    """A second stream that forks from the current one and joins it again; in a CUDA graph, a branch.
+
+    On the CPU there is nothing to fork: the work is done where it stands.
+
+    Args:
+        device: of the work.
+        urgent: whether its blocks go before those of the current stream.
+    """
+
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+        self._stream = (
+            torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
+        )
+
+    @contextmanager
+    def fork(self, *inputs: Tensor) -> Iterator[None]:
+        """Run the body after all work so far and beside all to come; ``inputs`` may be dropped meanwhile."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for tensor in inputs:
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """All work to come waits for the branch."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class DeviceEvent:
+    """A point in the device's work that the host can ask for. On the CPU it is always reached."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Work to come on the current stream waits for the mark."""
+        if self._event is not None:
+            self._event.wait()

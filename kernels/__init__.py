@@ -1,1 +1,0 @@
-"""Every operation of the decode path, each beside its plain PyTorch reference."""

@@ -1,0 +1,87 @@
+// Blocks with z = 0 rotate and round the queries of one (KV head, sequence), PARTS threads an entry; in the
+// others each warp multiplies them with the centre of a page.
+#include "common.cuh"
+
+#define QUANTIZE_THREADS ((PARTS * DIM + 31) / 32 * 32)
+#define ROWS (DIM / PARTS)                // of the rotation a thread
+#define BATCH (ROWS < 32 ? ROWS : 32)     // of them on their way at a time
+#define LANE_ENTRIES ((DIM + 31) / 32)
+
+extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
+    const Element* query, int64 query_stride, const float* rotation, const float* centres, const float* lse,
+    const int64* lengths, const int64* block_table, int64 max_blocks, int64 table_width, int8* integers, float* steps,
+    float* centre_scores, float scale) {
+    __shared__ __align__(16) float sums[PARTS][GROUP][DIM];
+    const int kv_heads = gridDim.x, head = blockIdx.x, batch = blockIdx.y;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int64 line = (int64)batch * kv_heads + head;
+    query += batch * query_stride + head * GROUP * DIM;
+    if (blockIdx.z > 0) {
+        const int page = (blockIdx.z - 1) * warps + warp;
+        if (page >= max_blocks || (int64)page * BLOCK_TOKENS >= lengths[batch]) return;
+        const float* centre = centres + (block_table[batch * table_width + page] * kv_heads + head) * DIM;
+        float products[GROUP];
+#pragma unroll
+        for (int q = 0; q < GROUP; q++) products[q] = 0.f;
+#pragma unroll
+        for (int i = 0; i < LANE_ENTRIES; i++) {
+            const int entry = i * 32 + lane;
+            if (entry >= DIM) continue;
+            const float value = centre[entry];
+#pragma unroll
+            for (int q = 0; q < GROUP; q++) products[q] += to_float(query[q * DIM + entry]) * value;
+        }
+#pragma unroll
+        for (int q = 0; q < GROUP; q++) {
+            const float product = warp_sum(products[q]) * scale - lse[line * GROUP + q];
+            if (lane == 0) centre_scores[(line * max_blocks + page) * GROUP + q] = product * LOG2E;
+        }
+        return;
+    }
+    if (lengths[batch] <= 0) return;
+    float(*group)[DIM] = sums[0];  // the queries lie where the sums of the first part will
+    for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) group[0][i] = to_float(query[i]);
+    const int part = min((int)threadIdx.x / DIM, PARTS - 1), entry = threadIdx.x % DIM;
+    rotation += part * ROWS * DIM + entry;
+    float rotated[GROUP];
+#pragma unroll
+    for (int q = 0; q < GROUP; q++) rotated[q] = 0.f;
+#pragma unroll
+    for (int first = 0; first < ROWS; first += BATCH) {
+        float weights[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) weights[i] = first + i < ROWS ? rotation[(first + i) * DIM] : 0.f;
+        if (first == 0) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < BATCH && first + i < ROWS; i += 4)
+#pragma unroll
+            for (int q = 0; q < GROUP; q++) {
+                const float4 four = *(const float4*)&group[q][part * ROWS + first + i];
+                rotated[q] += four.x * weights[i] + four.y * weights[i + 1];
+                rotated[q] += four.z * weights[i + 2] + four.w * weights[i + 3];
+            }
+    }
+    __syncthreads();
+    if (threadIdx.x < PARTS * DIM) {
+#pragma unroll
+        for (int q = 0; q < GROUP; q++) sums[part][q][entry] = rotated[q];
+    }
+    __syncthreads();
+    for (int q = warp; q < GROUP; q += warps) {
+        float values[LANE_ENTRIES], peak = 0.f;
+#pragma unroll
+        for (int i = 0; i < LANE_ENTRIES; i++) {
+            values[i] = 0.f;
+#pragma unroll
+            for (int p = 0; p < PARTS; p++)
+                if (i * 32 + lane < DIM) values[i] += sums[p][q][i * 32 + lane];
+            peak = fmaxf(peak, fabsf(values[i]));
+        }
+        const float step = fmaxf(warp_max(peak), 1e-20f) / 127.f;
+#pragma unroll
+        for (int i = 0; i < LANE_ENTRIES; i++)
+            if (i * 32 + lane < DIM)
+                integers[(line * GROUP + q) * DIM + i * 32 + lane] = (int8)rintf(values[i] / step);
+        if (lane == 0) steps[line * GROUP + q] = step;
+    }
+}

@@ -1,0 +1,38 @@
+"""The resident set: the rows that each KV head of a layer attends to, and which tokens they are of."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ResidentSet(NamedTuple):
+    """Resident rows of one layer for B sequences, in the order ``[sinks | recent ring | set of C rows]``.
+
+    Keys carry RoPE, so that attention does not depend on the order of the rows.
+    """
+
+    rows: Tensor  # [B, kv_heads, sinks + recent + C, 2, head_dim]
+    positions: Tensor  # [B, kv_heads, C] int32, position of the token in each row of the set, -1 where empty
+    last_used: Tensor  # [B, kv_heads, C] int32, length of the sequence when the row was last selected
+    sinks: int  # first tokens of a sequence, always attended
+    recent: int  # latest tokens, always attended
+
+    @property
+    def first(self) -> int:
+        """The row at which the set starts."""
+        return self.sinks + self.recent
+
+    @property
+    def capacity(self) -> int:
+        """C, rows of the set."""
+        return self.positions.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.positions.shape[1]
+
+    def slots(self, count: int) -> "ResidentSet":
+        """The part of the first ``count`` sequences, without a copy."""
+        return self._replace(
+            rows=self.rows[:count], positions=self.positions[:count], last_used=self.last_used[:count]
+        )

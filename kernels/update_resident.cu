@@ -1,0 +1,256 @@
+// One block a (KV head, sequence). The k best scores lie in the k best stretches of 16, by their largest score: those
+// are found first, and only they are looked at again. Then the set's positions look themselves up among the chosen
+// positions. The k-th best is found by counting: by the highest byte, then by the next byte of those that share
+// it. A barrier costs as much as the little work between two of them, so every warp reads the counts for itself,
+// and each byte has bins of its own, empty from the start.
+#include "common.cuh"
+
+#define BINS 256
+#define HELD 4  // positions that a thread looks up at the same time
+
+__device__ inline int score_of(const uint4& eight, int i) {
+    const uint32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+    return i % 2 ? (int)words[i / 2] >> 16 : (int)(short)(words[i / 2] & 0xffff);
+}
+
+// Those from `left` on are no candidates.
+__device__ inline void cut(uint4& eight, int left) {
+    uint32* words[4] = {&eight.x, &eight.y, &eight.z, &eight.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (left <= i * 2 + 1) *words[i] |= 0xffff0000;
+        if (left <= i * 2) *words[i] |= 0x0000ffff;
+    }
+}
+
+// The larger the byte, the earlier the bin.
+__device__ inline void count(int* bins, int value, int shift) { atomicAdd(&bins[~value >> shift & (BINS - 1)], 1); }
+
+// The bin in which the running count reaches `wanted`, -1 where it never does; `before` becomes the count of the
+// bins before it. All lanes get the same.
+__device__ inline int find_bin(const int* bins, int wanted, int& before) {
+    const int lane = threadIdx.x % 32;
+    const int4 low = ((const int4*)bins)[lane * 2], high = ((const int4*)bins)[lane * 2 + 1];
+    const int held[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const int sum = low.x + low.y + low.z + low.w + (high.x + high.y + high.z + high.w);
+    int running = sum;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        const int other = __shfl_up_sync(FULL_WARP, running, offset);
+        if (lane >= offset) running += other;
+    }
+    const uint32 reached = __ballot_sync(FULL_WARP, running >= wanted);
+    if (reached == 0) return -1;
+    running -= sum;
+    before = running;
+    int bin = lane * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        running += held[i];
+        if (running < wanted) bin++, before = running;
+    }
+    const int owner = __ffs(reached) - 1;
+    before = __shfl_sync(FULL_WARP, before, owner);
+    return __shfl_sync(FULL_WARP, bin, owner);
+}
+
+// The k-th largest of all values, 0 where fewer are counted; `ties` becomes how many of those that equal it are
+// among the k. The byte at `shift` is counted in the first bins already; `each` calls its argument with the values.
+template <typename Each>
+__device__ inline int find_value(int (*bins)[BINS], int shift, int k, int& ties, Each each) {
+    int found = 0;
+    ties = k;
+    while (true) {
+        int before;
+        const int bin = find_bin(*bins, ties, before);
+        if (bin < 0) return 0;
+        ties -= before;
+        found = found << 8 | (BINS - 1 - bin);
+        if (shift == 0) return found;
+        bins++;
+        each([&](int value) {
+            if (value >> shift == found) count(*bins, value, shift - 8);
+        });
+        shift -= 8;
+        __syncthreads();
+    }
+}
+
+// Calls `take` with the ranks and indices, both ascending, of the values above `bound` and of the first `ties` that
+// equal it; how many they are. `load` gets N of the values from an index on, -1 for what there is not.
+template <int N, typename Load, typename Take>
+__device__ inline int keep(int count, int bound, int ties, int* room, Load load, Take take) {
+    int better = 0, same = 0;
+    for (int first = 0; first < count; first += THREADS * N) {
+        const int index = first + threadIdx.x * N;
+        int values[N], mine = 0, sum;
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] = -1;
+        if (index < count) load(index, values);
+#pragma unroll
+        for (int i = 0; i < N; i++) mine += (values[i] > bound) + ((values[i] == bound) << 16);
+        const int packed = block_before(mine, room, sum);
+        int above = better + (packed & 0xffff), equal = same + (packed >> 16);
+        if (mine)
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                if (values[i] > bound || (values[i] == bound && equal < ties))
+                    take(above + min(equal, ties), index + i);
+                above += values[i] > bound;
+                equal += values[i] == bound;
+            }
+        better += sum & 0xffff;
+        same += sum >> 16;
+    }
+    return better + min(same, ties);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
+    const short* scores, int64 span, int64 tail, const uint8* reselect, const int64* lengths, int* positions,
+    int* last_used, int64* counters, int* entries, int* counts, int64 k64, int64 capacity64, int64 kv_heads) {
+    extern __shared__ uint4 memory[];
+    __shared__ int room[32];
+    const int k = (int)k64, capacity = (int)capacity64, thread = threadIdx.x;
+    const int64 line = blockIdx.x, batch = line / kv_heads;
+    const int places = (k + 15) / 16 * 16;
+    uint4* eights = memory;  // [span / 128] largest scores of the stretches; then [2 * k] the scores of the best ones
+    int(*bins)[BINS] = (int(*)[BINS])(eights + max(2 * k, ((int)span + 127) / 128));  // [7]
+    uint8* known = (uint8*)(bins + 7);     // [places] whether a chosen position is resident
+    int* chosen = (int*)(known + places);  // [places] positions, ascending
+    int* active = chosen + places;         // [places] the best stretches, ascending; then positions to move
+    int* idle = active + places;           // [capacity] steps since a member was selected
+    for (int i = thread; i < 7 * BINS + places / 4; i += THREADS) bins[0][i] = 0;  // `known` too
+    __syncthreads();
+    const int length = (int)lengths[batch];
+    if (!reselect[line] || length <= 0) {
+        if (thread == 0) counts[line] = 0;
+        return;
+    }
+    const int end = max(0, min((int)span, length - (int)tail));
+    const uint4* source = (const uint4*)(scores + line * span);
+    positions += line * capacity;
+    last_used += line * capacity;
+    entries += line * k;
+
+    // 1. the k best stretches
+    const int groups = (end + 127) / 128;  // of eight stretches
+    for (int first = 0; first < groups * 16; first += LOADS * THREADS) {
+        uint4 loaded[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const int at = first + i * THREADS + thread;
+            loaded[i] = make_uint4(0, 0, 0, 0);
+            if (at * 8 < end) loaded[i] = source[at];
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const int at = first + i * THREADS + thread;
+            uint4& eight = loaded[i];
+            cut(eight, end - at * 8);
+            uint32 best = __vmaxs2(__vmaxs2(eight.x, eight.y), __vmaxs2(eight.z, eight.w));
+            best = __vmaxs2(best, __shfl_xor_sync(FULL_WARP, best, 1));
+            const int top = max((int)best >> 16, (int)(short)(best & 0xffff));
+            if (thread % 2 || at >= groups * 16) continue;
+            ((short*)eights)[at / 2] = (short)top;
+            if (top >= 0) count(bins[0], top, 8);
+        }
+    }
+    __syncthreads();
+    const auto of_eights = [&](int index, int(&values)[8]) {
+        const uint4 eight = eights[index / 8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = score_of(eight, i);
+    };
+    int looked_at = groups;  // eights
+    const auto each_score = [&](auto visit) {
+        for (int i = thread; i < looked_at; i += THREADS) {
+            const uint4 eight = eights[i];
+#pragma unroll
+            for (int j = 0; j < 8; j++) visit(score_of(eight, j));
+        }
+    };
+    int ties;
+    int bound = find_value(bins, 8, k, ties, each_score);
+    const int stretches = keep<8>(
+        groups * 8, bound, ties, room, of_eights, [&](int rank, int stretch) { active[rank] = stretch; });
+    __syncthreads();
+
+    // 2. the k best positions in them: none of these has a score below that of the last stretch
+    looked_at = stretches * 2;
+    for (int i = thread; i < looked_at; i += THREADS) {
+        const int at = active[i / 2] * 2 + i % 2;
+        uint4 eight = source[at];
+        cut(eight, end - at * 8);
+        eights[i] = eight;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (score_of(eight, j) >= bound) count(bins[2], score_of(eight, j), 8);
+    }
+    __syncthreads();
+    bound = find_value(bins + 2, 8, k, ties, each_score);
+    const int selected = keep<8>(looked_at * 8, bound, ties, room, of_eights, [&](int rank, int index) {
+        chosen[rank] = active[index / 16] * 16 + index % 16;
+    });
+    __syncthreads();
+
+    // 3. those that are resident are marked
+    for (int first = 0; first < capacity; first += HELD * THREADS) {
+        int position[HELD], stamp[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            const int slot = first + i * THREADS + thread;
+            position[i] = slot < capacity ? positions[slot] : -1;
+            stamp[i] = slot < capacity ? last_used[slot] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            const int slot = first + i * THREADS + thread;
+            if (slot >= capacity) break;
+            int low = 0, high = selected;
+            while (low < high) {
+                const int middle = (low + high) >> 1;
+                if (chosen[middle] < position[i]) low = middle + 1;
+                else high = middle;
+            }
+            if (low < selected && chosen[low] == position[i]) {
+                known[low] = 1;
+                last_used[slot] = stamp[i] = length;
+            }
+            idle[slot] = length - stamp[i];
+            count(bins[4], length - stamp[i], 16);
+        }
+    }
+    __syncthreads();
+    int missing = 0;
+    for (int first = 0; first < selected; first += THREADS) {
+        const int i = first + thread;
+        const bool lacks = i < selected && !known[i];
+        int sum;
+        const int rank = missing + block_before(lacks, room, sum);
+        if (lacks) active[rank] = chosen[i];
+        missing += sum;
+    }
+    if (thread == 0) {
+        counts[line] = missing;
+        counters[line * 4 + 2] += selected;
+        counters[line * 4 + 3] += missing;
+    }
+    if (missing == 0) return;
+    __syncthreads();
+
+    // 4. the others take the places of those selected longest ago
+    bound = find_value(bins + 4, 16, missing, ties, [&](auto visit) {
+        for (int slot = thread; slot < capacity; slot += THREADS) visit(idle[slot]);
+    });
+    keep<2>(
+        capacity, bound, ties, room,
+        [&](int index, int(&values)[2]) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) values[i] = index + i < capacity ? idle[index + i] : -1;
+        },
+        [&](int rank, int slot) {
+            positions[slot] = active[rank];
+            last_used[slot] = length;
+            entries[rank] = slot;
+        });
+}

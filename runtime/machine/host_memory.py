@@ -1,0 +1,84 @@
+"""How much memory is really available, asked before any of it is touched."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from clo.runtime.config import format_size
+from clo.runtime.wire.errors import ConfigError
+
+_ROOT = Path("/")
+
+
+def check_memory(wanted: Mapping[int, int]) -> None:
+    """Check that arenas fit into the machine, the container and their NUMA nodes.
+
+    Args:
+        wanted: bytes of the arena of each NUMA node.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    total = sum(wanted.values())
+    for place, available in _shared_limits():
+        if total > available:
+            raise _too_large(total, available, place)
+    nodes = _ROOT / "sys/devices/system/node"
+    if len(list(nodes.glob("node[0-9]*"))) < 2:
+        return  # the only node is the machine
+    for node, size in wanted.items():
+        meminfo = nodes / f"node{node}" / "meminfo"
+        if meminfo.exists():
+            fields = _fields(meminfo, first=2)
+            available = 1024 * sum(fields[key] for key in ("MemFree:", "Active(file):", "Inactive(file):"))
+            if size > available:
+                raise _too_large(size, available, f"on NUMA node {node}")
+
+
+def _too_large(wanted: int, available: int, place: str) -> ConfigError:
+    return ConfigError(
+        f"The KV cache wants {format_size(wanted)} of memory but only {format_size(max(0, available))} are "
+        f"available {place}: lower --kv-size."
+    )
+
+
+def _shared_limits() -> Iterator[tuple[str, int]]:
+    """Bytes still available to all arenas together, each with the place that sets the limit."""
+    yield "on this machine", 1024 * _fields(_ROOT / "proc/meminfo")["MemAvailable:"]
+    for folder in _memory_cgroups():
+        for limit_name, usage_name, prefix in (
+            ("memory.max", "memory.current", ""),  # version 2
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
+        ):
+            limit = folder / limit_name
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                stat = _fields(folder / "memory.stat")
+                cache = stat[f"{prefix}active_file"] + stat[f"{prefix}inactive_file"]
+                usage = int((folder / usage_name).read_text())
+                yield "in this container or control group", int(text) - usage + cache
+
+
+def _memory_cgroups() -> Iterator[Path]:
+    """Folders of this process's memory control group and of all groups around it."""
+    paths = {}  # hierarchy -> path of this process in it; "" is version 2
+    for line in (_ROOT / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            paths["cgroup" if controllers else "cgroup2"] = path
+    for line in (_ROOT / "proc/self/mountinfo").read_text().splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.split(" ", 2)
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        visible_root, mount_point = mount.split(" ")[3:5]
+        top = _ROOT / mount_point.lstrip("/")
+        # A container may see a part of the hierarchy only: its own group is then the mount itself.
+        inner = Path(paths[kind])
+        inside = inner.relative_to(visible_root) if inner.is_relative_to(visible_root) else Path()
+        for folder in (inside, *inside.parents):
+            yield top / folder
+
+
+def _fields(file: Path, first: int = 0) -> dict[str, int]:
+    """Names and numbers of a /proc-like table whose name stands in column ``first``."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {words[first]: int(words[first + 1]) for words in lines if len(words) > first + 1}

@@ -1,0 +1,1 @@
+"""Finding a model, checking it, and what its configuration means."""

@@ -1,0 +1,120 @@
+"""Which models CLO can serve, and what their configuration means for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.wire.errors import ConfigError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_COUNTS = (  # transformers takes any whole number for these
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The transformers configuration in ``folder``, checked to be of a model that CLO computes rightly.
+
+    Raises:
+        ConfigError: there is none, it is not valid, or it asks for something that CLO does not do.
+    """
+    path = folder / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no config.json; give a folder in Hugging Face format.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy the model again.") from None
+    family = written.get("model_type") if isinstance(written, dict) else None
+    if family not in FAMILIES:
+        raise ConfigError(f"{path} is of the model family '{family}'; CLO knows {', '.join(FAMILIES)}.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not a valid configuration: {reason}.") from None
+    _check(config, path)
+    return config
+
+
+def _check(config: Any, path: Path) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
+        raise ConfigError(
+            f"{path} is of a model quantised with '{method}'; CLO takes float32, bfloat16 or float16."
+        )
+    if config.hidden_act != "silu":
+        raise ConfigError(f"{path} has the activation '{config.hidden_act}'; CLO knows silu.")
+    for name in _COUNTS:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{path} has a {name} of {getattr(config, name)}; copy the model again.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV heads; "
+            "the first must be a multiple of the second."
+        )
+    head_dim = kv_shape(config, torch.float32).head_dim
+    if head_dim < 1 or head_dim % 4:
+        raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a positive multiple of 4.")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ConfigError(
+            f"{path} has RoPE scaling of type '{rope['rope_type']}'; CLO knows {', '.join(ROPE_TYPES)}."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"{path} rotates only a part of each head (partial_rotary_factor); CLO rotates all."
+        )
+
+
+def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
+    """Shape of the KV cache of a model whose weights are held in ``dtype``."""
+    return KVShape(
+        layers=config.num_hidden_layers,
+        query_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+    )
+
+
+def context_length(config: Any, asked: int | None) -> int:
+    """Tokens that a sequence may have: ``asked``, or all that the model was made for.
+
+    Raises:
+        ConfigError: the model was made for fewer, or attends only to a window of fewer.
+    """
+    own: int = config.max_position_embeddings
+    length = own if asked is None else asked
+    if length > own:
+        raise ConfigError(
+            f"--max-model-len {length} exceeds the {own} positions that the model was made for."
+        )
+    window = _sliding_window(config)
+    if window is not None and length > window:
+        raise ConfigError(
+            f"The model attends to a sliding window of {window} tokens, which CLO does not do; "
+            f"start with --max-model-len {window} or less, where it makes no difference."
+        )
+    return length
+
+
+def _sliding_window(config: Any) -> int | None:
+    """Tokens of the sliding window that some layer really uses, or None."""
+    layers = getattr(config, "layer_types", None) or ()
+    slides = config.model_type == "mistral" or "sliding_attention" in layers
+    window: int | None = config.sliding_window if slides else None
+    return window

@@ -1,0 +1,214 @@
+"""From prompts to token ids and from token ids back to text, in the router's process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer
+
+from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
+from clo.runtime.wire.messages import Chat, Text, Tokens
+
+_CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
+_WINDOW = 64  # tokens that are decoded at most
+_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
+
+
+class Tokenizer:
+    """The tokenizer of a model folder. Threads may share it.
+
+    Args:
+        folder: of the model, in the Hugging Face layout.
+        vocab_size: of the model; larger token ids are refused.
+
+    Attributes:
+        eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
+
+    Raises:
+        ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the library raises many kinds, and Exception itself for a broken file
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
+        self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
+        self._vocab_size = vocab_size
+        self._longest = max(map(len, self._tokenizer.get_vocab()))
+        self.eos = _eos_of(self._tokenizer, folder)
+        added = self._tokenizer.added_tokens_decoder
+        self.silent = {token for token, entry in added.items() if entry.special} | set(self.eos)
+
+    def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, at least one.
+
+        Args:
+            limit: tokens of the longest prompt; a text that is certainly above it is not even read.
+            add_special_tokens: whether a plain text gets those that the tokenizer adds.
+
+        Raises:
+            InvalidRequest: the prompt is empty, an id is not in the vocabulary, or the chat template is
+                missing or refuses the messages.
+            PromptTooLong: the text cannot have as few as ``limit`` tokens.
+        """
+        if isinstance(prompt, Tokens):
+            tokens = prompt.ids
+        else:
+            text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
+            if len(text) > limit * self._longest:
+                raise PromptTooLong(
+                    f"The text of {len(text)} characters cannot fit into the model length of {limit} tokens; "
+                    "shorten it."
+                )
+            tokens = self._encode(text, add_special_tokens and isinstance(prompt, Text))
+        if not tokens:
+            raise InvalidRequest("The prompt is empty; give at least one token.")
+        if max(tokens) >= self._vocab_size:  # of a text too: a tokenizer may know more tokens than the model
+            raise InvalidRequest(
+                f"Token id {max(tokens)} is not in the vocabulary; ids go up to {self._vocab_size - 1}."
+            )
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        return ids
+
+    def _render(self, chat: Chat) -> str:
+        if self._tokenizer.chat_template is None:
+            raise InvalidRequest("The model has no chat template; send a text or token ids.")
+        if not chat.turns:
+            raise InvalidRequest("The chat is empty; give at least one message.")
+        turns = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
+        try:
+            text: str = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"The model's chat template refuses the messages: {error}.") from None
+        return text
+
+
+def _eos_of(tokenizer: Any, folder: Path) -> list[int]:
+    """Ids that end a text."""
+    file = folder / "generation_config.json"
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+        found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+        return sorted(found - {None})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); copy the model again.") from None
+
+
+class Detokenizer:
+    """Text of one sequence, token by token, up to a stop string.
+
+    What is returned never changes later: an incomplete character and what may be the beginning of a stop
+    string are held back. All parts together are the text of all tokens. (One exception: tokenizers that fall
+    back to byte tokens decode a run of them together, and where such a run is no UTF-8 or holds U+FFFD
+    itself, replacement characters may differ.)
+
+    Args:
+        stop: strings that end the text, each at least one character. The text ends before the first one
+            that is complete.
+
+    Attributes:
+        stopped: a stop string was found; nothing comes any more.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the latest tokens
+        self._cut = 0  # place in the window where a character ends; the window may begin there later
+        self._given = 0  # characters of the window's text that were passed on
+        self._pending = 0  # tokens since all of the window's text was passed on
+        self._stops = [_StopString(text) for text in stop]
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """New text, often empty."""
+        if self.stopped or token in self._tokenizer.silent:
+            return ""
+        self._window.append(token)
+        self._pending += 1
+        text = self._tokenizer.decode(self._window)
+        stable = len(text)
+        if text.endswith("\ufffd"):  # perhaps a character that is not complete
+            # Pending for longer than any character: the bytes are no UTF-8, and only the last can change.
+            stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
+        else:
+            self._pending = 0
+        new = text[self._given : stable]
+        self._given = max(self._given, stable)
+        if not self._pending and len(self._window) - self._cut >= _CONTEXT:
+            # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
+            self._shorten(self._cut, 0)
+            self._cut = len(self._window)
+        elif len(self._window) == _WINDOW:  # no UTF-8 for long
+            self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
+            self._cut = 0
+        return self._until_stop(new)
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence."""
+        if self.stopped:
+            return ""
+        rest = self._until_stop(self._tokenizer.decode(self._window)[self._given :])
+        return rest + self._held  # nothing is held back behind a stop string
+
+    def _shorten(self, first: int, open_characters: int) -> None:
+        """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
+
+        Only the beginning of the text depends on the tokens before it, so the count is from its end.
+        """
+        self._window = self._window[first:]
+        self._given = len(self._tokenizer.decode(self._window)) - open_characters
+
+    def _until_stop(self, new: str) -> str:
+        """What of the text held back and ``new`` is certain not to belong to a stop string."""
+        text = self._held + new
+        for end, character in enumerate(new, len(self._held) + 1):
+            complete = [stop.length for stop in self._stops if stop.push(character)]
+            if complete:
+                self.stopped = True
+                self._held = ""
+                return text[: end - max(complete)]
+        certain = len(text) - max((stop.matched for stop in self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+class _StopString:
+    """Finds a string in a stream of characters, each looked at once (Knuth, Morris and Pratt).
+
+    Attributes:
+        matched: characters of the string that the stream ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self.length = len(text)
+        self.matched = 0
+        self._shorter = [0] * len(text)  # for each prefix, the longest shorter prefix that it ends with
+        for index in range(1, len(text)):
+            self._advance(text[index])
+            self._shorter[index] = self.matched
+        self.matched = 0
+
+    def push(self, character: str) -> bool:
+        """Whether the string is complete now."""
+        self._advance(character)
+        return self.matched == self.length
+
+    def _advance(self, character: str) -> None:
+        while self.matched and self._text[self.matched] != character:
+            self.matched = self._shorter[self.matched - 1]
+        self.matched += self._text[self.matched] == character

@@ -1,0 +1,1 @@
+"""What all processes speak: messages, errors, handlers and sockets."""

@@ -1,0 +1,424 @@
+"""Every message of CLO, one dataclass each, grouped by who receives it.
+
+The wire format is MessagePack. A message is a map with its class name under ``type``; decoding checks the
+name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one message on any socket: a prompt of 10 M tokens fits
+MAX_LOGPROBS = 20
+
+RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+class Text(Message, frozen=True):
+    """A plain text prompt; tokenised as it is, with the special tokens that the tokenizer adds."""
+
+    text: str
+
+
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class Chat(Message, frozen=True):
+    """Chat messages; rendered with the model's chat template."""
+
+    turns: list[Turn]
+
+
+class Tokens(Message, frozen=True):
+    """Token ids, used as they are."""
+
+    ids: list[TokenId]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are chosen. Names and meanings are vLLM's.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0 keeps all; ``seed`` makes a request repeatable in any batch;
+    ``logprobs`` n returns the log-probability of each token and of the n most likely ones.
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] = 256
+    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)] = []
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class Logprob(msgspec.Struct, frozen=True):
+    """Natural log-probabilities at one position: the token's own, and the most likely tokens' by falling
+    probability."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CacheStats(msgspec.Struct, frozen=True):
+    """What the cache did for one request, summed over its decode steps, layers and KV heads."""
+
+    steps: int  # decode steps
+    head_steps: int  # steps x layers x KV heads: the denominator of a rate per step and head
+    gate_checks: (
+        int  # times that a head's query met the gate: once a head_step, twice where a prefetch did too
+    )
+    selections: int  # of these, times that the head selected anew
+    selected_rows: int  # rows that those selections chose
+    fetched_rows: int  # of these, rows that were not resident and crossed from CPU memory
+    fetched_bytes: int
+    resident_bytes: int  # rows held on the worker for this request
+    index_bytes: int  # codes held on the worker for this request
+    kv_bytes: int  # the whole KV of this request, in the store
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of selected rows that were resident already."""
+        return 1.0 - self.fetched_rows / self.selected_rows if self.selected_rows else 1.0
+
+    @property
+    def reuse_rate(self) -> float:
+        """Share of gate checks after which the head kept its rows without selecting."""
+        return 1.0 - self.selections / self.gate_checks if self.gate_checks else 0.0
+
+    @property
+    def rows_per_step_and_head(self) -> float:
+        return self.fetched_rows / self.head_steps if self.head_steps else 0.0
+
+
+NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
+
+
+class StoreStats(msgspec.Struct, frozen=True):
+    store: str
+    arena_bytes: int
+    block_bytes: int  # 0 until a worker has attached
+    blocks: int
+    free_blocks: int
+    sequences: int
+    waiting: int  # allocations that wait for blocks
+
+
+class DriftStats(msgspec.Struct, frozen=True):
+    """Decode steps compared with full attention since the worker's start."""
+
+    checks: int
+    mean_kl: float  # of full attention's next token to the step's, in nats
+    agreement: float  # share of checks with the same most likely token
+
+
+class WorkerStats(msgspec.Struct, frozen=True):
+    worker: int
+    running: int
+    waiting: int
+    steps: int
+    generated_tokens: int
+    resident_bytes: int  # allocated for all slots
+    index_bytes: int
+    private_bytes: int  # memory of the worker process that is not the arena (RssAnon)
+    gpu_bytes: int  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
+    drift_check: DriftStats | None  # None without --drift-check
+
+
+# ------------------------------------------------------------------- client -> router (TCP, DEALER)
+
+
+class Generate(Message, frozen=True):
+    """Generate from a prompt. With ``continuation`` the model is teacher-forced instead: these tokens are
+    fed one by one through the decode path and their log-probabilities returned."""
+
+    request: RequestId
+    prompt: Text | Chat | Tokens
+    sampling: Sampling = Sampling()
+    continuation: Text | Tokens | None = None
+
+
+class Cancel(Message, frozen=True):
+    request: RequestId
+
+
+class GetInfo(Message, frozen=True):
+    request: RequestId
+
+
+ToRouter = Generate | Cancel | GetInfo
+
+
+# ------------------------------------------------------------------------------ router -> client
+
+
+class Progress(Message, frozen=True):
+    """Sent while a request waits or prefills, at least once a second."""
+
+    request: str
+    stage: str  # "queued" or "prefill"
+    done: int  # tokens prefilled
+    total: int
+
+
+class Chunk(Message, frozen=True):
+    """New text. ``text`` may be empty while a stop string or a character is incomplete."""
+
+    request: str
+    text: str
+    tokens: list[int]
+    logprobs: list[Logprob] | None
+
+
+class Finished(Message, frozen=True):
+    request: str
+    reason: str  # "stop", "length" or "cancelled"
+    usage: Usage
+    cache: CacheStats
+
+
+class Failed(Message, frozen=True):
+    """The request ended without a result. ``request`` is empty where none could be read."""
+
+    request: str
+    code: str
+    text: str
+
+
+class Info(Message, frozen=True):
+    request: str
+    model: str
+    max_model_len: int
+    capacity_tokens: int
+    attention: str
+    workers: list[WorkerStats]
+    stores: list[StoreStats]
+
+
+ToClient = Progress | Chunk | Finished | Failed | Info
+
+
+# ---------------------------------------------------------------------- router -> worker (ipc, DEALER)
+
+
+class Run(Message, frozen=True):
+    """Serve a request. ``sequence`` is unique in the router's life."""
+
+    sequence: int
+    tokens: list[int]
+    sampling: Sampling
+    seed: int
+    eos: list[int]
+    forced: list[int] | None
+
+
+class Abort(Message, frozen=True):
+    """Stop a request; answered with ``Done`` (reason "cancelled"). Unknown sequences are ignored."""
+
+    sequence: int
+
+
+class GetWorkerStats(Message, frozen=True):
+    pass
+
+
+ToWorker = Run | Abort | GetWorkerStats
+
+
+# ------------------------------------------------------------------------------ worker -> router
+
+
+class Ready(Message, frozen=True):
+    worker: int
+    pid: int
+    store: str
+    capacity_tokens: int  # of its store
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """One new token of one sequence."""
+
+    sequence: int
+    token: int
+    logprob: Logprob | None
+
+
+class Stepped(Message, frozen=True):
+    """The tokens of one decode step, all sequences together."""
+
+    steps: list[Step]
+
+
+class Prefilled(Message, frozen=True):
+    sequence: int
+    done: int
+    total: int
+
+
+class Done(Message, frozen=True):
+    sequence: int
+    reason: str
+    cache: CacheStats
+
+
+class Refused(Message, frozen=True):
+    sequence: int
+    code: str
+    text: str
+
+
+class WorkerReport(Message, frozen=True):
+    worker: WorkerStats
+    store: StoreStats
+
+
+FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
+
+
+# ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
+
+
+class Attach(Message, frozen=True):
+    """First message of a worker: the shape of its blocks. The first worker decides; others must agree."""
+
+    worker: int
+    pid: int
+    block_tokens: Annotated[int, Meta(ge=1)]
+    block_bytes: Annotated[int, Meta(ge=1)]
+
+
+class Allocate(Message, frozen=True):
+    """Ask for ``blocks`` blocks. Answered by ``Allocated`` when they are free, in order of asking, or by
+    ``Denied`` at once when the store could never hold them."""
+
+    sequence: Count
+    blocks: Annotated[int, Meta(ge=1)]
+
+
+class Commit(Message, frozen=True):
+    """Tokens ``start`` .. ``start + len(tokens) - 1`` of a sequence now stand in its blocks."""
+
+    sequence: Count
+    start: Count
+    tokens: list[TokenId]
+
+
+class Free(Message, frozen=True):
+    """Give back all blocks of a sequence, or withdraw its waiting ``Allocate``; answered by ``Freed``."""
+
+    sequence: Count
+
+
+class GetStoreStats(Message, frozen=True):
+    pass
+
+
+class Describe(Message, frozen=True):
+    """Ask what the blocks of one sequence hold."""
+
+    sequence: Count
+
+
+class GPUMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Memory of a GPU that another process may open."""
+
+    device: str  # PCI bus id: ordinals may differ between processes
+    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]  # of CUDA IPC
+
+
+class OpenStaging(Message, frozen=True):
+    """Make known where pushes to this worker go; answered by ``StagingOpened``. It replaces a former one.
+
+    File descriptor ``fd`` of the worker is a page of control words (``clo.kvstore.push``). The ``bytes`` bytes
+    for rows are in GPU memory, or follow that page.
+    """
+
+    fd: Count
+    bytes: Annotated[int, Meta(ge=1, lt=2**48)]
+    gpu: GPUMemory | None
+    layers: Annotated[int, Meta(ge=1)]
+    kv_heads: Annotated[int, Meta(ge=1)]
+
+
+class Push(Message, frozen=True):
+    """Copy one layer's rows of ``blocks`` blocks of a sequence, from its block ``first_block`` on, to
+    ``offset`` of the staging, as [kv_head][block][token][K|V][head_dim]; then set the flag to ``number``.
+    Answered by the flag, or by ``Denied``. Numbers grow."""
+
+    sequence: Count
+    layer: Count
+    first_block: Count
+    blocks: Annotated[int, Meta(ge=1)]
+    offset: Count
+    number: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe | OpenStaging | Push
+
+
+# ------------------------------------------------------------------------------- store -> worker
+
+
+class Attached(Message, frozen=True):
+    """Where the arena is: file descriptor ``fd`` of process ``pid``, to be opened through /proc."""
+
+    store: str
+    pid: int
+    fd: int
+    arena_bytes: int
+    blocks: int
+
+
+class Allocated(Message, frozen=True):
+    sequence: int
+    blocks: list[int]
+
+
+class Denied(Message, frozen=True):
+    """``sequence`` is -1 where the message was not about one."""
+
+    sequence: int
+    code: str
+    text: str
+
+
+class Freed(Message, frozen=True):
+    sequence: int
+    blocks: int
+
+
+class StoreReport(Message, frozen=True):
+    stats: StoreStats
+
+
+class Described(Message, frozen=True):
+    """Block ids of a sequence and, for each, the tokens that it holds."""
+
+    sequence: int
+    blocks: list[int]
+    tokens: list[list[int]]
+
+
+class StagingOpened(Message, frozen=True):
+    pass
+
+
+FromStore = Attached | Allocated | Denied | Freed | StoreReport | Described | StagingOpened
