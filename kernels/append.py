@@ -3,8 +3,19 @@
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Signature
 from clo.kernels.launch import launch
-from clo.kernels.resident import ResidentSet
+from clo.kernels.resident import FIRST, LAST_USED, POSITIONS, ROWS, ResidentSet
+
+_SIGNATURE = Signature(
+    "append",
+    (
+        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        Argument("lengths", torch.int64, "B"),
+        ROWS, POSITIONS, LAST_USED,
+    ),
+    (HEAD_DIM, FIRST),
+)  # fmt: skip
 
 
 def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
@@ -20,7 +31,8 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
         resident: of the B sequences.
     """
     rows, positions, last_used, sinks, recent = resident
-    if kv.is_cuda:
+    _SIGNATURE.check(kv, lengths, rows, positions, last_used, sinks=sinks, recent=recent)
+    if not kv.is_cpu:
         chunks = kv[0, 0].nbytes // 16
         launch(
             "append.cu", "append", (kv.shape[1], len(kv)), chunks,

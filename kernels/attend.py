@@ -7,16 +7,35 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.launch import ELEMENTS, launch
-from clo.kernels.resident import ResidentSet
-from clo.kernels.update_resident import FetchList
+from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
+from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
 _SPLIT_BYTES = 128 * 1024  # rows that a block of threads attends to, about
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
 _MOST_BATCH = 16  # rows that a warp takes together
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
+
+_QUERY = Argument("query", ELEMENT, "B query_heads head_dim", dense=2, chunks=True)
+_LENGTHS = Argument("lengths", torch.int64, "B")
+_FETCHED = ENTRIES._replace(optional=True), COUNTS._replace(optional=True)
+_ATTEND = Signature(
+    "attend_resident", (_QUERY, ROWS, POSITIONS, _LENGTHS, *_FETCHED), (HEAD_DIM, GROUPED, FIRST)
+)
+_MERGE = Signature(
+    "merge_fetched",
+    (
+        Argument("state.out", torch.float32, "B kv_heads S query_heads//kv_heads head_dim", chunks=True),
+        Argument("state.sum", torch.float32, "B kv_heads S query_heads//kv_heads"),
+        Argument("state.max", torch.float32, "B kv_heads S query_heads//kv_heads"),
+        _QUERY, ROWS, _LENGTHS, *_FETCHED,
+        Argument("lse", torch.float32, "B query_heads"),
+    ),
+    (HEAD_DIM, GROUPED, FIRST, Rule("S == splits", "attend_resident leaves so many parts")),
+)  # fmt: skip
 
 
 class AttentionState(NamedTuple):
@@ -40,7 +59,16 @@ def attend_resident(
         scale: factor of the scores.
     """
     positions, first = resident.positions, resident.first
-    if query.is_cuda:
+    _ATTEND.check(
+        query,
+        resident.rows,
+        positions,
+        lengths,
+        *_pointers(fetch_list),
+        sinks=resident.sinks,
+        recent=resident.recent,
+    )
+    if not query.is_cpu:
         splits = _splits(resident)
         shape = (len(query), resident.kv_heads, splits, query.shape[1] // resident.kv_heads)
         state = AttentionState(
@@ -87,7 +115,11 @@ def merge_fetched(
     Returns:
         [B, query_heads, head_dim], dtype of ``query``.
     """
-    if query.is_cuda:
+    _MERGE.check(
+        *state, query, resident.rows, lengths, *_pointers(fetch_list), lse, sinks=resident.sinks,
+        recent=resident.recent, capacity=resident.capacity, splits=1 if query.is_cpu else _splits(resident),
+    )  # fmt: skip
+    if not query.is_cpu:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         _launch(
             "merge_fetched", 1, query, resident,

@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, Argument
+
+ARENA = Argument("arena", ELEMENT, "blocks kv_heads block_tokens 2 head_dim", dense=3, chunks=True)
+"""One layer of the arena."""
+
+BLOCK_TABLE = Argument("block_table", torch.int64, "B max_blocks", dense=1)
+
 
 def gather_tokens(pool: Tensor, block_table: Tensor) -> Tensor:
     """All tokens of each sequence, in order.

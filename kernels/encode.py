@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import locate
 from clo.kernels.launch import ELEMENTS, launch
+from clo.kernels.limits import CODES_PER_BYTE as CODES_PER_BYTE
 
 STEP = 0.9957  # step of the optimal uniform 2-bit quantiser of N(0, 1)
-CODES_PER_BYTE = 4
 
 
 class CodePages(NamedTuple):
@@ -29,6 +30,27 @@ class CodePages(NamedTuple):
     @property
     def block_tokens(self) -> int:
         return self.codes.shape[2]
+
+
+CODES = Argument(
+    "pages.codes", torch.uint8, f"pages kv_heads block_tokens head_dim//{CODES_PER_BYTE}", chunks=True
+)
+SCALES = Argument("pages.scales", torch.float16, "pages kv_heads block_tokens", chunks=True)
+CENTRES = Argument("pages.centres", torch.float32, "pages kv_heads head_dim")
+PAGE_TABLE = Argument("page_table", torch.int64, "B max_blocks", dense=1)
+ROTATION = Argument("rotation", torch.float32, "head_dim head_dim")
+PACKED = Rule(f"head_dim % {CODES_PER_BYTE} == 0", "a byte of the index holds as many codes")
+"""``CodePages`` and what goes with them as arguments of operations."""
+
+_SIGNATURE = Signature(
+    "encode_new",
+    (
+        Argument("keys", ELEMENT, "B kv_heads head_dim", dense=1),
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE, CODES, SCALES, CENTRES, ROTATION,
+    ),
+    (HEAD_DIM, PACKED),
+)  # fmt: skip
 
 
 def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +90,8 @@ def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePag
         pages: this layer of the index.
         rotation: [head_dim, head_dim] float32.
     """
-    if keys.is_cuda:
+    _SIGNATURE.check(keys, lengths, page_table, *pages, rotation)
+    if not keys.is_cpu:
         dim = keys.shape[2]
         launch(
             "encode.cu", "encode_new", (keys.shape[1], len(keys)), -(-dim // 32) * 32,

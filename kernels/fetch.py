@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from clo.kernels.blocks import locate
+from clo.kernels.arguments import HEAD_DIM, Signature
+from clo.kernels.blocks import ARENA, BLOCK_TABLE, locate
 from clo.kernels.launch import launch
-from clo.kernels.resident import ResidentSet
-from clo.kernels.update_resident import FetchList
+from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
+from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
 _BLOCKS, _THREADS = 32, 1024  # more blocks are slower, since their addresses lie too far apart
 _ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
 _MANY = 32768  # from so many rows in one launch they come by bulk copies
 _STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block's bulk copies
+
+_SIGNATURE = Signature("fetch", (ENTRIES, COUNTS, ROWS, POSITIONS, BLOCK_TABLE, ARENA), (HEAD_DIM, FIRST))
 
 
 def fetch(
@@ -32,7 +35,10 @@ def fetch(
         patient: there is time; leave multiprocessors and bandwidth to the kernels that run beside this one.
     """
     rows, positions = resident.rows, resident.positions
-    if rows.is_cuda:
+    _SIGNATURE.check(
+        *fetch_list, rows, positions, block_table, arena, sinks=resident.sinks, recent=resident.recent
+    )
+    if not rows.is_cpu:
         lines, k = fetch_list.counts.numel(), fetch_list.entries.shape[2]
         row_bytes = rows[0, 0, 0].nbytes
         stages = _STAGES if lines * k >= _MANY else 0

@@ -2,11 +2,19 @@
 
 import time
 
+import torch
 from torch import Tensor
 
+from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
 
 _PAUSE_SECONDS = 5e-5  # between two looks at the flag, in the reference
+
+_SIGNATURE = Signature(
+    "wait",
+    (Argument("flag", torch.int64, "1"), Argument("status", torch.int64, "1")),
+    (Rule("number >= 1", "a flag is zero at first"), Rule("timeout_ns >= 0", "it is a time")),
+)
 
 
 def wait(flag: Tensor, number: int, timeout_ns: int, status: Tensor) -> None:
@@ -22,7 +30,8 @@ def wait(flag: Tensor, number: int, timeout_ns: int, status: Tensor) -> None:
         timeout_ns: nanoseconds, counted from when the device begins to wait.
         status: [1] int64, in memory that host and device share; zero at first.
     """
-    if flag.is_cuda:
+    _SIGNATURE.check(flag, status, number=number, timeout_ns=timeout_ns)
+    if not flag.is_cpu:
         launch("flag.cu", "wait_flag", (1,), 1, [flag, number, timeout_ns, status])
         return
     end = time.monotonic_ns() + timeout_ns

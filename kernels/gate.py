@@ -3,7 +3,20 @@
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Signature
 from clo.kernels.launch import ELEMENTS, launch
+
+_SIGNATURE = Signature(
+    "gate",
+    (
+        Argument("query", ELEMENT, "B query_heads head_dim", dense=2),
+        Argument("selection_query", ELEMENT, "B kv_heads query_heads//kv_heads*head_dim"),
+        Argument("threshold", torch.float32, "kv_heads"),
+        Argument("lengths", torch.int64, "B"),
+        Argument("counters", torch.int64, "B kv_heads 4"),
+    ),
+    (HEAD_DIM, GROUPED),
+)
 
 
 def gate(
@@ -24,7 +37,8 @@ def gate(
     Returns:
         [B, kv_heads] bool, True where the head selects.
     """
-    if query.is_cuda:
+    _SIGNATURE.check(query, selection_query, threshold, lengths, counters)
+    if not query.is_cpu:
         batch, kv_heads = selection_query.shape[:2]
         reselect = torch.empty(batch, kv_heads, dtype=torch.bool, device=query.device)
         launch(

@@ -5,11 +5,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.encode import CodePages
+from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.encode import CENTRES, PAGE_TABLE, ROTATION, CodePages
 from clo.kernels.launch import ELEMENTS, launch
+from clo.kernels.limits import GROUP_ENTRIES_MOST, quantize_parts
 
 LOG2E = 1.4426950408889634
-_STATIC_BYTES = 48 * 1024  # of shared memory, at most
+
+_SIGNATURE = Signature(
+    "quantize_query",
+    (
+        Argument("query", ELEMENT, "B query_heads head_dim", dense=2),
+        CENTRES, ROTATION,
+        Argument("lse", torch.float32, "B query_heads"),
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE,
+    ),
+    (
+        HEAD_DIM, GROUPED,
+        Rule(f"query_heads // kv_heads * head_dim <= {GROUP_ENTRIES_MOST}",
+             "the sums of a group lie in shared memory", gpu=True),
+    ),
+)  # fmt: skip
 
 
 class QuantizedQuery(NamedTuple):
@@ -41,16 +58,17 @@ def quantize_query(
         page_table: [B, max_blocks] int64.
         scale: factor of the scores.
     """
+    _SIGNATURE.check(query, pages.centres, rotation, lse, lengths, page_table)
     batch, query_heads, dim = query.shape
     kv_heads, max_blocks = pages.centres.shape[1], page_table.shape[1]
     group = query_heads // kv_heads
-    if query.is_cuda:
+    if not query.is_cpu:
         quantized = QuantizedQuery(
             torch.empty(query.shape, dtype=torch.int8, device=query.device),
             torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
             torch.empty(batch, kv_heads, max_blocks, group, dtype=torch.float32, device=query.device),
         )
-        parts = next(parts for parts in (4, 2, 1) if parts * group * dim * 4 <= _STATIC_BYTES)
+        parts = quantize_parts(group, dim)
         threads = -(-parts * dim // 32) * 32
         launch(
             "quantize_query.cu", "quantize_query",

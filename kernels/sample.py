@@ -5,6 +5,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: SplitMix64's increment
@@ -17,6 +18,19 @@ _POWER = (2017903, 19743523, 118729907, 515776670, 1488514207, 1 << 31)
 
 _THREADS = 1024
 _BIN_BITS = 13  # the kernel searches the 26 bits of a step in two passes
+
+_SIGNATURE = Signature(
+    "sample",
+    (
+        Argument("logits", torch.float32, "B vocab"),
+        Argument("temperature", torch.float32, "B"),
+        Argument("top_p", torch.float32, "B"),
+        Argument("top_k", torch.int64, "B"),
+        Argument("seed", torch.int64, "B"),
+        Argument("position", torch.int64, "B"),
+    ),
+    (Rule("1 <= vocab < 2**23", "weights of up to 2**40 are summed in 63 bits"),),
+)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -72,13 +86,15 @@ def sample(
     Returns:
         [B] int64 token ids.
     """
+    _SIGNATURE.check(logits, temperature, top_p, top_k, seed, position)
     vocab = logits.shape[1]
-    if logits.is_cuda:
+    if not logits.is_cpu:
+        aligned = vocab % 4 == 0 and logits.data_ptr() % 16 == 0
         drawn = torch.empty_like(seed)
         launch(
             "sample.cu", "sample", (len(logits),), _THREADS,
             [logits, temperature, top_p, top_k, seed, position, drawn, vocab], shared=8 << _BIN_BITS,
-            THREADS=_THREADS, WIDTH=1 if vocab % 4 else 4, PART_BITS=_PART_BITS, LIMIT=_LIMIT,
+            THREADS=_THREADS, WIDTH=4 if aligned else 1, PART_BITS=_PART_BITS, LIMIT=_LIMIT,
             BIN_BITS=_BIN_BITS,
         )  # fmt: skip
         return drawn

@@ -3,15 +3,35 @@
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import gather_tokens
-from clo.kernels.encode import CodePages, unpack
+from clo.kernels.encode import CODES, PACKED, PAGE_TABLE, SCALES, CodePages, unpack
 from clo.kernels.launch import launch
+from clo.kernels.limits import BLOCK_TOKENS_STEP
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
 
 NEVER = -1  # score of a row that is not a candidate
 
-_UNIT = 64  # tokens that a warp scores at a time
+_UNIT = BLOCK_TOKENS_STEP  # tokens that a warp scores at a time
 _WARPS, _UNITS, _STAGES = 4, 8, 3  # warps of a block; units of a warp; units on their way to it
+
+_SIGNATURE = Signature(
+    "score_codes",
+    (
+        Argument("quantized.integers", torch.int8, "B query_heads head_dim", chunks=True),
+        Argument("quantized.steps", torch.float32, "B query_heads"),
+        Argument("quantized.offsets", torch.float32, "B kv_heads max_blocks query_heads//kv_heads"),
+        CODES, SCALES,
+        Argument("reselect", torch.bool, "B kv_heads"),
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE,
+    ),
+    (
+        HEAD_DIM, PACKED, GROUPED,
+        Rule(f"block_tokens % {_UNIT} == 0", "a warp scores so many tokens of a page at a time", gpu=True),
+        Rule("sinks >= 0 and tail >= 0", "they count tokens"),
+    ),
+)  # fmt: skip
 
 
 def score_exact(
@@ -92,9 +112,21 @@ def score_codes(
         ``lengths - tail`` on.
     """
     integers, steps, offsets = quantized
+    _SIGNATURE.check(
+        integers,
+        steps,
+        offsets,
+        pages.codes,
+        pages.scales,
+        reselect,
+        lengths,
+        page_table,
+        sinks=sinks,
+        tail=tail,
+    )
     batch, kv_heads, max_blocks, group = offsets.shape
     dim, block_tokens = integers.shape[2], pages.block_tokens
-    if integers.is_cuda:
+    if not integers.is_cpu:
         span = max_blocks * block_tokens
         scores = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device)
         columns = -(-group // 8) * (4 if group <= 4 else 8)

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
-from clo.kernels.resident import ResidentSet
+from clo.kernels.limits import update_shared_bytes
+from clo.kernels.resident import LAST_USED, POSITIONS, ResidentSet
 from clo.kernels.score import NEVER
 
 _THREADS = 512
@@ -18,6 +20,27 @@ class FetchList(NamedTuple):
 
     entries: Tensor  # [B, kv_heads, k] int32, places in the set, ascending; the first ``counts`` are valid
     counts: Tensor  # [B, kv_heads] int32
+
+
+ENTRIES = Argument("fetch_list.entries", torch.int32, "B kv_heads k")
+COUNTS = Argument("fetch_list.counts", torch.int32, "B kv_heads")
+"""The tensors of a ``FetchList`` as arguments of operations."""
+
+_SIGNATURE = Signature(
+    "update_resident",
+    (
+        Argument("scores", torch.int16, "B kv_heads T", chunks=True),
+        Argument("reselect", torch.bool, "B kv_heads"),
+        Argument("lengths", torch.int64, "B"),
+        POSITIONS, LAST_USED,
+        Argument("counters", torch.int64, "B kv_heads 4"),
+    ),
+    (
+        Rule("1 <= k <= capacity", "a head keeps what it selects"),
+        Rule("tail >= 0", "it counts tokens"),
+        Rule("T % 16 == 0", "scores are read 16 at a time", gpu=True),
+    ),
+)  # fmt: skip
 
 
 def update_resident(
@@ -47,8 +70,9 @@ def update_resident(
         The rows to fetch.
     """
     positions, last_used = resident.positions, resident.last_used
+    _SIGNATURE.check(scores, reselect, lengths, positions, last_used, counters, k=k, tail=tail)
     span, capacity = scores.shape[2], resident.capacity
-    if scores.is_cuda:
+    if not scores.is_cpu:
         fetch_list = FetchList(
             torch.empty(*reselect.shape, k, dtype=torch.int32, device=scores.device),
             torch.empty(reselect.shape, dtype=torch.int32, device=scores.device),
@@ -57,8 +81,7 @@ def update_resident(
             "update_resident.cu", "update_resident", (reselect.numel(),), _THREADS,
             [scores, span, tail, reselect, lengths, positions, last_used, counters, *fetch_list, k, capacity,
              reselect.shape[1]],
-            shared=16 * max(2 * k, -(-span // 128)) + 7 * 1024 + 9 * (-(-k // 16) * 16) + 4 * capacity,
-            THREADS=_THREADS, LOADS=_LOADS,
+            shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
     position = torch.arange(span, device=scores.device)

@@ -131,7 +131,7 @@ def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later()
 def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
     arena, block_table = arena_layer(2, 3, kv_heads, dim)
     keys, scale = arena[:, :, :, 0], dim**-0.5
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
     centres = keys.mean(2)
     codes, scales = encode(keys, centres.unsqueeze(2), rotation)
     assert codes.shape == (*keys.shape[:-1], dim // 4)
@@ -162,7 +162,7 @@ def test_new_keys_are_indexed_as_encode_does() -> None:
     kv_heads, dim, max_blocks = 2, 32, 5
     keys = torch.randn(40, 2, kv_heads, dim)
     page_table = torch.randperm(2 * max_blocks).view(2, max_blocks)
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
     pool = (2 * max_blocks, kv_heads)
     pages = CodePages(
         torch.zeros(*pool, BLOCK_TOKENS, dim // 4, dtype=torch.uint8),
