@@ -35,10 +35,11 @@ from torch import Tensor
 
 from benchmarks.tasks import documents, make_item
 from clo.gpu_worker.cache.kv_cache import Batch, KVCache
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.kernels.attend import attend_prompt
-from clo.runtime.config import CacheConfig, ModelConfig, Profile, ProfiledLayer, ProfiledModel, Sizes
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.config import CacheConfig, ModelConfig, Sizes
+from clo.runtime.model.files import resolve
+from clo.runtime.profile import Profile, ProfiledLayer, ProfiledModel
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 

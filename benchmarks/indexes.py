@@ -20,10 +20,11 @@ from torch import Tensor
 from benchmarks.quality.forcing import Reference
 from benchmarks.result import Result, write
 from benchmarks.tasks import documents, make_item
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.encode import encode, unpack
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 

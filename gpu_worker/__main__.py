@@ -1,4 +1,4 @@
-"""``python -m gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
+"""``python -m clo.gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
 
 import sys
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from clo.gpu_worker.cache.kv_cache import PROMPT_QUERIES, KVCache
+from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend import attend_prompt
 from clo.runtime.model.kv_shape import KVShape
@@ -29,13 +30,20 @@ class Prefill:
         cache: takes each layer's rows.
         slot: of the sequence.
         tokens: the prompt, at least one token.
-        block_table: [max_blocks] int64, blocks of the sequence.
+        block_table, page_table: [max_blocks] int64, those of the sequence.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, slot: int, tokens: list[int], block_table: Tensor
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        slot: int,
+        tokens: list[int],
+        block_table: Tensor,
+        page_table: Tensor,
     ) -> None:
-        self._decoder, self._cache, self._slot, self._block_table = decoder, cache, slot, block_table
+        self._decoder, self._cache, self._slot = decoder, cache, slot
+        self._block_table, self._page_table = block_table, page_table
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
         ids = torch.tensor(
@@ -56,6 +64,10 @@ class Prefill:
         """Prompt tokens' worth of work that is finished, of ``total``."""
         return (self._layer * self.total + self._start) // self._decoder.shape.layers
 
+    def last_hidden(self, count: int) -> Tensor:
+        """Hidden states [count, hidden] of the last tokens, as they left the layers that are complete."""
+        return self._hidden[-count:]
+
     @torch.inference_mode()
     def advance(self) -> Tensor | None:
         """One unit of work; returns the logits [1, vocab] after the last one, else None."""
@@ -72,7 +84,7 @@ class Prefill:
         self._start = end
         if end < self.total:
             return None
-        self._cache.take_prompt(self._slot, layer, self._rows, query, self._block_table)
+        self._cache.take_prompt(self._slot, layer, self._rows, query, self._block_table, self._page_table)
         self._rows = torch.empty_like(self._rows)  # the former ones may be on their way to the arena
         self._layer, self._start = layer + 1, 0
         if self._layer < self._decoder.shape.layers:

@@ -55,9 +55,7 @@ def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tens
     return codes, scales.to(torch.float16)
 
 
-def encode_new(
-    keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePages, rotation: Tensor
-) -> None:
+def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePages, rotation: Tensor) -> None:
     """Index the newest key of each sequence, in place.
 
     A page that decoding opens takes over the centre of the page before it, since its own mean is not known

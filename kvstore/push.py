@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.layout import ArenaLayout
 from clo.runtime.wire.errors import ConfigError, ProtocolError
 from clo.runtime.wire.messages import GPUMemory, OpenStaging, Push
 
@@ -149,13 +150,11 @@ class Pusher:
     """
 
     def __init__(self, source: Source, pid: int, message: OpenStaging, blocks: int, block_bytes: int) -> None:
-        self._layers, self._kv_heads, self._bytes = message.layers, message.kv_heads, message.bytes
-        self._blocks = blocks
-        self._part, rest = divmod(block_bytes, self._layers * self._kv_heads)  # one layer and head of a block
-        if rest:
-            raise ProtocolError(
-                f"{block_bytes} bytes of a block are not {self._layers} layers of {self._kv_heads} KV heads."
-            )
+        self._bytes = message.bytes
+        try:
+            self._layout = ArenaLayout.of_block(message.layers, message.kv_heads, blocks, block_bytes)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
         memory = _open(pid, message.fd, PAGE_BYTES + (0 if message.gpu else self._bytes))
         self._page = memory[:PAGE_BYTES].view(np.int64)
         self._last = 0
@@ -177,12 +176,13 @@ class Pusher:
             ConfigError: CUDA refuses.
         """
         end = message.first_block + message.blocks
-        if message.layer >= self._layers or end > len(blocks):
+        layout = self._layout
+        if message.layer >= layout.layers or end > len(blocks):
             raise ProtocolError(
-                f"There are {self._layers} layers, and {len(blocks)} blocks of sequence {message.sequence}; "
+                f"There are {layout.layers} layers, and {len(blocks)} blocks of sequence {message.sequence}; "
                 f"layer {message.layer} of blocks {message.first_block} to {end - 1} cannot be pushed."
             )
-        size = self._kv_heads * message.blocks * self._part
+        size = layout.kv_heads * message.blocks * layout.part_bytes
         if message.offset + size > self._bytes:
             raise ProtocolError(f"{size} bytes at {message.offset} exceed a staging of {self._bytes} bytes.")
         if not self._last < message.number <= int(self._page[FLAG]) + _RING:
@@ -192,13 +192,12 @@ class Pusher:
             )
         self._last = message.number
         with _explained():
-            for head in range(self._kv_heads):
-                line = (message.layer * self._kv_heads + head) * self._blocks
+            for head in range(layout.kv_heads):
                 for start, block, count in _runs(blocks[message.first_block : end]):
                     self._staging.copy(
-                        (line + block) * self._part,
-                        message.offset + (head * message.blocks + start) * self._part,
-                        count * self._part,
+                        layout.offset(message.layer, head, block),
+                        message.offset + (head * message.blocks + start) * layout.part_bytes,
+                        count * layout.part_bytes,
                     )
             self._staging.post(message.number)
 

@@ -12,8 +12,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from clo.runtime.config import ServerConfig
-from clo.runtime.model.files import Resolved
+from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import (
     CLOError,
@@ -103,7 +102,7 @@ class Router:
         ConfigError: the port cannot be used, or the model has no tokenizer.
     """
 
-    def __init__(self, config: ServerConfig, model: Resolved) -> None:
+    def __init__(self, config: ServerConfig, model: ResolvedModel) -> None:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._context = zmq.asyncio.Context()
@@ -123,7 +122,7 @@ class Router:
             self._context, self.workers_endpoint, FromWorker, queue=0
         )
         try:
-            self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+            self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         except ConfigError:
             self.close()
             raise

@@ -15,12 +15,12 @@ from clo.gpu_worker import mailbox, pinning
 from clo.gpu_worker.outputs import Mailbox
 from clo.gpu_worker.pinning import check_gpu_memory, pin
 from clo.runtime.config import CacheConfig
-from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import ConfigError, DeviceStuck
 from tests.server import Server
 
 GIB = 2**30
-LLAMA = KVShape(layers=32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 
 
 def check(config: CacheConfig, slots: int, tokens: int, utilization: float = 0.9) -> None:

@@ -9,11 +9,12 @@ import torch
 
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import divergence, make_engine, prefill, teacher_force
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.scheduler import Scheduler
 from clo.runtime.client import Client
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.wire.messages import (
     Allocate,
     Allocated,
@@ -25,7 +26,6 @@ from clo.runtime.wire.messages import (
     Stepped,
     ToStore,
 )
-from tests.reference import divergence, force, make_engine, prefill
 from tests.server import Server
 
 MAX_TOKENS = 700
@@ -96,7 +96,7 @@ def test_a_tiny_set_is_measured_as_teacher_forcing_measures_it(decoder: Decoder)
     """The first step after a prompt, whose rows no cache has touched."""
     prompt, token = random_tokens(600, 1), 7
     full, tiny = (
-        force(make_engine(decoder, config, 1, MAX_TOKENS), prompt, [token, 0])[1:]
+        teacher_force(make_engine(decoder, config, 1, MAX_TOKENS), prompt, [token, 0])[1:]
         for config in (CacheConfig(attention="full"), TINY)
     )
     engine = make_engine(decoder, TINY, 1, MAX_TOKENS)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clo.gpu_worker import gguf, loader
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Text

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import make_engine
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
-from tests.reference import make_engine
+from clo.runtime.model.files import resolve
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import clo.launch as launcher
-from clo.runtime.config import CacheConfig, ModelConfig, Profile, WorkerConfig
-from clo.runtime.model.files import load_decoder, resolve
-from tests.reference import force, make_engine
+from clo.gpu_worker.in_process import make_engine, teacher_force
+from clo.gpu_worker.model.decoder import load_decoder
+from clo.runtime.config import CacheConfig, ModelConfig, WorkerConfig
+from clo.runtime.model.files import resolve
+from clo.runtime.profile import Profile
 from tests.server import Server
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
@@ -124,7 +126,7 @@ def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path:
     assert cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
     assert [positions.shape[2] for positions in cache._positions] == [resident for _, resident in sizes]
     tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
-    force(engine, tokens[:400], tokens[400:])
+    teacher_force(engine, tokens[:400], tokens[400:])
     checks, selections, selected, moved = cache._counters[:, 0].unbind(-1)
     assert checks.tolist() == [[20, 20]] * LAYERS
     assert selections.tolist() == [[0, 20]] * LAYERS

@@ -18,7 +18,7 @@ from clo.kernels.flag import wait
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.push import PAGE_BYTES
-from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import CLOError, DeviceStuck, ProtocolError
 from clo.runtime.wire.messages import (
     Allocate,
@@ -33,7 +33,7 @@ from clo.runtime.wire.messages import (
 )
 from tests.store import WAIT_MS, Store, ask, running_store
 
-SHAPE = KVShape(layers=4, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
+SHAPE = KVShape((LayerSpec(),) * 4, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
 MOST = 4  # blocks of a request
 BYTES = 2 * MOST * SHAPE.block_bytes // SHAPE.layers  # of a staging
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

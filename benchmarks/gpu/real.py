@@ -30,12 +30,13 @@ from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
 from benchmarks.tasks import KINDS, Item, documents, make_item
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.in_process import divergence, prefill, wait_for
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.kernels.blocks import gather_tokens
-from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import Resolved, load_decoder, resolve
+from clo.runtime.config import CacheConfig, ModelConfig, ResolvedModel
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import CacheStats, Text
-from tests.reference import arrived, divergence, prefill
 
 ARENA_GIB = 46
 FORCED = 256  # tokens
@@ -111,7 +112,7 @@ def measure_case(machine: Machine, case: Case) -> list[Result]:
     return results
 
 
-def items_of(case: Case, resolved: Resolved) -> list[Item]:
+def items_of(case: Case, resolved: ResolvedModel) -> list[Item]:
     """One item for each sequence of the largest batch: kinds and documents in turn."""
     tokenizer = Tokenizer(resolved.folder, resolved.config.vocab_size)
 
@@ -157,7 +158,7 @@ def prefilled(engine: Engine, item: Item) -> Tensor:
 def start(engine: Engine, case: Case, slot: int, item: Item) -> Tensor:
     """Prefill a slot, which decodes from now on; returns the logits [1, vocab] behind the prompt."""
     logits = prefill(engine, slot, item.prompt, case.max_tokens)
-    arrived(engine, engine.start(slot, logits))
+    wait_for(engine, engine.start(slot, logits))
     return logits
 
 
@@ -211,13 +212,13 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
     since the graph of a batch leaves them out."""
     slots = list(range(batch))
     engine.cache._counters.zero_()
-    posted, times = engine.step(slots, case.max_tokens), []
+    handle, times = engine.step(slots, case.max_tokens), []
     for _ in range(STEPS):
         following = engine.step(slots, case.max_tokens)
-        arrived(engine, posted)
+        wait_for(engine, handle)
         times.append(time.perf_counter())
-        posted = following
-    arrived(engine, posted)
+        handle = following
+    wait_for(engine, handle)
     counters = engine.cache._counters[:, :batch].sum((0, 1, 2)).tolist()
     stats = engine.cache.stats(counters, case.prompt, batch * (STEPS + 1))
     return median(after - before for before, after in pairwise(times)), stats

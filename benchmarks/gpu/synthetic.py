@@ -17,7 +17,7 @@ from clo.gpu_worker.model.decoder import Decoder, Layer, Linear, Weights
 from clo.kernels.launch import launch
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.runtime.config import CacheConfig
-from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
 _REPLAY = str(Path(__file__).with_name("replay.cu").resolve())
 _calls = count(1)  # of the replay: no two draw the same rows
@@ -39,7 +39,9 @@ class Model:
 
     @property
     def shape(self) -> KVShape:
-        return KVShape(self.layers, self.query_heads, self.kv_heads, self.head_dim, torch.bfloat16)
+        return KVShape(
+            (LayerSpec(),) * self.layers, self.query_heads, self.kv_heads, self.head_dim, torch.bfloat16
+        )
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:

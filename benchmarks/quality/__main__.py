@@ -22,8 +22,9 @@ from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
 from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, VERIFIED, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import DEFAULT_MODEL, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 

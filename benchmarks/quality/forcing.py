@@ -17,6 +17,7 @@ from benchmarks.tasks import Item
 from clo.gpu_worker.cache.kv_cache import PROMPT_QUERIES, Batch, KVCache
 from clo.gpu_worker.cache.query_prediction import measure_query_sources
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prefill import Prefill
 from clo.kernels.attend import attend_all
@@ -24,7 +25,6 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape
-from tests.reference import GREEDY
 
 FULL = CacheConfig(attention="full")
 Numbers = NDArray[numpy.float64]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from clo.runtime.config import format_size
+from clo.runtime.units import format_size
 from clo.runtime.wire.errors import ConfigError
 
 _ROOT = Path("/")

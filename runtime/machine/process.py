@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 from clo.runtime.wire.errors import CLOError
 
@@ -42,6 +42,20 @@ def configure_logging(level: str) -> None:
         format="%(asctime)s %(levelname)s %(name)s[%(process)d] %(message)s",
         stream=sys.stderr,
     )
+
+
+def set_threads(environment: MutableMapping[str, str], threads: int | None = None) -> None:
+    """Let OpenMP's threads sleep when they have nothing to do, and use ``threads`` of them (None for all).
+
+    By default they spin, and on cores that something else uses too, a small loop of torch operations ran up to
+    thirty times slower for it. What the user has set stays. A process reads this when it loads torch, so it has
+    to be set before.
+    """
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("GOMP_SPINCOUNT", "0")  # libgomp, which comes with torch
+    environment.setdefault("KMP_BLOCKTIME", "0")  # libomp
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 def run_process(main: Callable[[], None]) -> None:

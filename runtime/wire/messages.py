@@ -297,9 +297,12 @@ FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
 
 
 class Attach(Message, frozen=True):
-    """First message of a worker: the shape of its blocks. The first worker decides; others must agree."""
+    """First message of a worker: the shape of its blocks. The first worker decides; others must agree.
+
+    Blocks belong to a group of workers, those that serve the same sequences together."""
 
     worker: int
+    group: Count
     pid: int
     block_tokens: Annotated[int, Meta(ge=1)]
     block_bytes: Annotated[int, Meta(ge=1)]
@@ -347,8 +350,8 @@ class GPUMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OpenStaging(Message, frozen=True):
     """Make known where pushes to this worker go; answered by ``StagingOpened``. It replaces a former one.
 
-    File descriptor ``fd`` of the worker is a page of control words (``clo.kvstore.push``). The ``bytes`` bytes
-    for rows are in GPU memory, or follow that page.
+    File descriptor ``fd`` of the worker is a page of control words (``clo.kvstore.push``). The ``bytes``
+    bytes for rows are in GPU memory, or follow that page.
     """
 
     fd: Count
@@ -393,8 +396,12 @@ class Allocated(Message, frozen=True):
 
 
 class Denied(Message, frozen=True):
-    """``sequence`` is -1 where the message was not about one."""
+    """The answer to a message that cannot be carried out.
 
+    ``answers`` is the type of that message, such as "Allocate", or empty where it could not be read;
+    ``sequence`` is -1 where it was not about one."""
+
+    answers: str
     sequence: int
     code: str
     text: str
