@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer
 
+from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
 from clo.runtime.wire.messages import Chat, Text, Tokens
 
@@ -129,7 +130,7 @@ class Detokenizer:
         self._cut = 0  # place in the window where a character ends; the window may begin there later
         self._given = 0  # characters of the window's text that were passed on
         self._pending = 0  # tokens since all of the window's text was passed on
-        self._stops = [_StopString(text) for text in stop]
+        self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
@@ -184,31 +185,3 @@ class Detokenizer:
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]
-
-
-class _StopString:
-    """Finds a string in a stream of characters, each looked at once (Knuth, Morris and Pratt).
-
-    Attributes:
-        matched: characters of the string that the stream ends with.
-    """
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self.length = len(text)
-        self.matched = 0
-        self._shorter = [0] * len(text)  # for each prefix, the longest shorter prefix that it ends with
-        for index in range(1, len(text)):
-            self._advance(text[index])
-            self._shorter[index] = self.matched
-        self.matched = 0
-
-    def push(self, character: str) -> bool:
-        """Whether the string is complete now."""
-        self._advance(character)
-        return self.matched == self.length
-
-    def _advance(self, character: str) -> None:
-        while self.matched and self._text[self.matched] != character:
-            self.matched = self._shorter[self.matched - 1]
-        self.matched += self._text[self.matched] == character
