@@ -335,7 +335,8 @@ class Router:
         """The last message of a request; nothing happens where it has ended."""
         if request.open:
             self._tell(request, message)
-            self._forget(request)
+            if request.open:  # it is not where the client turned out to be gone
+                self._forget(request)
 
     def _forget(self, request: Request) -> None:
         request.move(State.CLOSED)
