@@ -48,8 +48,8 @@ def set_threads(environment: MutableMapping[str, str], threads: int | None = Non
     """Let OpenMP's threads sleep when they have nothing to do, and use ``threads`` of them (None for all).
 
     By default they spin, and on cores that something else uses too, a small loop of torch operations ran up
-    to thirty times slower for it. What the user has set stays. A process reads this when it loads torch, so it
-    has to be set before.
+    to thirty times slower for it. What the user has set stays. A process reads this when it loads torch, so
+    it has to be set before.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "0")  # libgomp, which comes with torch
