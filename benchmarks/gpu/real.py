@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.gpu.baseline import release
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.synthetic import Model, arena_of
+from benchmarks.gpu.synthetic import arena_of
 from benchmarks.result import Result
 from benchmarks.tasks import KINDS, Item, documents, make_item
 from clo.gpu_worker.engine import Engine
@@ -75,21 +75,17 @@ def measure(machine: Machine) -> list[Result]:
 def measure_case(machine: Machine, case: Case) -> list[Result]:
     resolved = resolve(case.model)
     items = items_of(case, resolved)
-    decoder, config = load_decoder(resolved), resolved.config
-    model = Model(
-        case.name, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
-        config.hidden_size, config.intermediate_size, config.vocab_size, decoder.shape.head_dim,
-    )  # fmt: skip
+    decoder = load_decoder(resolved)
     # One sequence more than decodes: `prefill` leaves out block 0, and `prefilled` wants blocks of its own.
-    arena = arena_of(machine.memory, model, len(items) + 1, case.max_tokens)
+    arena = arena_of(machine.memory, decoder.shape, len(items) + 1, case.max_tokens)
     engine = Engine(decoder, arena, case.config, len(items), case.max_tokens)
-    capture(engine, case)
+    engine.capture(case.batches)
     network = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=decoder.shape.dtype)
     network.to(decoder.device).eval()
 
     full = [full_logits(network, item) for item in items[:JUDGED]]
     rounding = [
-        divergence(prefilled(engine, item), logits) for item, logits in zip(items, full, strict=False)
+        divergence(prefilled(engine, arena, item), logits) for item, logits in zip(items, full, strict=False)
     ]
     began = time.perf_counter()
     first = [start(engine, case, slot, item) for slot, item in enumerate(items)]
@@ -114,7 +110,7 @@ def measure_case(machine: Machine, case: Case) -> list[Result]:
 
 def items_of(case: Case, resolved: ResolvedModel) -> list[Item]:
     """One item for each sequence of the largest batch: kinds and documents in turn."""
-    tokenizer = Tokenizer(resolved.folder, resolved.config.vocab_size)
+    tokenizer = Tokenizer(resolved.folder, resolved.vocab_size)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
@@ -127,15 +123,6 @@ def items_of(case: Case, resolved: ResolvedModel) -> list[Item]:
 
 
 @torch.inference_mode()
-def capture(engine: Engine, case: Case) -> None:
-    """Graphs of the batches that are measured, and of no others."""
-    for batch in reversed(case.batches):  # largest first, for one pool
-        engine._capture(batch)
-    torch.cuda.synchronize()
-    engine._mailbox.reset()
-
-
-@torch.inference_mode()
 def full_logits(network: Any, item: Item) -> Tensor:
     """Logits [FORCED, vocab] float32 that predict an answer, by one pass of transformers over all tokens."""
     tokens = torch.tensor([item.prompt + item.answer[: FORCED - 1]], device=network.device)
@@ -144,15 +131,15 @@ def full_logits(network: Any, item: Item) -> Tensor:
 
 
 @torch.inference_mode()
-def prefilled(engine: Engine, item: Item) -> Tensor:
+def prefilled(engine: Engine, arena: Tensor, item: Item) -> Tensor:
     """The same by the engine's prefill, in slot 0, which must not be in use."""
-    decoder, pages, blocks = engine.decoder, engine._block_table.shape[1], len(engine.cache._arena)
-    own = [0, *range(blocks - pages + 1, blocks)]
+    decoder, blocks = engine.decoder, len(arena)
+    own = [0, *range(blocks - engine.max_blocks + 1, blocks)]
     work = engine.prefill(0, item.prompt + item.answer[: FORCED - 1], own)
     while work.advance() is None:
         pass
     engine.cache.join_prompt()
-    return decoder.logits(decoder.input_norm(decoder.shape.layers, work._hidden[-FORCED:]))
+    return decoder.logits(decoder.input_norm(decoder.shape.layers, work.last_hidden(FORCED)))
 
 
 def start(engine: Engine, case: Case, slot: int, item: Item) -> Tensor:
@@ -172,7 +159,7 @@ def teacher_forced(engine: Engine, case: Case, first: Tensor, items: list[Item])
     answers = torch.tensor([item.answer[:FORCED] for item in items], device=first.device)
     slots, logits = list(range(len(items))), [first]
     for token in range(FORCED - 1):
-        engine._tokens[: len(items)] = answers[:, token]
+        engine.feed(slice(len(items)), answers[:, token])
         logits.append(engine.step(slots, case.max_tokens).logits[: len(items)].clone())
     return torch.stack(logits, dim=1)
 
@@ -211,7 +198,8 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
     """Seconds of the median step of the first slots, and what the cache did for them; the others stand still,
     since the graph of a batch leaves them out."""
     slots = list(range(batch))
-    engine.cache._counters.zero_()
+    for slot in slots:
+        engine.cache.reset_counters(slot)
     handle, times = engine.step(slots, case.max_tokens), []
     for _ in range(STEPS):
         following = engine.step(slots, case.max_tokens)
@@ -219,7 +207,7 @@ def decode(engine: Engine, case: Case, batch: int) -> tuple[float, CacheStats]:
         times.append(time.perf_counter())
         handle = following
     wait_for(engine, handle)
-    counters = engine.cache._counters[:, :batch].sum((0, 1, 2)).tolist()
+    counters = torch.stack([engine.cache.counters(slot) for slot in slots]).sum(0).tolist()
     stats = engine.cache.stats(counters, case.prompt, batch * (STEPS + 1))
     return median(after - before for before, after in pairwise(times)), stats
 
