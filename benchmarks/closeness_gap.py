@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.forcing import FULL, Numbers, Reference
-from benchmarks.quality.metrics import blocks, estimate
+from benchmarks.quality.metrics import blocks, divergences, estimate
 from benchmarks.result import Result, write
 from benchmarks.tasks import KINDS, Item, Kind, documents, make_item
 from gpu_worker.loader import Resolved, load_decoder, resolve
@@ -102,16 +102,6 @@ def by_transformers(resolved: Resolved, items: list[Item]) -> Tensor:
         tokens = torch.tensor([item.prompt + item.answer[: FORCED - 1]], device=resolved.device)
         rows.append(network(tokens, use_cache=False, logits_to_keep=FORCED - 1).logits[0].float())
     return torch.stack(rows)
-
-
-def divergences(one: Tensor, other: Tensor) -> Numbers:
-    """KL(one || other) at each position of logits [items, N, vocab]: [items, N]."""
-    rows = []
-    for a, b in zip(one, other, strict=True):
-        p, q = a.log_softmax(-1), b.log_softmax(-1)
-        rows.append((p.exp() * (p - q)).sum(-1).clamp_min(0))  # below 0 it is rounding
-    figures: Numbers = torch.stack(rows).double().cpu().numpy()
-    return figures
 
 
 def results_of(case: str, kl: Numbers) -> list[Result]:
