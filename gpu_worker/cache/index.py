@@ -91,9 +91,7 @@ class TwoBitIndex:
         encode_new(keys, batch.lengths, batch.pages, self.pages, self._rotation)
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> QuantizedQuery:
-        return quantize_query(
-            query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale
-        )
+        return quantize_query(query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale)
 
     def score(
         self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, tail: int
