@@ -31,6 +31,9 @@ class Prefill:
         slot: of the sequence.
         tokens: the prompt, at least one token.
         block_table, page_table: [max_blocks] int64, those of the sequence.
+
+    Attributes:
+        chunk_tokens: of a chunk; whoever wants other chunks says so before the first ``advance``.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Prefill:
         )
         chunks = -(-self.total // _CHUNK_TOKENS[device.type])
         # equal chunks: the last one holds queries enough to select with
-        self._chunk = -(-self.total // chunks)
+        self.chunk_tokens = -(-self.total // chunks)
         self._layer = self._start = 0
 
     @property
@@ -72,7 +75,7 @@ class Prefill:
     def advance(self) -> Tensor | None:
         """One unit of work; returns the logits [1, vocab] after the last one, else None."""
         layer, start = self._layer, self._start
-        end = min(start + self._chunk, self.total)
+        end = min(start + self.chunk_tokens, self.total)
         hidden = self._hidden[start:end]
         cos, sin = self._rope
         normed = self._decoder.input_norm(layer, hidden)

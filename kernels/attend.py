@@ -12,15 +12,15 @@ from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 
-_SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
+_SPLIT_BYTES = 128 * 1024  # rows that a block of threads attends to, about
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
-_MOST_BATCH = 16  # rows
+_MOST_BATCH = 16  # rows that a warp takes together
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
 
 
 class AttentionState(NamedTuple):
-    """Attention over some of the rows, in S parts, before normalisation."""
+    """Attention over some of the rows in S parts, before normalisation."""
 
     out: Tensor  # [B, kv_heads, S, group, head_dim] float32, sum of exp(score - max) * value
     sum: Tensor  # [B, kv_heads, S, group] float32, sum of exp(score - max)
@@ -76,7 +76,7 @@ def merge_fetched(
     lse: Tensor,
     scale: float,
 ) -> Tensor:
-    """Add the rows that have arrived meanwhile, and normalise.
+    """Attend to the rows that have arrived meanwhile too, and normalise.
 
     Args:
         state: what ``attend_resident`` returned.
@@ -98,16 +98,16 @@ def merge_fetched(
     parts = [state]
     if fetch_list is not None:
         arrived = torch.arange(_width(fetch_list), device=lse.device) < fetch_list.counts.unsqueeze(2)
-        places = (fetch_list.entries.long() + resident.first).where(arrived, 0)[..., None, None]
-        rows = resident.rows.gather(2, places.expand(-1, -1, -1, 2, query.shape[2]))
+        at = (fetch_list.entries.long() + resident.first).where(arrived, 0)[..., None, None]
+        rows = resident.rows.gather(2, at.expand(-1, -1, -1, 2, query.shape[2]))
         parts.append(_attend(query, rows, arrived, scale))
-    out, total, peak = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    highest = peak.amax(2, keepdim=True)
-    weight = (peak - highest).exp()
-    sums = (total * weight).sum(2)
-    latest = (highest.squeeze(2) + sums.log()).flatten(1)
+    out, sums, maxima = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+    highest = maxima.amax(2, keepdim=True)
+    weight = (maxima - highest).exp()
+    total = (sums * weight).sum(2)
+    latest = (highest.squeeze(2) + total.log()).flatten(1)
     lse.copy_(latest.where((lengths > 0).unsqueeze(1), lse))
-    out = (out * weight.unsqueeze(-1)).sum(2) / sums.unsqueeze(-1)
+    out = (out * weight.unsqueeze(-1)).sum(2) / total.unsqueeze(-1)
     return out.flatten(1, 2).to(query.dtype)
 
 
@@ -116,10 +116,10 @@ def _attend(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> Attentio
     grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
     scores = (grouped @ rows[:, :, :, 0].transpose(-1, -2)).float() * scale
     scores = scores.masked_fill_(~held.unsqueeze(2), -torch.inf)
-    peak = scores.amax(-1)
-    weights = (scores - peak.clamp_min(-1e30).unsqueeze(-1)).exp()
+    maxima = scores.amax(-1)
+    weights = (scores - maxima.clamp_min(-1e30).unsqueeze(-1)).exp()
     out = (weights.to(rows.dtype) @ rows[:, :, :, 1]).float()
-    return AttentionState(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), peak.unsqueeze(2))
+    return AttentionState(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), maxima.unsqueeze(2))
 
 
 def _width(fetch_list: FetchList | None) -> int:
@@ -142,7 +142,7 @@ def _launch(
     group = query.shape[1] // kv_heads
     dim, tile, splits = query.shape[2], min(group, _QUERY_TILE), _splits(resident)
     rows, row_bytes = -(-count // splits), resident.rows[0, 0, 0].nbytes
-    chunks = row_bytes // 32  # of 16 bytes, of a key
+    chunks = row_bytes // 32  # 16-byte chunks of a key
     lanes = next((lanes for lanes in (8, 16) if chunks <= lanes), 32)
     per_lane = -(-chunks // lanes)
     stage_bytes = {1: 4, 2: 2}.get(per_lane, 1) * per_lane * 2 * 32 * 16
@@ -188,7 +188,7 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     count, total = query.shape[0], rows.shape[0]
     keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)  # each [1, kv_heads, T, D]
     mask: Tensor = causal_lower_right(count, total)
-    if not query.is_cuda:  # where torch has no kernel for it
+    if not query.is_cuda:  # torch's attention on the CPU does not take the bias
         mask = torch.ones(count, total, dtype=torch.bool).tril_(total - count)
     out = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, scale=scale, enable_gqa=True

@@ -1,7 +1,7 @@
 """Encode: 2-bit codes of keys for the index.
 
 A key is centred on the mean of its block, rotated by a fixed random rotation so that its entries are close
-to Gaussian, and each entry rounded to the four levels (-1.5, -.5, .5, 1.5) x step, the optimal uniform
+to Gaussian, and each entry rounded to the four levels (-1.5, -0.5, 0.5, 1.5) x step, the optimal uniform
 quantiser of a Gaussian (Max 1960); the scale is the least-squares fit of the levels to the key. Rotation
 before scalar quantisation follows RaBitQ (Gao and Long 2024). Centring on the block keeps a block's codes
 independent of the rest of the sequence. At 2 bits an entry, head_dim 64 takes 16 bytes and a float16 scale.
@@ -15,7 +15,7 @@ from torch import Tensor
 from clo.kernels.blocks import locate
 from clo.kernels.launch import ELEMENTS, launch
 
-STEP = 0.9957  # of the optimal uniform 2-bit quantiser of N(0, 1)
+STEP = 0.9957  # step of the optimal uniform 2-bit quantiser of N(0, 1)
 CODES_PER_BYTE = 4
 
 
@@ -24,7 +24,7 @@ class CodePages(NamedTuple):
 
     codes: Tensor  # [pages, kv_heads, block_tokens, head_dim // 4] uint8, see ``encode``
     scales: Tensor  # [pages, kv_heads, block_tokens] float16
-    centres: Tensor  # [pages, kv_heads, head_dim] float32, on which the keys of a page are centred
+    centres: Tensor  # [pages, kv_heads, head_dim] float32, subtracted from the keys of a page
 
     @property
     def block_tokens(self) -> int:
@@ -72,8 +72,8 @@ def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePag
         dim = keys.shape[2]
         launch(
             "encode.cu", "encode_new", (keys.shape[1], len(keys)), -(-dim // 32) * 32,
-            [keys, keys.stride(0), keys.stride(1), lengths, page_table, page_table.stride(0), *pages, rotation,
-             STEP],
+            [keys, keys.stride(0), keys.stride(1), lengths, page_table, page_table.stride(0), *pages,
+             rotation, STEP],
             ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=pages.block_tokens,
         )  # fmt: skip
         return

@@ -1,4 +1,4 @@
-"""Fetch: the rows that a selection lacks, from the arena into the set."""
+"""Fetch: rows that are selected and not yet resident, from the arena into the set."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from clo.kernels.launch import launch
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 
-_BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
+_BLOCKS, _THREADS = 32, 1024  # more blocks are slower, since their addresses lie too far apart
 _ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
-_MANY = 32768  # rows of one launch, from which on they come in bulk
-_STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block
+_MANY = 32768  # from so many rows in one launch they come by bulk copies
+_STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block's bulk copies
 
 
 def fetch(
@@ -25,11 +25,11 @@ def fetch(
     """Copy rows from the arena into the set, in place.
 
     Args:
-        fetch_list: which rows of the set.
-        resident: of the B sequences; its positions say which token each of these rows is of.
+        fetch_list: which rows of the set to copy.
+        resident: of the B sequences; its positions say which token each of these rows belongs to.
         block_table: [B, max_blocks] int64.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
-        patient: leave multiprocessors and memory to what runs beside it, because there is time.
+        patient: there is time; leave multiprocessors and bandwidth to the kernels that run beside this one.
     """
     rows, positions = resident.rows, resident.positions
     if rows.is_cuda:

@@ -1,4 +1,4 @@
-"""Gate: a head keeps its rows while its query stays similar to the one that chose them."""
+"""Gate: a head keeps its rows while its query stays similar to the query that selected them."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from clo.kernels.launch import ELEMENTS, launch
 def gate(
     query: Tensor, selection_query: Tensor, threshold: Tensor, lengths: Tensor, counters: Tensor
 ) -> Tensor:
-    """Which heads select anew; their selection_queries become the current query, in place.
+    """Find the heads that select again; their selection query becomes the current query, in place.
 
     The similarity is the cosine between the concatenated queries of a group (arXiv 2511.14510, head-wise
     approximate cache).
 
     Args:
         query: [B, query_heads, head_dim], those of a sequence contiguous.
-        selection_query: [B, kv_heads, group * head_dim], query of the last selection; zeros where there is none.
+        selection_query: [B, kv_heads, group * head_dim], query of the last selection; zeros before the first.
         threshold: [kv_heads] float32; above 1 a head selects at every step.
         lengths: [B] int64; 0 for a slot not in use, which never selects.
-        counters: [B, kv_heads, 4] int64; the first grows by checks, the second by heads that select.
+        counters: [B, kv_heads, 4] int64; the first counts checks, the second counts selections.
 
     Returns:
         [B, kv_heads] bool, True where the head selects.

@@ -1,4 +1,4 @@
-"""Quantise queries for the index: everything about a score that can be computed without a code."""
+"""Quantise queries for the index: the part of a score that can be computed without the codes."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ _STATIC_BYTES = 48 * 1024  # of shared memory, at most
 
 
 class QuantizedQuery(NamedTuple):
-    """The part of a score that needs no code: queries as integers, and the products with the centres."""
+    """The part of a score that needs no codes: queries as integers, and the products with the centres."""
 
     integers: Tensor  # [B, query_heads, head_dim] int8
-    steps: Tensor  # [B, query_heads] float32; their product is the rotated query
-    offsets: Tensor  # [B, kv_heads, max_blocks, group] float32, base-2 logarithms
+    steps: Tensor  # [B, query_heads] float32; integers * steps is the rotated query
+    offsets: Tensor  # [B, kv_heads, max_blocks, group] float32, base-2 log of a weight with a code of zero
 
 
 def quantize_query(

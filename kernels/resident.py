@@ -1,4 +1,4 @@
-"""The resident set: the rows that each KV head of a layer attends to, and which tokens they are of."""
+"""The resident set: the rows that each KV head of a layer attends to, and their positions."""
 
 from typing import NamedTuple
 

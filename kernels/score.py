@@ -1,4 +1,4 @@
-"""Score: what every row of a head is worth to its query group, by its keys or by their 2-bit codes."""
+"""Score: the softmax weight of every row for a query group, from its key or from the key's 2-bit code."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from clo.kernels.encode import CodePages, unpack
 from clo.kernels.launch import launch
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
 
-NEVER = -1  # score of a row that is no candidate
+NEVER = -1  # score of a row that is not a candidate
 
 _UNIT = 64  # tokens that a warp scores at a time
 _WARPS, _UNITS, _STAGES = 4, 8, 3  # warps of a block; units of a warp; units on their way to it
@@ -24,7 +24,7 @@ def score_exact(
     tail: int,
     scale: float,
 ) -> Tensor:
-    """Scores by the keys in the arena themselves.
+    """Scores from the keys in the arena themselves.
 
     Args:
         query: [B, query_heads, head_dim].
@@ -43,8 +43,8 @@ def score_products(
 ) -> Tensor:
     """The score of a row: its softmax weight, summed over the query group.
 
-    The softmax is normalised with the sums of the step before, which cost nothing: attention has just left
-    them. On real text that selects as well as exact sums do.
+    The softmax is normalised with the log-sum-exp of the step before, which attention has left behind. On
+    real text that selects as well as the exact sums do.
 
     Args:
         products: [B, kv_heads, group, T] float32, query times key.
@@ -53,8 +53,8 @@ def score_products(
         scale: factor of the products in the softmax.
 
     Returns:
-        [B, kv_heads, T] int16, the high bits of the weight as float32, which order as integers do; ``NEVER``
-        for a row that is no candidate.
+        [B, kv_heads, T] int16, the high 16 bits of the weight as float32, which order as integers do;
+        ``NEVER`` for a row that is not a candidate.
     """
     weight = (products * scale - lse.view(*products.shape[:3], 1)).exp().sum(2)
     return _rounded(weight, lengths, sinks, tail)
@@ -77,7 +77,7 @@ def score_codes(
     tail: int,
     scale: float,
 ) -> Tensor:
-    """Scores by 2-bit codes of the keys (``clo.kernels.encode``).
+    """Scores from the 2-bit codes of the keys (``clo.kernels.encode``).
 
     Args:
         quantized: from ``quantize_query`` with the same page table and scale.
@@ -103,8 +103,8 @@ def score_codes(
             "score.cu", "score_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
             [*quantized, pages.codes, pages.scales, reselect, lengths, page_table, max_blocks,
              page_table.stride(0), scores, sinks, tail, scale],
-            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens, WARPS=_WARPS,
-            UNITS=_UNITS, STAGES=_STAGES,
+            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
+            WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return scores
     rounded = integers.float().view(batch, kv_heads, group, dim)
@@ -112,6 +112,6 @@ def score_codes(
     products = rounded @ levels.transpose(-1, -2) - 1.5 * rounded.sum(-1, keepdim=True)
     products *= steps.view(batch, kv_heads, group, 1) * (scale * LOG2E)
     products *= gather_tokens(pages.scales, page_table).float().unsqueeze(2)
-    paged = products.view(batch, kv_heads, group, max_blocks, block_tokens)
-    paged += offsets.transpose(2, 3).unsqueeze(-1)
+    by_page = products.view(batch, kv_heads, group, max_blocks, block_tokens)
+    by_page += offsets.transpose(2, 3).unsqueeze(-1)
     return _rounded(products.exp2_().sum(2), lengths, sinks, tail)

@@ -5,7 +5,7 @@ from torch import Tensor
 from clo.kernels.blocks import locate
 from clo.kernels.launch import launch
 
-_BLOCKS, _THREADS = 12, 512  # PCIe is full with few, and the others are left to the next layer
+_BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
 
 
 def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
@@ -21,8 +21,8 @@ def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
     if rows.is_cuda:
         launch(
             "store.cu", "store", (_BLOCKS,), _THREADS,
-            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena, arena.stride(0) * arena.itemsize,
-             arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
+            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena,
+             arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
         )  # fmt: skip
         return
     for start in range(0, total, block_tokens):

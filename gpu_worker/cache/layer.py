@@ -80,7 +80,7 @@ class LayerCache:
             block_table, page_table: [max_blocks] int64, those of the sequence.
         """
         with self._streams.storing.fork(rows):
-            store(rows, block_table, self.arena)
+            self.store(rows, block_table)
         self._fill(slot, rows, queries, page_table)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
@@ -173,8 +173,7 @@ class LayerCache:
         streams = self._streams
         append(kv, batch.lengths, resident)
         with streams.recording.fork(kv):
-            store_new(kv, batch.lengths, batch.blocks, self.arena)
-            self.index.write(kv[:, :, 0], batch)
+            self.record(kv, batch)
         if select:
             if fetch_list is not None:
                 streams.fetching.join()
@@ -199,7 +198,16 @@ class LayerCache:
             self.fetch(fetch_list, batch, patient=ahead)
         return fetch_list
 
-    # The three steps below stand apart so that benchmarks can replace one of them.
+    # The steps below stand apart so that benchmarks can replace one of them.
+
+    def store(self, rows: Tensor, block_table: Tensor) -> None:
+        """Write a prompt's rows to the arena; see ``clo.kernels.store.store``."""
+        store(rows, block_table, self.arena)
+
+    def record(self, kv: Tensor, batch: Batch) -> None:
+        """Write the new rows [B, kv_heads, 2, head_dim] to the arena, and their keys to the index."""
+        store_new(kv, batch.lengths, batch.blocks, self.arena)
+        self.index.write(kv[:, :, 0], batch)
 
     def gate(self, query: Tensor, batch: Batch) -> Tensor:
         """[B, kv_heads] bool, the heads that select; see ``clo.kernels.gate``."""
