@@ -54,7 +54,7 @@ def test_other_attention_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     for attention in ("topk", "full"):
         check(CacheConfig(attention=attention, resident=8192), slots=100, tokens=8_000_000)
     with pytest.raises(ConfigError):
-        check(CacheConfig(select_k=64, resident=64), slots=1, tokens=8_000_000)
+        check(CacheConfig(select_k=64, resident=64), slots=100, tokens=8_000_000)
 
 
 @pytest.mark.gpu

@@ -269,6 +269,15 @@ class World:
             self.scheduler.advance()
         raise AssertionError("it does not end")
 
+    def until(self, condition: Callable[[], object], work: int | None = None) -> None:
+        """Rounds in which the device completes ``work`` pieces of work, or all, until something is so."""
+        for _ in range(1000):
+            if condition():
+                return
+            self.engine.finish(work)
+            self.advance()
+        raise AssertionError("it does not come to that")
+
     def advance(self, times: int = 1) -> None:
         """Rounds in which the device does nothing."""
         for _ in range(times):
@@ -496,17 +505,13 @@ def test_prefill_takes_turns_with_decoding_and_stays_near_the_device() -> None:
     world.add(prompt=2, max_tokens=30)
     world.store_works()
     world.store_answers()
-    while "step" not in world.engine.log:
-        world.engine.finish()
-        world.advance()
+    world.until(lambda: "step" in world.engine.log)
     world.add(prompt=3, max_tokens=2)
     world.add(prompt=3, max_tokens=2)
     world.store_works()
     world.store_answers()
     start = len(world.engine.log)
-    while len(world.engine.log) < start + 12:
-        world.engine.finish()
-        world.advance()
+    world.until(lambda: len(world.engine.log) >= start + 12)
     since = 0  # units since the last step
     for name in world.engine.log[start:]:
         since = 0 if name == "step" else since + (name == "unit")
@@ -545,14 +550,12 @@ def test_the_tokens_of_a_batch_are_reported_together() -> None:
 def test_a_slot_waits_for_the_device_before_it_is_taken_again() -> None:
     """Blocks and slot of an ended sequence, whose last step has not left the device."""
     world = World()
-    first = world.add(prompt=2, max_tokens=20)
-    others = [world.add(prompt=2, max_tokens=20) for _ in range(SLOTS - 1)]
+    first = world.add(prompt=2, max_tokens=10)
+    others = [world.add(prompt=2, max_tokens=10) for _ in range(SLOTS - 1)]
     waiting = world.add(prompt=2, max_tokens=2, first=70)
     world.store_works()
     world.store_answers()
-    while len(world.engine.lengths) < SLOTS:
-        world.engine.finish()
-        world.advance()
+    world.until(lambda: len(world.engine.lengths) == SLOTS)
     world.advance(3)
     world.abort(first)
     assert world.state(first) is State.RELEASING
@@ -656,28 +659,21 @@ def to_decoding(world: World) -> int:
 def to_decoding_with_tokens(world: World) -> int:
     """Decoding: tokens have come, more are on their way."""
     number = to_decoding(world)
-    for _ in range(3):
-        world.engine.finish(1)
-        world.advance()
-    assert world.tokens(number)
+    world.until(lambda: len(world.tokens(number)) == 2, work=1)
     return number
 
 
 def to_draining(world: World) -> int:
     """The last step is launched, its tokens are on their way."""
     number = to_decoding(world)
-    while world.state(number) is State.DECODING:
-        world.engine.finish(1)
-        world.advance()
+    world.until(lambda: world.state(number) is not State.DECODING, work=1)
     return number
 
 
 def to_released_by_the_end(world: World) -> int:
     """The last token has come, the device has not come to the end of its queue."""
     number = to_draining(world)
-    while world.state(number) is State.DRAINING:
-        world.engine.finish(1)
-        world.advance()
+    world.until(lambda: world.state(number) is not State.DRAINING, work=1)
     return number
 
 
