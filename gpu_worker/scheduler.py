@@ -52,7 +52,7 @@ class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
     A sequence waits for a slot, then for its blocks, which the store grants in order, prefills and decodes;
-    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all tokens that it may generate:
+    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that it may generate:
     nothing runs out in mid-stream.
 
     Args:

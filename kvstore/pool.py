@@ -162,8 +162,8 @@ class BlockPool:
         return list(holding.blocks), tokens
 
     def check_integrity(self) -> None:
-        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often as
-        it is held, the tokens fit into their blocks and nobody waits without need."""
+        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often
+        as it is held, the tokens fit into their blocks and nobody waits without need."""
         held = [0] * self.blocks
         for group, sequences in self._held.items():
             for sequence, holding in sequences.items():
