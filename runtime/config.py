@@ -126,8 +126,8 @@ class CacheConfig:
     A head reuses its rows while the cosine between its query and the query of its last selection is at least
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
     longest ago among its ``resident`` rows. All resident rows are attended to, with the first ``sinks``
-    tokens and the latest ``recent``. The head-wise cache of the paper (arXiv 2511.14510) has ``resident`` equal
-    to ``select_k``. Where either of the two is None, ``sizes`` chooses it.
+    tokens and the latest ``recent``. The head-wise cache of the paper (arXiv 2511.14510) has ``resident``
+    equal to ``select_k``. Where either of the two is None, ``sizes`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
