@@ -26,13 +26,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Started(NamedTuple):
-    """What a worker serves with."""
+    """Everything that a worker serves with."""
 
     engine: Engine
     drift_check: DriftCheck | None
     store: StoreClient
     store_name: str
-    capacity_tokens: int  # of the store
+    capacity_tokens: int  # tokens that the store holds
 
 
 def start(config: WorkerConfig, context: zmq.Context[Any]) -> Started:

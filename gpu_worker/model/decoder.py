@@ -37,9 +37,9 @@ class Decoder:
         self.shape = shape
         self.max_positions = max_positions
         self.vocab = weights.head.shape[0]
-        self.scale = shape.head_dim**-0.5  # of the attention scores
+        self.scale = shape.head_dim**-0.5  # factor of the attention scores
         self.device = weights.embedding.device
-        # on a GPU, what lies between two matrix products becomes one kernel
+        # on a GPU, everything between two matrix products becomes one kernel
         fused: Callable[[Any], Any] = partial(
             torch.compile, dynamic=True, fullgraph=True, disable=self.device.type == "cpu"
         )
@@ -55,7 +55,7 @@ class Decoder:
     def rope(self, positions: Tensor) -> Rope:
         """Cosines and sines [N, head_dim] of positions [N] int64; the same for all layers.
 
-        They are computed in float32 and then rounded: bfloat16 cannot count beyond 256.
+        They are computed in float32 and then rounded: bfloat16 cannot represent every whole number above 256.
         """
         angles = positions[:, None].float() * self._weights.rope_frequencies
         angles = torch.cat((angles, angles), dim=-1)
@@ -98,7 +98,7 @@ class Decoder:
             attended: output of attention [N, query_heads, head_dim].
 
         Returns:
-            Hidden states [N, hidden] between attention and MLP, and the same normalised for the MLP.
+            Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
         projected = weights.output(attended.flatten(1))
