@@ -1,29 +1,13 @@
 """Start a CLO server: ``python launch.py --workers 1 --kvstore numa0``."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import Field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, get_args
-
-from clo.runtime.config import (
-    Attention,
-    CacheConfig,
-    Device,
-    DType,
-    LoadFormat,
-    LogLevel,
-    ModelConfig,
-    Prefetch,
-    Profile,
-    ServerConfig,
-    format_size,
-    parse_size,
-)
-from clo.runtime.machine.process import configure_logging
-from clo.runtime.wire.errors import CLOError, ConfigError
 
 DESCRIPTION = """\
 Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index
@@ -49,6 +33,20 @@ Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. 
 after such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it
 died."""
 
+try:
+    from clo.runtime.config import CacheConfig, EngineConfig, ModelConfig, Option, ServerConfig
+    from clo.runtime.machine.process import configure_logging, set_threads
+    from clo.runtime.wire.errors import CLOError, ConfigError
+except ModuleNotFoundError as error:
+    if error.name is not None and error.name.partition(".")[0] == "clo":
+        raise
+    sys.exit(
+        f"error: {sys.executable} has no package '{error.name}'; run 'make setup' once and start with "
+        ".venv/bin/python, or install CLO there with 'pip install -e .'."
+    )
+
+GROUPS = {"model": ModelConfig, "cache": CacheConfig, "worker": EngineConfig, "server": ServerConfig}
+
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
@@ -57,221 +55,83 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see 'python launch.py --help'.")
+        raise ConfigError(f"{message}; see '{self.usage and self.usage.partition(' [')[0]} --help'.")
 
 
-def number_or(word: str, number: Callable[[str], Any], text: str) -> Any:
-    """None for ``word``, which names the absence of a limit, else the number."""
+def _value_or_none(word: str, parse: Callable[[str], Any], text: str) -> Any:
+    """None for ``word``, which names the absence of a value, else the value."""
     if text == word:
         return None
     try:
-        return number(text)
+        return parse(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor '{word}'") from None
 
 
-def parser() -> Parser:
-    model, cache, server = ModelConfig(), CacheConfig(), ServerConfig()
+def _options(config: type) -> list[tuple[Field[Any], Option]]:
+    """The fields of a configuration class that are options."""
+    return [(field, field.metadata["option"]) for field in fields(config) if "option" in field.metadata]
+
+
+def parser(command: str) -> Parser:
+    """The options of all configuration classes.
+
+    Args:
+        command: how the program was called, for its help.
+    """
     root = Parser(
-        prog="launch.py",
-        usage="python launch.py [options]",
+        prog=command,
+        usage=f"{command} [options]",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.replace("python launch.py", command),
         formatter_class=Formatter,
         allow_abbrev=False,
     )
-
-    def choice(group: argparse._ArgumentGroup, option: str, kind: Any, default: str, text: str) -> None:
-        group.add_argument(option, choices=get_args(kind), default=default, help=f"{text} (%(default)s)")
-
-    group = root.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=model.model,
-        metavar="NAME",
-        help="a folder in the Hugging Face layout, or the name of the built-in default (%(default)s)",
-    )
-    choice(
-        group,
-        "--load-format",
-        LoadFormat,
-        model.load_format,
-        "auto reads the weights; dummy takes random ones of the same shape, to measure speed",
-    )
-    choice(group, "--device", Device, model.device, "auto takes the GPUs where there are any")
-    choice(group, "--dtype", DType, model.dtype, "of weights and KV cache; auto takes the model's own")
-    group.add_argument(
-        "--max-model-len",
-        type=partial(number_or, "auto", int),
-        default="auto",
-        metavar="TOKENS",
-        help="longest prompt plus output of one request; auto takes the model's own limit (%(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=model.seed,
-        metavar="N",
-        help="of random weights and of requests that bring none (%(default)s)",
-    )
-
-    group = root.add_argument_group("cache")
-    group.add_argument(
-        "--kv-size",
-        type=parse_size,
-        default=format_size(server.kv_bytes).replace(" ", ""),
-        metavar="SIZE",
-        help="CPU memory of ONE KV store, in total over all layers and workers that use it: 512MiB, 8GiB; "
-        "bounds the tokens that can be served at once (%(default)s)",
-    )
-    choice(
-        group,
-        "--attention",
-        Attention,
-        cache.attention,
-        "clo keeps rows over many steps; topk fetches its selection anew in every step; full attends to "
-        "all rows, exact and slow, to compare with",
-    )
-    group.add_argument(
-        "--select-k",
-        type=partial(number_or, "auto", int),
-        default="auto",
-        metavar="ROWS",
-        help="rows that a KV head selects at a time: more is closer to full attention and moves more; auto "
-        "takes 128, and 256 where --max-model-len exceeds 8192 (%(default)s)",
-    )
-    group.add_argument(
-        "--resident",
-        type=partial(number_or, "auto", int),
-        default="auto",
-        metavar="ROWS",
-        help="rows that a KV head keeps on the worker and attends to, at least --select-k: more is closer to "
-        "full attention, fetches less and takes more memory for each request; auto takes 8 times --select-k "
-        "(%(default)s)",
-    )
-    group.add_argument(
-        "--gate",
-        type=partial(number_or, "off", float),
-        default="off" if cache.gate is None else str(cache.gate),
-        metavar="COSINE",
-        help="a head keeps its rows while its query is at least this close to the query that selected them: "
-        "lower selects less often and is less exact; off selects in every step (%(default)s)",
-    )
-    group.add_argument(
-        "--profile",
-        default="off",
-        metavar="FILE",
-        help="what each layer selects and keeps, and a gate for each KV head, as benchmarks.calibrate finds "
-        "them for a model; in place of --select-k, --resident and --gate (%(default)s)",
-    )
-    choice(
-        group,
-        "--prefetch",
-        Prefetch,
-        cache.prefetch,
-        "fetch for a layer while the one before computes, with a predicted query, in all layers where that "
-        "predicts well: correct selects again with the real one, accept does not, which is fastest",
-    )
-    group.add_argument(
-        "--drift-check",
-        type=partial(number_or, "off", int),
-        default="off",
-        metavar="STEPS",
-        help="compare a step of each request with full attention once in so many, and report it with the "
-        "statistics; the other requests wait meanwhile (%(default)s)",
-    )
-
-    group = root.add_argument_group("server")
-    group.add_argument(
-        "--host",
-        default=server.host,
-        metavar="ADDRESS",
-        help="address for clients; anyone who reaches it may use the server (%(default)s)",
-    )
-    group.add_argument(
-        "--port",
-        type=int,
-        default=server.port,
-        metavar="PORT",
-        help="0 takes a free one; the ready line names it (%(default)s)",
-    )
-    choice(group, "--log-level", LogLevel, server.log_level, "of all processes, on stderr")
-
-    group = root.add_argument_group("processes")
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=server.workers,
-        metavar="N",
-        help="worker processes, one for each GPU; each holds the whole model (%(default)s)",
-    )
-    group.add_argument(
-        "--kvstore",
-        default=",".join(server.stores),
-        metavar="NODES",
-        help="KV stores, one for each NUMA node named: numa0 or numa0,numa1; a worker uses the store nearest "
-        "to it (%(default)s)",
-    )
-    group.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=server.max_num_seqs,
-        metavar="N",
-        help="requests that one worker decodes together: more is a higher throughput and takes more memory "
-        "on the worker (%(default)s)",
-    )
-    group.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=server.gpu_memory_utilization,
-        metavar="SHARE",
-        help="of each GPU's memory that may be used, weights included (%(default)s)",
-    )
+    for title, config in GROUPS.items():
+        group = root.add_argument_group(title)
+        for field, option in _options(config):
+            name = "--" + field.name.replace("_", "-")
+            if option.parse is None:
+                text = f"{option.help} ({field.default})"
+                group.add_argument(name, choices=get_args(field.type), default=field.default, help=text)
+                continue
+            shown = option.default_text or (option.none if field.default is None else field.default)
+            group.add_argument(
+                name,
+                type=partial(_value_or_none, option.none, option.parse) if option.none else option.parse,
+                default=field.default,
+                metavar=option.metavar,
+                help=f"{option.help} ({shown})",
+            )
     return root
 
 
-def config_from(argv: list[str]) -> ServerConfig:
+def config_from(argv: list[str], command: str = "python launch.py") -> ServerConfig:
     """Raises ``ConfigError`` where an option is unknown or its value is wrong."""
-    options = parser().parse_args(argv)
+    given = vars(parser(command).parse_args(argv))
+    values = {
+        config: {field.name: given[field.name] for field, _ in _options(config)} for config in GROUPS.values()
+    }
     return ServerConfig(
-        model=ModelConfig(
-            model=options.model,
-            load_format=options.load_format,
-            dtype=options.dtype,
-            device=options.device,
-            max_model_len=options.max_model_len,
-            seed=options.seed,
-        ),
-        cache=CacheConfig(
-            attention=options.attention,
-            select_k=options.select_k,
-            resident=options.resident,
-            gate=options.gate,
-            prefetch=options.prefetch,
-            profile=None if options.profile == "off" else Profile.load(Path(options.profile)),
-            drift_check=options.drift_check,
-        ),
-        workers=options.workers,
-        stores=tuple(options.kvstore.split(",")),
-        kv_bytes=options.kv_size,
-        max_num_seqs=options.max_num_seqs,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        host=options.host,
-        port=options.port,
-        log_level=options.log_level,
+        model=ModelConfig(**values[ModelConfig]),
+        cache=CacheConfig(**values[CacheConfig]),
+        engine=EngineConfig(**values[EngineConfig]),
+        **values[ServerConfig],
     )
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], command: str = "python launch.py") -> int:
+    """Run a server to its end; returns the exit code."""
     if sys.platform != "linux":
         print(f"error: CLO runs on Linux only, and this is {sys.platform}.", file=sys.stderr)
         return 1
     try:
-        config = config_from(argv)
+        config = config_from(argv, command)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     configure_logging(config.log_level)
+    set_threads(os.environ)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
         from clo.runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not

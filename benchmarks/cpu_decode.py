@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.result import Result, write
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.in_process import make_engine, prefill, stats_of, wait_for
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from examples.document import document
-from tests.reference import arrived, make_engine, prefill, stats_of
 
 CONTEXT, STEPS = 6000, 40
 
@@ -26,11 +27,11 @@ CONTEXT, STEPS = 6000, 40
 def clo_step(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Seconds of the median decode step, and rows fetched per step and head."""
     logits = prefill(engine, 0, prompt, CONTEXT + STEPS)
-    arrived(engine, engine.start(0, logits))
+    wait_for(engine, engine.start(0, logits))
     times = []
     for step in range(1, STEPS):
         began = time.perf_counter()
-        arrived(engine, engine.step([0], CONTEXT + step))
+        wait_for(engine, engine.step([0], CONTEXT + step))
         times.append(time.perf_counter() - began)
     return median(times), stats_of(engine, CONTEXT + STEPS - 1, STEPS - 1).rows_per_step_and_head
 

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from benchmarks.result import Result, write
 from benchmarks.tasks import Item, documents, make_item
-from clo.gpu_worker.model.decoder import Decoder
-from clo.runtime.config import CacheConfig, ModelConfig, Profile
-from clo.runtime.model.files import load_decoder, resolve
+from clo.gpu_worker.in_process import make_engine, prefill
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.model.files import resolve
+from clo.runtime.profile import Profile
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
-from tests.reference import make_engine, prefill
 
 DOCUMENTS = (0, 1)  # of benchmarks.tasks; calibration takes others
 UNIFORM = (0.9, 0.8, 0.7)

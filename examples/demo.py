@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clo.runtime.client import Client, Result
-from clo.runtime.config import format_size
+from clo.runtime.units import format_size
 from clo.runtime.wire.messages import Progress
 from examples.document import document
 

@@ -1,25 +1,26 @@
-"""The drift_check: how far a step is from full attention, seen in production.
+"""The drift check: how far a step is from full attention, seen in production.
 
 Once in so many steps one sequence's token also goes through the model with full attention over the arena,
 just before the decode step itself. On a GPU that is launched kernel by kernel between two graphs, on their
 stream: it finds tokens, lengths and rows as the step will, however many steps are on their way, and the host
 waits for nothing. The batch does wait, for the rows of a whole context to cross PCIe.
 
-What is compared is one step over the history that the cache has left: rows of earlier tokens were computed
-without full attention, and what that changed is not seen.
+The comparison is of one step over the history that the cache has left: rows of earlier tokens were computed
+without full attention, and it does not show what that changed.
 """
 
 import torch
 from torch import Tensor
 
-from clo.gpu_worker.engine import Engine, StepHandle
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.outputs import StepHandle
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.wire.messages import DriftStats
 
 
 def drift_check_bytes(shape: KVShape, tokens: int) -> int:
-    """GPU memory that a comparison takes for a sequence of so many tokens: one layer's rows, a few times."""
+    """GPU memory that a comparison takes for a sequence of that many tokens: a layer's rows, a few times."""
     return 3 * tokens * shape.kv_heads * shape.row_bytes
 
 
@@ -28,16 +29,16 @@ class DriftCheck:
 
     Args:
         engine: does the steps.
-        arena: that of the engine.
-        every: steps of a slot from one comparison to the next. A step compares one sequence at most; the one
-            that has waited longest goes first.
-        slots: sequences at a time; max_tokens: longest sequence.
+        arena: the engine's arena.
+        every: steps of a slot from one comparison to the next. A step compares at most one sequence, the one
+            that has waited longest.
+        max_tokens: longest sequence.
     """
 
-    def __init__(self, engine: Engine, arena: Tensor, every: int, slots: int, max_tokens: int) -> None:
+    def __init__(self, engine: Engine, arena: Tensor, every: int, max_tokens: int) -> None:
         self._engine, self._every = engine, every
         self._full = Engine(engine.decoder, arena, CacheConfig(attention="full"), 1, max_tokens)
-        self._since = [0] * slots  # steps since the slot was compared, also those of former sequences
+        self._since = [0] * engine.slots  # steps since the slot was compared, also those of former sequences
         self._expected: tuple[int, Tensor] | None = None  # slot and logits [vocab] of the step to come
         device = engine.decoder.device
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # checks, KL in nats, same tokens
@@ -47,7 +48,7 @@ class DriftCheck:
         """A step is about to be launched.
 
         Args:
-            lengths: of the sequences in it, by slot, with the new token.
+            lengths: lengths of its sequences by slot, including the new token.
         """
         for slot in lengths:
             self._since[slot] += 1
@@ -60,13 +61,13 @@ class DriftCheck:
         self._expected = slot, self._full.forward(1, lengths[slot])[0]
 
     @torch.inference_mode()
-    def after(self, posted: StepHandle) -> None:
+    def after(self, handle: StepHandle) -> None:
         """The step was launched."""
         if self._expected is None:
             return
         slot, expected = self._expected
         self._expected = None
-        found = posted.logits[slot]
+        found = handle.logits[slot]
         reference = expected.log_softmax(-1)
         divergence = (reference.exp() * (reference - found.log_softmax(-1))).sum()
         same = expected.argmax() == found.argmax()
@@ -74,6 +75,6 @@ class DriftCheck:
         self._seen.copy_(self._sums, non_blocking=True)
 
     def stats(self) -> DriftStats:
-        """Of the comparisons that are over."""
+        """The results of the comparisons that are over."""
         checks, divergence, same = self._seen.tolist()
         return DriftStats(int(checks), divergence / max(1.0, checks), same / max(1.0, checks))

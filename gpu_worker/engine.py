@@ -1,46 +1,23 @@
-"""The decode step: from the last tokens of all slots to the next ones."""
+"""The engine: the state of every slot, and the steps that are launched on the device."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from clo.gpu_worker.cache.kv_cache import Batch, KVCache
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
+from clo.gpu_worker.decode import DecodeStep
+from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
 from clo.gpu_worker.model.decoder import Decoder
-from clo.gpu_worker.outputs import Mailbox
+from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
 from clo.gpu_worker.prefill import Prefill
-from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.sample import sample
-from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
-from clo.runtime.wire.messages import NO_STATS, CacheStats, Logprob, Sampling
-
-_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of the captured graphs
-
-
-class StepHandle(NamedTuple):
-    """A step on its way: its tokens come by mailbox."""
-
-    number: int
-    rows: list[int]  # of the entry and of the logits, one for each slot that was asked for
-    logits: Tensor  # [rows, vocab] float32; overwritten by the next step
-
-
-class SlotRelease:
-    """A slot on its way out: once ``mark`` is reached the device no longer touches it."""
-
-    def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
-        self._cache = cache
-        self._counters = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._counters.copy_(cache.counters(slot), non_blocking=True)
-        cache.reset_counters(slot)
-        self.mark = DeviceEvent(device)
-
-    def stats(self, tokens: int, steps: int) -> CacheStats:
-        """What the cache did for the sequence, ``tokens`` long, in ``steps`` decode steps."""
-        return self._cache.stats(self._counters.tolist(), tokens, steps) if steps else NO_STATS
+from clo.runtime.wire.messages import Logprob, Sampling
 
 
 class Engine:
@@ -55,7 +32,11 @@ class Engine:
         config: the knobs of the cache.
         slots: sequences at a time.
         max_tokens: longest sequence.
-        sources: what each layer selects with where it prefetches; measured if None.
+        sources: the query that each layer selects with where it prefetches; measured if None.
+        layer_type: class of the cache's layers.
+
+    Attributes:
+        depth: steps that should be on their way at a time, so that the device does not wait for the host.
     """
 
     def __init__(
@@ -66,25 +47,26 @@ class Engine:
         slots: int,
         max_tokens: int,
         sources: tuple[QuerySource, ...] | None = None,
+        layer_type: type[LayerCache] = LayerCache,
     ) -> None:
         self.decoder = decoder
+        self.slots = slots
         self._device = device = decoder.device
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}
-        self._pool: Any = None  # memory of all graphs
-        # one for all captures, as graphs that share a pool need
-        self._capturing = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.depth = 2 if device.type == "cuda" else 1
-        """Steps that should be on their way at a time, so that the device does not wait for the host."""
-        self.cache = KVCache(decoder.shape, arena, config, slots, max_tokens, decoder.scale, device)
-        self._ahead = SideStream(device), SideStream(device)  # of even, of odd layers
-        self._accepts = config.prefetch == "predicted"
+        self.cache = KVCache(
+            decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type
+        )
         if config.prefetch == "off" or config.attention != "clo":
             sources = (QuerySource.OWN,) * decoder.shape.layers
-        self._sources = measure_query_sources(decoder) if sources is None else sources
+        elif sources is None:
+            sources = measure_query_sources(decoder)
+        self._decode = DecodeStep(decoder, self.cache, sources, verified=config.prefetch != "predicted")
+        self._graphs = DecodeGraphs(self._step, device)
 
-        max_blocks = -(-max_tokens // decoder.shape.block_tokens)
-        self._block_table = torch.zeros(slots, max_blocks, dtype=torch.int64, device=device)
+        self.max_blocks = -(-max_tokens // decoder.shape.block_tokens)
+        self._blocks = torch.zeros(slots, self.max_blocks, dtype=torch.int64, device=device)
+        self._pages = torch.zeros_like(self._blocks)
+        self._held: dict[int, list[int]] = {}  # blocks whose pages a slot holds
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._temperature = torch.zeros(slots, device=device)
@@ -96,39 +78,56 @@ class Engine:
         self._posted = 0
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the graphs, with a progress bar; on the CPU there is nothing to do."""
-        if self._device.type != "cuda":
-            return
-        slots = len(self._lengths)
-        sizes = [size for size in _BUCKETS if size < slots] + [slots]
-        # disable=None: shown only where stderr is a terminal
-        for size in tqdm(sizes[::-1], desc="Capturing graphs", disable=None):  # largest first, for one pool
-            self._capture(size)
-        torch.cuda.synchronize()
-        self._mailbox.reset()
+    def capture(self, sizes: Iterable[int] | None = None) -> None:
+        """Capture the graphs, before there is any sequence; on the CPU there is nothing to do.
 
-    def _capture(self, size: int) -> None:
-        stream = self._capturing
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(size)  # compiles what is not yet compiled
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            self._logits[size] = self._step(size)
-        self._graphs[size] = graph
-        self._pool = graph.pool()
+        Args:
+            sizes: batch sizes; those that serve all slots if None.
+        """
+        self._graphs.capture(graph_sizes(self.slots) if sizes is None else sizes)
+        self._mailbox.reset()
+        self._posted = 0
+
+    @torch.inference_mode()
+    def captured(self, size: int) -> DecodeGraphs:
+        """A graph of the step as it is now, apart from those that ``step`` replays; only for a GPU.
+
+        Benchmarks compare several of one engine. What they post to the mailbox must not be read, so that
+        ``capture`` has to follow before sequences are served.
+        """
+        graphs = DecodeGraphs(self._step, self._device)
+        graphs.capture([size])
+        return graphs
+
+    # ------------------------------------------------------------------------------ life of a slot
+
+    @torch.inference_mode()
+    def place(self, slot: int, blocks: list[int]) -> None:
+        """Give a free slot the blocks of its next sequence, and pages of the index for them."""
+        self._give_back_pages(slot)
+        pages = self.cache.pages.acquire(blocks)
+        self._held[slot] = blocks
+        for table, row in ((self._blocks, blocks), (self._pages, pages)):
+            # pinned, or else the copy would wait for the device
+            padded = torch.zeros(self.max_blocks, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+            padded[: len(row)] = torch.tensor(row)
+            table[slot].copy_(padded, non_blocking=True)
+
+    def tables(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Block table and page table of a slot, each [max_blocks] int64."""
+        return self._blocks[slot], self._pages[slot]
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
         """Begin the prefill of a sequence in a free slot."""
-        row = torch.zeros(
-            self._block_table.shape[1], dtype=torch.int64, pin_memory=self._device.type == "cuda"
-        )
-        row[: len(blocks)] = torch.tensor(blocks)
-        self._block_table[slot].copy_(row, non_blocking=True)
-        return Prefill(self.decoder, self.cache, slot, tokens, self._block_table[slot])
+        self.place(slot, blocks)
+        return Prefill(self.decoder, self.cache, slot, tokens, *self.tables(slot))
+
+    @torch.inference_mode()
+    def restore(self, slot: int, tokens: int, blocks: list[int]) -> None:
+        """Make a free slot ready for a sequence of ``tokens`` tokens whose rows are in its blocks already."""
+        self.place(slot, blocks)
+        self.cache.restore(slot, tokens, *self.tables(slot))
 
     @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
@@ -145,20 +144,41 @@ class Engine:
     def retire(self, slot: int) -> SlotRelease:
         """The sequence of a slot ends after the steps on their way."""
         self._lengths[slot].zero_()
+        self._give_back_pages(slot)
         return SlotRelease(self.cache, slot, self._device)
 
+    def _give_back_pages(self, slot: int) -> None:
+        # The device does the work on a page in the order of the calls, so its next owner may have it at once.
+        self.cache.pages.release(self._held.pop(slot, []))
+
     @torch.inference_mode()
-    def feed(self, slot: int, token: int) -> None:
-        """Replace the token that the next step reads (teacher forcing)."""
-        self._tokens[slot].fill_(token)
+    def feed(self, slots: int | slice, tokens: int | Tensor) -> None:
+        """Replace the tokens that the next step reads (teacher forcing).
+
+        Args:
+            tokens: one for a slot, or [N] int64 on the device for a slice of slots.
+        """
+        if isinstance(tokens, Tensor):
+            self._tokens[slots] = tokens
+        else:
+            self._tokens[slots].fill_(tokens)
+
+    @torch.inference_mode()
+    def suspend(self, slots: Tensor) -> None:
+        """Leave slots out of all steps to come; their sequences keep their places. slots: [slots] bool."""
+        self._lengths.masked_fill_(slots, 0)
 
     @torch.inference_mode()
     def mirror(self, other: "Engine", slot: int) -> None:
         """Slot 0 takes over blocks, length and token of another engine's slot; the arena must be the same."""
         for mine, its in (
-            (self._block_table, other._block_table), (self._lengths, other._lengths), (self._tokens, other._tokens)
-        ):  # fmt: skip
+            (self._blocks, other._blocks),
+            (self._lengths, other._lengths),
+            (self._tokens, other._tokens),
+        ):
             mine[0] = its[slot]
+
+    # --------------------------------------------------------------------------------------- steps
 
     @torch.inference_mode()
     def start(self, slot: int, logits: Tensor) -> StepHandle:
@@ -177,41 +197,9 @@ class Engine:
             longest: tokens of the longest sequence, the new one included.
         """
         needed = max(slots) + 1
-        if self._graphs:
-            size = min(size for size in self._graphs if size >= needed)
-            self._graphs[size].replay()
-            logits = self._logits[size]
-        else:
-            logits = self._step(needed, longest)
+        logits = self._graphs.replay(needed) if self._graphs.usable else self._step(needed, longest)
         self._posted += 1
         return StepHandle(self._posted, slots, logits)
-
-    def read(self, posted: StepHandle) -> list[int] | None:
-        """The tokens of a step, in the order of ``posted.rows``, or None while they are on their way.
-
-        Raises:
-            DeviceStuck: they have been waited for too long.
-        """
-        tokens = self._mailbox.read(posted.number, max(posted.rows) + 1)
-        return None if tokens is None else [tokens[row] for row in posted.rows]
-
-    def mark(self) -> DeviceEvent:
-        """The end of the work so far."""
-        return DeviceEvent(self._device)
-
-    @torch.inference_mode()
-    def logprob(self, logits: Tensor, mark: DeviceEvent, token: int, top: int) -> Logprob:
-        """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
-
-        Args:
-            logits: [vocab] float32, complete at ``mark``. Waits for that, not for what was launched later.
-        """
-        with torch.cuda.stream(self._reading):  # nothing to do on the CPU
-            mark.wait()
-            logprobs = logits.log_softmax(-1)
-            values, tokens = logprobs.topk(top)
-            pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
-            return Logprob(token, float(logprobs[token]), pairs)
 
     @torch.inference_mode()
     def forward(self, slots: int, longest: int | None = None) -> Tensor:
@@ -224,41 +212,17 @@ class Engine:
         Returns:
             logits [slots, vocab] float32; rows of slots not in use are undefined.
         """
-        decoder, cache = self.decoder, self.cache
         lengths = self._lengths[:slots]
         lengths += lengths > 0
-        pages = None if longest is None else -(-longest // decoder.shape.block_tokens)
-        batch = Batch(lengths, self._block_table[:slots, :pages])
-        hidden = decoder.embed(self._tokens[:slots])
-        normed = decoder.input_norm(0, hidden)
-        rope = decoder.rope((lengths - 1).clamp_min(0))
-
-        def prefetch(layer: int, hidden: Tensor) -> FetchList:
-            with self._ahead[layer % 2].fork(hidden):
-                predicted = decoder.query(layer, decoder.input_norm(layer, hidden), rope)
-                return cache.prefetch(layer, predicted, batch)
-
-        coming: FetchList | None = None
-        for layer, source in enumerate(self._sources):
-            following = (*self._sources, QuerySource.OWN)[layer + 1]
-            next_coming = prefetch(layer + 1, hidden) if following is QuerySource.INPUT else None
-            query, kv = decoder.qkv(layer, normed, rope)
-            if source is not QuerySource.OWN:
-                self._ahead[layer % 2].join()
-            select = source is QuerySource.OWN or not self._accepts
-            attended = cache.attend(layer, query, kv, batch, coming, select=select)
-            hidden, normed = decoder.add_attention(layer, hidden, attended)
-            coming = prefetch(layer + 1, hidden) if following is QuerySource.MIDDLE else next_coming
-            hidden, normed = decoder.add_mlp(layer, hidden, normed)
-        cache.end_step()
-        return decoder.logits(normed)
+        used = None if longest is None else -(-longest // self.decoder.shape.block_tokens)
+        batch = Batch(lengths, self._blocks[:slots, :used], self._pages[:slots, :used])
+        return self._decode(self._tokens[:slots], batch)
 
     def _step(self, slots: int, longest: int | None = None) -> Tensor:
         logits = self.forward(slots, longest)
         drawn = self._sample(logits, slice(slots))
-        self._tokens[:slots] = drawn.where(
-            self._lengths[:slots] > 0, 0
-        )  # elsewhere it may be no token at all
+        in_use = self._lengths[:slots] > 0
+        self._tokens[:slots] = drawn.where(in_use, 0)  # elsewhere it may be no token at all
         self._mailbox.post(drawn)
         return logits
 
@@ -267,3 +231,36 @@ class Engine:
             logits, self._temperature[slots], self._top_p[slots], self._top_k[slots], self._seed[slots],
             self._lengths[slots],
         )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------- results
+
+    def read(self, handle: StepHandle) -> list[int] | None:
+        """The tokens of a step, in the order of ``handle.rows``, or None while they are on their way.
+
+        Raises:
+            DeviceStuck: they have been waited for too long.
+        """
+        tokens = self._mailbox.read(handle.number, max(handle.rows) + 1)
+        return None if tokens is None else [tokens[row] for row in handle.rows]
+
+    def event(self) -> DeviceEvent:
+        """The end of the work so far."""
+        return DeviceEvent(self._device)
+
+    @torch.inference_mode()
+    def logprob(self, logits: Tensor, event: DeviceEvent, token: int, top: int) -> Logprob:
+        """Log-probabilities of ``token`` and the ``top`` most likely ones at a position, before temperature.
+
+        Args:
+            logits: [vocab] float32, complete at ``event``. Waits for that, not for what was launched later.
+        """
+        with torch.cuda.stream(self._reading):  # nothing to do on the CPU
+            event.wait()
+            logprobs = logits.log_softmax(-1)
+            values, tokens = logprobs.topk(top)
+            pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
+            return Logprob(token, float(logprobs[token]), pairs)
+
+    def check_integrity(self) -> None:
+        """Raises ``AssertionError`` unless the pages of the index are held by the slots in use alone."""
+        self.cache.pages.check_integrity()

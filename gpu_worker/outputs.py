@@ -1,23 +1,50 @@
-"""The host's end of the mailbox: sampled tokens arrive without a call into CUDA."""
+"""What leaves the device: handles of steps, the mailbox of sampled tokens, slots that are given back."""
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.mailbox import post
 from clo.runtime.wire.errors import DeviceStuck
+from clo.runtime.wire.messages import NO_STATS, CacheStats
 
-_ENTRIES = 16  # posted and not yet read; the pipeline holds fewer
+_ENTRIES = 16  # posted but not yet read; the pipeline holds fewer
 _STUCK_SECONDS = 60.0
+
+
+class StepHandle(NamedTuple):
+    """A step on its way: its tokens come by mailbox."""
+
+    number: int
+    rows: list[int]  # rows of the entry and of the logits, one for each slot that was asked for
+    logits: Tensor  # [rows, vocab] float32; overwritten by the next step
+
+
+class SlotRelease:
+    """A slot on its way out: once ``event`` is reached the device no longer touches it."""
+
+    def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
+        self._cache = cache
+        self._counters = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._counters.copy_(cache.counters(slot), non_blocking=True)
+        cache.reset_counters(slot)
+        self.event = DeviceEvent(device)
+
+    def stats(self, tokens: int, steps: int) -> CacheStats:
+        """What the cache did for the sequence, ``tokens`` long, in ``steps`` decode steps."""
+        return self._cache.stats(self._counters.tolist(), tokens, steps) if steps else NO_STATS
 
 
 class Mailbox:
     """Entries are numbered from 1 in the order of ``post``, on the device and on the host alike.
 
     Args:
-        width: most tokens of an entry.
-        device: that posts.
+        width: the most tokens in an entry.
+        device: the device that posts.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -28,7 +55,7 @@ class Mailbox:
         self._waiting_for, self._since = 0, 0.0
 
     def reset(self) -> None:
-        """Forget what was posted; nothing may be on its way."""
+        """Forget what was posted; no step may be in flight."""
         self._memory.zero_()
         self._counter.zero_()
 

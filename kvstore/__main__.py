@@ -1,14 +1,14 @@
-"""One KV store: ``python -m kvstore CONFIG PARENT``, a ``StoreConfig`` as JSON and the launcher's pid."""
+"""One KV store: ``python -m clo.kvstore CONFIG PARENT``, a ``StoreConfig`` as JSON and the launcher's pid."""
 
 import sys
 
 import msgspec
 import zmq
 
-from clo.kvstore import numa
 from clo.kvstore.arena import Arena
 from clo.kvstore.server import StoreServer, listen
 from clo.runtime.config import StoreConfig
+from clo.runtime.machine import numa
 from clo.runtime.machine.host_memory import check_memory
 from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
 

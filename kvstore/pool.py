@@ -1,17 +1,17 @@
-"""Which sequence owns which block of the arena, and which tokens stand in it."""
+"""Which group holds which block of the arena for which sequence, and which tokens are in it."""
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from clo.runtime.wire.errors import PromptTooLong, ProtocolError
 
 
 class Grant(NamedTuple):
-    """Blocks that a sequence of a worker now owns."""
+    """Blocks that a sequence of a group now holds."""
 
-    worker: int
+    group: int
     sequence: int
     blocks: list[int]
 
@@ -24,19 +24,28 @@ class _Holding:
         self.tokens = array("i")  # 4 bytes a token
 
 
+class _Wait(NamedTuple):
+    """What a sequence in the queue waits for: new blocks after the shared ones, which it holds already."""
+
+    shared: list[int]
+    new: int
+
+
 class BlockPool:
     """Blocks 0 .. ``blocks - 1`` of ``block_tokens`` tokens each.
 
-    A sequence gets all its blocks at once. One that has to wait stands in a queue, and no later one passes
-    the head of the queue: large requests do not starve.
+    A block is free, or held by one or several sequences, whose number is counted. A group is one worker, or
+    several that serve the same sequences together. A sequence gets all its blocks at once. One that has to
+    wait queues, and no later one overtakes the head of the queue, so that large requests do not starve.
     """
 
     def __init__(self, blocks: int, block_tokens: int) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
         self._free = list(range(blocks - 1, -1, -1))  # a stack: the block given back last is used next
-        self._held: dict[int, dict[int, _Holding]] = {}  # worker -> sequence -> blocks
-        self._waiting: OrderedDict[tuple[int, int], int] = OrderedDict()  # (worker, sequence) -> blocks
+        self._holders = array("l", bytes(array("l").itemsize * blocks))  # by block
+        self._held: dict[int, dict[int, _Holding]] = {}  # group -> sequence -> blocks
+        self._waiting: OrderedDict[tuple[int, int], _Wait] = OrderedDict()  # by group and sequence
 
     @property
     def free_blocks(self) -> int:
@@ -44,7 +53,7 @@ class BlockPool:
 
     @property
     def sequences(self) -> int:
-        """Sequences that own blocks."""
+        """Sequences that hold blocks."""
         return sum(len(held) for held in self._held.values())
 
     @property
@@ -52,42 +61,54 @@ class BlockPool:
         """Sequences that wait for blocks."""
         return len(self._waiting)
 
-    def allocate(self, worker: int, sequence: int, blocks: int) -> None:
+    def allocate(self, group: int, sequence: int, blocks: int, shared: Sequence[int] = ()) -> None:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
+
+        Args:
+            blocks: number of blocks that it will hold, including the shared ones.
+            shared: blocks with its first tokens that other sequences hold already; from now on this one holds
+                them too.
 
         Raises:
             PromptTooLong: there are not that many blocks.
-            ProtocolError: the sequence owns or awaits blocks already.
+            ProtocolError: the sequence holds or awaits blocks already, or a shared block is free.
         """
         if blocks > self.blocks:
             raise PromptTooLong(
                 f"The request needs KV cache for {blocks * self.block_tokens} tokens, the store holds "
                 f"{self.blocks * self.block_tokens}: shorten the prompt, lower max_tokens or raise --kv-size."
             )
-        if sequence in self._held.get(worker, ()) or (worker, sequence) in self._waiting:
+        if sequence in self._held.get(group, ()) or (group, sequence) in self._waiting:
             raise ProtocolError(f"Sequence {sequence} has asked for blocks before; free it first.")
-        self._waiting[worker, sequence] = blocks
+        for block in shared:
+            if not (0 <= block < self.blocks and self._holders[block]):
+                raise ProtocolError(f"Block {block} is held by no sequence and cannot be shared.")
+        self._take(shared)
+        self._waiting[group, sequence] = _Wait(list(shared), max(0, blocks - len(shared)))
 
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""
         while self._waiting:
-            (worker, sequence), count = next(iter(self._waiting.items()))
-            if count > len(self._free):
+            (group, sequence), (shared, new) = next(iter(self._waiting.items()))
+            if new > len(self._free):
                 return
-            del self._waiting[worker, sequence]
-            blocks = self._free[: -count - 1 : -1]
-            del self._free[-count:]
-            self._held.setdefault(worker, {})[sequence] = _Holding(blocks)
-            yield Grant(worker, sequence, list(blocks))
+            del self._waiting[group, sequence]
+            start = len(self._free) - new
+            own = self._free[start:][::-1]
+            del self._free[start:]
+            self._take(own)
+            blocks = [*shared, *own]
+            self._held.setdefault(group, {})[sequence] = _Holding(blocks)
+            yield Grant(group, sequence, list(blocks))
 
-    def commit(self, worker: int, sequence: int, start: int, tokens: list[int]) -> None:
-        """Record that ``tokens`` stand in the blocks of a sequence from position ``start`` on.
+    def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> None:
+        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on.
 
         Raises:
-            ProtocolError: the sequence owns no blocks, ``start`` is not the next position, or the tokens go
+            ProtocolError: the sequence holds no blocks, ``start`` is not the next position, or the tokens go
                 beyond the blocks.
         """
-        holding = self._holding(worker, sequence)
+        holding = self._holding(group, sequence)
         if start != len(holding.tokens):
             raise ProtocolError(
                 f"Sequence {sequence} holds {len(holding.tokens)} tokens; a commit cannot start at {start}."
@@ -99,73 +120,85 @@ class BlockPool:
             )
         holding.tokens.extend(tokens)
 
-    def free(self, worker: int, sequence: int) -> int:
-        """Take back the blocks of a sequence, or withdraw it from the queue. Returns the number of blocks."""
-        self._waiting.pop((worker, sequence), None)
-        held = self._held.get(worker, {})
+    def free(self, group: int, sequence: int) -> int:
+        """Take back the blocks of a sequence, or withdraw it from the queue.
+
+        Returns the number of blocks that it held; those that another sequence holds too do not become free.
+        """
+        wait = self._waiting.pop((group, sequence), None)
+        if wait is not None:
+            self._give_back(wait.shared)
+        held = self._held.get(group, {})
         if sequence not in held:
             return 0
         blocks = held.pop(sequence).blocks
         if not held:
-            del self._held[worker]
-        self._free.extend(reversed(blocks))
+            del self._held[group]
+        self._give_back(blocks)
         return len(blocks)
 
-    def free_worker(self, worker: int) -> int:
-        """``free`` every sequence of a worker. Returns the number of blocks."""
-        waiting = [sequence for owner, sequence in self._waiting if owner == worker]
-        return sum(self.free(worker, sequence) for sequence in [*waiting, *self._held.get(worker, ())])
+    def free_group(self, group: int) -> int:
+        """``free`` every sequence of a group. Returns the number of blocks."""
+        waiting = [sequence for owner, sequence in self._waiting if owner == group]
+        return sum(self.free(group, sequence) for sequence in [*waiting, *self._held.get(group, ())])
 
-    def blocks_of(self, worker: int, sequence: int) -> list[int]:
+    def blocks_of(self, group: int, sequence: int) -> list[int]:
         """The blocks of a sequence, in order.
 
         Raises:
-            ProtocolError: the sequence owns no blocks.
+            ProtocolError: the sequence holds no blocks.
         """
-        return list(self._holding(worker, sequence).blocks)
+        return list(self._holding(group, sequence).blocks)
 
-    def describe(self, worker: int, sequence: int) -> tuple[list[int], list[list[int]]]:
+    def describe(self, group: int, sequence: int) -> tuple[list[int], list[list[int]]]:
         """The blocks of a sequence and the tokens that each one holds.
 
         Raises:
-            ProtocolError: the sequence owns no blocks.
+            ProtocolError: the sequence holds no blocks.
         """
-        holding = self._holding(worker, sequence)
+        holding = self._holding(group, sequence)
         starts = range(0, len(holding.blocks) * self.block_tokens, self.block_tokens)
         tokens = [holding.tokens[start : start + self.block_tokens].tolist() for start in starts]
         return list(holding.blocks), tokens
 
     def check_integrity(self) -> None:
-        """Raises ``AssertionError``, with what is wrong, unless each block is free or owned exactly once, the
-        tokens fit into their blocks and nobody waits without need."""
-        owner: dict[int, str] = {}
-        free = ("the free list", self._free)
-        held = [
-            (f"sequence {sequence} of worker {worker}", holding.blocks)
-            for worker, sequences in self._held.items()
-            for sequence, holding in sequences.items()
-        ]
-        for name, blocks in (free, *held):
-            for block in blocks:
-                if block in owner:
-                    raise AssertionError(f"Block {block} is in {owner[block]} and in {name}.")
-                owner[block] = name
-        if owner.keys() != set(range(self.blocks)):
-            raise AssertionError(f"Of {self.blocks} blocks these are known: {sorted(owner)}.")
-        for worker, sequences in self._held.items():
+        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often
+        as it is held, the tokens fit into their blocks and nobody waits without need."""
+        held = [0] * self.blocks
+        for group, sequences in self._held.items():
             for sequence, holding in sequences.items():
+                name = f"Sequence {sequence} of group {group}"
                 if not holding.blocks or len(holding.tokens) > len(holding.blocks) * self.block_tokens:
                     raise AssertionError(
-                        f"Sequence {sequence} of worker {worker} holds {len(holding.tokens)} tokens "
-                        f"in {len(holding.blocks)} blocks."
+                        f"{name} holds {len(holding.tokens)} tokens in {len(holding.blocks)} blocks."
                     )
-                if (worker, sequence) in self._waiting:
-                    raise AssertionError(f"Sequence {sequence} of worker {worker} owns blocks and waits.")
-        if self._waiting and next(iter(self._waiting.values())) <= len(self._free):
+                if (group, sequence) in self._waiting:
+                    raise AssertionError(f"{name} holds blocks and waits.")
+                for block in holding.blocks:
+                    held[block] += 1
+        for wait in self._waiting.values():
+            for block in wait.shared:
+                held[block] += 1
+        if self._holders.tolist() != held:
+            raise AssertionError(f"Blocks are held {held} times and counted {self._holders.tolist()} times.")
+        free = [block for block in range(self.blocks) if not held[block]]
+        if sorted(self._free) != free:
+            raise AssertionError(f"Free blocks are {free} and listed as {sorted(self._free)}.")
+        if self._waiting and next(iter(self._waiting.values())).new <= len(self._free):
             raise AssertionError(f"The queue waits although {len(self._free)} blocks are free.")
 
-    def _holding(self, worker: int, sequence: int) -> _Holding:
-        holding = self._held.get(worker, {}).get(sequence)
+    def _take(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._holders[block] += 1
+
+    def _give_back(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
+
+    def _holding(self, group: int, sequence: int) -> _Holding:
+        holding = self._held.get(group, {}).get(sequence)
         if holding is None:
-            raise ProtocolError(f"Sequence {sequence} owns no blocks.")
+            raise ProtocolError(f"Sequence {sequence} holds no blocks.")
         return holding

@@ -1,6 +1,6 @@
 """Bulk pushes: rows of the arena into the staging memory of a worker, then a flag that says so.
 
-A store that no worker asks for pushes into a GPU never loads CUDA.
+A store never loads CUDA unless a worker asks it to push into a GPU.
 """
 
 import logging
@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.layout import ArenaLayout
 from clo.runtime.wire.errors import ConfigError, ProtocolError
 from clo.runtime.wire.messages import GPUMemory, OpenStaging, Push
 
 PAGE_BYTES = 4096
-"""Of the control words, each int64."""
+"""Size of the page of control words, each of which is an int64."""
 FLAG = 0
 """Word that holds the number of the last push that is complete; the store writes it."""
 STATUS = 1
-"""Word that is not zero once the worker has waited in vain; the worker writes it."""
+"""Word that the worker sets to a number other than zero once it has waited too long."""
 
 _NUMBERS = 2  # first word of a ring: numbers on their way to the flag
 _RING = PAGE_BYTES // 8 - _NUMBERS
@@ -36,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Source:
-    """The arena as what pushes read: mapped, and registered with CUDA, when first wanted."""
+    """The arena as pushes read it: mapped, and registered with CUDA, when it is first needed."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -55,7 +56,7 @@ class Source:
         base, size = self.memory.ctypes.data, self.memory.nbytes
 
         def register(start: int) -> None:
-            runtime.setDevice(device)  # a new thread stands on device 0, and would make a context there
+            runtime.setDevice(device)  # a new thread starts on device 0 and would make a context there
             runtime.hostRegister(base + start, min(_CHUNK_BYTES, size - start), _PORTABLE_MAPPED)
 
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -139,9 +140,10 @@ class Pusher:
 
     Args:
         source: the arena, [layer][kv_head][block][token][K|V][head_dim].
-        pid: of the worker.
+        pid: the worker's process.
         message: where its staging is.
-        blocks: of the arena; block_bytes: of a block, all layers and heads.
+        blocks: number of blocks in the arena.
+        block_bytes: size of a block with all its layers and heads.
 
     Raises:
         ProtocolError: the worker has no such memory, or the numbers do not fit together.
@@ -149,13 +151,11 @@ class Pusher:
     """
 
     def __init__(self, source: Source, pid: int, message: OpenStaging, blocks: int, block_bytes: int) -> None:
-        self._layers, self._kv_heads, self._bytes = message.layers, message.kv_heads, message.bytes
-        self._blocks = blocks
-        self._part, rest = divmod(block_bytes, self._layers * self._kv_heads)  # one layer and head of a block
-        if rest:
-            raise ProtocolError(
-                f"{block_bytes} bytes of a block are not {self._layers} layers of {self._kv_heads} KV heads."
-            )
+        self._bytes = message.bytes
+        try:
+            self._layout = ArenaLayout.of_block(message.layers, message.kv_heads, blocks, block_bytes)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
         memory = _open(pid, message.fd, PAGE_BYTES + (0 if message.gpu else self._bytes))
         self._page = memory[:PAGE_BYTES].view(np.int64)
         self._last = 0
@@ -177,12 +177,13 @@ class Pusher:
             ConfigError: CUDA refuses.
         """
         end = message.first_block + message.blocks
-        if message.layer >= self._layers or end > len(blocks):
+        layout = self._layout
+        if message.layer >= layout.layers or end > len(blocks):
             raise ProtocolError(
-                f"There are {self._layers} layers, and {len(blocks)} blocks of sequence {message.sequence}; "
+                f"There are {layout.layers} layers, and {len(blocks)} blocks of sequence {message.sequence}; "
                 f"layer {message.layer} of blocks {message.first_block} to {end - 1} cannot be pushed."
             )
-        size = self._kv_heads * message.blocks * self._part
+        size = layout.kv_heads * message.blocks * layout.part_bytes
         if message.offset + size > self._bytes:
             raise ProtocolError(f"{size} bytes at {message.offset} exceed a staging of {self._bytes} bytes.")
         if not self._last < message.number <= int(self._page[FLAG]) + _RING:
@@ -192,13 +193,12 @@ class Pusher:
             )
         self._last = message.number
         with _explained():
-            for head in range(self._kv_heads):
-                line = (message.layer * self._kv_heads + head) * self._blocks
+            for head in range(layout.kv_heads):
                 for start, block, count in _runs(blocks[message.first_block : end]):
                     self._staging.copy(
-                        (line + block) * self._part,
-                        message.offset + (head * message.blocks + start) * self._part,
-                        count * self._part,
+                        layout.offset(message.layer, head, block),
+                        message.offset + (head * message.blocks + start) * layout.part_bytes,
+                        count * layout.part_bytes,
                     )
             self._staging.post(message.number)
 
@@ -206,7 +206,7 @@ class Pusher:
         """End: the worker is gone, or has another staging."""
         try:
             self._staging.close()
-        except RuntimeError as error:  # of CUDA; the store goes on for other workers
+        except RuntimeError as error:  # from CUDA; the store goes on for other workers
             _logger.warning("The memory of a former worker's GPU was not given back: %s.", error)
 
 

@@ -39,9 +39,10 @@ _logger = logging.getLogger(__name__)
 
 
 class _Worker(msgspec.Struct, frozen=True):
-    """An attached worker: its number, the name of its socket, and a descriptor readable once it has died."""
+    """An attached worker; its descriptor is readable once it has died."""
 
     number: int
+    group: int
     identity: bytes
     pid: int
     pidfd: int
@@ -55,7 +56,7 @@ def listen(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
     """
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     configure(socket)
-    socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; a worker bounds them by what it asks
+    socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; workers bound them by what they ask
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -74,7 +75,7 @@ class StoreServer:
         self._decode: Decoder[ToStore] = Decoder(ToStore)
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._pool: BlockPool | None = None  # made when the first worker tells the shape of its blocks
+        self._pool: BlockPool | None = None  # made when the first worker gives the shape of its blocks
         self._block_bytes = 0
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
@@ -93,16 +94,16 @@ class StoreServer:
                 self._answer(*self._socket.recv_multipart())
 
     def _answer(self, identity: bytes, *frames: bytes) -> None:
-        sequence = -1
+        answers, sequence = "", -1
         try:
             if len(frames) != 1:
                 raise ProtocolError(f"A message has one frame, this one has {len(frames)}.")
             message = self._decode(frames[0])
-            sequence = getattr(message, "sequence", -1)
+            answers, sequence = type(message).__name__, getattr(message, "sequence", -1)
             _HANDLERS[type(message)](self, identity, message)
         except CLOError as error:
             _logger.info("Denied: %s", error)
-            self._send(identity, Denied(sequence, error.code, str(error)))
+            self._send(identity, Denied(answers, sequence, error.code, str(error)))
 
     def on_attach(self, identity: bytes, message: Attach) -> None:
         pool = self._pool_for(message)
@@ -113,7 +114,7 @@ class StoreServer:
         for former in (self._by_number.get(message.worker), self._by_identity.get(identity)):
             if former is not None and former.number in self._by_number:
                 self._forget(former)
-        worker = _Worker(message.worker, identity, message.pid, pidfd)
+        worker = _Worker(message.worker, message.group, identity, message.pid, pidfd)
         self._by_number[message.worker] = self._by_identity[identity] = worker
         self._poller.register(pidfd, zmq.POLLIN)
         self._send(
@@ -123,16 +124,16 @@ class StoreServer:
 
     def on_allocate(self, identity: bytes, message: Allocate) -> None:
         pool, worker = self._attached(identity)
-        pool.allocate(worker, message.sequence, message.blocks)
+        pool.allocate(worker.group, message.sequence, message.blocks)
         self._grant(pool)
 
     def on_commit(self, identity: bytes, message: Commit) -> None:
         pool, worker = self._attached(identity)
-        pool.commit(worker, message.sequence, message.start, message.tokens)
+        pool.commit(worker.group, message.sequence, message.start, message.tokens)
 
     def on_free(self, identity: bytes, message: Free) -> None:
         pool, worker = self._attached(identity)
-        self._send(identity, Freed(message.sequence, pool.free(worker, message.sequence)))
+        self._send(identity, Freed(message.sequence, pool.free(worker.group, message.sequence)))
         self._grant(pool)
 
     def on_get_stats(self, identity: bytes, message: GetStoreStats) -> None:
@@ -150,22 +151,22 @@ class StoreServer:
 
     def on_describe(self, identity: bytes, message: Describe) -> None:
         pool, worker = self._attached(identity)
-        self._send(identity, Described(message.sequence, *pool.describe(worker, message.sequence)))
+        self._send(identity, Described(message.sequence, *pool.describe(worker.group, message.sequence)))
 
     def on_open_staging(self, identity: bytes, message: OpenStaging) -> None:
         pool, worker = self._attached(identity)
-        self._close_pusher(worker)
-        self._pushers[worker] = Pusher(
-            self._source, self._by_number[worker].pid, message, pool.blocks, self._block_bytes
+        self._close_pusher(worker.number)
+        self._pushers[worker.number] = Pusher(
+            self._source, worker.pid, message, pool.blocks, self._block_bytes
         )
         self._send(identity, StagingOpened())
 
     def on_push(self, identity: bytes, message: Push) -> None:
         pool, worker = self._attached(identity)
-        blocks = pool.blocks_of(worker, message.sequence)
-        if worker not in self._pushers:
+        blocks = pool.blocks_of(worker.group, message.sequence)
+        if worker.number not in self._pushers:
             raise ProtocolError("A worker has to send OpenStaging before Push.")
-        self._pushers[worker].push(message, blocks)
+        self._pushers[worker.number].push(message, blocks)
 
     def _pool_for(self, message: Attach) -> BlockPool:
         """The pool, made by the first worker. Raises ``ConfigError`` where the worker's blocks do not fit."""
@@ -187,21 +188,21 @@ class StoreServer:
             )
         return self._pool
 
-    def _attached(self, identity: bytes) -> tuple[BlockPool, int]:
-        """The pool and the number of the worker that asks."""
+    def _attached(self, identity: bytes) -> tuple[BlockPool, _Worker]:
+        """The pool and the worker that asks."""
         worker = self._by_identity.get(identity)
         if worker is None or self._pool is None:
             raise ProtocolError("A worker's first message has to be Attach.")
-        return self._pool, worker.number
+        return self._pool, worker
 
     def _forget(self, worker: _Worker) -> None:
-        """Free all that a worker held and let those that wait have it."""
+        """Free all that a worker's group held, since it cannot go on, and serve those that wait."""
         del self._by_number[worker.number], self._by_identity[worker.identity]
         self._poller.unregister(worker.pidfd)
         os.close(worker.pidfd)
         self._close_pusher(worker.number)
         if self._pool is not None:
-            self._pool.free_worker(worker.number)
+            self._pool.free_group(worker.group)
             self._grant(self._pool)
 
     def _close_pusher(self, worker: int) -> None:
@@ -210,10 +211,14 @@ class StoreServer:
 
     def _grant(self, pool: BlockPool) -> None:
         for grant in pool.grants():
-            identity = self._by_number[grant.worker].identity
-            self._send(identity, Allocated(grant.sequence, grant.blocks))
+            self._send(self._leader(grant.group).identity, Allocated(grant.sequence, grant.blocks))
         if pool.sequences == 0:
-            pool.check_integrity()  # costs nothing that anybody waits for
+            pool.check_integrity()  # nobody is waiting, so this delays no one
+
+    def _leader(self, group: int) -> _Worker:
+        """The worker of a group that asks for all of them."""
+        members = (worker for worker in self._by_number.values() if worker.group == group)
+        return min(members, key=lambda worker: worker.number)
 
     def _send(self, identity: bytes, message: FromStore) -> None:
         self._socket.send_multipart([identity, encode(message)])

@@ -29,7 +29,6 @@ from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     CacheStats,
     Cancel,
-    Chat,
     Chunk,
     Failed,
     Finished,
@@ -39,9 +38,7 @@ from clo.runtime.wire.messages import (
     Logprob,
     Message,
     Progress,
-    Text,
     ToClient,
-    Tokens,
     Usage,
 )
 from clo.runtime.wire.sockets import Decoder, configure, encode
@@ -65,36 +62,34 @@ class Result:
     cache: CacheStats
 
 
-def _prompt(prompt: Any) -> Text | Chat | Tokens:
+def _prompt(prompt: Any) -> dict[str, Any]:
+    """The fields of a ``Text``, ``Chat`` or ``Tokens``."""
     if isinstance(prompt, str):
-        return Text(prompt)
+        return {"type": "Text", "text": prompt}
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return Chat(prompt)
-    return Tokens(prompt)
+        return {"type": "Chat", "turns": prompt}
+    return {"type": "Tokens", "ids": prompt}
 
 
-def _request(name: str, prompt: Any, sampling: dict[str, Any], continuation: Any = None) -> Generate:
-    """A checked request.
+def _request(prompt: Any, sampling: dict[str, Any], continuation: Any = None) -> Generate:
+    """A checked request with a name of its own.
 
     Raises:
         InvalidRequest: a field has the wrong type or value, or the message would be too large.
     """
     fields = {
-        "type": "Generate",
-        "request": name,
+        "request": uuid.uuid4().hex,
         "prompt": _prompt(prompt),
         "sampling": sampling,
         "continuation": None if continuation is None else _prompt(continuation),
     }
     try:
-        data = msgspec.msgpack.encode(fields)
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise InvalidRequest(
-                f"The request takes {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are sent."
-            )
-        message: Generate = msgspec.msgpack.decode(data, type=Generate)
+        message = msgspec.convert(fields, Generate)
+        size = len(encode(message))
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
         raise InvalidRequest(f"The request is not valid: {error}.") from None
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequest(f"The request takes {size} bytes; at most {MAX_MESSAGE_BYTES} are sent.")
     return message
 
 
@@ -236,7 +231,7 @@ class AsyncClient:
         **sampling: Any,
     ) -> AsyncStream:
         """Like ``generate``, piece by piece: ``async for chunk in client.stream(...)``."""
-        request = _request(uuid.uuid4().hex, prompt, sampling)
+        request = _request(prompt, sampling)
         return AsyncStream(self, request, timeout, on_progress)
 
     async def score(
@@ -248,7 +243,7 @@ class AsyncClient:
         on_progress: OnProgress | None = None,
     ) -> Result:
         """Log-probabilities of a continuation, token by token through the decode path (teacher-forced)."""
-        request = _request(uuid.uuid4().hex, prompt, {"logprobs": 0}, continuation)
+        request = _request(prompt, {"logprobs": 0}, continuation)
         stream = AsyncStream(self, request, timeout, on_progress)
         async for _ in stream:
             pass

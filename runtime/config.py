@@ -1,13 +1,17 @@
-"""Configuration: frozen, validated when made, and passed to the processes as JSON."""
+"""Configuration: frozen, validated when made, and passed to the processes as JSON.
+
+A field made by ``option`` is also an option of the command line: ``max_model_len`` is ``--max-model-len``.
+``launch.py`` reads everything that it needs to know from here.
+"""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import msgspec
-from msgspec import Meta
-
+from clo.runtime.profile import Profile
+from clo.runtime.units import parse_size
 from clo.runtime.wire.errors import ConfigError
 
 Attention = Literal["clo", "topk", "full"]
@@ -21,94 +25,98 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _SELECTED = 128, 256  # rows, for sequences up to _SHORT tokens and for longer ones: benchmarks.quality
 _SHORT = 8192
-_KEPT = 8  # resident rows for each that is selected
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_RESIDENT = 8  # resident rows for each that is selected
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``512M`` or ``1073741824``; units are powers of 1024.
+class Option(NamedTuple):
+    """How a field is given on the command line."""
 
-    Raises:
-        ConfigError: the text is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"'{text}' is not a size; write for example 512MiB or 8GiB.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    help: str
+    metavar: str | None
+    parse: Callable[[str], Any] | None  # None for a field whose type lists its values
+    none: str | None  # the word for None
+    default_text: str | None  # how the default is written, where that is not the value itself
 
 
-def format_size(size: float) -> str:
-    """A size in the largest binary unit that keeps it above 1: ``8.0 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+def option(
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    *,
+    none: str | None = None,
+    default_text: str | None = None,
+) -> Any:
+    """A field that is an option; see ``Option``."""
+    return field(default=default, metadata={"option": Option(help, metavar, parse, none, default_text)})
 
 
-class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The shape by which a profile knows its model."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
-class ProfiledLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rows that a KV head of a layer selects and keeps, and the gate of each head: a cosine; a head with one
-    above 1 selects in every step."""
-
-    select_k: Annotated[int, Meta(ge=1)]
-    resident: Annotated[int, Meta(ge=1)]
-    thresholds: tuple[Annotated[float, Meta(ge=0.0, le=2.0)], ...]
-
-
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What each layer and KV head of a model needs, as ``benchmarks.calibrate`` writes it."""
-
-    model: ProfiledModel
-    layers: tuple[ProfiledLayer, ...]
-
-    @classmethod
-    def load(cls, path: Path) -> "Profile":
-        """Raises ``ConfigError`` where the file cannot be read or is no profile."""
-        try:
-            profile = msgspec.json.decode(path.read_bytes(), type=cls)
-        except OSError as error:
-            raise ConfigError(f"--profile {path} cannot be read: {error.strerror}.") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--profile {path} is no profile: {error}.") from None
-        model = profile.model
-        if [len(layer.thresholds) for layer in profile.layers] != [model.kv_heads] * model.layers:
-            raise ConfigError(
-                f"--profile {path} does not hold {model.kv_heads} thresholds for each of the {model.layers} "
-                "layers of its model; make it again with benchmarks.calibrate."
-            )
-        for number, layer in enumerate(profile.layers):
-            if layer.resident < layer.select_k:
-                raise ConfigError(
-                    f"--profile {path} keeps {layer.resident} rows of {layer.select_k} that it selects in "
-                    f"layer {number}; the rows selected in one step must fit into the resident set."
-                )
-        return profile
-
-    def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
-        """Raises ``ConfigError`` where the profile is of a model of another shape."""
-        own, other = self.model, ProfiledModel(layers, kv_heads, head_dim)
-        if own != other:
-            raise ConfigError(
-                f"--profile is of a model of {own.layers} layers, {own.kv_heads} KV heads and head_dim "
-                f"{own.head_dim}, and this one has {layers}, {kv_heads} and {head_dim}; make one for it with "
-                "benchmarks.calibrate."
-            )
+def _profile(text: str) -> Profile:
+    return Profile.load(Path(text))
 
 
 class Sizes(NamedTuple):
-    """Rows of one KV head. ``topk`` keeps just what it selects."""
+    """Rows of one KV head. ``topk`` keeps only what it selects."""
 
     select_k: int
     resident: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held. With ``max_model_len`` None the model's own limit holds."""
+
+    model: str = option(
+        DEFAULT_MODEL, "a folder in the Hugging Face layout, or the name of the built-in default", "NAME", str
+    )
+    load_format: LoadFormat = option(
+        "auto", "auto reads the weights; dummy takes random ones of the same shape, to measure speed"
+    )
+    device: Device = option("auto", "auto takes the GPUs where there are any")
+    dtype: DType = option("auto", "type of weights and KV cache; auto takes the model's own")
+    max_model_len: int | None = option(
+        None,
+        "longest prompt plus output of one request; auto takes the model's own limit",
+        "TOKENS",
+        int,
+        none="auto",
+    )
+    seed: int = option(0, "seed for random weights and for requests without one", "N", int)
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"--max-model-len is {self.max_model_len}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to 2**63 - 1.")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that CLO can serve: where it is and how to hold it.
+
+    Attributes:
+        name: the name that was asked for.
+        path: path of its folder.
+        dtype: type of weights and KV cache, a name such as "bfloat16".
+        device: "cuda" or "cpu".
+    """
+
+    name: str
+    path: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    load_format: LoadFormat
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -117,27 +125,71 @@ class CacheConfig:
 
     A head reuses its rows while the cosine between its query and the query of its last selection is at least
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
-    longest ago among its ``resident`` rows. All resident rows are attended, beside ``sinks`` first tokens and
-    the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
-    Where one of the two is None, ``sizes`` chooses it.
+    longest ago among its ``resident`` rows. All resident rows are attended to, with the first ``sinks``
+    tokens and the latest ``recent``. The head-wise cache of the paper (arXiv 2511.14510) has ``resident``
+    equal to ``select_k``. Where either of the two is None, ``sizes`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
-    ``predicted`` does not. Layers whose query cannot be predicted do without (``clo.gpu_worker.cache.query_prediction``).
+    ``predicted`` does not. Layers whose query cannot be predicted do without it
+    (``clo.gpu_worker.cache.query_prediction``).
 
-    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` compares a sequence with
-    full attention in one of so many of its decode steps.
+    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` is the
+    number of decode steps of a sequence from one comparison with full attention to the next.
     """
 
-    attention: Attention = "clo"
-    select_k: int | None = None
-    resident: int | None = None
-    gate: float | None = None
-    prefetch: Prefetch = "predicted"
+    attention: Attention = option(
+        "clo",
+        "clo keeps rows over many steps; topk fetches its whole selection in every step; full attends to all "
+        "rows, exact and slow, to compare with",
+    )
+    select_k: int | None = option(
+        None,
+        "rows that a KV head selects at a time: more is closer to full attention and moves more; auto takes "
+        "128, and 256 where --max-model-len exceeds 8192",
+        "ROWS",
+        int,
+        none="auto",
+    )
+    resident: int | None = option(
+        None,
+        "rows that a KV head keeps on the worker and attends to, at least --select-k: more is closer to full "
+        "attention, fetches less and takes more memory for each request; auto takes 8 times --select-k",
+        "ROWS",
+        int,
+        none="auto",
+    )
+    gate: float | None = option(
+        None,
+        "a head keeps its rows while its query is at least this close to the query that selected them: lower "
+        "selects less often and is less exact; off selects in every step",
+        "COSINE",
+        float,
+        none="off",
+    )
+    prefetch: Prefetch = option(
+        "predicted",
+        "fetch for a layer while the one before computes, with a predicted query, in all layers where that "
+        "predicts well: verified selects again with the real one, predicted does not, which is fastest",
+    )
     sinks: int = 4
     recent: int = 64
-    profile: Profile | None = None
-    drift_check: int | None = None
+    profile: Profile | None = option(
+        None,
+        "what each layer selects and keeps, and a gate for each KV head, as benchmarks.calibrate finds them "
+        "for a model; in place of --select-k, --resident and --gate",
+        "FILE",
+        _profile,
+        none="off",
+    )
+    drift_check: int | None = option(
+        None,
+        "compare a step of each request with full attention once in so many, and report it with the "
+        "statistics; the other requests wait meanwhile",
+        "STEPS",
+        int,
+        none="off",
+    )
 
     def __post_init__(self) -> None:
         k, resident = self.select_k, self.resident
@@ -155,38 +207,87 @@ class CacheConfig:
         profile = self.profile
         if profile is None:
             return
-        for option, value in (("--select-k", k), ("--resident", resident), ("--gate", self.gate)):
+        for name, value in (("--select-k", k), ("--resident", resident), ("--gate", self.gate)):
             if value is not None:
-                raise ConfigError(f"{option} and --profile exclude each other: a profile holds its own.")
+                raise ConfigError(f"{name} and --profile exclude each other: a profile holds its own.")
         if self.attention != "clo":
             raise ConfigError(f"--profile is for --attention clo, and --attention is {self.attention}.")
 
     def sizes(self, max_tokens: int, layers: int) -> list[Sizes]:
-        """The rows that a head of each layer selects and keeps; ``max_tokens`` of the longest sequence."""
+        """The rows that a head of each layer selects and keeps; ``max_tokens`` is the longest sequence."""
         if self.profile is not None:
             return [Sizes(layer.select_k, layer.resident) for layer in self.profile.layers]
         k = self.select_k
         if k is None:
             k = min(_SELECTED[max_tokens > _SHORT], self.resident or max_tokens)
-        return [Sizes(k, k if self.attention == "topk" else self.resident or _KEPT * k)] * layers
+        return [Sizes(k, k if self.attention == "topk" else self.resident or _RESIDENT * k)] * layers
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Which model, and how it is held. ``max_model_len`` None takes the model's own."""
+class EngineConfig:
+    """How much one worker may take on."""
 
-    model: str = DEFAULT_MODEL
-    load_format: LoadFormat = "auto"
-    dtype: DType = "auto"
-    device: Device = "auto"
-    max_model_len: int | None = None
-    seed: int = 0
+    max_num_seqs: int = option(
+        8,
+        "requests that one worker decodes together: more is a higher throughput and takes more memory on the "
+        "worker",
+        "N",
+        int,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of each GPU's memory that may be used, weights included", "SHARE", float
+    )
 
     def __post_init__(self) -> None:
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ConfigError(f"--max-model-len is {self.max_model_len}; it must be at least 1.")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to 2**63 - 1.")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}; "
+                "it must be above 0 and at most 1."
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that ``launch.py`` was asked for."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    workers: int = option(1, "worker processes, one for each GPU; each holds the whole model", "N", int)
+    kvstore: tuple[str, ...] = option(
+        ("numa0",),
+        "KV stores, one for each NUMA node named: numa0 or numa0,numa1; a worker uses the store on its GPU's "
+        "node, or else they take turns",
+        "NODES",
+        _names,
+        default_text="numa0",
+    )
+    kv_size: int = option(
+        4 * 2**30,
+        "CPU memory of ONE KV store, in total over all layers and workers that use it: 512MiB, 8GiB; bounds "
+        "the tokens that can be served at once",
+        "SIZE",
+        parse_size,
+        default_text="4GiB",
+    )
+    host: str = option(
+        "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str
+    )
+    port: int = option(5555, "0 takes a free one; the ready line names it", "PORT", int)
+    log_level: LogLevel = option("warning", "what all processes log, on stderr")
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
+        for name in self.kvstore:
+            if re.fullmatch(r"numa\d+", name) is None:
+                raise ConfigError(f"--kvstore '{name}' is not of the form numa0 or numa0,numa1.")
+        if len(set(self.kvstore)) < len(self.kvstore):
+            raise ConfigError(f"--kvstore names a node twice: {','.join(self.kvstore)}.")
 
 
 @dataclass(frozen=True)
@@ -202,48 +303,12 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """One worker. ``router`` and ``store`` are addresses of control channels."""
+    """One worker. ``router`` is an address; ``stores`` has the addresses of the stores by NUMA node."""
 
     worker: int
-    node: int
     router: str
-    store: str
-    model: ModelConfig
+    stores: dict[int, str]
+    model: ResolvedModel
     cache: CacheConfig = field(default_factory=CacheConfig)
-    max_num_seqs: int = 8
-    gpu_memory_utilization: float = 0.9
+    engine: EngineConfig = field(default_factory=EngineConfig)
     log_level: LogLevel = "warning"
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """Everything that ``launch.py`` was asked for."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    workers: int = 1
-    stores: tuple[str, ...] = ("numa0",)
-    kv_bytes: int = 4 * 2**30
-    max_num_seqs: int = 8
-    gpu_memory_utilization: float = 0.9
-    host: str = "127.0.0.1"
-    port: int = 5555
-    log_level: LogLevel = "warning"
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"--gpu-memory-utilization is {self.gpu_memory_utilization}; "
-                "it must be above 0 and at most 1."
-            )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
-        for name in self.stores:
-            if re.fullmatch(r"numa\d+", name) is None:
-                raise ConfigError(f"--kvstore '{name}' is not of the form numa0 or numa0,numa1.")
-        if len(set(self.stores)) < len(self.stores):
-            raise ConfigError(f"--kvstore names a node twice: {','.join(self.stores)}.")

@@ -5,15 +5,14 @@ import logging
 import secrets
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from clo.runtime.config import ServerConfig
-from clo.runtime.model.files import Resolved
+from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import (
     CLOError,
@@ -55,7 +54,7 @@ from clo.runtime.wire.messages import (
 )
 from clo.runtime.wire.sockets import Delivery, RouterSocket
 
-UNREAD_MESSAGES = 20_000  # that a client may leave before its requests are dropped
+UNREAD_MESSAGES = 20_000  # that a client may leave unread before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 INFO_S = 2.0
@@ -65,35 +64,12 @@ THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Request:
-    """A request from its ``Generate`` until its worker is done with it."""
-
-    client: bytes
-    name: str
-    heard: float  # when the client was last sent something for it, in the event loop's time
-    open: bool = True  # its client waits for more
-    cancelled: bool = False
-    prompt_tokens: int = 0
-    max_tokens: int = 0
-    generated: int = 0
-    prefilled: int | None = None  # tokens; None while it is queued
-    sequence: int | None = None  # None until a worker has it
-    worker: bytes = b""
-    text: Detokenizer | None = None
-
-    @property
-    def outstanding(self) -> int:
-        """Tokens that its worker still has to compute, at most."""
-        return self.prompt_tokens - (self.prefilled or 0) + self.max_tokens - self.generated
-
-
 class Router:
     """Between clients (TCP) and workers (ipc).
 
     Args:
         config: host, port, number of workers, attention.
-        model: what is served.
+        model: the model that is served.
 
     Attributes:
         address: where clients connect.
@@ -103,7 +79,7 @@ class Router:
         ConfigError: the port cannot be used, or the model has no tokenizer.
     """
 
-    def __init__(self, config: ServerConfig, model: Resolved) -> None:
+    def __init__(self, config: ServerConfig, model: ResolvedModel) -> None:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._context = zmq.asyncio.Context()
@@ -123,23 +99,23 @@ class Router:
             self._context, self.workers_endpoint, FromWorker, queue=0
         )
         try:
-            self._tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+            self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         except ConfigError:
             self.close()
             raise
-        self._open: dict[tuple[bytes, str], Request] = {}
-        self._running: dict[int, Request] = {}  # by sequence; also those that are no longer open
+        self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
+        self._running: dict[int, Request] = {}  # by sequence; CLOSED ones too
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
         self._all_ready = asyncio.Event()
-        self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for and not here yet
-        self._owed: dict[bytes, list[Failed]] = {}  # to clients whose queue was full
+        self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for but not here yet
+        self._owed: dict[bytes, list[Failed]] = {}  # owed to clients whose queues were full
         self._failure: CLOError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def capacity_tokens(self) -> int:
-        """Of all stores together."""
+        """Tokens that all stores hold together."""
         return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
 
     async def ready(self) -> int:
@@ -175,7 +151,7 @@ class Router:
                 self._send(peer, Failed("", message.code, str(message)))
             else:
                 _logger.error("%s sent what cannot be read: %s", peer.decode(errors="replace"), message)
-            await asyncio.sleep(0)  # a receive that need not wait does not let the other tasks run
+            await asyncio.sleep(0)  # a receive that does not have to wait would not let the other tasks run
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -187,7 +163,7 @@ class Router:
             text = f"A request '{name}' is open already; give each request an id of its own."
             self._send(client, Failed(name, InvalidRequest.code, text))
         else:
-            request = Request(client, name, heard=asyncio.get_running_loop().time())
+            request = Request(client, name, asyncio.get_running_loop().time())
             self._open[client, name] = request
             self._spawn(self._admit(request, message))
 
@@ -195,11 +171,10 @@ class Router:
         request = self._open.get((client, message.request))
         if request is None:  # it has ended meanwhile
             return
-        request.cancelled = True
-        if request.sequence is None:
+        if request.state is State.ADMITTING:
             self._end(request, Finished(request.name, "cancelled", Usage(request.prompt_tokens, 0), NO_STATS))
-        else:
-            self._order(request, Abort(request.sequence))
+        elif request.state is State.ASSIGNED:
+            self._stop(request, "cancelled")
 
     def on_get_info(self, client: bytes, message: GetInfo) -> None:
         self._spawn(self._inform(client, message.request))
@@ -230,8 +205,9 @@ class Router:
         request.prompt_tokens, request.max_tokens = len(tokens), sampling.max_tokens
         request.text = Detokenizer(self._tokenizer, sampling.stop)
         await self._all_ready.wait()
-        if not request.open:
+        if not request.open:  # it was cancelled meanwhile, or its client is gone
             return
+        request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
         request.sequence = self._sequences
         self._sequences += 1
@@ -297,20 +273,19 @@ class Router:
         for step in message.steps:
             request = self._running.get(step.sequence)
             if request is not None:
-                self._take(request, step)
+                self._pass_on(request, step)
 
-    def _take(self, request: Request, step: Step) -> None:
-        """One new token of a request."""
+    def _pass_on(self, request: Request, step: Step) -> None:
+        """One new token of a request, as text."""
         assert request.text is not None
-        if request.cancelled:  # the worker has not read the Abort yet
+        if request.state is not State.ASSIGNED:  # the worker has not read the Abort yet
             return
         request.generated += 1
         text = request.text.push(step.token)
         logprobs = None if step.logprob is None else [step.logprob]
         self._tell(request, Chunk(request.name, text, [step.token], logprobs))
-        if request.text.stopped:
-            request.cancelled = True
-            self._order(request, Abort(step.sequence))
+        if request.text.stopped and request.open:
+            self._stop(request, "stop")
 
     def on_done(self, worker: bytes, message: Done) -> None:
         request = self._running.pop(message.sequence, None)
@@ -319,8 +294,8 @@ class Router:
         assert request.text is not None
         if rest := request.text.flush():
             self._tell(request, Chunk(request.name, rest, [], None))
-        reason = "stop" if request.text.stopped else "cancelled" if request.cancelled else message.reason
         usage = Usage(request.prompt_tokens, request.generated)
+        reason = "stop" if request.text.stopped else request.reason or message.reason
         self._end(request, Finished(request.name, reason, usage, message.cache))
 
     def on_refused(self, worker: bytes, message: Refused) -> None:
@@ -335,7 +310,7 @@ class Router:
     # ---------------------------------------------------------------------------------- sending
 
     async def _keep_in_touch(self) -> None:
-        """Tell quiet clients how far their requests are; that also finds the clients that are gone."""
+        """Tell quiet clients how far their requests are, which also finds clients that are gone."""
         while True:
             await asyncio.sleep(TICK_S)
             late = asyncio.get_running_loop().time() - QUIET_S
@@ -360,11 +335,18 @@ class Router:
         """The last message of a request; nothing happens where it has ended."""
         if request.open:
             self._tell(request, message)
-            self._forget(request)
+            if request.open:  # not if the client turned out to be gone
+                self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        request.open = False
-        self._open.pop((request.client, request.name), None)
+        request.move(State.CLOSED)
+        del self._open[request.client, request.name]
+
+    def _stop(self, request: Request, reason: str) -> None:
+        """Have the worker end a request for a reason that the worker does not know."""
+        request.reason = reason
+        request.move(State.STOPPING)
+        self._order(request, Abort(request.sequence))
 
     def _send(self, client: bytes, message: ToClient) -> None:
         """Send to a client; one that is gone or does not read loses its requests."""
@@ -373,9 +355,9 @@ class Router:
             return
         for request in [request for request in self._open.values() if request.client == client]:
             _logger.info("Request %s is dropped: its client is %s.", request.name, delivery.value)
-            self._forget(request)
-            if request.sequence is not None:
+            if request.state is State.ASSIGNED:
                 self._order(request, Abort(request.sequence))
+            self._forget(request)
             if delivery is Delivery.FULL:
                 text = "The client did not read its stream and its requests were dropped; read it faster."
                 self._owed.setdefault(client, []).append(Failed(request.name, Overloaded.code, text))

@@ -13,7 +13,7 @@ import msgspec
 
 from clo.runtime.config import ServerConfig, StoreConfig, WorkerConfig
 from clo.runtime.machine.host_memory import check_memory
-from clo.runtime.machine.process import EXIT_EXPLAINED
+from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
@@ -25,29 +25,34 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Child:
-    """A process of the server; ``name`` is what users read of it: "worker 0", "KV store numa0"."""
+    """A process of the server; ``name`` is what users see: "worker 0", "KV store numa0"."""
 
     name: str
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, name: str, package: str, config: StoreConfig | WorkerConfig) -> "Child":
-        """Run ``python -m PACKAGE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
+    async def start(
+        cls, name: str, package: str, config: StoreConfig | WorkerConfig, threads: int
+    ) -> "Child":
+        """Run ``python -m clo.PACKAGE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
 
         To be called in the main thread: a child dies with the thread that started it. What a child prints
         goes to stderr, so that stdout carries the ready line and nothing else.
         """
+        environment = dict(os.environ)
+        set_threads(environment, threads)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", f"clo.{package}", msgspec.json.encode(config).decode(), str(os.getpid())),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,
+            env=environment,
         )
         _logger.info("Started %s as process %d.", name, process.pid)
         return cls(name, process)
 
     def send(self, number: signal.Signals) -> None:
-        """Nothing happens where the process has ended."""
+        """Send a signal; nothing happens if the process has ended."""
         if self.process.returncode is None:
             with suppress(ProcessLookupError):  # it ended a moment ago
                 os.kill(self.process.pid, number)
@@ -75,10 +80,10 @@ class Supervisor:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._nodes = [int(name.removeprefix("numa")) for name in config.stores]
-        check_memory(dict.fromkeys(self._nodes, config.kv_bytes))
-        model = resolve(config.model)
-        self._router = Router(config, model)
+        self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
+        check_memory(dict.fromkeys(self._nodes, config.kv_size))
+        self._model = resolve(config.model)
+        self._router = Router(config, self._model)
         self._stores: list[Child] = []
         self._workers: list[Child] = []
         self._stopping = asyncio.Event()
@@ -109,28 +114,27 @@ class Supervisor:
     async def _start_children(self) -> None:
         config = self._config
         unique = uuid.uuid4()
-        for name, node in zip(config.stores, self._nodes, strict=True):
-            store = StoreConfig(name, node, config.kv_bytes, f"ipc://@clo-{unique}-{name}", config.log_level)
-            self._stores.append(await Child.start(f"KV store {name}", "kvstore", store))
+        endpoints = {node: f"ipc://@clo-{unique}-numa{node}" for node in self._nodes}
+        for name, node in zip(config.kvstore, self._nodes, strict=True):
+            store = StoreConfig(name, node, config.kv_size, endpoints[node], config.log_level)
+            self._stores.append(await Child.start(f"KV store {name}", "kvstore", store, threads=1))
+        threads = len(os.sched_getaffinity(0)) // config.workers
         for index in range(config.workers):
-            near = index % len(self._nodes)  # a worker without a GPU is as near to one store as to another
             worker = WorkerConfig(
                 worker=index,
-                node=self._nodes[near],
                 router=self._router.workers_endpoint,
-                store=f"ipc://@clo-{unique}-{config.stores[near]}",
-                model=config.model,
+                stores=endpoints,
+                model=self._model,
                 cache=config.cache,
-                max_num_seqs=config.max_num_seqs,
-                gpu_memory_utilization=config.gpu_memory_utilization,
+                engine=config.engine,
                 log_level=config.log_level,
             )
-            self._workers.append(await Child.start(f"worker {index}", "gpu_worker", worker))
+            self._workers.append(await Child.start(f"worker {index}", "gpu_worker", worker, threads))
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
 
-        Where several are seen at once, the first of this order is taken for the cause of the others.
+        Where several are seen at once, the first in this order is taken to be the cause of the others.
         """
         watched = [
             asyncio.create_task(work)

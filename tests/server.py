@@ -59,7 +59,7 @@ class Server:
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
             if len(command) == 5 and command[1] == "-m" and command[4] == str(self.process.pid):
-                found += [process] if package in ("", command[2]) else []
+                found += [process] if package in ("", command[2].removeprefix("clo.")) else []
         return found
 
     def signal(self, number: signal.Signals) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import divergence, make_engine, prefill, stats_of, teacher_force, wait_for
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 from examples.document import document
-from tests.reference import arrived, divergence, force, make_engine, prefill, stats_of
 
 pytestmark = pytest.mark.gpu
 
@@ -38,15 +38,15 @@ def answers(engine: Engine, prompts: list[list[int]], count: int) -> list[Answer
     tokens: list[list[int]] = []
     logits: list[list[Tensor]] = []
     for slot, prompt in enumerate(prompts):
-        posted = engine.start(slot, prefill(engine, slot, prompt, longest + count))
-        tokens.append(arrived(engine, posted))
-        logits.append([posted.logits[0].cpu()])
+        handle = engine.start(slot, prefill(engine, slot, prompt, longest + count))
+        tokens.append(wait_for(engine, handle))
+        logits.append([handle.logits[0].cpu()])
     slots = list(range(len(prompts)))
     for step in range(1, count):
-        posted = engine.step(slots, longest + step)
-        for slot, token in enumerate(arrived(engine, posted)):
+        handle = engine.step(slots, longest + step)
+        for slot, token in enumerate(wait_for(engine, handle)):
             tokens[slot].append(token)
-            logits[slot].append(posted.logits[slot].cpu())  # waits, so the next step cannot overwrite it
+            logits[slot].append(handle.logits[slot].cpu())  # waits, so the next step cannot overwrite it
     return [(mine, torch.stack(rows)) for mine, rows in zip(tokens, logits, strict=True)]
 
 
@@ -128,7 +128,7 @@ def test_logits_follow_those_of_the_cpu(
         resident=256,
     )
     full, cpu, gpu = (
-        force(make_engine(decoder, how, 1, 800, SOURCES), prompt, continuation).cpu()
+        teacher_force(make_engine(decoder, how, 1, 800, SOURCES), prompt, continuation).cpu()
         for decoder, how in ((decoders[0], FULL), (decoders[0], config), (decoders[1], config))
     )
     assert divergence(gpu, cpu) < 0.1 * divergence(cpu, full) + 1e-5
@@ -141,7 +141,7 @@ def test_what_the_cache_moved_is_what_it_moves_on_the_cpu(decoders: tuple[Decode
     counted = []
     for decoder in decoders:
         engine = make_engine(decoder, config, 1, 800)
-        force(engine, prompt, continuation)
+        teacher_force(engine, prompt, continuation)
         counted.append(stats_of(engine, 759, 59))
     cpu, gpu = counted
     assert gpu.gate_checks == cpu.gate_checks
@@ -162,13 +162,13 @@ def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]
     try:
         engine.start(0, prefill(engine, 0, prompt, 705))
         for step in range(1, 5):
-            posted = engine.step([0], 700 + step)
+            handle = engine.step([0], 700 + step)
         engine.feed(0, 7)
-        retirement = engine.retire(0)
-        while not retirement.mark.reached:
+        release = engine.retire(0)
+        while not release.event.reached:
             pass
-        assert len(arrived(engine, posted)) == 1
-        assert retirement.stats(704, 4).steps == 4
+        assert len(wait_for(engine, handle)) == 1
+        assert release.stats(704, 4).steps == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -3,23 +3,15 @@
 import pytest
 import torch
 
-from clo.gpu_worker.cache.query_prediction import Source
+from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import divergence, make_engine, prefill, stats_of, teacher_force, wait_for
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
-from tests.reference import (
-    arrived,
-    divergence,
-    force,
-    load_transformers,
-    make_engine,
-    prefill,
-    stats_of,
-    transformers_greedy,
-)
+from clo.runtime.model.files import resolve
+from tests.reference import load_transformers, transformers_greedy
 
-SOURCES = (Source.OWN, Source.INPUT, Source.MIDDLE, Source.INPUT)
+SOURCES = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE, QuerySource.INPUT)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +29,12 @@ def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[in
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + count
     generated = [
-        arrived(engine, engine.start(slot, prefill(engine, slot, prompt, total)))
+        wait_for(engine, engine.start(slot, prefill(engine, slot, prompt, total)))
         for slot, prompt in enumerate(prompts)
     ]
     slots = list(range(len(prompts)))
     for step in range(1, count):
-        for slot, token in enumerate(arrived(engine, engine.step(slots, max(lengths) + step))):
+        for slot, token in enumerate(wait_for(engine, engine.step(slots, max(lengths) + step))):
             generated[slot].append(token)
     return generated
 
@@ -65,10 +57,10 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
 @pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
 def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch: str) -> None:
     prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300)
-    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)
+    full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)
     config = CacheConfig(resident=600, prefetch=prefetch)  # type: ignore[arg-type]
     engine = make_engine(decoder, config, 1, 600, SOURCES)
-    torch.testing.assert_close(force(engine, prompt, continuation), full, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(teacher_force(engine, prompt, continuation), full, rtol=1e-3, atol=1e-4)
     stats = stats_of(engine, 599, 299)
     assert stats.fetched_rows == 0, "whatever leaves the ring stays resident while there is room"
     assert stats.hit_rate == 1.0
@@ -77,14 +69,14 @@ def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch:
 def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     """A prompt that fits entirely, generation far past the set: rows are fetched back from the arena."""
     prompt, continuation = random_tokens(decoder, 50), random_tokens(decoder, 400)
-    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 450), prompt, continuation)
+    full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 450), prompt, continuation)
     config = CacheConfig(select_k=32, resident=64, recent=16)
     engine = make_engine(decoder, config, 1, 450)
-    logits = force(engine, prompt, continuation)
+    logits = teacher_force(engine, prompt, continuation)
     stats = stats_of(engine, 449, 399)
     assert stats.fetched_rows > 0
     window = make_engine(decoder, CacheConfig(select_k=1, resident=1, recent=16), 1, 450)
-    dropped = divergence(force(window, prompt, continuation), full)
+    dropped = divergence(teacher_force(window, prompt, continuation), full)
     assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
 
 
@@ -93,7 +85,7 @@ def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
     reuse = {}
     for gate in (None, 0.5, 0.0):
         engine = make_engine(decoder, CacheConfig(select_k=16, resident=16, gate=gate), 1, 450)
-        force(engine, prompt, continuation)
+        teacher_force(engine, prompt, continuation)
         stats = stats_of(engine, 449, 49)
         assert stats.gate_checks == stats.head_steps
         assert stats.selected_rows == 16 * stats.selections
@@ -105,9 +97,9 @@ def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
 def test_exact_topk_attends_what_it_selects(decoder: Decoder) -> None:
     """With k as large as the context, exact top-k is full attention; with a small k it is not."""
     prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 20)
-    full = force(make_engine(decoder, CacheConfig(attention="full"), 1, 320), prompt, continuation)
+    full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 320), prompt, continuation)
     everything = CacheConfig(attention="topk", select_k=320)
-    logits = force(make_engine(decoder, everything, 1, 320), prompt, continuation)
+    logits = teacher_force(make_engine(decoder, everything, 1, 320), prompt, continuation)
     torch.testing.assert_close(logits, full, rtol=1e-3, atol=1e-4)
 
 

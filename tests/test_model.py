@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import divergence, make_engine, teacher_force
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import CacheConfig, DType, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.wire.errors import ConfigError
-from tests.reference import divergence, force, load_transformers, make_engine
+from tests.reference import load_transformers
 
 PROMPT, CONTINUATION = 1018, 20  # two prefill chunks; decoding goes from the second block into the third
 SIZES = {
@@ -72,7 +73,7 @@ def random_tokens() -> list[int]:
 def engine_logits(decoder: Decoder, tokens: list[int]) -> Tensor:
     """[CONTINUATION, vocab]: the first row from prefill, the others from decoding."""
     engine = make_engine(decoder, CacheConfig(attention="full"), 1, len(tokens))
-    return force(engine, tokens[:-CONTINUATION], tokens[-CONTINUATION:])
+    return teacher_force(engine, tokens[:-CONTINUATION], tokens[-CONTINUATION:])
 
 
 @torch.inference_mode()

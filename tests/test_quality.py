@@ -12,8 +12,9 @@ from benchmarks.quality.report import figures_of, results_of, tables_of
 from benchmarks.quality.ruler import Ruler, ruler_item
 from benchmarks.quality.settings import DEFAULT, Setting, parse_setting
 from benchmarks.tasks import Item, documents, make_item
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from clo.gpu_worker.in_process import divergence, make_engine, stats_of, teacher_force
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.client import AsyncClient, Client, Result
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import CacheStats, Text
 from examples.document import document
-from tests.reference import divergence, force, load_transformers, make_engine, stats_of, transformers_greedy
+from tests.reference import load_transformers, transformers_greedy
 from tests.server import Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
@@ -117,7 +119,7 @@ def test_small_sets_stay_close_to_full_attention_and_move_few_rows(smollm2: Path
     def measure(config: CacheConfig) -> tuple[torch.Tensor, CacheStats]:
         total = len(prompt) + len(continuation)
         engine = make_engine(decoder, config, slots=1, max_tokens=total)
-        logits = force(engine, prompt, continuation)
+        logits = teacher_force(engine, prompt, continuation)
         return logits, stats_of(engine, total - 1, len(continuation) - 1)
 
     full, _ = measure(CacheConfig(attention="full"))

@@ -15,15 +15,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.quality.forcing import FULL, Heads, Probe, Reference
+from benchmarks.quality.forcing import FULL, Heads, Reference, heads_of
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
 from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, VERIFIED, Setting, parse_setting
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import DEFAULT_MODEL, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
+from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import Text
 
@@ -97,8 +98,7 @@ def probe(reference: Reference, setting: Setting) -> Heads:
     """What each head does with a setting."""
     engine = reference.engine(setting.config, probe=True)
     reference.force(engine)
-    assert isinstance(engine.cache, Probe)
-    return engine.cache.heads(reference.steps)
+    return heads_of(engine, reference.steps)
 
 
 def parse() -> argparse.Namespace:

@@ -5,7 +5,6 @@ the device or has a shape that depends on data, so a CUDA graph can capture a wh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,49 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clo.gpu_worker.model.mlp import gated
+from clo.gpu_worker.model.weights import Weights, load_weights
+from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.model_config import kv_shape, quiet_transformers, read_config
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, each [N, head_dim]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """``x @ weight.T + bias``; weight [out, in], bias [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def first(self, rows: int) -> "Linear":
-        """The part that computes the first ``rows`` outputs, without a copy."""
-        return Linear(self.weight[:rows], None if self.bias is None else self.bias[:rows])
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one layer. ``qkv`` yields all query heads, then key and value of each KV head in turn."""
-
-    attention_norm: Tensor  # [hidden]
-    qkv: Linear  # [(query_heads + 2 * kv_heads) * head_dim, hidden]
-    qk_norm: Tensor | None  # [query_heads + 2 * kv_heads, head_dim], of which the values' rows are not used
-    output: Linear  # [hidden, query_heads * head_dim]
-    mlp_norm: Tensor  # [hidden]
-    gate_up: Linear  # [2 * intermediate, hidden]
-    down: Linear  # [hidden, intermediate]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """All weights of a model, on one device. ``head`` is ``embedding`` itself where the model ties them."""
-
-    embedding: Tensor  # [vocab, hidden]
-    layers: tuple[Layer, ...]
-    norm: Tensor  # [hidden]
-    head: Tensor  # [vocab, hidden]
-    rope_frequencies: Tensor  # [head_dim / 2], float32
-    rope_scale: float  # factor of cosines and sines; 1 unless the RoPE scaling asks for another
 
 
 class Decoder:
@@ -74,13 +37,16 @@ class Decoder:
         self.shape = shape
         self.max_positions = max_positions
         self.vocab = weights.head.shape[0]
-        self.scale = shape.head_dim**-0.5  # of the attention scores
+        self.scale = shape.head_dim**-0.5  # factor of the attention scores
         self.device = weights.embedding.device
-        # on a GPU, what lies between two matrix products becomes one kernel
+        pair = torch.arange(2 * shape.kv_heads, device=self.device) % 2 == 1
+        query = torch.zeros(shape.query_heads, dtype=torch.bool, device=self.device)
+        self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
+        # on a GPU, everything between two matrix products becomes one kernel
         fused: Callable[[Any], Any] = partial(
             torch.compile, dynamic=True, fullgraph=True, disable=self.device.type == "cpu"
         )
-        self._gated: Callable[..., Tensor] = fused(_gated)
+        self._gated: Callable[..., Tensor] = fused(gated)
         self._rotate: Callable[..., Tensor] = fused(_rotate)
         self._norm: Callable[..., Tensor] = fused(_norm)
         self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = fused(_add_and_norm)
@@ -92,7 +58,7 @@ class Decoder:
     def rope(self, positions: Tensor) -> Rope:
         """Cosines and sines [N, head_dim] of positions [N] int64; the same for all layers.
 
-        They are computed in float32 and then rounded: bfloat16 cannot count beyond 256.
+        They are computed in float32 and then rounded: bfloat16 cannot represent every whole number above 256.
         """
         angles = positions[:, None].float() * self._weights.rope_frequencies
         angles = torch.cat((angles, angles), dim=-1)
@@ -103,12 +69,12 @@ class Decoder:
         """Hidden states [N, hidden] as a layer's projections take them; as ``logits`` does after the last."""
         return self._norm(hidden, self._norm_of(layer), self._norm_eps)
 
-    def qkv(self, layer: int, normal: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def qkv(self, layer: int, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Queries, and the rows for the cache.
 
         Args:
             layer: number of the layer.
-            normal: ``input_norm``d hidden states [N, hidden] that enter the layer.
+            normed: hidden states [N, hidden] that enter the layer, after ``input_norm``.
             rope: ``rope(positions)`` of the tokens.
 
         Returns:
@@ -119,7 +85,7 @@ class Decoder:
         heads = self._project(layer, normed, queries + 2 * pairs, rope)
         return heads[:, :queries], heads[:, queries:].unflatten(1, (pairs, 2))
 
-    def query(self, layer: int, normal: Tensor, rope: Rope) -> Tensor:
+    def query(self, layer: int, normed: Tensor, rope: Rope) -> Tensor:
         """The queries of ``qkv`` alone: [N, query_heads, head_dim].
 
         Given the hidden states of an earlier layer, they predict the layer's real queries.
@@ -135,37 +101,51 @@ class Decoder:
             attended: output of attention [N, query_heads, head_dim].
 
         Returns:
-            Hidden states [N, hidden] between attention and MLP, and the same normalised for the MLP.
+            Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
         projected = weights.output(attended.flatten(1))
         return self._add_and_norm(hidden, projected, weights.mlp_norm, self._norm_eps)
 
-    def add_mlp(self, layer: int, hidden: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+    def add_mlp(self, layer: int, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of a layer, given what ``add_attention`` returned.
 
         Returns:
-            Hidden states [N, hidden] that enter the next layer, and the same ``input_norm``d for it.
+            Hidden states [N, hidden] that enter the next layer, and the same after ``input_norm`` for it.
         """
         weights = self._weights.layers[layer]
         out = weights.down(self._gated(weights.gate_up(normed)))
         return self._add_and_norm(hidden, out, self._norm_of(layer + 1), self._norm_eps)
 
-    def logits(self, normal: Tensor) -> Tensor:
-        """Logits [N, vocab] float32 of ``input_norm``d hidden states [N, hidden] that left the last layer."""
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
         return F.linear(normed, self._weights.head).float()
 
     def _norm_of(self, layer: int) -> Tensor:
         layers = self._weights.layers
         return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _project(self, layer: int, normal: Tensor, heads: int, rope: Rope) -> Tensor:
+    def _project(self, layer: int, normed: Tensor, heads: int, rope: Rope) -> Tensor:
         """The first ``heads`` heads of the fused projection, with RoPE: [N, heads, head_dim]."""
         weights = self._weights.layers[layer]
         flat = weights.qkv.first(heads * self.shape.head_dim)(normed)
+        is_value = self._is_value if heads > self.shape.query_heads else None
         return self._rotate(
-            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, self.shape.query_heads, self._norm_eps
+            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, is_value, self._norm_eps
         )
+
+
+def load_decoder(model: ResolvedModel) -> Decoder:
+    """The decoder of a model, with its weights on the model's device.
+
+    Raises:
+        ConfigError: see ``load_weights``.
+    """
+    quiet_transformers()
+    config = read_config(model.folder)
+    shape = kv_shape(config, getattr(torch, model.dtype))
+    weights = load_weights(model, config, shape)
+    return Decoder(weights, shape, config.rms_norm_eps, config.max_position_embeddings)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -177,22 +157,14 @@ def _add_and_norm(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
     return total, F.rms_norm(total, (total.shape[-1],), weight, eps)
 
 
-def _gated(gate_up: Tensor) -> Tensor:
-    """SwiGLU: [N, 2 * intermediate] to [N, intermediate]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def _rotate(
-    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, eps: float
+    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, is_value: Tensor | None, eps: float
 ) -> Tensor:
-    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], the first ``queries`` of
-    them queries and the others keys and values in turn; values stay as they are."""
-    number = torch.arange(heads.shape[1], device=heads.device)
-    is_value = ((number >= queries) & ((number - queries) % 2 == 1))[:, None]
+    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim]; those where ``is_value``
+    [any, 1] stay as they are, and None means that there are none."""
     rotated = heads
     if qk_norm is not None:
         rotated = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    return torch.where(is_value, heads, rotated)
+    return rotated if is_value is None else torch.where(is_value, heads, rotated)

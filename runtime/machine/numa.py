@@ -11,6 +11,7 @@ _MPOL_BIND = 2
 _MAX_NODES = 1024
 
 _NODES = Path("/sys/devices/system/node")
+_DEVICES = Path("/sys/bus/pci/devices")
 _logger = logging.getLogger(__name__)
 
 
@@ -18,14 +19,26 @@ def bind(node: int) -> None:
     """Bind the calling thread, and those that it starts later, to a NUMA node.
 
     Where that is not possible (no such node, none of its CPUs allowed, a container that forbids the call) one
-    warning is logged and the process goes on: slower, but right. Libraries that counted the CPUs before this
-    call, such as torch, have to be told the new number: ``len(os.sched_getaffinity(0))``.
+    warning is logged and the process goes on, which is slower but correct. Libraries that counted the CPUs
+    before this call keep their number of threads.
     """
     try:
         os.sched_setaffinity(0, _allowed_cpus(node))
         _bind_memory(node)
     except OSError as error:
         _logger.warning("Not bound to NUMA node %d, memory may be remote: %s.", node, error)
+
+
+def device_node(device: int) -> int | None:
+    """NUMA node of a CUDA device, or None where the machine does not say."""
+    from cupy.cuda import runtime  # here, because a machine without a GPU needs none
+
+    bus = runtime.deviceGetPCIBusId(device).lower()
+    try:
+        node = int((_DEVICES / bus / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None  # -1 on machines with one node, and in many virtual ones
 
 
 def _allowed_cpus(node: int) -> set[int]:
@@ -48,7 +61,7 @@ def _bind_memory(node: int) -> None:
     mask = (ctypes.c_ulong * (_MAX_NODES // word_bits))()
     mask[node // word_bits] = 1 << (node % word_bits)
     libc = ctypes.CDLL(None, use_errno=True)
-    # The kernel takes one bit less than the size that it is told.
+    # The kernel uses one bit less than the size that it is given.
     size = ctypes.c_ulong(_MAX_NODES + 1)
     if libc.syscall(ctypes.c_long(_SET_MEMPOLICY[machine]), ctypes.c_int(_MPOL_BIND), mask, size) != 0:
         error = ctypes.get_errno()

@@ -9,14 +9,25 @@ _BLOCK_TOKENS = (64, 512)
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """What a layer is. ``window`` is the number of latest tokens that it attends to, None for all."""
+
+    window: int | None = None
+
+
+@dataclass(frozen=True)
 class KVShape:
     """Shape of a model's KV cache. A row is one token of one KV head: K then V, contiguous."""
 
-    layers: int
+    specs: tuple[LayerSpec, ...]
     query_heads: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+
+    @property
+    def layers(self) -> int:
+        return len(self.specs)
 
     @property
     def group(self) -> int:

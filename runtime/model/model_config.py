@@ -1,14 +1,16 @@
 """Which models CLO can serve, and what their configuration means for it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
-from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,8 +26,15 @@ _COUNTS = (  # transformers takes any whole number for these
 )
 
 
+def quiet_transformers() -> None:
+    """Let transformers report errors only, and show progress bars only on a terminal."""
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers configuration in ``folder``, checked to be of a model that CLO computes rightly.
+    """The transformers configuration in ``folder``, checked: CLO computes such a model correctly.
 
     Raises:
         ConfigError: there is none, it is not valid, or it asks for something that CLO does not do.
@@ -83,7 +92,7 @@ def _check(config: Any, path: Path) -> None:
 def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
     """Shape of the KV cache of a model whose weights are held in ``dtype``."""
     return KVShape(
-        layers=config.num_hidden_layers,
+        specs=layer_specs(config),
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -103,7 +112,7 @@ def context_length(config: Any, asked: int | None) -> int:
         raise ConfigError(
             f"--max-model-len {length} exceeds the {own} positions that the model was made for."
         )
-    window = _sliding_window(config)
+    window = min((spec.window for spec in layer_specs(config) if spec.window), default=None)
     if window is not None and length > window:
         raise ConfigError(
             f"The model attends to a sliding window of {window} tokens, which CLO does not do; "
@@ -112,9 +121,10 @@ def context_length(config: Any, asked: int | None) -> int:
     return length
 
 
-def _sliding_window(config: Any) -> int | None:
-    """Tokens of the sliding window that some layer really uses, or None."""
-    layers = getattr(config, "layer_types", None) or ()
-    slides = config.model_type == "mistral" or "sliding_attention" in layers
-    window: int | None = config.sliding_window if slides else None
-    return window
+def layer_specs(config: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a model is."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if config.model_type == "mistral":  # its layers all slide where there is a window at all
+        kinds = ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(LayerSpec(window if kind == "sliding_attention" else None) for kind in kinds)

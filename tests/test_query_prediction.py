@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
-from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.in_process import make_engine
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
-from clo.runtime.model.files import load_decoder, resolve
-from tests.reference import make_engine
+from clo.runtime.model.files import resolve
 
 
 @pytest.fixture
@@ -56,4 +56,4 @@ def test_the_first_layers_of_a_real_model_need_their_own_query(smollm2: Path) ->
 def test_without_prefetch_every_layer_selects_with_its_own_query(
     decoder: Decoder, config: CacheConfig
 ) -> None:
-    assert set(make_engine(decoder, config, 1, 100)._sources) == {QuerySource.OWN}
+    assert set(make_engine(decoder, config, 1, 100)._decode._sources) == {QuerySource.OWN}

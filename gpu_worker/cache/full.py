@@ -1,0 +1,39 @@
+"""A layer that attends to the whole KV in the arena, to compare everything else with."""
+
+from torch import Tensor
+
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.attend import attend_all
+from clo.kernels.store import store, store_new
+from clo.kernels.update_resident import FetchList
+
+
+class FullLayer:
+    """Full attention over the arena, exact and slow.
+
+    Args:
+        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
+        storing: the stream on which rows of a prompt go to the arena.
+        scale: factor of the scores.
+    """
+
+    def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
+        self._arena, self._storing, self._scale = arena, storing, scale
+
+    def take_prompt(
+        self, slot: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
+    ) -> None:
+        """See ``LayerCache.take_prompt``."""
+        with self._storing.fork(rows):
+            store(rows, block_table, self._arena)
+
+    def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
+        """Nothing to do: the rows are in the arena already."""
+
+    def attend(
+        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+    ) -> Tensor:
+        """See ``LayerCache.attend``; nothing is selected or fetched."""
+        store_new(kv, batch.lengths, batch.blocks, self._arena)
+        return attend_all(query, self._arena, batch.blocks, batch.lengths, self._scale)

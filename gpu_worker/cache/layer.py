@@ -1,0 +1,228 @@
+"""One layer of the cache: its resident set, its index, and the order of the work on them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.index import Index
+from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.append import append
+from clo.kernels.attend import attend_resident, merge_fetched
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.fetch import fetch
+from clo.kernels.gate import gate
+from clo.kernels.resident import ResidentSet
+from clo.kernels.store import store, store_new
+from clo.kernels.update_resident import FetchList, update_resident
+
+PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
+
+
+class LayerStreams(NamedTuple):
+    """Side streams for the parts of a layer's work that the rest need not wait for."""
+
+    storing: SideStream  # rows of a prompt go to the arena; shared by all layers
+    recording: SideStream  # the new row goes to arena and index; shared by all layers
+    gating: SideStream  # shared by every second layer, and so is the next one
+    fetching: SideStream
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers of each slot besides its rows."""
+
+    selection_query: Tensor  # [slots, kv_heads, group * head_dim], query of the last selection; 0 for none
+    lse: Tensor  # [slots, query_heads] float32, log-sum-exp of the last attention
+    counters: Tensor  # [slots, kv_heads, 4] int64: gate checks, selections, rows selected, rows fetched
+
+
+class LayerCache:
+    """The resident rows of one layer, for all slots.
+
+    Args:
+        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
+        index: scores the rows.
+        resident: the resident set of all slots.
+        state: the state of all slots.
+        threshold: [kv_heads] float32, the gate of each head; above 1 a head selects in every step.
+        select_k: rows that a head selects.
+        scale: factor of the scores.
+        streams: side streams for the layer's work.
+    """
+
+    def __init__(
+        self,
+        arena: Tensor,
+        index: Index[Any],
+        resident: ResidentSet,
+        state: LayerState,
+        threshold: Tensor,
+        select_k: int,
+        scale: float,
+        streams: LayerStreams,
+    ) -> None:
+        self.arena, self.index, self.resident, self.state = arena, index, resident, state
+        self.select_k = select_k
+        self._threshold, self._scale, self._streams = threshold, scale, streams
+
+    # ------------------------------------------------------------------------------------- prompt
+
+    def take_prompt(
+        self, slot: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
+    ) -> None:
+        """Store a prompt and choose its first resident rows.
+
+        Args:
+            slot: the sequence's slot.
+            rows: [T, kv_heads, 2, head_dim], the layer's whole KV.
+            queries: [W, query_heads, head_dim], those of the prompt's last W tokens.
+            block_table, page_table: [max_blocks] int64, those of the sequence.
+        """
+        with self._streams.storing.fork(rows):
+            self.store(rows, block_table)
+        self._fill(slot, rows, queries, page_table)
+
+    def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
+        """Make a slot ready from rows that are in the arena already.
+
+        The resident set begins with the latest tokens, since no query is known that could choose; the first
+        decode step selects.
+
+        Args:
+            slot: the sequence's slot.
+            tokens: its length.
+            block_table, page_table: [max_blocks] int64, those of the sequence.
+        """
+        rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens]
+        self._fill(slot, rows.contiguous(), None, page_table)
+
+    def _fill(self, slot: int, rows: Tensor, queries: Tensor | None, page_table: Tensor) -> None:
+        """Index and resident rows of a slot; ``queries`` choose the set, else it holds the latest tokens."""
+        total, kv_heads = rows.shape[:2]
+        keys = rows[:, :, 0]
+        self.index.write_prompt(keys, page_table)
+        self.state.selection_query[slot].zero_()  # there is none, so the first decode step selects
+        if queries is None:
+            self.state.lse[slot].zero_()
+        else:
+            last = queries[-1].float().view(kv_heads, -1, rows.shape[3])
+            scores = last @ keys.float().permute(1, 2, 0) * self._scale  # [kv_heads, group, T]
+            self.state.lse[slot] = scores.logsumexp(-1).flatten()
+        resident, first, capacity = self.resident, self.resident.first, self.resident.capacity
+        held, positions, last_used = (tensor[slot] for tensor in resident[:3])
+        sinks, device = resident.sinks, rows.device
+        by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
+        head = min(sinks, total)
+        held[:, :head] = by_head[:, :head]
+        latest = torch.arange(max(head, total - resident.recent), total, device=device)
+        ring = sinks + torch.remainder(latest - sinks, resident.recent)
+        held[:, ring] = by_head[:, latest]
+
+        positions.fill_(-1)
+        last_used.fill_(-1)
+        candidates = total - first
+        if candidates <= 0:
+            return
+        if candidates <= capacity:  # all fit, each in the row that `append` expects
+            chosen = torch.arange(sinks, sinks + candidates, device=device).expand(kv_heads, -1)
+        elif queries is None:
+            end = total - resident.recent
+            chosen = torch.arange(end - 1, end - 1 - capacity, -1, device=device).expand(kv_heads, -1)
+        else:
+            chosen = self._rank(by_head[:, sinks : total - resident.recent, 0], queries)
+        count = chosen.shape[1]
+        positions[:, :count] = chosen.int()
+        last_used[:, :count] = torch.arange(count - 1, -1, -1, device=device).int()
+        heads = torch.arange(kv_heads, device=device).unsqueeze(1)
+        held[:, first : first + count] = by_head[heads, chosen]
+
+    def _rank(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """Positions [kv_heads, C] of the keys that the last queries attend to most, best first.
+
+        Args:
+            keys: [kv_heads, T', head_dim], those of the candidates.
+        """
+        kv_heads, _, head_dim = keys.shape
+        last = queries[-PROMPT_QUERIES:].float()
+        grouped = last.view(len(last), kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+        scores = grouped @ keys.float().transpose(1, 2) * self._scale  # [kv_heads, W * group, T']
+        return scores.softmax(-1).mean(1).topk(self.resident.capacity).indices + self.resident.sinks
+
+    # ------------------------------------------------------------------------------------- decode
+
+    def prefetch(self, query: Tensor, batch: Batch) -> FetchList:
+        """Gate, select and begin to fetch with a predicted query, ahead of the layer itself."""
+        # The new token is not appended yet: the one that it will displace is still in the ring.
+        return self._select(query, batch, self.resident.recent + 1, ahead=True)
+
+    def attend(
+        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+    ) -> Tensor:
+        """The layer's part of a decode step: append, gate, select, fetch, attend.
+
+        Args:
+            query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
+            fetch_list: the list that ``prefetch`` returned, or None where there was no prefetch.
+            select: whether to select with this query, also where ``prefetch`` has selected already.
+
+        Returns:
+            [B, query_heads, head_dim].
+        """
+        count = len(batch.lengths)
+        resident = self.resident.slots(count)
+        streams = self._streams
+        append(kv, batch.lengths, resident)
+        with streams.recording.fork(kv):
+            self.record(kv, batch)
+        if select:
+            if fetch_list is not None:
+                streams.fetching.join()
+            fetch_list = self._select(query, batch, resident.recent, ahead=False)
+        state = attend_resident(query, resident, batch.lengths, fetch_list, self._scale)
+        streams.fetching.join()
+        return merge_fetched(
+            state, query, resident, batch.lengths, fetch_list, self.state.lse[:count], self._scale
+        )
+
+    def _select(self, query: Tensor, batch: Batch, tail: int, *, ahead: bool) -> FetchList:
+        """Gate and select, and begin to fetch; the latest ``tail`` tokens are not candidates."""
+        count = len(batch.lengths)
+        resident = self.resident.slots(count)
+        with self._streams.gating.fork():
+            reselect = self.gate(query, batch)
+        prepared = self.index.prepare(query, self.state.lse[:count], batch)
+        self._streams.gating.join()
+        scores = self.index.score(prepared, reselect, batch, resident.sinks, tail)
+        fetch_list = self.update_resident(scores, reselect, batch, tail)
+        with self._streams.fetching.fork():
+            self.fetch(fetch_list, batch, patient=ahead)
+        return fetch_list
+
+    # The steps below are separate methods so that benchmarks can replace one of them.
+
+    def store(self, rows: Tensor, block_table: Tensor) -> None:
+        """Write a prompt's rows to the arena; see ``clo.kernels.store.store``."""
+        store(rows, block_table, self.arena)
+
+    def record(self, kv: Tensor, batch: Batch) -> None:
+        """Write the new rows [B, kv_heads, 2, head_dim] to the arena, and their keys to the index."""
+        store_new(kv, batch.lengths, batch.blocks, self.arena)
+        self.index.write(kv[:, :, 0], batch)
+
+    def gate(self, query: Tensor, batch: Batch) -> Tensor:
+        """[B, kv_heads] bool, the heads that select; see ``clo.kernels.gate``."""
+        lengths, count = batch.lengths, len(batch.lengths)
+        selection_query, counters = self.state.selection_query[:count], self.state.counters[:count]
+        return gate(query, selection_query, self._threshold, lengths, counters)
+
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+        """Choose rows and say which have to be fetched; see ``clo.kernels.update_resident``."""
+        count = len(batch.lengths)
+        resident, counters = self.resident.slots(count), self.state.counters[:count]
+        return update_resident(scores, reselect, batch.lengths, tail, resident, counters, self.select_k)
+
+    def fetch(self, fetch_list: FetchList, batch: Batch, *, patient: bool) -> None:
+        """Bring the rows from the arena; see ``clo.kernels.fetch``."""
+        resident = self.resident.slots(len(batch.lengths))
+        fetch(fetch_list, resident, batch.blocks, self.arena, patient=patient)

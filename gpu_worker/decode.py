@@ -1,0 +1,61 @@
+"""The layers of one decode step: which query each one selects with, and what runs at the same time."""
+
+import torch
+from torch import Tensor
+
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.model.decoder import Decoder, Rope
+from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.update_resident import FetchList
+
+
+class DecodeStep:
+    """The model's part of a decode step, over the cache.
+
+    Args:
+        decoder: the model.
+        cache: the cache of its KV.
+        sources: the query that each layer selects with.
+        verified: whether a layer that was prefetched for selects again with its own query.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, sources: tuple[QuerySource, ...], *, verified: bool
+    ) -> None:
+        self._decoder, self._cache, self._sources, self._verified = decoder, cache, sources, verified
+        # for even and for odd layers
+        self._ahead = SideStream(decoder.device), SideStream(decoder.device)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Logits [B, vocab] float32 of the current tokens [B]; rows of slots not in use are undefined."""
+        decoder, cache = self._decoder, self._cache
+        hidden = decoder.embed(tokens)
+        normed = decoder.input_norm(0, hidden)
+        rope = decoder.rope((batch.lengths - 1).clamp_min(0))
+        fetch_list: FetchList | None = None
+        for layer, source in enumerate(self._sources):
+            following = (*self._sources, QuerySource.OWN)[layer + 1]
+            next_list: FetchList | None = None
+            if following is QuerySource.INPUT:
+                next_list = self._prefetch(layer + 1, hidden, rope, batch)
+            query, kv = decoder.qkv(layer, normed, rope)
+            if source is not QuerySource.OWN:
+                self._ahead[layer % 2].join()
+            select = source is QuerySource.OWN or self._verified
+            attended = cache.attend(layer, query, kv, batch, fetch_list, select=select)
+            hidden, normed = decoder.add_attention(layer, hidden, attended)
+            if following is QuerySource.MIDDLE:
+                next_list = self._prefetch(layer + 1, hidden, rope, batch)
+            hidden, normed = decoder.add_mlp(layer, hidden, normed)
+            fetch_list = next_list
+        cache.end_step()
+        return decoder.logits(normed)
+
+    def _prefetch(self, layer: int, hidden: Tensor, rope: Rope, batch: Batch) -> FetchList:
+        """Select for a layer with the query that hidden states of the layer before predict."""
+        with self._ahead[layer % 2].fork(hidden):
+            predicted = self._decoder.query(layer, self._decoder.input_norm(layer, hidden), rope)
+            return self._cache.prefetch(layer, predicted, batch)

@@ -1,0 +1,202 @@
+"""Weights of a model, read from a folder or made at random."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from clo.runtime.config import ResolvedModel
+from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.wire.errors import ConfigError
+
+_DUMMY_DEVIATION = 0.02
+
+Place = Callable[[str, Tensor], Tensor]  # name and parameter -> the tensor that the decoder keeps
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x @ weight.T + bias``; weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def first(self, rows: int) -> "Linear":
+        """The part that computes the first ``rows`` outputs, without a copy."""
+        return Linear(self.weight[:rows], None if self.bias is None else self.bias[:rows])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer. ``qkv`` yields all query heads, then key and value of each KV head in turn."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Linear  # [(query_heads + 2 * kv_heads) * head_dim, hidden]
+    qk_norm: Tensor | None  # [query_heads + 2 * kv_heads, head_dim], of which the values' rows are not used
+    output: Linear  # [hidden, query_heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Linear  # [2 * intermediate, hidden]
+    down: Linear  # [hidden, intermediate]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a model, on one device. ``head`` is ``embedding`` itself where the model ties them."""
+
+    embedding: Tensor  # [vocab, hidden]
+    layers: tuple[Layer, ...]
+    norm: Tensor  # [hidden]
+    head: Tensor  # [vocab, hidden]
+    rope_frequencies: Tensor  # [head_dim / 2], float32
+    rope_scale: float  # factor of cosines and sines; 1 unless the RoPE scaling asks for another
+
+
+def load_weights(model: ResolvedModel, config: Any, shape: KVShape) -> Weights:
+    """Load the weights, or make random ones (``load_format`` "dummy").
+
+    Args:
+        config: transformers' configuration of the model.
+
+    Raises:
+        ConfigError: weights are missing, too many, damaged, of the wrong shape or not finite.
+    """
+    device = torch.device(model.device)
+    if model.load_format == "dummy":
+        with torch.device("meta"):
+            source = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
+        place: Place = partial(_random, torch.Generator(device).manual_seed(model.seed))
+    else:
+        source, place = _read(model, config), partial(_checked, model)
+    rotary = type(source.model.rotary_emb)(config)  # that of a meta model has no values
+    tensors = _Tensors(source, place)
+    del source  # from here on only the tensors still to be taken are held
+    embedding = tensors.take("model.embed_tokens.weight")
+    return Weights(
+        embedding=embedding,
+        layers=tuple(
+            tensors.layer(f"model.layers.{index}.", shape.query_heads, shape.kv_heads)
+            for index in range(shape.layers)
+        ),
+        norm=tensors.take("model.norm.weight"),
+        head=tensors.take("lm_head.weight") if "lm_head.weight" in tensors else embedding,
+        rope_frequencies=rotary.inv_freq.to(device),
+        rope_scale=float(rotary.attention_scaling),
+    )
+
+
+def _read(model: ResolvedModel, config: Any) -> Any:
+    """transformers' model with the weights of the folder, all of which must fit."""
+    try:
+        source, report = AutoModelForCausalLM.from_pretrained(
+            model.folder,
+            config=config,
+            dtype=getattr(torch, model.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"The weights in {model.folder} cannot be loaded ({reason}); copy the model again."
+        ) from None
+    unfit = [f"lack {name}" for name in sorted(report["missing_keys"])]
+    unfit += [f"have {name}, which is not part of it" for name in sorted(report["unexpected_keys"])]
+    unfit += [
+        f"have {name} as {list(found)} in place of {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if unfit:
+        raise ConfigError(
+            f"The weights in {model.folder} do not fit its config: they {unfit[0]}; copy the model again."
+        )
+    return source
+
+
+def _checked(model: ResolvedModel, name: str, parameter: Tensor) -> Tensor:
+    tensor = parameter.to(model.device, copy=True)  # the parameter itself is a mapped file, which may change
+    if not tensor.isfinite().all():
+        raise ConfigError(
+            f"The weights in {model.folder} are damaged: {name} holds values that are not finite in "
+            f"{model.dtype}; copy the model again, or choose another --dtype."
+        )
+    return tensor
+
+
+def _random(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
+    """Norms are 1, others are drawn from a normal distribution, in the final dtype on the final device."""
+    tensor = torch.empty_like(parameter, device=generator.device)
+    if name.endswith("norm.weight"):
+        return tensor.fill_(1.0)
+    return tensor.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
+
+
+class _Tensors:
+    """The parameters of transformers' model, each handed out once, so that memory holds no weight twice.
+
+    Args:
+        source: the model; parameters that are tied appear once, under their first name.
+        place: turns a parameter into the tensor to keep.
+    """
+
+    def __init__(self, source: Any, place: Place) -> None:
+        self._parameters: dict[str, Tensor] = dict(source.named_parameters())
+        self._place = place
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def take(self, name: str) -> Tensor:
+        return self._place(name, self._parameters.pop(name).detach())
+
+    def linear(self, *names: str) -> Linear:
+        """One projection whose outputs are those of all, in order."""
+        weights = [self.take(f"{name}.weight") for name in names]
+        biases = [self.take(f"{name}.bias") for name in names if f"{name}.bias" in self]
+        return Linear(_join(weights), _join(biases) if biases else None)
+
+    def layer(self, prefix: str, query_heads: int, kv_heads: int) -> Layer:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qk_norm = None
+        if f"{attention}q_norm.weight" in self:
+            query = self.take(f"{attention}q_norm.weight").expand(query_heads, -1)
+            key = self.take(f"{attention}k_norm.weight").expand(2 * kv_heads, -1)
+            qk_norm = torch.cat((query, key))
+        return Layer(
+            attention_norm=self.take(f"{prefix}input_layernorm.weight"),
+            qkv=_in_turn(
+                self.linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+                query_heads,
+                kv_heads,
+            ),
+            qk_norm=qk_norm,
+            output=self.linear(f"{attention}o_proj"),
+            mlp_norm=self.take(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self.linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down=self.linear(f"{mlp}down_proj"),
+        )
+
+
+def _in_turn(qkv: Linear, query_heads: int, kv_heads: int) -> Linear:
+    """From all queries, all keys, all values to all queries, then each head's key and value in turn."""
+    order = torch.arange(query_heads + 2 * kv_heads)
+    order[query_heads:] = order[query_heads:].view(2, kv_heads).t().flatten()
+
+    def sorted_heads(tensor: Tensor) -> Tensor:
+        return tensor.view(len(order), -1, *tensor.shape[1:])[order.to(tensor.device)].flatten(0, 1)
+
+    return Linear(sorted_heads(qkv.weight), None if qkv.bias is None else sorted_heads(qkv.bias))
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]

@@ -1,0 +1,83 @@
+"""One request on a worker: its state, and what belongs to it in that state."""
+
+from enum import Enum
+
+from clo.gpu_worker.outputs import SlotRelease
+from clo.gpu_worker.prefill import Prefill
+from clo.runtime.wire.messages import Run
+
+
+class State(Enum):
+    """Where a sequence is. It moves on one way only, see ``NEXT``."""
+
+    WAITING = "waits for a slot of the batch"
+    ALLOCATING = "has a slot and waits for blocks"
+    PREFILLING = "has blocks; its prompt is being computed, or waits for its turn"
+    DECODING = "takes part in every step"
+    DRAINING = "takes part in no further step; the last one's token is on its way"
+    RELEASING = "has ended; the device may still touch its slot and blocks"
+    GONE = "holds nothing"
+
+
+NEXT = {
+    State.WAITING: {State.ALLOCATING, State.GONE},
+    State.ALLOCATING: {State.PREFILLING, State.RELEASING, State.GONE},
+    State.PREFILLING: {State.DECODING, State.RELEASING},
+    State.DECODING: {State.DRAINING, State.RELEASING},
+    State.DRAINING: {State.RELEASING},
+    State.RELEASING: {State.GONE},
+    State.GONE: set(),
+}
+"""The states that may follow a state."""
+
+
+class Sequence:
+    """A request on the worker.
+
+    Args:
+        run: the request.
+
+    Attributes:
+        state: see ``State``; ``move`` changes it.
+        tokens: the prompt and all tokens generated so far.
+        slot: its slot of the batch, -1 before it has one.
+        blocks: its blocks of the arena, empty before they are granted.
+        prefill: the work on its prompt, None before its turn and afterwards.
+        launched: tokens that have arrived or are on their way.
+        steps: decode steps launched for it.
+        committed: tokens that the store knows of.
+        reported: when its progress was last reported, in seconds of ``time.monotonic``.
+        reason: why it ended, None before.
+        release: the slot on its way out, from ``State.DRAINING`` or ``State.RELEASING`` on.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.state = State.WAITING
+        self.tokens = list(run.tokens)
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.prefill: Prefill | None = None
+        self.launched = self.steps = self.committed = 0
+        self.reported = 0.0
+        self.reason: str | None = None
+        self.release: SlotRelease | None = None
+
+    @property
+    def id(self) -> int:
+        return self.run.sequence
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.run.tokens)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that it may have in the end."""
+        return len(self.run.tokens) + self.run.sampling.max_tokens
+
+    def move(self, state: State) -> None:
+        """Raises ``RuntimeError`` where ``state`` may not follow the present one."""
+        if state not in NEXT[self.state]:
+            raise RuntimeError(f"Sequence {self.id} cannot go from {self.state.name} to {state.name}.")
+        self.state = state

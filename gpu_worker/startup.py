@@ -1,0 +1,91 @@
+"""From a ``WorkerConfig`` to an engine that can serve: device, model, arena, graphs."""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+import zmq
+
+from clo.gpu_worker.drift_check import DriftCheck
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.memory import check_gpu_memory
+from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.gpu_worker.pinning import pin
+from clo.kvstore.arena import Arena
+from clo.kvstore.client import StoreClient
+from clo.kvstore.layout import arena_tensor, by_block
+from clo.runtime.config import WorkerConfig
+from clo.runtime.machine.numa import bind, device_node
+from clo.runtime.wire.errors import ConfigError
+from clo.runtime.wire.messages import Attach, Attached
+
+ATTACH_SECONDS = 600.0  # the store answers once it has touched its arena, at a GiB or so a second
+
+_logger = logging.getLogger(__name__)
+
+
+class Started(NamedTuple):
+    """Everything that a worker serves with."""
+
+    engine: Engine
+    drift_check: DriftCheck | None
+    store: StoreClient
+    store_name: str
+    capacity_tokens: int  # tokens that the store holds
+
+
+def start(config: WorkerConfig, context: zmq.Context[Any]) -> Started:
+    """Bring a worker up.
+
+    Raises:
+        ConfigError: the model cannot be loaded, the store cannot hold one block of it, or the GPU has too
+            little memory.
+        WorkerDied: the store does not answer.
+    """
+    endpoint = _choose_store(config)
+    decoder = load_decoder(config.model)
+    store = StoreClient(context, endpoint)
+    shape = decoder.shape
+    attached = store.attach(
+        Attach(config.worker, config.worker, os.getpid(), shape.block_tokens, shape.block_bytes),
+        ATTACH_SECONDS,
+    )
+    engine, drift_check = _engine(config, decoder, attached)
+    return Started(engine, drift_check, store, attached.store, attached.blocks * shape.block_tokens)
+
+
+def _choose_store(config: WorkerConfig) -> str:
+    """Take the worker's GPU, and the store on its NUMA node; returns the store's address."""
+    nodes = list(config.stores)
+    node = nodes[config.worker % len(nodes)]  # without a GPU one is as near as another
+    if config.model.device == "cuda":
+        gpus = torch.cuda.device_count()
+        if config.worker >= gpus:
+            raise ConfigError(
+                f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower --workers."
+            )
+        torch.cuda.set_device(config.worker)
+        near = device_node(config.worker)
+        if near in config.stores:
+            node = near
+        elif near is not None:
+            _logger.info("GPU %d is on NUMA node %d, which has no KV store.", config.worker, near)
+    bind(node)
+    return config.stores[node]
+
+
+def _engine(config: WorkerConfig, decoder: Decoder, attached: Attached) -> tuple[Engine, DriftCheck | None]:
+    shape, max_tokens = decoder.shape, config.model.max_model_len
+    shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
+    rows = arena_tensor(shared, shape, attached.blocks)
+    if decoder.device.type == "cuda":
+        check_gpu_memory(shape, config.cache, config.engine, attached.blocks, max_tokens)
+        rows = pin(rows)
+    arena = by_block(rows)
+    engine = Engine(decoder, arena, config.cache, config.engine.max_num_seqs, max_tokens)
+    engine.capture()
+    drift_check = None
+    if config.cache.drift_check is not None:
+        drift_check = DriftCheck(engine, arena, config.cache.drift_check, max_tokens)
+    return engine, drift_check

@@ -1,0 +1,56 @@
+"""The layout of the arena, which is the order of its rows. Everyone who reads or writes a row asks here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from clo.kvstore.arena import Arena
+    from clo.runtime.model.kv_shape import KVShape
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """``[layer][kv_head][block][token][K|V][head_dim]``: the rows that one layer and head needs from many
+    blocks are close together, which suits the GPU's address translation.
+
+    Args:
+        layers, kv_heads: numbers of the model's layers and KV heads.
+        blocks: number of blocks in the arena.
+        part_bytes: size of one layer and KV head of a block.
+    """
+
+    layers: int
+    kv_heads: int
+    blocks: int
+    part_bytes: int
+
+    @classmethod
+    def of_block(cls, layers: int, kv_heads: int, blocks: int, block_bytes: int) -> "ArenaLayout":
+        """The layout of blocks of ``block_bytes`` bytes, all layers and heads together.
+
+        Raises:
+            ValueError: the bytes cannot be divided among so many layers and heads.
+        """
+        part, rest = divmod(block_bytes, layers * kv_heads)
+        if rest:
+            raise ValueError(
+                f"{block_bytes} bytes of a block are not {layers} layers of {kv_heads} KV heads."
+            )
+        return cls(layers, kv_heads, blocks, part)
+
+    def offset(self, layer: int, kv_head: int, block: int) -> int:
+        """Byte at which one layer and head of a block begins."""
+        return ((layer * self.kv_heads + kv_head) * self.blocks + block) * self.part_bytes
+
+
+def arena_tensor(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor":
+    """The rows of an arena in the order of memory: [layers, kv_heads, blocks, block_tokens, 2, head_dim]."""
+    order = (shape.layers, shape.kv_heads, blocks, shape.block_tokens, 2, shape.head_dim)
+    return arena.tensor(shape.dtype, order)
+
+
+def by_block(rows: "torch.Tensor") -> "torch.Tensor":
+    """``arena_tensor`` as everyone indexes it: [blocks, layers, kv_heads, block_tokens, 2, head_dim]."""
+    return rows.permute(2, 0, 1, 3, 4, 5)

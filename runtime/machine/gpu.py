@@ -1,0 +1,69 @@
+"""Whether this machine has a GPU that CLO can use, asked before anything is loaded."""
+
+import importlib
+import importlib.util
+
+from clo.runtime.wire.errors import ConfigError
+
+_OLDEST = 8, 0  # compute capability: asynchronous copies and bfloat16
+
+
+def choose_device(asked: str) -> str:
+    """ "cuda" or "cpu".
+
+    Args:
+        asked: "cuda", "cpu", or "auto", which takes the GPUs if PyTorch sees any.
+
+    Raises:
+        ConfigError: a GPU is wanted, and something that it needs is missing.
+    """
+    if asked == "cpu":
+        return "cpu"
+    import torch  # here, because it takes seconds
+
+    if not torch.cuda.is_available():
+        if asked == "auto":
+            return "cpu"
+        if torch.version.cuda is None:
+            raise ConfigError(
+                "This PyTorch was built without CUDA; install a CUDA build (pip install torch on Linux), or "
+                "start with --device cpu."
+            )
+        raise ConfigError(
+            "PyTorch sees no CUDA GPU here: run nvidia-smi to see what is wrong, or start with --device cpu."
+        )
+    _check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    _check_cupy((torch.version.cuda or "").partition(".")[0])
+    return "cuda"
+
+
+def _check_capability(name: str, capability: tuple[int, int]) -> None:
+    if capability < _OLDEST:
+        raise ConfigError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and CLO's kernels need "
+            f"{_OLDEST[0]}.{_OLDEST[1]} (Ampere) or newer; start with --device cpu."
+        )
+
+
+def _check_cupy(cuda: str) -> None:
+    """CuPy compiles and launches the kernels; its major version of CUDA has to be PyTorch's."""
+    install = f"pip install 'cupy-cuda{cuda}x[ctk]>=14.2'"
+    if importlib.util.find_spec("cupy") is None:
+        raise ConfigError(
+            f"A GPU is here but CuPy, which launches CLO's kernels, is not installed: {install} (the extra "
+            "'cuda' of clo-llm holds it), or start with --device cpu."
+        )
+    try:
+        cupy = importlib.import_module("cupy")
+        found = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:  # whatever an import of a broken installation raises
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"CuPy cannot use this machine's CUDA ({reason}): {install}, or start with --device cpu."
+        ) from None
+    if str(found) != cuda:
+        raise ConfigError(
+            f"CuPy is built for CUDA {found} and PyTorch for CUDA {cuda}: {install} in its place, or start "
+            "with --device cpu."
+        )

@@ -1,0 +1,68 @@
+"""One request in the router: its state, from its arrival until its client has heard the last of it."""
+
+from enum import Enum
+
+from clo.runtime.tokenizer import Detokenizer
+
+
+class State(Enum):
+    """Where a request is. It moves on one way only, see ``NEXT``."""
+
+    ADMITTING = "is being tokenised, or waits until the workers are ready"
+    ASSIGNED = "a worker has it: it waits there, prefills or decodes"
+    STOPPING = "its worker has been told to end it; tokens that still come are dropped"
+    CLOSED = "its client has been sent the last message, or is gone; its worker may not be done yet"
+
+
+NEXT = {
+    State.ADMITTING: {State.ASSIGNED, State.CLOSED},
+    State.ASSIGNED: {State.STOPPING, State.CLOSED},
+    State.STOPPING: {State.CLOSED},
+    State.CLOSED: set(),
+}
+"""The states that may follow a state."""
+
+
+class Request:
+    """A request from its ``Generate`` until its worker is done with it.
+
+    Args:
+        client: name of the client's connection.
+        name: the client's own name for the request.
+        now: time in the event loop's seconds.
+
+    Attributes:
+        state: see ``State``; ``move`` changes it.
+        heard: when the client was last sent something for it.
+        reason: why it ends, if the worker cannot know: "stop" (a stop string) or "cancelled".
+        prefilled: tokens prefilled so far; None while it waits for its prefill.
+        sequence: its number on the worker; -1 before it has one.
+        worker: name of the worker's connection.
+        text: turns its tokens into text; None before it is admitted.
+    """
+
+    def __init__(self, client: bytes, name: str, now: float) -> None:
+        self.client, self.name, self.heard = client, name, now
+        self.state = State.ADMITTING
+        self.reason: str | None = None
+        self.prompt_tokens = self.max_tokens = self.generated = 0
+        self.prefilled: int | None = None
+        self.sequence = -1
+        self.worker = b""
+        self.text: Detokenizer | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether its client waits for more."""
+        return self.state is not State.CLOSED
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens that its worker still has to compute, at most."""
+        return self.prompt_tokens - (self.prefilled or 0) + self.max_tokens - self.generated
+
+    def move(self, state: State) -> None:
+        """Raises ``RuntimeError`` where ``state`` may not follow the present one."""
+        if state not in NEXT[self.state]:
+            raise RuntimeError(f"Request {self.name} cannot go from {self.state.name} to {state.name}.")
+        self.state = state
