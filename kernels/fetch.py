@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import HEAD_DIM, Signature
-from clo.kernels.blocks import ARENA, BLOCK_TABLE, locate
+from clo.kernels.blocks import ARENA, BLOCK_TABLE
 from clo.kernels.launch import launch
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
@@ -54,9 +54,9 @@ def fetch(
             STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
-    entries = torch.arange(fetch_list.entries.shape[2], device=fetch_list.counts.device)
+    entries = torch.arange(fetch_list.entries.shape[2])
     batch, head, entry = (entries < fetch_list.counts.unsqueeze(2)).nonzero(as_tuple=True)
-    row = fetch_list.entries[batch, head, entry].long()
-    position = positions[batch, head, row].long()
-    block, offset = locate(position.unsqueeze(1), block_table[batch], arena.shape[2])
-    rows[batch, head, resident.first + row] = arena[block.squeeze(1), head, offset.squeeze(1)]
+    row = fetch_list.entries[batch, head, entry]
+    position = positions[batch, head, row]
+    block = block_table[batch, position // arena.shape[2]]
+    rows[batch, head, resident.first + row] = arena[block, head, position % arena.shape[2]]

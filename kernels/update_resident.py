@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
@@ -84,33 +85,34 @@ def update_resident(
             shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
-    position = torch.arange(span, device=scores.device)
-    selects = (reselect & (lengths > 0).unsqueeze(1)).unsqueeze(2)
-    scores = scores.masked_fill(position >= (lengths - tail)[:, None, None], NEVER)
-    order = scores.long() * span + (span - 1 - position)
-    best, selected = order.masked_fill_(scores == NEVER, NEVER * span).topk(min(k, span), sorted=False)
-    valid = (best >= 0) & selects
-    selected = torch.nn.functional.pad(selected.where(valid, span), (0, k - selected.shape[2]), value=span)
+    # the score first, then the lower position; below 1 - span a row that is no candidate
+    order = torch.arange(0, -span, -1).add(scores, alpha=span)
+    for sequence, length in enumerate(lengths.tolist()):
+        order[sequence, :, max(length - tail, 0) :] = NEVER * span
+    best, chosen = order.topk(min(k, span), sorted=False)
+    chosen = chosen.where((best > NEVER * span) & reselect.unsqueeze(2), span)
 
-    # column `span` of both maps stands for no position
-    known = positions.long().where((positions >= 0) & selects, span)
-    is_resident = torch.zeros(*positions.shape[:2], span + 1, dtype=torch.bool, device=scores.device)
-    wanted = is_resident.scatter(2, selected, True)
-    wanted[..., span] = False
-    is_resident.scatter_(2, known, True)
-    now = lengths[:, None, None].to(last_used.dtype)
-    last_used.copy_(now.where(wanted.gather(2, known), last_used))
-    is_resident[..., span] = True
-    missing = selected.where(~is_resident.gather(2, selected), span).sort(2).values  # ascending, then `span`
+    # position `span` and row `capacity` stand for what is not there
+    rows = torch.arange(capacity)
+    known = positions.where((positions >= 0) & (positions < span), span).long()
+    home = torch.full((*reselect.shape, span + 1), capacity)
+    home.scatter_(2, known, rows.expand_as(known))
+    home[..., span] = capacity
+    place = home.gather(2, chosen)
+    stamp = lengths[:, None, None].to(last_used.dtype).expand_as(place)
+    ages = pad(last_used, (0, 1)).scatter_(2, place, stamp)[..., :capacity]
+    missing = chosen.where(place == capacity, span).sort(2).values  # ascending, then `span`
+    count = (missing < span).sum(2)
+    counters[..., 2].add_((chosen < span).sum(2))
+    counters[..., 3].add_(count)
+
+    most = int(count.max())
+    missing = missing[..., :most]
     lacking = missing < span
-
-    age = last_used.long() * capacity + torch.arange(capacity, device=scores.device)
-    oldest = age.topk(k, dim=2, largest=False).indices
-    oldest = oldest.where(lacking, capacity).sort(2).values  # as many as are missing, ascending
-    for tensor, value in ((positions, missing), (last_used, now.expand_as(missing))):
-        padded = torch.nn.functional.pad(tensor, (0, 1))
-        tensor.copy_(padded.scatter_(2, oldest, value.to(tensor.dtype))[..., :capacity])
-    count = lacking.sum(2)
-    counters[..., 2] += (selected < span).sum(2)
-    counters[..., 3] += count
-    return FetchList(oldest.int(), count.int())
+    oldest = torch.add(rows, ages, alpha=capacity).topk(most, largest=False).indices
+    # as many as are missing, ascending; those past `capacity` stay where they are
+    oldest = oldest.add_(~lacking, alpha=capacity).sort(2).values.remainder_(capacity)
+    positions.scatter_(2, oldest, missing.int().where(lacking, positions.gather(2, oldest)))
+    last_used.copy_(ages)
+    last_used.scatter_(2, oldest, stamp[..., :most].where(lacking, last_used.gather(2, oldest)))
+    return FetchList(pad(oldest.int(), (0, k - most)), count.int())
