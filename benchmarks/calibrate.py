@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.tasks import documents, make_item
-from clo.gpu_worker.cache.kv_cache import Batch, KVCache
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.kernels.attend import attend_prompt
 from clo.runtime.config import CacheConfig, ModelConfig, Sizes
@@ -92,7 +93,7 @@ class Bench:
             blocks, shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim,
             dtype=shape.dtype, device=self._device,
         )  # fmt: skip
-        self._block_table = torch.arange(blocks, device=self._device)
+        self._table = torch.arange(blocks, device=self._device)  # of the blocks and of the index's pages
 
         def cache(config: CacheConfig) -> KVCache:
             return KVCache(shape, arena, config, 1, total, decoder.scale, self._device)
@@ -110,7 +111,12 @@ class Bench:
         error = torch.zeros(heads, dtype=torch.float64, device=self._device)
         for length, token in enumerate(self._continuation, len(self._prompt) + 1):
             error += self._step(token, length)
-        counters = torch.stack([cache._counters[:, 0] for cache in self._caches]).double()
+        counters = torch.stack(
+            [
+                torch.stack([layer.state.counters[0] for layer in cache.sparse_layers])
+                for cache in self._caches
+            ]
+        ).double()
         steps = len(self._continuation)
         return Costs(error.cpu() / steps, counters[..., 3].cpu() / steps, counters[..., 1].cpu() / steps)
 
@@ -123,7 +129,7 @@ class Bench:
         for layer in range(self._shape.layers):
             query, rows = decoder.qkv(layer, normed, rope)
             for cache in (self._full, *self._caches):
-                cache.take_prompt(0, layer, rows, query, self._block_table)
+                cache.take_prompt(0, layer, rows, query, self._table, self._table)
                 cache.join_prompt()
             attended = attend_prompt(query, rows, decoder.scale)
             hidden, normed = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
@@ -131,7 +137,8 @@ class Bench:
     def _step(self, token: int, length: int) -> Tensor:
         """Errors in nats [options, layers, kv_heads] at one token, the last of ``length``."""
         decoder, shape = self._decoder, self._shape
-        batch = Batch(torch.tensor([length], device=self._device), self._block_table.unsqueeze(0))
+        table = self._table.unsqueeze(0)
+        batch = Batch(torch.tensor([length], device=self._device), table, table)
         probes = torch.zeros(
             shape.layers, shape.query_heads, shape.head_dim, dtype=shape.dtype, device=self._device,
             requires_grad=True,

@@ -4,10 +4,11 @@
 
 Keys are those of prompts of 4,096 tokens of the default model, queries those of their last 32 tokens, over
 all layers and heads. What a row is worth is its softmax weight, summed over the queries of a KV head, as in
-``clo.kernels.score.score_products``; an index estimates the products of queries and keys that it follows from. First and
-latest tokens, which are always attended, are left out. Every index has a code of 2 bits for each entry of a
-key (128 at head_dim 64); "bits a key" adds its scale. All but ``page`` centre the keys on the mean of their
-block of 512. The learned hash is trained, head by head, on a document that no index is judged by.
+``clo.kernels.score.score_products``; an index estimates the products of queries and keys that it follows
+from. First and latest tokens, which are always attended, are left out. Every index has a code of 2 bits for
+each entry of a key (128 at head_dim 64); "bits a key" adds its scale. All but ``page`` centre the keys on the
+mean of their block of 512. The learned hash is trained, head by head, on a document that no index is judged
+by.
 """
 
 import math

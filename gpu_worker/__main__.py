@@ -1,9 +1,12 @@
 """``python -m clo.gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
 
 import sys
+from typing import Any
 
 import msgspec
+import zmq
 
+from clo.gpu_worker.startup import start
 from clo.gpu_worker.worker import Worker
 from clo.runtime.config import WorkerConfig
 from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
@@ -13,7 +16,8 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     configure_logging(config.log_level)
-    Worker(config).serve()
+    context: zmq.Context[Any] = zmq.Context()
+    Worker(config, context, start(config, context)).serve()
 
 
 if __name__ == "__main__":

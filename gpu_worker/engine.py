@@ -88,6 +88,17 @@ class Engine:
         self._mailbox.reset()
         self._posted = 0
 
+    @torch.inference_mode()
+    def captured(self, size: int) -> DecodeGraphs:
+        """A graph of the step as it is now, apart from those that ``step`` replays; only for a GPU.
+
+        Benchmarks compare several of one engine. What they post to the mailbox must not be read, so that
+        ``capture`` has to follow before sequences are served.
+        """
+        graphs = DecodeGraphs(self._step, self._device)
+        graphs.capture([size])
+        return graphs
+
     # ------------------------------------------------------------------------------ life of a slot
 
     @torch.inference_mode()
@@ -102,17 +113,21 @@ class Engine:
             padded[: len(row)] = torch.tensor(row)
             table[slot].copy_(padded, non_blocking=True)
 
+    def tables(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Block table and page table of a slot, each [max_blocks] int64."""
+        return self._blocks[slot], self._pages[slot]
+
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
         """Begin the prefill of a sequence in a free slot."""
         self.place(slot, blocks)
-        return Prefill(self.decoder, self.cache, slot, tokens, self._blocks[slot], self._pages[slot])
+        return Prefill(self.decoder, self.cache, slot, tokens, *self.tables(slot))
 
     @torch.inference_mode()
     def restore(self, slot: int, tokens: int, blocks: list[int]) -> None:
         """Make a free slot ready for a sequence of ``tokens`` tokens whose rows are in its blocks already."""
         self.place(slot, blocks)
-        self.cache.restore(slot, tokens, self._blocks[slot], self._pages[slot])
+        self.cache.restore(slot, tokens, *self.tables(slot))
 
     @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
@@ -234,7 +249,7 @@ class Engine:
 
     @torch.inference_mode()
     def logprob(self, logits: Tensor, event: DeviceEvent, token: int, top: int) -> Logprob:
-        """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
+        """Log-probabilities of ``token`` and the ``top`` most likely ones at a position, before temperature.
 
         Args:
             logits: [vocab] float32, complete at ``event``. Waits for that, not for what was launched later.

@@ -46,7 +46,7 @@ def make_engine(
 
 
 def blocks_of(engine: Engine, slot: int, tokens: int) -> list[int]:
-    """The blocks of a slot for a sequence that may come to ``tokens`` tokens; block 0 belongs to none."""
+    """The blocks of a slot for a sequence that may come to ``tokens`` tokens; block 0 belongs to no slot."""
     count = -(-tokens // engine.decoder.shape.block_tokens)
     return [1 + slot * count + block for block in range(count)]
 

@@ -10,7 +10,7 @@ import torch
 import zmq
 
 from clo.gpu_worker.scheduler import Scheduler
-from clo.gpu_worker.startup import start
+from clo.gpu_worker.startup import Started
 from clo.runtime.config import WorkerConfig
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import (
@@ -44,43 +44,47 @@ def private_bytes() -> int:
 
 
 class Worker:
-    """One worker: its sockets, its engine and the loop that turns messages into steps.
+    """One worker: its connection to the router and the loop that turns messages into steps.
 
     Args:
-        config: as the launcher passed it.
+        config: the configuration that the launcher passed.
+        context: ZeroMQ's context for its sockets.
+        started: engine and store that it serves with.
 
-    Raises:
-        ConfigError, WorkerDied: see ``clo.gpu_worker.startup.start``.
+    Attributes:
+        scheduler: decides what its requests do next.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, context: zmq.Context[Any], started: Started) -> None:
         self._config = config
-        context: zmq.Context[Any] = zmq.Context()
-        started = start(config, context)
         self._engine, self._drift_check, self._store = started.engine, started.drift_check, started.store
         self._router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
-        self._scheduler = Scheduler(
-            self._engine, config.model.max_model_len, self._router.send, self._store.send, self._drift_check
+        self.scheduler = Scheduler(
+            self._engine, config.model.max_model_len, self.report, self._store.send, self._drift_check
         )
         self._ready = Ready(config.worker, os.getpid(), started.store_name, started.capacity_tokens)
+
+    def report(self, message: FromWorker) -> None:
+        """Send a message to the router."""
+        self._router.send(message)
 
     def serve(self) -> None:
         """Serve until the process is ended."""
         poller = zmq.Poller()
         poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._store.socket, zmq.POLLIN)
-        self._router.send(self._ready)
+        self.report(self._ready)
         while True:
-            poller.poll(0 if self._scheduler.busy else None)
+            poller.poll(0 if self.scheduler.busy else None)
             while (message := self._receive()) is not None:
                 self._handle(message)
-            if self._scheduler.busy:
-                if not self._scheduler.advance():
+            if self.scheduler.busy:
+                if not self.scheduler.advance():
                     time.sleep(_PAUSE_SECONDS)
             else:
-                self._scheduler.check_integrity()
+                self.scheduler.check_integrity()
 
     def _receive(self) -> ToWorker | FromStore | None:
         for socket in (self._store, self._router):
@@ -96,20 +100,20 @@ class Worker:
     def _handle(self, message: ToWorker | FromStore) -> None:
         match message:
             case Run():
-                self._scheduler.add(message)
+                self.scheduler.add(message)
             case Abort():
-                self._scheduler.abort(message)
+                self.scheduler.abort(message)
             case Allocated():
-                self._scheduler.granted(message)
+                self.scheduler.granted(message)
             case Denied():
-                self._scheduler.denied(message)
+                self.scheduler.denied(message)
             case GetWorkerStats():
                 self._store.send(GetStoreStats())  # answered together with the store's
             case StoreReport():
-                self._router.send(WorkerReport(self._stats(), message.stats))
+                self.report(WorkerReport(self._stats(), message.stats))
 
     def _stats(self) -> WorkerStats:
-        cache, scheduler = self._engine.cache, self._scheduler
+        cache, scheduler = self._engine.cache, self.scheduler
         return WorkerStats(
             worker=self._config.worker,
             running=scheduler.running,

@@ -12,45 +12,113 @@ Every head selects at every step; 9 % (``ablation/50%``: 50 %) of k rows come an
 - no-resident-set: the set is what was selected last, fetched as a whole at every step.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.baseline import release
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED, step_seconds
-from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
+from benchmarks.gpu.synthetic import (
+    LLAMA_8B,
+    ReplayLayer,
+    arena_of,
+    filled_engine,
+    random_decoder,
+    replay,
+)
 from benchmarks.result import Result
-from clo.gpu_worker import cache as cache_module
-from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
 
 ARENA_GIB = 98
 
 _SEQUENCES = 24
+_SLOTS = list(range(_SEQUENCES))
 _LENGTH = CONTEXT - 300
 _STEPS = 20
+_OWN_QUERY = CacheConfig(select_k=CONFIG.select_k, resident=CONFIG.resident, prefetch="off")
 
 
+class InLineLayer(ReplayLayer):
+    """Fetches before it attends to anything."""
+
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, tail)
+        super().fetch(fetch_list, batch, patient=False)
+        return fetch_list
+
+    def fetch(self, fetch_list: FetchList, batch: Batch, *, patient: bool) -> None:
+        """Nothing to do: the rows are there."""
+
+
+class WaitingLayer(ReplayLayer):
+    """Lets the host wait for what it chooses."""
+
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, tail)
+        torch.cuda.current_stream().synchronize()
+        return fetch_list
+
+
+class CutLayer(ReplayLayer):
+    """Once it has chosen its rows, calls ``cut`` where that is set, with no work left on a branch."""
+
+    cut: Callable[[], None] | None = None
+
+    def attend(
+        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+    ) -> Tensor:
+        attended = super().attend(query, kv, batch, fetch_list, select=select)
+        with self._streams.recording.fork():
+            pass  # behind the last cut too, the end of the step finds this branch in its graph
+        return attended
+
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, tail)
+        self.announce(fetch_list)
+        if self.cut is not None:
+            self._streams.recording.join()
+            self.cut()
+        return fetch_list
+
+    def announce(self, fetch_list: FetchList) -> None:
+        """Tell the host which rows are to be fetched; a GPU that reads them itself need not."""
+
+
+@torch.inference_mode()
 def measure(machine: Machine) -> list[Result]:
-    arena = arena_of(machine.memory, LLAMA_8B, _SEQUENCES, MAX_TOKENS)
+    arena = arena_of(machine.memory, LLAMA_8B.shape, _SEQUENCES, MAX_TOKENS)
     decoder = random_decoder(LLAMA_8B, MAX_TOKENS)
 
-    def engine_of(config: CacheConfig) -> Engine:
-        return filled_engine(decoder, arena, config, _SEQUENCES, _LENGTH, MAX_TOKENS)
+    def engine_of(config: CacheConfig, rows: int, layer_type: type[ReplayLayer] = ReplayLayer) -> Engine:
+        release()  # what belonged to the engine before
+        engine = filled_engine(decoder, arena, config, _SEQUENCES, _LENGTH, MAX_TOKENS, layer_type=layer_type)
+        replay(engine, rows)
+        return engine
 
-    engine = engine_of(CONFIG)
-    times = {share: _taken_apart(engine, machine.host, SELECTED * share // 100) for share in (9, 50)}
-    del engine
-    alone = engine_of(CacheConfig(select_k=256, resident=256))
-    with replayed(256):
-        times[9]["no-resident-set"] = step_seconds(alone, _SEQUENCES)
+    times = {}
+    for share in (9, 50):
+        rows = SELECTED * share // 100
+        gather_layer, gather = _gathering(arena, machine.host, rows)
+        times[share] = {
+            "whole": step_seconds(engine_of(CONFIG, rows), _SEQUENCES),
+            "no-prefetch": step_seconds(engine_of(_OWN_QUERY, rows), _SEQUENCES),
+            "no-overlap": step_seconds(engine_of(_OWN_QUERY, rows, InLineLayer), _SEQUENCES),
+            "host-sync": seconds(_chain(engine_of(_OWN_QUERY, rows, CutLayer), lambda layer: None), _STEPS),
+            "host-sync/eager": seconds(
+                partial(engine_of(_OWN_QUERY, rows, WaitingLayer).step, _SLOTS, MAX_TOKENS), _STEPS
+            ),
+            "cpu-gather": seconds(_chain(engine_of(_OWN_QUERY, rows, gather_layer), gather), _STEPS),
+        }
+    times[9]["no-resident-set"] = step_seconds(
+        engine_of(CacheConfig(select_k=256, resident=256), 256), _SEQUENCES
+    )
 
     results = []
     for share, of_share in times.items():
@@ -62,70 +130,31 @@ def measure(machine: Machine) -> list[Result]:
     return results
 
 
-@torch.inference_mode()
-def _taken_apart(engine: Engine, host: Tensor, rows: int) -> dict[str, float]:
-    """Seconds of a step, whole and without one of the parts."""
-    engine._lengths.fill_(_LENGTH)
-    cache, times = engine.cache, {}
-    with replayed(rows):
-        times["whole"] = step_seconds(engine, _SEQUENCES)
-        with patch.object(engine, "_sources", (QuerySource.OWN,) * LLAMA_8B.layers):
-            times["no-prefetch"] = step_seconds(engine, _SEQUENCES)
-            in_line = SideStream(torch.device("cpu"))  # does its work where it stands
-            with patch.object(cache, "_fetching", (in_line, in_line)):
-                times["no-overlap"] = step_seconds(engine, _SEQUENCES)
-            times["host-sync"] = seconds(_cut(engine, lambda layer: None), _STEPS)
-            with _waiting():
-                times["host-sync/eager"] = seconds(lambda: engine._step(_SEQUENCES), _STEPS)
-            with _gathered_by_cpu(engine, host, rows) as gather:
-                times["cpu-gather"] = seconds(_cut(engine, gather), _STEPS)
-    return times
-
-
-@contextmanager
-def _waiting() -> Iterator[None]:
-    """Within, the host waits for what each layer chooses."""
-    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
-
-    def choose_and_wait(*args: object) -> FetchList:
-        fetch_list = update_resident(*args)
-        torch.cuda.current_stream().synchronize()
-        return fetch_list
-
-    with patch.object(cache_module, "update_resident", choose_and_wait):
-        yield
-
-
-def _cut(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]:
+def _chain(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]:
     """A decode step as a chain of graphs, cut where a layer has chosen its rows.
 
     Args:
-        engine: without prefetch.
+        engine: without prefetch, and with layers that can be cut.
         between: what the host does at each cut, once it has waited; gets the layer.
     """
-    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     graphs = [torch.cuda.CUDAGraph()]
 
-    def choose_and_cut(*args: object) -> FetchList:
-        fetch_list = update_resident(*args)
-        engine.cache._recording.join()
+    def cut() -> None:
         graphs[-1].capture_end()
         graphs.append(torch.cuda.CUDAGraph())
         graphs[-1].capture_begin(pool)
-        return fetch_list
 
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        engine._step(_SEQUENCES)
+        engine.step(_SLOTS, MAX_TOKENS)
         torch.cuda.synchronize()
-        with (
-            patch.object(cache_module, "update_resident", choose_and_cut),
-            patch.object(engine.cache, "end_step", lambda: None),  # joined at the last cut
-        ):
-            graphs[0].capture_begin(pool)
-            engine._step(_SEQUENCES)
-            graphs[-1].capture_end()
+        for layer in engine.cache.layers:
+            assert isinstance(layer, CutLayer)
+            layer.cut = cut
+        graphs[0].capture_begin(pool)
+        engine.step(_SLOTS, MAX_TOKENS)
+        graphs[-1].capture_end()
 
     def step() -> None:
         for layer, graph in enumerate(graphs[:-1]):
@@ -137,44 +166,38 @@ def _cut(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]
     return step
 
 
-@contextmanager
-def _gathered_by_cpu(engine: Engine, host: Tensor, rows: int) -> Iterator[Callable[[int], None]]:
-    """Within, a layer sends the positions of its chosen rows to the CPU and fetches them from pinned memory;
-    in between, the function that this yields must gather them there.
+def _gathering(arena: Tensor, host: Tensor, rows: int) -> tuple[type[CutLayer], Callable[[int], None]]:
+    """Layers that send the positions of their chosen rows to the CPU and fetch them from pinned memory, and
+    the function that must gather them there in between; it gets the layer.
 
     Args:
+        arena: as the GPU sees it.
         host: the arena's memory [bytes] uint8 as the CPU sees it.
         rows: that each head fetches.
     """
-    choose: Callable[..., FetchList] = vars(cache_module)["update_resident"]
-    cache, shape = engine.cache, engine.cache.shape
-    row = 2 * shape.head_dim
-    arena = host[: cache._arena.nbytes].view(shape.dtype).view(-1, row)
+    shape, row = LLAMA_8B.shape, 2 * LLAMA_8B.head_dim
+    rows_of_arena = host[: arena.nbytes].view(shape.dtype).view(-1, row)
     # a head's rows lie together in the arena, and those of a sequence too, as its blocks follow one another
-    tokens = len(cache._arena) // _SEQUENCES * shape.block_tokens
+    tokens = len(arena) // _SEQUENCES * shape.block_tokens
     heads = torch.arange(shape.layers * shape.kv_heads).view(shape.layers, 1, shape.kv_heads, 1)
     starts = (heads * _SEQUENCES + torch.arange(_SEQUENCES).view(-1, 1, 1)) * tokens
+    first, capacity = CONFIG.sinks + CONFIG.recent, CONFIG.sizes(MAX_TOKENS, shape.layers)[0].resident
     lines = torch.arange(_SEQUENCES * shape.kv_heads, device="cuda").view(_SEQUENCES, -1, 1)
-    sets = lines * cache._resident[0].shape[2] + cache._first
+    sets = lines * (first + capacity) + first  # where the sets begin among the resident rows
     positions = torch.zeros(_SEQUENCES, shape.kv_heads, rows, dtype=torch.int32, pin_memory=True)
     buffer = torch.zeros(positions.numel(), row, dtype=shape.dtype, pin_memory=True)
-    slots = torch.zeros(positions.shape, dtype=torch.int64, device="cuda")
+    entries = torch.zeros(positions.shape, dtype=torch.int64, device="cuda")
 
-    def choose_and_send(*args: Tensor) -> FetchList:
-        fetch_list = update_resident(*args)
-        slots.copy_(fetch_list.entries[..., :rows])  # every head has as many
-        positions.copy_(args[4].gather(2, slots), non_blocking=True)  # of the positions
-        return fetch_list
+    class GatherLayer(CutLayer):
+        def announce(self, fetch_list: FetchList) -> None:
+            entries.copy_(fetch_list.entries[..., :rows])  # every head has as many
+            positions.copy_(self.resident.positions.gather(2, entries), non_blocking=True)
+
+        def fetch(self, fetch_list: FetchList, batch: Batch, *, patient: bool) -> None:
+            fetched = buffer.to("cuda", non_blocking=True)
+            self.resident.rows.view(-1, row).index_copy_(0, (sets + entries).flatten(), fetched)
 
     def gather(layer: int) -> None:
-        torch.index_select(arena, 0, (starts[layer] + positions).flatten(), out=buffer)
+        torch.index_select(rows_of_arena, 0, (starts[layer] + positions).flatten(), out=buffer)
 
-    def take(*args: Tensor, patient: bool) -> None:  # what ``fetch`` takes; there is no prefetch
-        fetched = buffer.to("cuda", non_blocking=True)
-        args[4].view(-1, row).index_copy_(0, (sets + slots).flatten(), fetched)
-
-    with (
-        patch.object(cache_module, "update_resident", choose_and_send),
-        patch.object(cache_module, "fetch", take),
-    ):
-        yield gather
+    return GatherLayer, gather

@@ -1,4 +1,4 @@
-"""gather/N: N rows a head of 12 sequences x 8 heads x 32K, one layer after another, fresh rows each time.
+"""gather/N: N rows a head of 12 sequences x 8 heads x 32K, one layer after another, new rows each time.
 
 The reference is the copy engine, which takes turns with them. What the same kernel reaches on rows that
 follow one another is a second ceiling: the copy engine asks for larger pieces than any kernel does.
@@ -14,6 +14,7 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
 from clo.kernels.fetch import fetch
+from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 
 CONTEXT = 32768
@@ -24,9 +25,9 @@ ARENA_GIB = 13
 def measure(machine: Machine) -> list[Result]:
     sequences, layers, capacity = 12, 8, 2048
     model = Model("gather", layers, 32, 8, 4096, 14336, 128256)
-    arena = arena_of(machine.memory, model, sequences, CONTEXT)
+    arena = arena_of(machine.memory, model.shape, sequences, CONTEXT)
     table = torch.arange(len(arena), device="cuda").view(sequences, -1)
-    resident = torch.zeros(sequences, 8, capacity, 2, 128, dtype=torch.bfloat16, device="cuda")
+    rows_of_set = torch.zeros(sequences, 8, capacity, 2, 128, dtype=torch.bfloat16, device="cuda")
 
     def scattered(rows: int) -> Tensor:
         """[sequences, 8, rows] positions, in order."""
@@ -38,14 +39,15 @@ def measure(machine: Machine) -> list[Result]:
 
     inputs = []
     for rows, draw in ((2048, consecutive), *((rows, scattered) for rows in ROWS)):
-        slots = torch.arange(rows, device="cuda").int().expand(sequences, 8, rows).contiguous()
+        entries = torch.arange(rows, device="cuda").int().expand(sequences, 8, rows).contiguous()
         counts = torch.full((sequences, 8), rows, dtype=torch.int32, device="cuda")
         draws = [torch.nn.functional.pad(draw(rows).int(), (0, capacity - rows)) for _ in range(2 * layers)]
-        inputs.append((FetchList(slots, counts), draws))
+        inputs.append((FetchList(entries, counts), draws))
 
-    def gather(fresh: FetchList, draws: list[Tensor]) -> None:
+    def gather(fetch_list: FetchList, draws: list[Tensor]) -> None:
         for turn, positions in enumerate(draws):
-            fetch(fresh, positions, table, arena[:, turn % layers], resident, 0)
+            resident = ResidentSet(rows_of_set, positions, last_used=positions, sinks=0, recent=0)
+            fetch(fetch_list, resident, table, arena[:, turn % layers])
 
     copied = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     graphs = [graph_of(partial(gather, *each)) for each in inputs]
@@ -55,7 +57,7 @@ def measure(machine: Machine) -> list[Result]:
     engine = 2**30 / copying
     rates = [
         len(draws) * fetch_list.entries.numel() * 512 / took
-        for (fresh, draws), took in zip(inputs, gathering, strict=True)
+        for (fetch_list, draws), took in zip(inputs, gathering, strict=True)
     ]
     names = [("ceiling", "consecutive rows"), *((f"gather/{rows}", "rate") for rows in ROWS)]
     return [

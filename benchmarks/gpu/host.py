@@ -5,12 +5,17 @@ at random. A few requests end meanwhile, and others take their places.
 """
 
 import os
+import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import count, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import zmq
 from torch import Tensor
@@ -18,19 +23,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
+from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replay
 from benchmarks.result import Result
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.scheduler import Scheduler
+from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.startup import Started
 from clo.gpu_worker.worker import Worker
+from clo.kvstore.client import StoreClient
 from clo.kvstore.server import listen
-from clo.runtime.config import CacheConfig
-from clo.runtime.wire.messages import Attach, Done, FromWorker, Ready, Run, Sampling, Stepped, ToWorker
-from clo.runtime.wire.sockets import DealerSocket
-from tests.store import ARENA_BYTES, new_endpoint, running_store
+from clo.runtime.config import CacheConfig, ResolvedModel, StoreConfig, WorkerConfig
+from clo.runtime.wire.messages import Attach, Done, FromWorker, Run, Sampling, Stepped
 
 CONTEXT, SEQUENCES = 32768, 24
 ARENA_GIB = 98
+STORE_BYTES = 64 * 2**20  # of the KV store's own arena, which holds no rows
 ROWS = 23  # new ones a step and head: 9 % of k
 _LONGEST = 512  # tokens that a request generates: more than there are steps
 _WARM, _STEPS, _PROFILED = 20, 400, 50
@@ -57,41 +63,116 @@ class Served(NamedTuple):
     profiled: int  # steps
 
 
-class Prefilled:
-    """In place of ``Prefill``: nothing is left to do."""
+class Prefilled(Prefill):
+    """A prefill of which nothing is left to do.
 
-    def __init__(self, total: int, logits: Tensor) -> None:
-        self.done = self.total = total
-        self._logits = logits  # [1, vocab]
+    Args:
+        total: tokens of the prompt; logits: [1, vocab].
+    """
+
+    def __init__(self, total: int, logits: Tensor) -> None:  # in place of that of Prefill, which would begin
+        self.total, self._logits = total, logits
+
+    @property
+    def done(self) -> int:
+        return self.total
 
     def advance(self) -> Tensor:
         return self._logits
 
 
+class PrefilledEngine(Engine):
+    """Whose prompts count as prefilled, in the blocks that their slots have already."""
+
+    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
+        return Prefilled(len(tokens), self._logits)
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        return torch.zeros(1, self.decoder.vocab, device=self.decoder.device)
+
+
+class ObservedWorker(Worker):
+    """A worker whose loop ends when ``figures`` has what it took, by a ``StopIteration``.
+
+    Args:
+        config, context, started: see ``Worker``.
+        prompts: their lengths; they decode all at a time.
+        store: pid of the KV store.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        context: zmq.Context[Any],
+        started: Started,
+        prompts: list[int],
+        store: int,
+    ) -> None:
+        super().__init__(config, context, started)
+        self.figures: list[Served] = []
+        self._numbers, self._store_pid, self._replacement = count(), store, prompts[-1]
+        self._script = self._observe()
+        self._due = next(self._script)
+        for turn, prompt in enumerate(prompts):
+            ends = _WARM + (turn + 1) * _STEPS // (_ENDING + 1)
+            self._begin(prompt, ends if turn < _ENDING else _LONGEST)
+
+    def report(self, message: FromWorker) -> None:
+        super().report(message)
+        if isinstance(message, Done):
+            self._begin(self._replacement, _LONGEST)
+        if isinstance(message, Stepped) and self.scheduler.steps >= self._due:
+            self._due = next(self._script)
+
+    def _begin(self, prompt: int, tokens: int) -> None:
+        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+        self.scheduler.add(Run(next(self._numbers), [40_000] * prompt, sampling, seed=1, eos=[], forced=None))
+
+    def _observe(self) -> Iterator[int]:
+        """Yields the step before which it has nothing to do."""
+        yield _WARM
+        begin = self._read()
+        yield _WARM + _STEPS
+        end = self._read()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            first = self.scheduler.steps
+            yield first + _PROFILED
+            profiled = self.scheduler.steps - first
+        self.figures.append(Served(begin, end, profiler, profiled))
+
+    def _read(self) -> Reading:
+        return Reading(
+            self.scheduler.steps, time.perf_counter(), time.process_time(), cpu_seconds(self._store_pid)
+        )
+
+
 def measure(machine: Machine) -> list[Result]:
     model, max_tokens = LLAMA_8B, CONTEXT + _LONGEST
-    arena = arena_of(machine.memory, model, SEQUENCES, max_tokens)
+    arena = arena_of(machine.memory, model.shape, SEQUENCES, max_tokens)
     config = CacheConfig(select_k=256, resident=2048)
-    engine = filled_engine(random_decoder(model, max_tokens), arena, config, SEQUENCES, CONTEXT, max_tokens)
+    decoder = random_decoder(model, max_tokens)
+    engine = filled_engine(
+        decoder, arena, config, SEQUENCES, CONTEXT, max_tokens, engine_type=PrefilledEngine
+    )
+    replay(engine, ROWS)
+    engine.capture([SEQUENCES])
+    slots = list(range(SEQUENCES))
 
     def burst() -> None:
         for _ in range(_BURST):
-            engine._graphs[SEQUENCES].replay()
+            engine.step(slots, max_tokens)
 
-    with replayed(ROWS):
-        with torch.inference_mode():
-            engine._capture(SEQUENCES)
-        replay = seconds(burst, 3) / _BURST
-        engine._mailbox.reset()
-        engine._lengths.zero_()
-        # a little apart, so that blocks fill up at different steps
-        served = serve(engine, [CONTEXT - 20 * slot for slot in range(SEQUENCES)], max_tokens)
+    step = seconds(burst, 3) / _BURST
+    engine.suspend(torch.ones(SEQUENCES, dtype=torch.bool, device="cuda"))
+    # a little apart, so that blocks fill up at different steps
+    served = serve(engine, [CONTEXT - 20 * slot for slot in slots], max_tokens)
 
     wall = served.end.wall - served.begin.wall
-    step = wall / (served.end.steps - served.begin.steps)
+    served_step = wall / (served.end.steps - served.begin.steps)
     return [
-        Result("host", "step", step * 1e3, "ms", replay * 1e3, step / replay),
-        Result("host", "GPU idle", 100 * (1 - replay / step), "%"),
+        Result("host", "step", served_step * 1e3, "ms", step * 1e3, served_step / step),
+        Result("host", "GPU idle", 100 * (1 - step / served_step), "%"),
         Result("host", "worker CPU", (served.end.worker - served.begin.worker) / wall, "CPU s/s"),
         Result("host", "store CPU", (served.end.store - served.begin.store) / wall, "CPU s/s"),
         *calls_of(served.profile, served.profiled),
@@ -101,63 +182,37 @@ def measure(machine: Machine) -> list[Result]:
 def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
     """Let a worker serve prompts of these lengths, all at a time, in its own loop."""
     shape = engine.decoder.shape
-    logits = torch.zeros(1, engine.decoder.vocab, device=engine.decoder.device)
-    setattr(engine, "prefill", lambda _, tokens, __: Prefilled(len(tokens), logits))  # noqa: B010
-    numbers, due = count(), 0
-    figures: list[Served] = []
+    # as many blocks as the arena has; the store only counts them
+    block_bytes = STORE_BYTES // (len(prompts) * -(-max_tokens // shape.block_tokens))
+    router = f"ipc://@clo-benchmark-{uuid.uuid4()}"
+    model = ResolvedModel("", "", engine.decoder.vocab, max_tokens, "bfloat16", "cuda", "dummy", seed=0)
+    context: zmq.Context[Any] = zmq.Context()
+    with running_store() as (endpoint, pid):
+        try:
+            store = StoreClient(context, endpoint)
+            store.attach(Attach(0, 0, os.getpid(), shape.block_tokens, block_bytes), 20.0)
+            started = Started(engine, None, store, "numa0", len(prompts) * max_tokens)
+            config = WorkerConfig(0, router, {0: endpoint}, model)
+            with listen(context, router):  # where nobody reads
+                worker = ObservedWorker(config, context, started, prompts, pid)
+                with suppress(StopIteration):
+                    worker.serve()
+        finally:
+            context.destroy(linger=0)
+    return worker.figures[0]
 
-    def request(prompt: int, tokens: int) -> Run:
-        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
-        return Run(next(numbers), [40_000] * prompt, sampling, seed=1, eos=[], forced=None)
 
-    def report(message: FromWorker) -> None:
-        nonlocal due
-        router.send(message)
-        if isinstance(message, Done):
-            scheduler.add(request(prompts[-1], _LONGEST))
-        if isinstance(message, Stepped) and scheduler.steps >= due:
-            due = next(script)  # after its last part, StopIteration ends the worker's loop
-
-    def observe() -> Iterator[int]:
-        """Yields the step before which it has nothing to do."""
-
-        def read() -> Reading:
-            return Reading(scheduler.steps, time.perf_counter(), time.process_time(), cpu_seconds(pid))
-
-        pid = store.process.pid
-        yield _WARM
-        begin = read()
-        yield _WARM + _STEPS
-        end = read()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            first = scheduler.steps
-            yield first + _PROFILED
-            profiled = scheduler.steps - first
-        figures.append(Served(begin, end, profiler, profiled))
-
-    with running_store() as store, zmq.Context() as context:
-        client = store.client()
-        # as many blocks as the arena has; the store only counts them
-        block_bytes = ARENA_BYTES // (len(prompts) * -(-max_tokens // shape.block_tokens))
-        client.attach(Attach(0, os.getpid(), shape.block_tokens, block_bytes), 20.0)
-        endpoint = new_endpoint()
-        with listen(context, endpoint):
-            router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
-                context, endpoint, ToWorker, b"worker-0"
-            )
-            scheduler = Scheduler(engine, len(prompts), max_tokens, report, client.send)
-            script = observe()
-            due = next(script)
-            for turn, prompt in enumerate(prompts):
-                ends = _WARM + (turn + 1) * _STEPS // (_ENDING + 1)
-                scheduler.add(request(prompt, ends if turn < _ENDING else _LONGEST))
-            worker = Worker.__new__(Worker)  # but for its model, as it is once it has started
-            worker._scheduler, worker._router, worker._store = scheduler, router, client
-            worker._ready = Ready(0, os.getpid(), "numa0", len(prompts) * max_tokens)
-            with suppress(StopIteration):
-                worker.serve()
-            router.close()
-    return figures[0]
+@contextmanager
+def running_store() -> Iterator[tuple[str, int]]:
+    """A KV store process; yields its address and pid."""
+    endpoint = f"ipc://@clo-benchmark-{uuid.uuid4()}"
+    config = msgspec.json.encode(StoreConfig("numa0", 0, STORE_BYTES, endpoint)).decode()
+    process = subprocess.Popen([sys.executable, "-m", "clo.kvstore", config, str(os.getpid())])
+    try:
+        yield endpoint, process.pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 def cpu_seconds(pid: int) -> float:

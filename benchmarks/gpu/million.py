@@ -1,13 +1,14 @@
 """context/1m: a decode step of one sequence of a million tokens at the Qwen2.5-7B shape, and its memory."""
 
 import gc
+from functools import partial
 
 import torch
 
-from benchmarks.gpu.ceilings import gemm_step
+from benchmarks.gpu.ceilings import gemm_step, seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.step import step_seconds
-from benchmarks.gpu.synthetic import QWEN_7B, arena_of, filled_engine, random_decoder, replayed
+from benchmarks.gpu.step import STEPS
+from benchmarks.gpu.synthetic import QWEN_7B, arena_of, filled_engine, random_decoder, replay
 from benchmarks.result import Result
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.runtime.config import CacheConfig
@@ -24,18 +25,18 @@ def measure(machine: Machine) -> list[Result]:
     before = memory_in_use()
     decoder = random_decoder(model, max_tokens)
     weights = memory_in_use() - before
-    arena = arena_of(machine.memory, model, 1, max_tokens)
+    arena = arena_of(machine.memory, model.shape, 1, max_tokens)
     engine = filled_engine(decoder, arena, config, 1, CONTEXT, max_tokens)
-    cache, index = engine.cache, engine.cache._index
-    assert isinstance(index, TwoBitIndex)
-    with replayed(ROWS):
-        took = step_seconds(engine, 1)
+    cache = engine.cache
+    replay(engine, ROWS)
+    graphs = engine.captured(1)  # whose memory counts below
+    took = seconds(partial(graphs.replay, 1), STEPS)
     used = memory_in_use() - before
-    read = CONTEXT * cache.index_token_bytes + cache.resident_bytes
+    read = CONTEXT * TwoBitIndex.bytes_per_token(model.shape) + cache.resident_bytes
     floor = gemm + read / machine.hbm
-    codes = index._codes.nbytes + index._scales.nbytes + index._centres.nbytes
     kv = CONTEXT * model.shape.token_bytes
-    case, parts = "context/1m", {"weights": weights, "index": codes, "resident rows": cache.resident_bytes}
+    case = "context/1m"
+    parts = {"weights": weights, "index": cache.index_bytes, "resident rows": cache.resident_bytes}
     return [
         Result("ceiling", "GEMM graph, batch 1", gemm * 1e3, "ms"),
         Result(case, "time", took * 1e3, "ms", floor * 1e3, took / floor),

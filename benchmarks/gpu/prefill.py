@@ -17,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_decoder
+from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_weights
 from benchmarks.result import Result
-from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.model.decoder import Decoder
-from clo.kernels.store import store
+from clo.gpu_worker.model.weights import Layer
 from clo.runtime.config import CacheConfig
 
 LENGTHS = (32768, 131072)
@@ -31,14 +31,26 @@ CHUNK = 4096  # tokens of a prompt that are computed at a time
 _SUSTAINED = (200, 40)  # repeats of products and of attention: half a second or more, so that clocks settle
 
 
+class WatchedLayer(LayerCache):
+    """Which copies a prompt to the arena where ``copies`` says so, on the branch of the copy."""
+
+    copies: Callable[[], bool] = staticmethod(lambda: True)
+
+    def store(self, rows: Tensor, block_table: Tensor) -> None:
+        if self.copies():
+            super().store(rows, block_table)
+
+
 @torch.inference_mode()
 def measure(machine: Machine) -> list[Result]:
     model, room = LLAMA_8B, max(LENGTHS) + 512
-    decoder = random_decoder(model, room)
-    arena = arena_of(machine.memory, model, 1, room)
-    engine = Engine(decoder, arena, CacheConfig(select_k=256, resident=2048), 1, room)
+    weights = random_weights(model)
+    decoder = Decoder(weights, model.shape, 1e-5, room)
+    arena = arena_of(machine.memory, model.shape, 1, room)
+    config = CacheConfig(select_k=256, resident=2048)
+    engine = Engine(decoder, arena, config, 1, room, layer_type=WatchedLayer)
     prefill(engine, LENGTHS[0])  # compiles
-    gemm = gemm_rate(decoder)
+    gemm = gemm_rate(weights.layers[0])
     results = [Result("ceiling", "GEMMs of a prompt", gemm / 1e12, "TFLOP/s")]
     for total in LENGTHS:
         results += measure_prompt(machine, engine, model, total, gemm)
@@ -50,8 +62,8 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     case, shape = f"prefill/{total // 1024}k", model.shape
     rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
     queries = torch.randn(CHUNK, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
-    table, cache = engine._block_table[0], engine.cache
-    table[:] = torch.arange(len(table), device="cuda")
+    engine.place(0, list(range(engine.max_blocks)))
+    tables, (layer_cache, *_) = engine.tables(0), engine.cache.sparse_layers
     attention = attention_rate(queries, rows, SDPBackend.FLASH_ATTENTION)
     results = [Result("ceiling", f"flash attention, {total}", attention / 1e12, "TFLOP/s")]
     try:
@@ -59,9 +71,9 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
         results.append(Result("ceiling", f"cuDNN attention, {total}", rate / 1e12, "TFLOP/s"))
     except RuntimeError as error:  # it has no plan for every shape and version
         print(f"cuDNN does not attend: {error}", file=sys.stderr)
-    alone = seconds(lambda: store(rows, table, cache._arena[:, 0]))
-    with storing_by(lambda *_: None):
-        taken = seconds(lambda: cache.take_prompt(0, 0, rows, queries, table))
+    alone = seconds(lambda: layer_cache.store(rows, tables[0]))
+    with copying(engine, lambda: False):
+        taken = seconds(lambda: layer_cache.take_prompt(0, rows, queries, *tables))
 
     beside, between = layer_seconds(engine, total)
     took, tail = prefill(engine, total)
@@ -98,32 +110,31 @@ def layer_seconds(engine: Engine, total: int) -> tuple[float, float]:
     """Median seconds of a layer of one prefill, of those beside a copy and of those between them."""
     complete: list[torch.cuda.Event] = []
 
-    def every_second(rows: Tensor, table: Tensor, arena: Tensor) -> None:
+    def every_second() -> bool:
         event = torch.cuda.Event(enable_timing=True)
         event.record()  # on the copy's branch, which begins where the layer is complete
         complete.append(event)
-        if len(complete) % 2:
-            store(rows, table, arena)
+        return len(complete) % 2 == 1
 
-    with storing_by(every_second):
+    with copying(engine, every_second):
         prefill(engine, total)
     times = [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(complete)]
     return median(times[::2]), median(times[1::2])
 
 
 @contextmanager
-def storing_by(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within, ``kernel`` stands in for the one that copies a layer to the arena."""
-    setattr(cache_module, "store", kernel)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(cache_module, "store", store)  # noqa: B010
+def copying(engine: Engine, copies: Callable[[], bool]) -> Iterator[None]:
+    """Within, ``copies`` says of each layer of a prompt whether it is copied to the arena."""
+    layers = [layer for layer in engine.cache.layers if isinstance(layer, WatchedLayer)]
+    for layer in layers:
+        layer.copies = copies
+    yield
+    for layer in layers:
+        del layer.copies
 
 
-def gemm_rate(decoder: Decoder) -> float:
+def gemm_rate(layer: Layer) -> float:
     """FLOP/s of a layer's matrix products over a chunk, one after another."""
-    layer = decoder._weights.layers[0]
     linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
     inputs = {
         size: torch.randn(CHUNK, size, dtype=linears[0].weight.dtype, device="cuda")

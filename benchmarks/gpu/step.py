@@ -4,16 +4,23 @@ store/decode is step/resident beside the same step without writing its new rows 
 in turn, several times around, so that they find the machine in the same state.
 """
 
-from contextlib import ExitStack
-from unittest.mock import patch
+from functools import partial
 
-import torch
+from torch import Tensor
 
 from benchmarks.gpu.ceilings import gemm_step, in_turn, seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replayed
+from benchmarks.gpu.synthetic import (
+    LLAMA_8B,
+    ReplayLayer,
+    arena_of,
+    filled_engine,
+    random_decoder,
+    replay,
+)
 from benchmarks.result import Result
-from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.engine import Engine
 from clo.runtime.config import CacheConfig
 
@@ -25,23 +32,36 @@ ARENA_GIB = 98
 SHARES = (0, 5, 9, 10, 20, 50, 100)  # of k, new rows a step and head, in percent
 
 
+class StoringLayer(ReplayLayer):
+    """Whose new rows go to the arena only where ``stores``."""
+
+    stores = True
+
+    def record(self, kv: Tensor, batch: Batch) -> None:
+        if self.stores:
+            super().record(kv, batch)
+        else:
+            self.index.write(kv[:, :, 0], batch)
+
+
 def measure(machine: Machine) -> list[Result]:
     model, sequences = LLAMA_8B, 24
     gemm = gemm_step(model, sequences)
-    arena = arena_of(machine.memory, model, sequences, MAX_TOKENS)
+    arena = arena_of(machine.memory, model.shape, sequences, MAX_TOKENS)
+    decoder = random_decoder(model, MAX_TOKENS)
     engine = filled_engine(
-        random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
+        decoder, arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS, layer_type=StoringLayer
     )
-    read = sequences * CONTEXT * engine.cache.index_token_bytes + engine.cache.resident_bytes
-    floor = gemm + read / machine.hbm
-    with ExitStack() as replays:
-        replays.enter_context(replayed(0))
-        with patch.object(cache_module, "store_new", lambda *_: None):
-            steps = [captured(engine, sequences)]
-        for share in SHARES:
-            replays.enter_context(replayed(round(SELECTED * share / 100)))
-            steps.append(captured(engine, sequences))
-        without, resident, *fetching = in_turn([step.replay for step in steps])
+    index = sequences * CONTEXT * TwoBitIndex.bytes_per_token(model.shape)
+    floor = gemm + (index + engine.cache.resident_bytes) / machine.hbm
+    replay(engine, 0)
+    let_store(engine, False)
+    steps = [engine.captured(sequences)]
+    let_store(engine, True)
+    for share in SHARES:
+        replay(engine, round(SELECTED * share / 100))
+        steps.append(engine.captured(sequences))
+    without, resident, *fetching = in_turn([partial(step.replay, sequences) for step in steps])
     results = [
         Result("ceiling", "GEMM graph", gemm * 1e3, "ms"),
         Result("step/resident", "time", resident * 1e3, "ms", floor * 1e3, resident / floor),
@@ -53,13 +73,13 @@ def measure(machine: Machine) -> list[Result]:
     return results
 
 
+def let_store(engine: Engine, stores: bool) -> None:
+    """Set ``stores`` of all layers, each an ``StoringLayer``."""
+    for layer in engine.cache.layers:
+        assert isinstance(layer, StoringLayer)
+        layer.stores = stores
+
+
 def step_seconds(engine: Engine, size: int) -> float:
     """Median seconds of a decode step, captured as it now is."""
-    return seconds(captured(engine, size).replay, STEPS)
-
-
-@torch.inference_mode()
-def captured(engine: Engine, size: int) -> torch.cuda.CUDAGraph:
-    """A decode step, captured as it now is."""
-    engine._capture(size)
-    return engine._graphs[size]
+    return seconds(partial(engine.captured(size).replay, size), STEPS)

@@ -1,7 +1,5 @@
 """Engines of the shape of known models, with random weights and rows: for speed, never for quality."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -9,13 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clo.gpu_worker import cache as cache_module
+from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import TwoBitIndex
+from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.model.decoder import Decoder, Layer, Linear, Weights
+from clo.gpu_worker.in_process import GREEDY
+from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.model.weights import Layer, Linear, Weights
 from clo.kernels.launch import launch
+from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList, update_resident
+from clo.kvstore.layout import by_block
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
@@ -66,8 +69,8 @@ QWEN_7B = Model("qwen2.5-7b", 28, 28, 4, 3584, 18944, 152064, qkv_bias=True)
 QWEN_14B = Model("qwen2.5-14b", 48, 40, 8, 5120, 13824, 152064, qkv_bias=True)
 
 
-def random_decoder(model: Model, max_positions: int) -> Decoder:
-    """A decoder on the GPU with random bfloat16 weights."""
+def random_weights(model: Model) -> Weights:
+    """Random bfloat16 weights on the GPU."""
 
     def random(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0.0, 0.02)
@@ -84,7 +87,7 @@ def random_decoder(model: Model, max_positions: int) -> Decoder:
         )
 
     frequencies = 5e5 ** -(torch.arange(0, model.head_dim, 2, device="cuda") / model.head_dim)
-    weights = Weights(
+    return Weights(
         embedding=random(model.vocab, model.hidden),
         layers=tuple(layer() for _ in range(model.layers)),
         norm=ones(),
@@ -92,80 +95,92 @@ def random_decoder(model: Model, max_positions: int) -> Decoder:
         rope_frequencies=frequencies,
         rope_scale=1.0,
     )
-    return Decoder(weights, model.shape, 1e-5, max_positions)
 
 
-def arena_of(memory: Tensor, model: Model, sequences: int, tokens: int) -> Tensor:
+def random_decoder(model: Model, max_positions: int) -> Decoder:
+    """A decoder on the GPU with random bfloat16 weights."""
+    return Decoder(random_weights(model), model.shape, 1e-5, max_positions)
+
+
+def arena_of(memory: Tensor, shape: KVShape, sequences: int, tokens: int) -> Tensor:
     """An arena for so many sequences, cut from pinned memory [bytes] as the GPU sees it."""
-    shape = model.shape
     blocks = sequences * -(-tokens // shape.block_tokens)
-    layout = (shape.layers, shape.kv_heads, blocks, shape.block_tokens, 2, shape.head_dim)
-    size = blocks * shape.block_bytes
-    return memory[:size].view(shape.dtype).view(layout).permute(2, 0, 1, 3, 4, 5)
+    order = (shape.layers, shape.kv_heads, blocks, shape.block_tokens, 2, shape.head_dim)
+    return by_block(memory[: blocks * shape.block_bytes].view(shape.dtype).view(order))
+
+
+class ReplayLayer(LayerCache):
+    """Fetches a given number of rows in place of those that its random query would choose.
+
+    The choice itself is made all the same, on a set of its own.
+    """
+
+    _rows = 0
+    _own: tuple[ResidentSet, ...] = ()  # the last one is in use, the others are in graphs captured before
+
+    def replay(self, rows: int) -> None:
+        """From now on a head that selects fetches ``rows`` rows, drawn anew for every step."""
+        self._rows = rows
+        positions, last_used = self.resident.positions.clone(), self.resident.last_used.clone()
+        self._own = (*self._own, self.resident._replace(positions=positions, last_used=last_used))
+
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+        rows, k, slots = self._rows, self.select_k, len(batch.lengths)
+        fetch_list = FetchList(
+            torch.empty(*reselect.shape, k, dtype=torch.int32, device="cuda"),
+            (torch.empty if rows else torch.zeros)(reselect.shape, dtype=torch.int32, device="cuda"),
+        )
+        resident, own = self.resident.slots(slots), self._own[-1].slots(slots)
+        if rows:  # before the choice, so that fetching begins where it ends
+            launch(
+                _REPLAY, "replay", (reselect.numel(),), 64,
+                [batch.lengths, reselect, next(_calls), rows, resident.kv_heads, k, resident.capacity,
+                 resident.sinks, tail, resident.positions, *fetch_list],
+            )  # fmt: skip
+        update_resident(scores, reselect, batch.lengths, tail, own, self.state.counters[:slots], k)
+        return fetch_list
+
+
+def replay(engine: Engine, rows: int) -> None:
+    """Let all layers, each a ``ReplayLayer``, replay so many rows."""
+    for layer in engine.cache.layers:
+        assert isinstance(layer, ReplayLayer)
+        layer.replay(rows)
 
 
 def filled_engine(
-    decoder: Decoder, arena: Tensor, config: CacheConfig, sequences: int, length: int, max_tokens: int
+    decoder: Decoder,
+    arena: Tensor,
+    config: CacheConfig,
+    sequences: int,
+    length: int,
+    max_tokens: int,
+    layer_type: type[ReplayLayer] = ReplayLayer,
+    engine_type: type[Engine] = Engine,
 ) -> Engine:
-    """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random."""
+    """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random. ``replay``
+    has to follow before its first step."""
     # Random weights predict nothing. These are the layers that fail at the start of the default model, which
     # has four more further on.
     sources = (
         (QuerySource.OWN,) * 2 + (QuerySource.MIDDLE,) + (QuerySource.INPUT,) * (decoder.shape.layers - 3)
     )
-    engine = Engine(decoder, arena, config, sequences, max_tokens, sources)
-    cache, index = engine.cache, engine.cache._index
-    blocks = torch.arange(len(arena), device="cuda").view(sequences, -1)
-    engine._block_table[:, : blocks.shape[1]] = blocks
-    if isinstance(index, TwoBitIndex):
-        index._codes.random_(0, 256)
-        index._scales.uniform_(0.5, 1.5)
-        index._centres.normal_(0.0, 0.3)
-    capacity = cache._positions[0].shape[2]
-    spread = torch.linspace(cache._sinks, length - cache._recent - 1, capacity, device="cuda")
-    for rows, positions, last_used in zip(cache._resident, cache._positions, cache._last_used, strict=True):
-        rows.normal_()
-        positions[:] = spread.int()
-        last_used.random_(length - 300, length)
-    cache._lse.fill_(8.0)
-    engine._lengths[:] = length
-    return engine
-
-
-@contextmanager
-def replayed(rows: int) -> Iterator[None]:
-    """Within, captured steps fetch ``rows`` rows for a head that selects, drawn anew for every step, in place
-    of what their random queries would choose. The choice itself is made all the same, on sets of its own;
-    they last as long as the context."""
-    sets: dict[int, tuple[Tensor, Tensor]] = {}  # positions and last_used, by the address of the real ones
-
-    def replay(
-        keys: Tensor,
-        reselect: Tensor,
-        lengths: Tensor,
-        tail: int,
-        positions: Tensor,
-        last_used: Tensor,
-        counters: Tensor,
-        k: int,
-    ) -> FetchList:
-        fetch_list = FetchList(
-            torch.empty(*reselect.shape, k, dtype=torch.int32, device="cuda"),
-            (torch.empty if rows else torch.zeros)(reselect.shape, dtype=torch.int32, device="cuda"),
+    engine = engine_type(decoder, arena, config, sequences, max_tokens, sources, layer_type)
+    blocks = len(arena) // sequences
+    for slot in range(sequences):
+        engine.place(slot, list(range(slot * blocks, (slot + 1) * blocks)))
+        engine.activate(slot, length, GREEDY, seed=0)
+    for layer in engine.cache.sparse_layers:
+        index, resident = layer.index, layer.resident
+        if isinstance(index, TwoBitIndex):
+            index.pages.codes.random_(0, 256)
+            index.pages.scales.uniform_(0.5, 1.5)
+            index.pages.centres.normal_(0.0, 0.3)
+        spread = torch.linspace(
+            resident.sinks, length - resident.recent - 1, resident.capacity, device="cuda"
         )
-        if rows:  # before the choice, so that fetching begins where it ends
-            launch(
-                _REPLAY, "replay", (reselect.numel(),), 64,
-                [lengths, reselect, next(_calls), rows, reselect.shape[1], k, positions.shape[2], 4, tail, positions,
-                 *fetch_list],
-            )  # fmt: skip
-        if positions.data_ptr() not in sets:
-            sets[positions.data_ptr()] = positions.clone(), last_used.clone()
-        update_resident(keys, reselect, lengths, tail, *sets[positions.data_ptr()], counters, k)
-        return fetch_list
-
-    setattr(cache_module, "update_resident", replay)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(cache_module, "update_resident", choose)  # noqa: B010
+        resident.rows.normal_()
+        resident.positions[:] = spread.int()
+        resident.last_used.random_(length - 300, length)
+        layer.state.lse.fill_(8.0)
+    return engine

@@ -5,13 +5,9 @@ reference is the rate of what the case names:
 
 - throughput/32k: the floor of full attention whose KV never left the GPU, at the largest batch that fits;
 - .../gate.9: the same floor, where a random half of the heads selects at a step, as real queries do at a gate
-  of .9, and takes half as many rows again;
+  of 0.9, and takes half as many rows again;
 - .../transformers-dynamic and -offloaded: transformers' decode with its KV on the GPU, and in CPU memory.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,14 +20,14 @@ from benchmarks.gpu.synthetic import (
     LLAMA_8B,
     QWEN_14B,
     Model,
+    ReplayLayer,
     arena_of,
     filled_engine,
     random_decoder,
-    replayed,
+    replay,
 )
 from benchmarks.result import Result
-from clo.gpu_worker import cache as cache_module
-from clo.kernels.gate import gate
+from clo.gpu_worker.cache.batch import Batch
 
 ARENA_GIB = 98
 _NEW = 0.09  # of k
@@ -71,29 +67,35 @@ def _compare(machine: Machine, model: Model, case: str) -> list[Result]:
 
 def _rates(machine: Machine, model: Model, sequences: int) -> tuple[float, float]:
     """Tokens per second of CLO where every head selects at every step, and where half of them do."""
-    arena = arena_of(machine.memory, model, sequences, MAX_TOKENS)
-    engine = filled_engine(
-        random_decoder(model, MAX_TOKENS), arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS
-    )
-    with replayed(round(SELECTED * _NEW)):
-        every = sequences / step_seconds(engine, sequences)
-    with replayed(round(SELECTED * _NEW_GATED)), _half_selecting(model.layers):
-        return every, sequences / step_seconds(engine, sequences)
+    arena = arena_of(machine.memory, model.shape, sequences, MAX_TOKENS)
+    decoder = random_decoder(model, MAX_TOKENS)
+
+    def rate(layer_type: type[ReplayLayer], new: float) -> float:
+        engine = filled_engine(
+            decoder, arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS, layer_type=layer_type
+        )
+        replay(engine, round(SELECTED * new))
+        return sequences / step_seconds(engine, sequences)
+
+    every = rate(ReplayLayer, _NEW)
+    release()
+    return every, rate(_half_selecting(model.layers), _NEW_GATED)
 
 
-@contextmanager
-def _half_selecting(layers: int) -> Iterator[None]:
-    """Within, a random half of the heads selects in captured steps, drawn anew for every step. The gate does
-    its work all the same."""
+def _half_selecting(layers: int) -> type[ReplayLayer]:
+    """Layers in which a random half of the heads selects, drawn anew for every step. The gate does its work
+    all the same.
+
+    Args:
+        layers: of the model, each of which selects once a step.
+    """
     drawn: list[Tensor] = []  # of the layers to come, the last one first
 
-    def half(
-        query: Tensor, selection_query: Tensor, threshold: Tensor, lengths: Tensor, counters: Tensor
-    ) -> Tensor:
-        gate(query, selection_query, threshold, lengths, counters)
-        if not drawn:  # once for all layers, so that drawing costs next to nothing
-            drawn.extend(torch.rand(layers, *selection_query.shape[:2], device=selection_query.device) < 0.5)
-        return drawn.pop()
+    class HalfLayer(ReplayLayer):
+        def gate(self, query: Tensor, batch: Batch) -> Tensor:
+            reselect = super().gate(query, batch)
+            if not drawn:  # once for all layers, so that drawing costs next to nothing
+                drawn.extend(torch.rand(layers, *reselect.shape, device=reselect.device) < 0.5)
+            return drawn.pop()
 
-    with patch.object(cache_module, "gate", half):
-        yield
+    return HalfLayer

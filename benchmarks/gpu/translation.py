@@ -17,6 +17,7 @@ from benchmarks.result import Result
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_resident
 from clo.kernels.fetch import fetch
+from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 
 CONTEXT = 32768
@@ -27,19 +28,18 @@ _SINKS, _RECENT, _CAPACITY = 4, 64, 2048
 
 
 def measure(machine: Machine) -> list[Result]:
-    arena = arena_of(
-        machine.memory, Model("translation", _LAYERS, 32, 8, 4096, 14336, 128256), _SEQUENCES, CONTEXT
-    )
+    model = Model("translation", _LAYERS, 32, 8, 4096, 14336, 128256)
+    arena = arena_of(machine.memory, model.shape, _SEQUENCES, CONTEXT)
     table = torch.arange(len(arena), device="cuda").view(_SEQUENCES, -1)
     lines = (_SEQUENCES, _HEADS)
     rows = _SINKS + _RECENT + _CAPACITY
-    resident = [
+    rows_of_sets = [
         torch.randn(*lines, rows, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(_LAYERS)
     ]
     query = torch.randn(_SEQUENCES, 32, 128, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((_SEQUENCES,), CONTEXT, device="cuda")
-    slots = torch.arange(_ROWS, device="cuda").int().expand(*lines, _ROWS).contiguous()
-    fresh = FetchList(slots, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
+    entries = torch.arange(_ROWS, device="cuda").int().expand(*lines, _ROWS).contiguous()
+    fetch_list = FetchList(entries, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
     fetching = SideStream(torch.device("cuda"), urgent=True)
 
     def draw(span: int) -> Tensor:
@@ -49,11 +49,14 @@ def measure(machine: Machine) -> list[Result]:
     def work(draws: list[Tensor], *, fetches: bool, attends: bool) -> None:
         for turn, positions in enumerate(draws):
             layer = turn % _LAYERS
+            resident = ResidentSet(
+                rows_of_sets[layer], positions, last_used=positions, sinks=_SINKS, recent=_RECENT
+            )
             with fetching.fork():
                 if fetches:
-                    fetch(fresh, positions, table, arena[:, layer], resident[layer], _SINKS + _RECENT)
+                    fetch(fetch_list, resident, table, arena[:, layer])
             if attends:
-                attend_resident(query, resident[layer], positions, lengths, fresh, _SINKS, _RECENT, 128**-0.5)
+                attend_resident(query, resident, lengths, fetch_list, 128**-0.5)
             fetching.join()
 
     def layer_seconds(draws: list[Tensor], *, fetches: bool, attends: bool) -> float:

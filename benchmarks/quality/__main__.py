@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.quality.forcing import FULL, Heads, Probe, Reference
+from benchmarks.quality.forcing import FULL, Heads, Reference, heads_of
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
@@ -98,8 +98,7 @@ def probe(reference: Reference, setting: Setting) -> Heads:
     """What each head does with a setting."""
     engine = reference.engine(setting.config, probe=True)
     reference.force(engine)
-    assert isinstance(engine.cache, Probe)
-    return engine.cache.heads(reference.steps)
+    return heads_of(engine, reference.steps)
 
 
 def parse() -> argparse.Namespace:

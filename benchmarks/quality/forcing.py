@@ -5,8 +5,9 @@ just as a prefill of the prompt alone does, and every cache takes the prompt fro
 once, however many caches are measured on it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.tasks import Item
-from clo.gpu_worker.cache.kv_cache import PROMPT_QUERIES, Batch, KVCache
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
 from clo.gpu_worker.cache.query_prediction import measure_query_sources
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY
@@ -24,7 +27,6 @@ from clo.kernels.attend import attend_all
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.runtime.config import CacheConfig
-from clo.runtime.model.kv_shape import KVShape
 
 FULL = CacheConfig(attention="full")
 Numbers = NDArray[numpy.float64]
@@ -68,8 +70,8 @@ class Reference:
         self.decoder, self.items = decoder, items
         shape, device = decoder.shape, decoder.device
         self.max_tokens = max(len(item.prompt) + len(item.answer[:tokens]) for item in items)
-        pages = -(-self.max_tokens // shape.block_tokens)
-        self.table = torch.arange(len(items) * pages, device=device).view(len(items), pages)
+        blocks = -(-self.max_tokens // shape.block_tokens)
+        self.table = torch.arange(len(items) * blocks, device=device).view(len(items), blocks)
         self.arena = torch.zeros(
             self.table.numel(), shape.layers, shape.kv_heads, shape.block_tokens, 2, shape.head_dim,
             dtype=shape.dtype, device=device,
@@ -95,35 +97,31 @@ class Reference:
     @torch.inference_mode()
     def _pass(self, cache: "_Pass", slot: int, tokens: list[int], predicted: int) -> Tensor:
         """Prefill with full attention; logits [predicted, vocab] of the last tokens."""
-        work = Prefill(self.decoder, cache, slot, tokens, self.table[slot])
-        if work._chunk < predicted + PROMPT_QUERIES:
-            work._chunk = len(tokens)  # the last chunk has to hold the prompt's last queries
+        # Full attention has no index, so it has no pages either.
+        work = Prefill(self.decoder, cache, slot, tokens, self.table[slot], page_table=self.table[slot])
+        if work.chunk_tokens < predicted + PROMPT_QUERIES:
+            work.chunk_tokens = len(tokens)  # the last chunk has to hold the prompt's last queries
         cache.queries, cache.behind = self.queries[slot], predicted - 1
         while work.advance() is None:
             pass
-        normed = self.decoder.input_norm(self.decoder.shape.layers, work._hidden[-predicted:])
+        normed = self.decoder.input_norm(self.decoder.shape.layers, work.last_hidden(predicted))
         return self.decoder.logits(normed)
 
     @torch.inference_mode()
     def engine(self, config: CacheConfig, *, probe: bool = False) -> Engine:
-        """An engine whose slots hold the prompts; with ``probe``, its cache is a ``Probe``."""
-        slots, decoder = len(self.items), self.decoder
-        engine = Engine(decoder, self.arena, config, slots, self.max_tokens, self._sources)
-        if probe:
-            engine.cache = Probe(
-                decoder.shape, self.arena, config, slots, self.max_tokens, decoder.scale, decoder.device
-            )
-        if decoder.device.type == "cuda":
-            engine._capture(slots)  # before the prompts, for it takes steps, of no sequence
-            torch.cuda.synchronize()
-        if isinstance(engine.cache, Probe):
-            engine.cache.reset()
-        engine._block_table.copy_(self.table)
+        """An engine whose slots hold the prompts; with ``probe``, its layers are ``ProbeLayer``."""
+        slots, layer_type = len(self.items), ProbeLayer if probe else LayerCache
+        engine = Engine(self.decoder, self.arena, config, slots, self.max_tokens, self._sources, layer_type)
+        engine.capture([slots])  # before the prompts, for it takes steps, of no sequence
+        for layer in engine.cache.layers:
+            if isinstance(layer, ProbeLayer):
+                layer.reset()
         for slot, item in enumerate(self.items):
-            for layer in range(decoder.shape.layers):
-                pages = gather_tokens(self.arena[:, layer], self.table[slot : slot + 1])
-                rows = pages[0].transpose(0, 1)[: len(item.prompt)].contiguous()
-                engine.cache.take_prompt(slot, layer, rows, self.queries[slot, layer], self.table[slot])
+            engine.place(slot, self.table[slot].tolist())
+            for number, layer in enumerate(engine.cache.layers):
+                by_head = gather_tokens(self.arena[:, number], self.table[slot : slot + 1])[0]
+                rows = by_head.transpose(0, 1)[: len(item.prompt)].contiguous()
+                layer.take_prompt(slot, rows, self.queries[slot, number], *engine.tables(slot))
             engine.activate(slot, len(item.prompt), GREEDY, 0)
         return engine
 
@@ -132,21 +130,23 @@ class Reference:
         """Decode steps that force the longest answer."""
         return self.answers.shape[1] - 1
 
-    @torch.inference_mode()
     def force(self, engine: Engine) -> Scores:
-        """Feed the answers to the decode steps of a fetch_list ``engine``."""
+        """Feed the answers to the decode steps of a fresh ``engine``."""
+        return self._scores([self._score(step, logits) for step, logits in enumerate(self.decode(engine), 1)])
+
+    @torch.inference_mode()
+    def decode(self, engine: Engine) -> Iterator[Tensor]:
+        """Feed the answers to a fresh ``engine``: the logits [items, vocab] of each decode step, which the
+        next step may overwrite."""
         slots = list(range(len(self.items)))
         longest = max(len(item.prompt) for item in self.items)
-        columns = []
         for step in range(1, self.steps + 1):
-            engine._tokens.copy_(self.answers[:, step - 1])
-            engine._lengths.masked_fill_(self._ended[:, step - 1], 0)  # not in use any more
-            if engine._graphs:
-                logits = engine.step(slots, longest + step).logits
+            engine.feed(slice(len(slots)), self.answers[:, step - 1])
+            engine.suspend(self._ended[:, step - 1])
+            if self.decoder.device.type == "cuda":
+                yield engine.step(slots, longest + step).logits
             else:  # without the sampling, which takes long on the CPU
-                logits = engine.forward(len(slots), longest + step)
-            columns.append(self._score(step, logits))
-        return self._scores(columns)
+                yield engine.forward(len(slots), longest + step)
 
     def _score(self, step: int, logits: Tensor) -> Tensor:
         """What ``Scores`` has of one decode step, given its logits [items, vocab]: [4, items]."""
@@ -169,29 +169,23 @@ class _Pass(KVCache):
     queries: Tensor  # [layers, W, query_heads, head_dim]
     behind: int  # tokens of the answer that follow the prompt
 
-    def take_prompt(self, slot: int, layer: int, rows: Tensor, queries: Tensor, block_table: Tensor) -> None:
-        super().take_prompt(slot, layer, rows, queries, block_table)
+    def take_prompt(
+        self, slot: int, layer: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
+    ) -> None:
+        super().take_prompt(slot, layer, rows, queries, block_table, page_table)
         end = len(queries) - self.behind
         self.queries[layer] = queries[end - PROMPT_QUERIES : end]
 
 
-class Probe(KVCache):
+class ProbeLayer(LayerCache):
     """Compares each attention with full attention over the same rows, and what a prefetch brings with what
     the query itself wants, for sequences that are all in use."""
 
-    def __init__(
-        self,
-        shape: KVShape,
-        arena: Tensor,
-        config: CacheConfig,
-        slots: int,
-        max_tokens: int,
-        scale: float,
-        device: torch.device,
-    ) -> None:
-        super().__init__(shape, arena, config, slots, max_tokens, scale, device)
-        # [layers, slots, kv_heads], summed over the steps
-        self._errors = torch.zeros(self._counters.shape[:3], device=device)
+    def __init__(self, *args: Any) -> None:  # those of ``LayerCache``
+        super().__init__(*args)
+        slots, kv_heads, _ = self.state.counters.shape
+        # [slots, kv_heads], summed over the steps
+        self._errors = torch.zeros(slots, kv_heads, device=self.state.lse.device)
         self._late = torch.zeros_like(self._errors)
 
     def reset(self) -> None:
@@ -199,37 +193,36 @@ class Probe(KVCache):
         self._late.zero_()
 
     def attend(
-        self, layer: int, query: Tensor, kv: Tensor, batch: Batch, coming: FetchList | None, *, select: bool
+        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
     ) -> Tensor:
-        count = len(query)
-        self._late[layer, :count] += self._missing(layer, query, batch)
-        attended = super().attend(layer, query, kv, batch, coming, select=select)
-        self._recording.join()  # the new row is in the arena
-        full = attend_all(query, self._arena[:, layer], batch.table, batch.lengths, self._scale).float()
-        grouped = (count, self.shape.kv_heads, -1)
-        off = (attended.float() - full).view(grouped).norm(dim=-1)
-        self._errors[layer, :count] += off / full.view(grouped).norm(dim=-1)
+        count, kv_heads = len(query), self.resident.kv_heads
+        self._late[:count] += self._missing(query, batch)
+        attended = super().attend(query, kv, batch, fetch_list, select=select)
+        self._streams.recording.join()  # the new row is in the arena
+        full = attend_all(query, self.arena, batch.blocks, batch.lengths, self._scale).float()
+        off = (attended.float() - full).view(count, kv_heads, -1).norm(dim=-1)
+        self._errors[:count] += off / full.view(count, kv_heads, -1).norm(dim=-1)
         return attended
 
-    def _missing(self, layer: int, query: Tensor, batch: Batch) -> Tensor:
+    def _missing(self, query: Tensor, batch: Batch) -> Tensor:
         """Rows that the query wants and that neither lie in the set nor are on their way: [B, kv_heads]."""
-        lengths, block_table = batch
-        count, tail = len(query), self._recent + 1  # as in ``prefetch``: the new token is not appended yet
-        every = torch.ones(count, self.shape.kv_heads, dtype=torch.bool, device=query.device)
-        weigh = self._index.quantize_query(
-            layer, query, self._lse[layer, :count], lengths, block_table, self._scale
-        )
-        held = (
-            self._positions[layer][:count].clone(),
-            self._last_used[layer][:count].clone(),
-            self._counters[layer, :count].clone(),
-        )
-        return update_resident(
-            weigh(every, self._sinks, tail), every, lengths, tail, *held, self._k[layer]
-        ).counts
+        count, resident = len(query), self.resident.slots(len(query))
+        tail = resident.recent + 1  # as in ``prefetch``: the new token is not appended yet
+        every = torch.ones(count, resident.kv_heads, dtype=torch.bool, device=query.device)
+        prepared = self.index.prepare(query, self.state.lse[:count], batch)
+        scores = self.index.score(prepared, every, batch, resident.sinks, tail)
+        held = resident._replace(positions=resident.positions.clone(), last_used=resident.last_used.clone())
+        counters = self.state.counters[:count].clone()
+        return update_resident(scores, every, batch.lengths, tail, held, counters, self.select_k).counts
 
-    def heads(self, steps: int) -> Heads:
-        """Means over the steps and slots."""
-        _, _, selected, fetched = self._counters.sum(1).cpu().unbind(-1)
-        errors, late = self._errors.mean(1).cpu() / steps, self._late.mean(1).cpu() / steps
+    def means(self, steps: int) -> Heads:
+        """Means over the steps and slots, each [kv_heads]."""
+        _, _, selected, fetched = self.state.counters.sum(0).cpu().unbind(-1)
+        errors, late = self._errors.mean(0).cpu() / steps, self._late.mean(0).cpu() / steps
         return Heads(1 - fetched / selected.clamp_min(1), errors, late)
+
+
+def heads_of(engine: Engine, steps: int) -> Heads:
+    """What each head of an engine with ``ProbeLayer`` did, after so many steps."""
+    layers = [layer.means(steps) for layer in engine.cache.layers if isinstance(layer, ProbeLayer)]
+    return Heads(*(torch.stack(parts) for parts in zip(*layers, strict=True)))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy
+import torch
 
 from benchmarks.quality.forcing import Numbers, Reference, Scores
 from benchmarks.quality.metrics import BLOCK, Estimate, blocks, estimate, share_exact, share_right
@@ -47,7 +48,8 @@ def figures_of(
     """What ``cache`` did and how well, since its engine was made."""
     items, full = reference.items, reference.full
     steps = int(numpy.isfinite(scores.kl).sum())
-    _, _, selected, fetched = cache._counters.sum((0, 1, 2)).tolist()
+    counters = torch.stack([cache.counters(slot) for slot in range(len(items))])
+    _, _, selected, fetched = counters.sum(0).tolist()
     rows = (selected if setting.whole else fetched) / (steps * cache.shape.layers * cache.shape.kv_heads)
     right = exact = None
     if kind != "text":
@@ -110,20 +112,18 @@ def tables_of(model: str, tokens: int, figures: list[Figures], late: dict[str, f
         f"decode steps, of a copied passage {COPIED}. In brackets are 95 % intervals: for text a bootstrap "
         f"over blocks of {BLOCK} successive tokens, for answers over items, paired for the differences.",
         "## Text",
-        _block_table(text, [_text_line(row) for row in figures if row.right is None]),
+        _table(text, [_text_line(row) for row in figures if row.right is None]),
         "Rows per step and head that a layer's own query wants and that are neither resident nor on their "
         f"way, at the longest text: {', '.join(f'{rows:.2f} ({name})' for name, rows in late.items())}.",
         "## Tasks",
         "Shares over the items, of the answers' tokens that are right and of whole answers that are, beside "
         "full attention's own on the same items.",
-        _block_table(
-            tasks, [_task_line(row, row.right, row.exact) for row in figures if row.right and row.exact]
-        ),
+        _table(tasks, [_task_line(row, row.right, row.exact) for row in figures if row.right and row.exact]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _block_table(head: list[str], lines: list[list[str]]) -> str:
+def _table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 

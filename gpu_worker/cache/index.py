@@ -1,4 +1,4 @@
-"""The index of a layer: what its heads score to find the rows that a query wants."""
+"""The index of a layer: its heads score it to find the rows that a query needs."""
 
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from clo.kernels.score import score_codes, score_exact
 from clo.runtime.model.kv_shape import KVShape
 
 Prepared = TypeVar("Prepared")
-"""What an index makes of a query before it is known which heads select."""
+"""What an index computes from a query before it is known which heads select."""
 
 
 class Index(Protocol[Prepared]):
@@ -36,9 +36,9 @@ class Index(Protocol[Prepared]):
         """Scores [B, kv_heads, T] int16, see ``clo.kernels.score``; undefined where ``reselect`` is False.
 
         Args:
-            prepared: what ``prepare`` returned.
+            prepared: the return value of ``prepare``.
             reselect: [B, kv_heads] bool, heads that select.
-            sinks, tail: numbers of first and latest tokens that are no candidates.
+            sinks, tail: numbers of first and latest tokens that are not candidates.
         """
 
 
@@ -46,13 +46,13 @@ class TwoBitIndex:
     """Rotated 2-bit codes (``clo.kernels.encode``), centred on the mean of their page if a prompt filled it.
 
     Args:
-        pages: of this layer.
+        pages: memory of the codes of this layer; also an attribute.
         rotation: [head_dim, head_dim] float32, see ``random_rotation``.
         scale: factor of the scores.
     """
 
     def __init__(self, pages: CodePages, rotation: Tensor, scale: float) -> None:
-        self._pages, self._rotation, self._scale = pages, rotation, scale
+        self.pages, self._rotation, self._scale = pages, rotation, scale
 
     @staticmethod
     def allocate(shape: KVShape, pages: int, device: torch.device) -> list[CodePages]:
@@ -71,7 +71,7 @@ class TwoBitIndex:
         return int(shape.layers * shape.kv_heads * row)
 
     def write_prompt(self, keys: Tensor, page_table: Tensor) -> None:
-        block_tokens = self._pages.block_tokens
+        block_tokens = self.pages.block_tokens
         whole = len(keys) // block_tokens
         end = whole * block_tokens
         if whole:
@@ -83,23 +83,21 @@ class TwoBitIndex:
         """keys: [N, tokens, kv_heads, head_dim], up to a page of tokens each; pages: [N] int64."""
         centres = keys.float().mean(1)
         codes, scales = encode(keys, centres.unsqueeze(1), self._rotation)
-        self._pages.centres[pages] = centres
-        self._pages.codes[pages, :, : keys.shape[1]] = codes.transpose(1, 2)
-        self._pages.scales[pages, :, : keys.shape[1]] = scales.transpose(1, 2)
+        self.pages.centres[pages] = centres
+        self.pages.codes[pages, :, : keys.shape[1]] = codes.transpose(1, 2)
+        self.pages.scales[pages, :, : keys.shape[1]] = scales.transpose(1, 2)
 
     def write(self, keys: Tensor, batch: Batch) -> None:
-        encode_new(keys, batch.lengths, batch.pages, self._pages, self._rotation)
+        encode_new(keys, batch.lengths, batch.pages, self.pages, self._rotation)
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> QuantizedQuery:
-        return quantize_query(
-            query, self._pages, self._rotation, lse, batch.lengths, batch.pages, self._scale
-        )
+        return quantize_query(query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale)
 
     def score(
         self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, tail: int
     ) -> Tensor:
         return score_codes(
-            prepared, self._pages, reselect, batch.lengths, batch.pages, sinks, tail, self._scale
+            prepared, self.pages, reselect, batch.lengths, batch.pages, sinks, tail, self._scale
         )
 
 
