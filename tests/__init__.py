@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Tests. Their processes compute with one thread: most models are tiny, and two tests run side by side."""
-=======
-"""Tests. Their processes compute with one thread: the models are tiny, and two tests run side by side."""
->>>>>>> house
 
 import os
 

@@ -481,7 +481,13 @@ async def to_finished(wire: Wire) -> Reached:
 Reach = Callable[[Wire], Coroutine[Any, Any, Reached]]
 STATES: list[Reach] = [to_queued, to_prefilling, to_decoding, to_cancelled, to_stopped, to_finished]
 in_every_state = pytest.mark.parametrize("reach", STATES, ids=[reach.__name__ for reach in STATES])
-GENERATED: dict[Reach, int] = {to_queued: 0, to_prefilling: 0, to_decoding: 1, to_cancelled: 1, to_stopped: 1 + len(STOP)}
+GENERATED: dict[Reach, int] = {
+    to_queued: 0,
+    to_prefilling: 0,
+    to_decoding: 1,
+    to_cancelled: 1,
+    to_stopped: 1 + len(STOP),
+}
 REASONS: dict[Reach, str] = {to_cancelled: "cancelled", to_stopped: "stop"}  # whatever the worker says
 
 
