@@ -1,4 +1,4 @@
-"""Tests. Their processes compute with one thread: the models are tiny, and two tests run side by side."""
+"""Tests. Their processes compute with one thread: most models are tiny, and two tests run side by side."""
 
 import os
 
