@@ -3,6 +3,7 @@ PYTHON ?= python3
 DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA := $(wildcard kernels/*.cu kernels/*.cuh benchmarks/gpu/*.cu)
 EXTRAS := test,bench$(if $(shell command -v nvidia-smi),$(shell echo ,cuda))
 
 .PHONY: setup demo lint test test-all bench-cpu clean
@@ -25,6 +26,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CUDA)
 	$(BIN)/mypy
 
 test: lint

@@ -1,6 +1,7 @@
 """``python -m clo.gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
 
 import sys
+from typing import Any
 
 import msgspec
 import zmq
@@ -15,7 +16,7 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     configure_logging(config.log_level)
-    context: zmq.Context[bytes] = zmq.Context()
+    context: zmq.Context[Any] = zmq.Context()
     Worker(config, context, start(config, context)).serve()
 
 

@@ -1,4 +1,4 @@
-"""The layers of one decode step: what each one selects with, and what runs beside what."""
+"""The layers of one decode step: which query each one selects with, and what runs at the same time."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class DecodeStep:
 
     Args:
         decoder: the model.
-        cache: of its KV.
+        cache: the cache of its KV.
         sources: the query that each layer selects with.
         verified: whether a layer that was prefetched for selects again with its own query.
     """
@@ -25,7 +25,7 @@ class DecodeStep:
         self, decoder: Decoder, cache: KVCache, sources: tuple[QuerySource, ...], *, verified: bool
     ) -> None:
         self._decoder, self._cache, self._sources, self._verified = decoder, cache, sources, verified
-        # of even, of odd layers
+        # for even and for odd layers
         self._ahead = SideStream(decoder.device), SideStream(decoder.device)
 
     @torch.inference_mode()

@@ -5,8 +5,8 @@ just before the decode step itself. On a GPU that is launched kernel by kernel b
 stream: it finds tokens, lengths and rows as the step will, however many steps are on their way, and the host
 waits for nothing. The batch does wait, for the rows of a whole context to cross PCIe.
 
-What is compared is one step over the history that the cache has left: rows of earlier tokens were computed
-without full attention, and what that changed is not seen.
+The comparison is of one step over the history that the cache has left: rows of earlier tokens were computed
+without full attention, and it does not show what that changed.
 """
 
 import torch
@@ -20,7 +20,7 @@ from clo.runtime.wire.messages import DriftStats
 
 
 def drift_check_bytes(shape: KVShape, tokens: int) -> int:
-    """GPU memory that a comparison takes for a sequence of so many tokens: one layer's rows, a few times."""
+    """GPU memory that a comparison takes for a sequence of that many tokens: a layer's rows, a few times."""
     return 3 * tokens * shape.kv_heads * shape.row_bytes
 
 
@@ -29,9 +29,9 @@ class DriftCheck:
 
     Args:
         engine: does the steps.
-        arena: that of the engine.
-        every: steps of a slot from one comparison to the next. A step compares one sequence at most; the one
-            that has waited longest goes first.
+        arena: the engine's arena.
+        every: steps of a slot from one comparison to the next. A step compares at most one sequence, the one
+            that has waited longest.
         max_tokens: longest sequence.
     """
 
@@ -48,7 +48,7 @@ class DriftCheck:
         """A step is about to be launched.
 
         Args:
-            lengths: of the sequences in it, by slot, with the new token.
+            lengths: lengths of its sequences by slot, including the new token.
         """
         for slot in lengths:
             self._since[slot] += 1
@@ -75,6 +75,6 @@ class DriftCheck:
         self._seen.copy_(self._sums, non_blocking=True)
 
     def stats(self) -> DriftStats:
-        """Of the comparisons that are over."""
+        """The results of the comparisons that are over."""
         checks, divergence, same = self._seen.tolist()
         return DriftStats(int(checks), divergence / max(1.0, checks), same / max(1.0, checks))

@@ -249,7 +249,7 @@ class Engine:
 
     @torch.inference_mode()
     def logprob(self, logits: Tensor, event: DeviceEvent, token: int, top: int) -> Logprob:
-        """Log-probabilities at one position, before temperature: of ``token`` and of the ``top`` most likely.
+        """Log-probabilities of ``token`` and the ``top`` most likely ones at a position, before temperature.
 
         Args:
             logits: [vocab] float32, complete at ``event``. Waits for that, not for what was launched later.

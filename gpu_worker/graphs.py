@@ -20,7 +20,7 @@ class DecodeGraphs:
 
     Args:
         step: the decode step of a batch size, from device memory to device memory; returns its logits.
-        device: that decodes.
+        device: the device that decodes.
     """
 
     def __init__(self, step: Callable[[int], Tensor], device: torch.device) -> None:
@@ -65,7 +65,7 @@ class DecodeGraphs:
         return self._logits[size]
 
     def destroy(self) -> None:
-        """Give the graphs' memory back; later steps are launched kernel by kernel."""
+        """Give back the graphs' memory; later steps are launched kernel by kernel."""
         self._graphs.clear()
         self._logits.clear()
         self._pool = None

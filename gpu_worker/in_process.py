@@ -15,15 +15,12 @@ from clo.runtime.wire.messages import CacheStats, Sampling
 GREEDY = Sampling(temperature=0.0)
 
 
-def make_engine(
-    decoder: Decoder,
-    config: CacheConfig,
-    slots: int,
-    max_tokens: int,
-    sources: tuple[QuerySource, ...] | None = None,
-    layer_type: type[LayerCache] = LayerCache,
-) -> Engine:
-    """An engine whose arena holds ``slots`` sequences of ``max_tokens``; rows not yet written are large."""
+def make_arena(decoder: Decoder, slots: int, max_tokens: int) -> Tensor:
+    """An arena for ``slots`` sequences of ``max_tokens``; rows not yet written are large.
+
+    Returns:
+        [blocks, layers, kv_heads, block_tokens, 2, head_dim], readable by the decoder's device.
+    """
     shape = decoder.shape
     blocks = -(-max_tokens // shape.block_tokens)
     arena = torch.full(
@@ -32,13 +29,24 @@ def make_engine(
         dtype=shape.dtype,
         pin_memory=decoder.device.type == "cuda",
     )
-    if decoder.device.type == "cuda":
-        arena = device_view(arena)
+    return device_view(arena) if decoder.device.type == "cuda" else arena
+
+
+def make_engine(
+    decoder: Decoder,
+    config: CacheConfig,
+    slots: int,
+    max_tokens: int,
+    sources: tuple[QuerySource, ...] | None = None,
+    layer_type: type[LayerCache] = LayerCache,
+) -> Engine:
+    """An engine with an arena for all its slots, see ``make_arena``."""
+    arena = make_arena(decoder, slots, max_tokens)
     return Engine(decoder, arena, config, slots, max_tokens, sources, layer_type)
 
 
 def blocks_of(engine: Engine, slot: int, tokens: int) -> list[int]:
-    """The blocks of a slot for a sequence that may come to ``tokens`` tokens; block 0 belongs to none."""
+    """The blocks of a slot for a sequence that may come to ``tokens`` tokens; block 0 belongs to no slot."""
     count = -(-tokens // engine.decoder.shape.block_tokens)
     return [1 + slot * count + block for block in range(count)]
 

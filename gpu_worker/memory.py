@@ -24,7 +24,8 @@ def check_gpu_memory(
     """Check, with the weights loaded, that all else fits into the GPU memory that may be used, and log it.
 
     Args:
-        blocks: of the arena; max_tokens: longest sequence.
+        blocks: number of blocks in the arena.
+        max_tokens: longest sequence.
 
     Raises:
         ConfigError: it does not fit.

@@ -12,7 +12,7 @@ from clo.kernels.mailbox import post
 from clo.runtime.wire.errors import DeviceStuck
 from clo.runtime.wire.messages import NO_STATS, CacheStats
 
-_ENTRIES = 16  # posted and not yet read; the pipeline holds fewer
+_ENTRIES = 16  # posted but not yet read; the pipeline holds fewer
 _STUCK_SECONDS = 60.0
 
 
@@ -20,7 +20,7 @@ class StepHandle(NamedTuple):
     """A step on its way: its tokens come by mailbox."""
 
     number: int
-    rows: list[int]  # of the entry and of the logits, one for each slot that was asked for
+    rows: list[int]  # rows of the entry and of the logits, one for each slot that was asked for
     logits: Tensor  # [rows, vocab] float32; overwritten by the next step
 
 
@@ -43,8 +43,8 @@ class Mailbox:
     """Entries are numbered from 1 in the order of ``post``, on the device and on the host alike.
 
     Args:
-        width: most tokens of an entry.
-        device: that posts.
+        width: the most tokens in an entry.
+        device: the device that posts.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Mailbox:
         self._waiting_for, self._since = 0, 0.0
 
     def reset(self) -> None:
-        """Forget what was posted; nothing may be on its way."""
+        """Forget what was posted; no step may be in flight."""
         self._memory.zero_()
         self._counter.zero_()
 

@@ -50,7 +50,7 @@ def pin(memory: Tensor) -> Tensor:
     runtime, device = torch.cuda.cudart(), torch.cuda.current_device()
 
     def register(start: int) -> int:
-        torch.cuda.set_device(device)  # a new thread stands on device 0, and would make a context there
+        torch.cuda.set_device(device)  # a new thread starts on device 0 and would make a context there
         size = min(_CHUNK_BYTES, memory.nbytes - start)
         status = int(runtime.cudaHostRegister(base + start, size, _PORTABLE_MAPPED))
         if status:

@@ -13,9 +13,9 @@ _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # about as long as a decode step
 
 
 def prefill_bytes(shape: KVShape, tokens: int) -> int:
-    """GPU memory that the prefill of a prompt takes at most, but for the tokens' blocks: about."""
+    """About the most GPU memory that the prefill of a prompt takes, apart from its index pages."""
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    rows = 2 * shape.kv_heads * shape.row_bytes  # of the layer at work and of the one that is being stored
+    rows = 2 * shape.kv_heads * shape.row_bytes  # of the current layer and of the one being stored
     ranking = PROMPT_QUERIES * shape.query_heads * 12 + shape.kv_heads * shape.head_dim * 4
     index = shape.kv_heads * shape.head_dim * 16
     rope = 8 * shape.head_dim
@@ -23,17 +23,18 @@ def prefill_bytes(shape: KVShape, tokens: int) -> int:
 
 
 class Prefill:
-    """The prefill of one prompt, cut into units of one layer of one chunk so that decoding can go on between.
+    """The prefill of one prompt, cut into units of one layer of one chunk, so that decode steps fit in
+    between.
 
     Args:
         decoder: the model.
         cache: takes each layer's rows.
-        slot: of the sequence.
+        slot: the sequence's slot.
         tokens: the prompt, at least one token.
         block_table, page_table: [max_blocks] int64, those of the sequence.
 
     Attributes:
-        chunk_tokens: of a chunk; whoever wants other chunks says so before the first ``advance``.
+        chunk_tokens: tokens of a chunk; it may be changed before the first ``advance``.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Prefill:
 
     @property
     def done(self) -> int:
-        """Prompt tokens' worth of work that is finished, of ``total``."""
+        """Work that is finished, as a number of prompt tokens out of ``total``."""
         return (self._layer * self.total + self._start) // self._decoder.shape.layers
 
     def last_hidden(self, count: int) -> Tensor:

@@ -52,7 +52,7 @@ class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
     A sequence waits for a slot, then for its blocks, which the store grants in order, prefills and decodes;
-    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all tokens that it may generate:
+    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that it may generate:
     nothing runs out in mid-stream.
 
     Args:
@@ -144,8 +144,8 @@ class Scheduler:
 
     def _give_slots(self) -> None:
         # The slot comes before the blocks: a sequence that holds blocks without a slot would keep them from
-        # those that could use them, while a slot that waits for blocks keeps out nobody, since the store
-        # grants blocks in the order of asking.
+        # those that could use them, while a slot that waits for blocks keeps nobody out, since the store
+        # grants blocks in the order in which they are asked for.
         while self._waiting and self._free_slots:
             sequence = self._waiting.popleft()
             sequence.slot = min(self._free_slots)
@@ -156,7 +156,7 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------- work
 
     def advance(self) -> bool:
-        """Some prefill, then a decode step, then what has arrived. False where all waits for the device."""
+        """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
         moved = False
         room = len(self._in_flight) < self._engine.depth  # for a step
         units = (PREFILL_UNITS_PER_STEP if room else 0) if self._decoding else 1
@@ -180,7 +180,7 @@ class Scheduler:
 
     def _advance_prefill(self, sequence: Sequence) -> None:
         run = sequence.run
-        if sequence.prefill is None:  # only now, since it takes memory that is planned once
+        if sequence.prefill is None:  # only now, since there is memory for one prefill
             sequence.prefill = self._engine.prefill(sequence.slot, run.tokens, sequence.blocks)
         prefill = sequence.prefill
         logits = prefill.advance()
@@ -212,7 +212,7 @@ class Scheduler:
         self._track(handle, sequences)
 
     def _track(self, handle: StepHandle, sequences: list[Sequence]) -> None:
-        """Note what is on its way, and what the next step has to know before the tokens arrive."""
+        """Record what is on its way, and set what the next step has to know before the tokens arrive."""
         logits: dict[int, Tensor] = {}
         for row, sequence in zip(handle.rows, sequences, strict=True):
             run = sequence.run

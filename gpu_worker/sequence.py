@@ -40,8 +40,8 @@ class Sequence:
     Attributes:
         state: see ``State``; ``move`` changes it.
         tokens: the prompt and all tokens generated so far.
-        slot: of the batch, -1 before it has one.
-        blocks: of the arena, empty before they are granted.
+        slot: its slot of the batch, -1 before it has one.
+        blocks: its blocks of the arena, empty before they are granted.
         prefill: the work on its prompt, None before its turn and afterwards.
         launched: tokens that have arrived or are on their way.
         steps: decode steps launched for it.
@@ -73,7 +73,7 @@ class Sequence:
 
     @property
     def longest(self) -> int:
-        """Tokens that it may come to."""
+        """The most tokens that it may have in the end."""
         return len(self.run.tokens) + self.run.sampling.max_tokens
 
     def move(self, state: State) -> None:

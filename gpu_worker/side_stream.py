@@ -10,10 +10,10 @@ from torch import Tensor
 class SideStream:
     """A second stream that forks from the current one and joins it again; in a CUDA graph, a branch.
 
-    On the CPU there is nothing to fork: the work is done where it stands.
+    On the CPU there is nothing to fork: the work is done on the spot.
 
     Args:
-        device: of the work.
+        device: the device that does the work.
         urgent: whether its blocks go before those of the current stream.
     """
 
@@ -24,7 +24,7 @@ class SideStream:
 
     @contextmanager
     def fork(self, *inputs: Tensor) -> Iterator[None]:
-        """Run the body after all work so far and beside all to come; ``inputs`` may be dropped meanwhile."""
+        """Run the body after all work so far and beside later work; ``inputs`` may be dropped meanwhile."""
         if self._stream is None:
             yield
             return
@@ -35,7 +35,7 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """All work to come waits for the branch."""
+        """Later work waits for the branch."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -53,6 +53,6 @@ class DeviceEvent:
         return self._event is None or self._event.query()
 
     def wait(self) -> None:
-        """Work to come on the current stream waits for the mark."""
+        """Later work on the current stream waits for the event."""
         if self._event is not None:
             self._event.wait()

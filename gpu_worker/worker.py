@@ -47,12 +47,12 @@ class Worker:
     """One worker: its connection to the router and the loop that turns messages into steps.
 
     Args:
-        config: as the launcher passed it.
-        context: of its sockets.
-        started: what it serves with.
+        config: the configuration that the launcher passed.
+        context: ZeroMQ's context for its sockets.
+        started: engine and store that it serves with.
 
     Attributes:
-        scheduler: of its requests.
+        scheduler: decides what its requests do next.
     """
 
     def __init__(self, config: WorkerConfig, context: zmq.Context[Any], started: Started) -> None:

@@ -3,16 +3,27 @@
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Signature
 from clo.kernels.launch import launch
-from clo.kernels.resident import ResidentSet
+from clo.kernels.resident import FIRST, LAST_USED, POSITIONS, ROWS, ResidentSet
+
+_SIGNATURE = Signature(
+    "append",
+    (
+        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        Argument("lengths", torch.int64, "B"),
+        ROWS, POSITIONS, LAST_USED,
+    ),
+    (HEAD_DIM, FIRST),
+)  # fmt: skip
 
 
 def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
     """Write one new row per sequence and KV head, in place.
 
     The token that the new one displaces from the ring moves into the set while the set still has room for the
-    whole context (its row is position - sinks); later it is left to the selection, since its row has been in
-    the arena from the start.
+    whole context (into row ``position - sinks``); later it is left to the selection, since its row is in the
+    arena.
 
     Args:
         kv: [B, kv_heads, 2, head_dim], the new rows; those of a sequence contiguous.
@@ -20,7 +31,8 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
         resident: of the B sequences.
     """
     rows, positions, last_used, sinks, recent = resident
-    if kv.is_cuda:
+    _SIGNATURE.check(kv, lengths, rows, positions, last_used, sinks=sinks, recent=recent)
+    if not kv.is_cpu:
         chunks = kv[0, 0].nbytes // 16
         launch(
             "append.cu", "append", (kv.shape[1], len(kv)), chunks,
@@ -28,14 +40,15 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
              resident.capacity],
         )  # fmt: skip
         return
-    active = (lengths > 0).nonzero().squeeze(1)
-    at = lengths[active] - 1  # position of the new token
-    ring = torch.where(at < sinks, at, sinks + torch.remainder(at - sinks, recent))
-    oldest = at - recent  # position that the ring holds in this place
-    home = oldest - sinks
-    moves = (home >= 0) & (home < resident.capacity)
-    sequences, home = active[moves], home[moves]
-    rows[sequences, :, resident.first + home] = rows[sequences, :, ring[moves]]
-    positions[sequences, :, home] = oldest[moves].unsqueeze(1).int()
-    last_used[sequences, :, home] = at[moves].unsqueeze(1).int()
-    rows[active, :, ring] = kv[active]
+    for sequence, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        at = length - 1  # position of the new token
+        ring = at if at < sinks else sinks + (at - sinks) % recent
+        oldest = at - recent  # position that the ring holds in this place
+        home = oldest - sinks
+        if 0 <= home < resident.capacity:
+            rows[sequence, :, resident.first + home] = rows[sequence, :, ring]
+            positions[sequence, :, home] = oldest
+            last_used[sequence, :, home] = at
+        rows[sequence, :, ring] = kv[sequence]

@@ -1,48 +1,49 @@
-// Decode attention over resident rows: a block takes rows of one (KV head, sequence), and the query group of the
-// KV head shares one read of K and V. Each warp streams its own rows through a ring of stages in shared memory,
-// with a softmax that goes along. A lane copies the very chunks that it will read, so it waits for its own copies
-// only, and copies are under way all the time.
+// Decode attention over resident rows: a block takes rows of one (KV head, sequence), and the query group of
+// the KV head shares one read of K and V. Each warp streams its own rows through a ring of stages in shared
+// memory and keeps a running softmax. A lane copies the same chunks that it will read, so it waits for its
+// own copies only, and copies are under way all the time.
 #include "common.cuh"
 
 #define WARPS (THREADS / 32)
-#define CHUNKS (DIM / PER_CHUNK)                    // 16-byte chunks of a key
-#define LANES (CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32)  // that share a row
-#define PER_LANE ((CHUNKS + LANES - 1) / LANES)     // chunks
-#define WIDTH (PER_LANE * PER_CHUNK)                // entries a lane
+#define CHUNKS (DIM / PER_CHUNK)                          // 16-byte chunks of a key
+#define LANES (CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32)  // lanes that share a row
+#define PER_LANE ((CHUNKS + LANES - 1) / LANES)           // chunks of a key for a lane
+#define WIDTH (PER_LANE * PER_CHUNK)                      // entries of a key for a lane
 #define PADDED (TILE <= 1 ? 1 : TILE <= 2 ? 2 : TILE <= 4 ? 4 : 8)
-#define TILES ((GROUP + TILE - 1) / TILE)           // of TILE queries each
-#define TEAMS (32 / LANES)                          // of LANES lanes each
+#define TILES ((GROUP + TILE - 1) / TILE)                  // tiles of TILE queries each
+#define TEAMS (32 / LANES)                                 // teams of LANES lanes each
 #define DEPTH (PER_LANE == 1 ? 4 : PER_LANE == 2 ? 2 : 1)  // rows of a team in a batch
-#define BATCH (TEAMS * DEPTH)                       // rows that a warp takes together
-#define SCORES (PADDED * DEPTH)                     // of a team in a batch
-#define KEPT (SCORES > LANES ? SCORES / LANES : 1)  // scores with which a lane ends
-#define COPIES (SCORES > LANES ? 1 : LANES / SCORES)  // lanes that end with the same ones
-#define STAGE (DEPTH * PER_LANE * 2 * 32)           // chunks of a batch
-#define FOURS (DIM / 4)                             // float4s of an output
-#define UNITS ((TILE * FOURS + THREADS - 1) / THREADS)  // float4s of the outputs a thread
-#define AT_ONCE (SPLITS < 12 ? SPLITS : 12)         // parts that a thread reads at a time
-#define RESIDENT (TILE * WIDTH <= 32 ? 4 : 2)       // blocks of a multiprocessor that leave enough registers
+#define BATCH (TEAMS * DEPTH)                              // rows that a warp takes together
+#define SCORES (PADDED * DEPTH)                            // scores of a team in a batch
+#define KEPT (SCORES > LANES ? SCORES / LANES : 1)         // scores with which a lane ends
+#define COPIES (SCORES > LANES ? 1 : LANES / SCORES)       // lanes that end with the same ones
+#define STAGE (DEPTH * PER_LANE * 2 * 32)                  // chunks of a batch
+#define FOURS (DIM / 4)                                    // float4s of an output
+#define UNITS ((TILE * FOURS + THREADS - 1) / THREADS)     // float4s of the outputs for a thread
+#define AT_ONCE (SPLITS < 12 ? SPLITS : 12)                // parts that a thread reads at a time
+#define RESIDENT (TILE * WIDTH <= 32 ? 4 : 2)  // blocks on a multiprocessor that leave enough registers
 
 static_assert(TEAMS * TILE * FOURS <= STAGES * STAGE, "the outputs of a warp take the place of its stages");
 
 struct __align__(4 * DEPTH) Weights {
-    float of[DEPTH];  // each row of a team
+    float of[DEPTH];  // one for each row of a team
 };
 
 struct Shared {
     Weights weights[WARPS][TEAMS][PADDED];
-    float peaks[WARPS][PADDED], totals[WARPS][PADDED];
+    float maxima[WARPS][PADDED], sums[WARPS][PADDED];
 };
 
 struct Lane {
     float query[TILE][WIDTH];
     float out[TILE][WIDTH];
-    float peak, total;  // of the query whose scores `reduce` leaves to the lane; peaks are powers of 2 throughout
+    // Of the query whose scores `reduce` leaves to the lane. Scores, and so maxima, are base-2 logarithms.
+    float max, sum;
 };
 
-struct Part {  // of an attention, before normalisation
+struct State {  // of an attention over some rows, before normalisation
     float4 out;
-    float total, peak;
+    float sum, max;
 };
 
 struct __align__(4 * sizeof(Element)) Four {
@@ -55,7 +56,7 @@ __device__ inline float logarithm(float value) {
     return exponent;
 }
 
-// Zeros where it is not `there`, and then nothing is read.
+// Copies 16 bytes to shared memory; where `there` is false it writes zeros and reads nothing.
 __device__ inline void copy_async(uint4* shared, const void* global, bool there, int64 policy) {
     const uint32 target = (uint32)__cvta_generic_to_shared(shared);
     asm volatile(
@@ -69,7 +70,7 @@ __device__ inline bool in_row(int lane, int part) { return lane + part * LANES <
 
 __device__ inline void begin(Lane& mine, const Element* query, int tile, float scale) {
     const int lane = threadIdx.x % LANES;
-    mine.peak = -INFINITE, mine.total = 0.f;
+    mine.max = -INFINITE, mine.sum = 0.f;
 #pragma unroll
     for (int q = 0; q < TILE; q++)
 #pragma unroll
@@ -87,10 +88,10 @@ __device__ inline void begin(Lane& mine, const Element* query, int tile, float s
         }
 }
 
-// First of `stage`'s rows that are the lane's.
+// The first row of a batch that the lane's team takes.
 __device__ inline int first_row(int batch) { return batch * BATCH + threadIdx.x % 32 / LANES * DEPTH; }
 
-// Asks for the lane's chunks of a batch of `count` rows, of which the i-th is row `row_of(i)`.
+// Asks for the lane's chunks of a batch. Of `count` rows in all, the i-th is row `row_of(i)`.
 template <class RowOf>
 __device__ inline void copy(uint4* stage, const char* rows, int batch, int count, RowOf row_of) {
     const int64 policy = passing();
@@ -123,7 +124,8 @@ __device__ inline void fill(uint4* ring, const char* rows, int count, RowOf row_
     }
 }
 
-// Sums over the lanes of a row; lane i of them ends with the sums of the KEPT values from i * SCORES / LANES on.
+// Sums over the lanes of a row; lane i of them ends with the sums of the KEPT values from i * SCORES / LANES
+// on.
 __device__ inline void reduce(float (&values)[SCORES]) {
     int count = SCORES;
 #pragma unroll
@@ -144,7 +146,7 @@ __device__ inline void reduce(float (&values)[SCORES]) {
     }
 }
 
-// Adds a staged batch, of which row i counts where `held(i)`; `start` is the team's first row.
+// Adds a staged batch; row i counts where `held(i)`, and `start` is the team's first row.
 template <class Held>
 __device__ inline void add_batch(
     Lane& mine, Weights (&weights)[TEAMS][PADDED], const uint4* stage, int start, Held held) {
@@ -166,7 +168,7 @@ __device__ inline void add_batch(
         }
     reduce(scores);
     const int query = lane / (LANES / PADDED), row = lane / COPIES * KEPT % DEPTH;
-    float peak = mine.peak;
+    float peak = mine.max;
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         if (!held(start + row + i)) scores[i] = -INFINITE;  // by choice, as it may be NaN
@@ -174,17 +176,18 @@ __device__ inline void add_batch(
     }
 #pragma unroll
     for (int offset = COPIES; offset < 32; offset <<= 1)
-        if (offset < LANES / PADDED || offset >= LANES) peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, offset));
+        if (offset < LANES / PADDED || offset >= LANES)
+            peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, offset));
     const float base = fmaxf(peak, -1e30f);
-    const float rescale = power_of_2(mine.peak - base);
-    const bool moved = __any_sync(FULL_WARP, peak > mine.peak);
-    mine.peak = peak;
-    mine.total *= rescale;
+    const float rescale = power_of_2(mine.max - base);
+    const bool moved = __any_sync(FULL_WARP, peak > mine.max);
+    mine.max = peak;
+    mine.sum *= rescale;
     __syncwarp();  // the weights of the batch before have been read
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const float weight = power_of_2(scores[i] - base);
-        mine.total += weight;
+        mine.sum += weight;
         weights[team][query].of[row + i] = weight;
     }
     __syncwarp();
@@ -210,7 +213,8 @@ __device__ inline void add_batch(
 #pragma unroll
             for (int q = 0; q < TILE; q++)
 #pragma unroll
-                for (int e = 0; e < PER_CHUNK; e++) mine.out[q][part * PER_CHUNK + e] += mix[q].of[r] * value[e];
+                for (int e = 0; e < PER_CHUNK; e++)
+                    mine.out[q][part * PER_CHUNK + e] += mix[q].of[r] * value[e];
         }
     }
 }
@@ -230,16 +234,16 @@ __device__ inline void stream(
     }
 }
 
-// Puts what each warp has into shared memory: outputs [TEAMS][TILE][DIM] over its own ring, totals and peaks.
+// Puts what each warp has into shared memory: outputs [TEAMS][TILE][DIM] over its own ring, sums and maxima.
 __device__ inline void leave(Lane& mine, Shared& shared, uint4* rings) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, team = threadIdx.x % 32 / LANES;
 #pragma unroll
     for (int offset = COPIES; offset < 32; offset <<= 1)
         if (offset < LANES / PADDED || offset >= LANES)
-            mine.total += __shfl_xor_sync(FULL_WARP, mine.total, offset);
+            mine.sum += __shfl_xor_sync(FULL_WARP, mine.sum, offset);
     const int query = lane / (LANES / PADDED);
-    shared.peaks[warp][query] = mine.peak;
-    shared.totals[warp][query] = mine.total;
+    shared.maxima[warp][query] = mine.max;
+    shared.sums[warp][query] = mine.sum;
     wait_for_copies<0>();  // the zeros past the end
     __syncwarp();
     float4* out = (float4*)(rings + warp * STAGES * STAGE) + team * TILE * FOURS;
@@ -249,45 +253,46 @@ __device__ inline void leave(Lane& mine, Shared& shared, uint4* rings) {
         for (int e = 0; e < WIDTH; e += 4) {
             const int part = e / PER_CHUNK;
             const int four = (lane + part * LANES) * (PER_CHUNK / 4) + e % PER_CHUNK / 4;
-            const float* sums = mine.out[q] + e;
-            if (in_row(lane, part)) out[q * FOURS + four] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+            const float* values = mine.out[q] + e;
+            if (in_row(lane, part))
+                out[q * FOURS + four] = make_float4(values[0], values[1], values[2], values[3]);
         }
     __syncthreads();
 }
 
 // The sum of N parts.
-template <int N, class PartOf>
-__device__ inline Part combine(PartOf part_of) {
-    Part parts[N];
+template <int N, class StateOf>
+__device__ inline State combine(StateOf state_of) {
+    State states[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) parts[i] = part_of(i);
-    Part sum = {make_float4(0.f, 0.f, 0.f, 0.f), 0.f, -INFINITE};
+    for (int i = 0; i < N; i++) states[i] = state_of(i);
+    State state = {make_float4(0.f, 0.f, 0.f, 0.f), 0.f, -INFINITE};
 #pragma unroll
-    for (int i = 0; i < N; i++) sum.peak = fmaxf(sum.peak, parts[i].peak);
-    const float base = fmaxf(sum.peak, -1e30f);
+    for (int i = 0; i < N; i++) state.max = fmaxf(state.max, states[i].max);
+    const float base = fmaxf(state.max, -1e30f);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float weight = power_of_2(parts[i].peak - base);
-        sum.total += parts[i].total * weight;
-        sum.out.x += parts[i].out.x * weight;
-        sum.out.y += parts[i].out.y * weight;
-        sum.out.z += parts[i].out.z * weight;
-        sum.out.w += parts[i].out.w * weight;
+        const float weight = power_of_2(states[i].max - base);
+        state.sum += states[i].sum * weight;
+        state.out.x += states[i].out.x * weight;
+        state.out.y += states[i].out.y * weight;
+        state.out.z += states[i].out.z * weight;
+        state.out.w += states[i].out.w * weight;
     }
-    return sum;
+    return state;
 }
 
-// Of what the warps have left: float4 `unit` of the outputs.
-__device__ inline Part gather(const Shared& shared, const uint4* rings, int unit) {
+// Sums over the warps what `leave` has put into shared memory: float4 `unit` of the outputs.
+__device__ inline State gather(const Shared& shared, const uint4* rings, int unit) {
     return combine<WARPS>([&](int warp) {
         const float4* out = (const float4*)(rings + warp * STAGES * STAGE) + unit;
-        Part part = {out[0], shared.totals[warp][unit / FOURS], shared.peaks[warp][unit / FOURS]};
+        State state = {out[0], shared.sums[warp][unit / FOURS], shared.maxima[warp][unit / FOURS]};
 #pragma unroll
         for (int team = 1; team < TEAMS; team++) {
             const float4 other = out[team * TILE * FOURS];
-            part.out.x += other.x, part.out.y += other.y, part.out.z += other.z, part.out.w += other.w;
+            state.out.x += other.x, state.out.y += other.y, state.out.z += other.z, state.out.w += other.w;
         }
-        return part;
+        return state;
     });
 }
 
@@ -297,9 +302,9 @@ __device__ inline int unit_of(int u, int tile) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
-    const Element* query, int64 query_stride, const char* resident, const int* positions, const int64* lengths, const int* entries,
-    const int* counts, float* outs, float* totals, float* peaks, int64 kv_heads, int64 first, int64 capacity,
-    int64 k, float scale) {
+    const Element* query, int64 query_stride, const char* resident_rows, const int* positions,
+    const int64* lengths, const int* entries, const int* counts, float* outs, float* sums, float* maxima,
+    int64 kv_heads, int64 first, int64 capacity, int64 k, float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
     // [ROWS, rounded up to whole batches], whether a row counts
@@ -310,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
     if (length <= 0) return;
     const int coming = counts ? counts[line] : 0;
     const int count = min(ROWS, (int)(first + capacity) - start);
-    const char* rows = resident + (line * (first + capacity) + start) * ROW_BYTES;
+    const char* rows = resident_rows + (line * (first + capacity) + start) * ROW_BYTES;
     const auto row_of = [](int i) { return i; };
     uint4* ring = lane_ring(rings);
     fill(ring, rows, count, row_of);
@@ -334,24 +339,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
         const int unit = unit_of(u, tile);
-        const Part sum = gather(shared, rings, unit);
-        ((float4*)outs)[part * FOURS + unit] = sum.out;
+        const State state = gather(shared, rings, unit);
+        ((float4*)outs)[part * FOURS + unit] = state.out;
         if (unit % FOURS == 0) {
-            totals[part + unit / FOURS] = sum.total;
-            peaks[part + unit / FOURS] = sum.peak * LN2;
+            sums[part + unit / FOURS] = state.sum;
+            maxima[part + unit / FOURS] = state.max * LN2;
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) merge_fetched(
-    const float* outs, const float* totals, const float* peaks, const Element* query, int64 query_stride,
-    const char* resident, const int64* lengths, const int* entries, const int* counts, float* lse, Element* out, int64 kv_heads,
-    int64 first, int64 capacity, int64 k, float scale) {
+    const float* outs, const float* sums, const float* maxima, const Element* query, int64 query_stride,
+    const char* resident_rows, const int64* lengths, const int* entries, const int* counts, float* lse,
+    Element* out, int64 kv_heads, int64 first, int64 capacity, int64 k, float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
     const int tile = blockIdx.x;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
-    const char* rows = resident + (line * (first + capacity) + first) * ROW_BYTES;
+    const char* rows = resident_rows + (line * (first + capacity) + first) * ROW_BYTES;
     const auto row_of = [&](int i) { return entries[line * k + min(i, (int)k - 1)]; };
     uint4* ring = lane_ring(rings);
     const bool used = lengths[blockIdx.z] > 0;
@@ -363,23 +368,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         fill(ring, rows, count, row_of);
         begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
     }
-    Part sums[UNITS];
+    State states[UNITS];
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
         const int unit = unit_of(u, tile);
         const auto read = [&](int from) {
-            return combine<AT_ONCE>([&](int i) -> Part {
+            return combine<AT_ONCE>([&](int i) -> State {
                 if (from + i >= SPLITS) return {make_float4(0.f, 0.f, 0.f, 0.f), 0.f, -INFINITE};
                 const int64 part = (line * SPLITS + from + i) * GROUP + tile * TILE;
                 const int query = unit / FOURS;
-                return {((const float4*)outs)[part * FOURS + unit], totals[part + query], peaks[part + query] * LOG2E};
+                return {
+                    ((const float4*)outs)[part * FOURS + unit], sums[part + query],
+                    maxima[part + query] * LOG2E};
             });
         };
-        sums[u] = read(0);
+        states[u] = read(0);
 #pragma unroll
         for (int from = AT_ONCE; from < SPLITS; from += AT_ONCE) {
-            const Part next = read(from);
-            sums[u] = combine<2>([&](int i) { return i ? next : sums[u]; });
+            const State next = read(from);
+            states[u] = combine<2>([&](int i) { return i ? next : states[u]; });
         }
     }
     if (count > 0) {
@@ -387,19 +394,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         leave(mine, shared, rings);
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
-            const Part next = gather(shared, rings, unit_of(u, tile));
-            sums[u] = combine<2>([&](int i) { return i ? next : sums[u]; });
+            const State next = gather(shared, rings, unit_of(u, tile));
+            states[u] = combine<2>([&](int i) { return i ? next : states[u]; });
         }
     }
     if (!used) return;
-    const int64 member = line * GROUP + tile * TILE;
+    const int64 first_query = line * GROUP + tile * TILE;
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
         const int unit = unit_of(u, tile);
-        const Part sum = sums[u];
-        const float share = 1.f / sum.total;
-        ((Four*)out)[member * FOURS + unit] = {to_element(sum.out.x * share), to_element(sum.out.y * share),
-                                               to_element(sum.out.z * share), to_element(sum.out.w * share)};
-        if (unit % FOURS == 0) lse[member + unit / FOURS] = (sum.peak + logarithm(sum.total)) * LN2;
+        const State state = states[u];
+        const float share = 1.f / state.sum;
+        ((Four*)out)[first_query * FOURS + unit] = {
+            to_element(state.out.x * share), to_element(state.out.y * share), to_element(state.out.z * share),
+            to_element(state.out.w * share)};
+        if (unit % FOURS == 0) lse[first_query + unit / FOURS] = (state.max + logarithm(state.sum)) * LN2;
     }
 }

@@ -7,20 +7,39 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.launch import ELEMENTS, launch
-from clo.kernels.resident import ResidentSet
-from clo.kernels.update_resident import FetchList
+from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
+from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
-_SPLIT_BYTES = 128 * 1024  # of rows that a block of threads attends, about
+_SPLIT_BYTES = 128 * 1024  # rows that a block of threads attends to, about
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
-_MOST_BATCH = 16  # rows
+_MOST_BATCH = 16  # rows that a warp takes together
 _QUERY_TILE = 8  # queries of a group that share one read of K and V
+
+_QUERY = Argument("query", ELEMENT, "B query_heads head_dim", dense=2, chunks=True)
+_LENGTHS = Argument("lengths", torch.int64, "B")
+_FETCHED = ENTRIES._replace(optional=True), COUNTS._replace(optional=True)
+_ATTEND = Signature(
+    "attend_resident", (_QUERY, ROWS, POSITIONS, _LENGTHS, *_FETCHED), (HEAD_DIM, GROUPED, FIRST)
+)
+_MERGE = Signature(
+    "merge_fetched",
+    (
+        Argument("state.out", torch.float32, "B kv_heads S query_heads//kv_heads head_dim", chunks=True),
+        Argument("state.sum", torch.float32, "B kv_heads S query_heads//kv_heads"),
+        Argument("state.max", torch.float32, "B kv_heads S query_heads//kv_heads"),
+        _QUERY, ROWS, _LENGTHS, *_FETCHED,
+        Argument("lse", torch.float32, "B query_heads"),
+    ),
+    (HEAD_DIM, GROUPED, FIRST, Rule("S == splits", "attend_resident leaves so many parts")),
+)  # fmt: skip
 
 
 class AttentionState(NamedTuple):
-    """Attention over some of the rows, in S parts, before normalisation."""
+    """Attention over some of the rows in S parts, before normalisation."""
 
     out: Tensor  # [B, kv_heads, S, group, head_dim] float32, sum of exp(score - max) * value
     sum: Tensor  # [B, kv_heads, S, group] float32, sum of exp(score - max)
@@ -40,7 +59,16 @@ def attend_resident(
         scale: factor of the scores.
     """
     positions, first = resident.positions, resident.first
-    if query.is_cuda:
+    _ATTEND.check(
+        query,
+        resident.rows,
+        positions,
+        lengths,
+        *_pointers(fetch_list),
+        sinks=resident.sinks,
+        recent=resident.recent,
+    )
+    if not query.is_cpu:
         splits = _splits(resident)
         shape = (len(query), resident.kv_heads, splits, query.shape[1] // resident.kv_heads)
         state = AttentionState(
@@ -54,17 +82,16 @@ def attend_resident(
              resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return state
-    always = torch.arange(first, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
-    held = torch.cat([always.unsqueeze(1).expand(-1, resident.kv_heads, -1), positions >= 0], dim=2)
+    known = lengths.tolist()
+    used = min(max(*known, first), resident.rows.shape[2])  # a set fills from its front
+    bias = torch.zeros(*positions.shape[:2], used)
+    for sequence, length in enumerate(known):
+        bias[sequence, :, max(length, 1) : first] = -torch.inf
+    bias[..., first:].masked_fill_(positions[..., : used - first] < 0, -torch.inf)
     if fetch_list is not None:
-        held = torch.nn.functional.pad(held, (0, 1))
-        entries = torch.arange(_width(fetch_list), device=lengths.device)
-        coming = (fetch_list.entries.long() + first).where(
-            entries < fetch_list.counts.unsqueeze(2), held.shape[2] - 1
-        )
-        held = held.scatter_(2, coming, False)[..., :-1]
-    used = int(held.any(0).any(0).nonzero().max()) + 1  # a set fills from its front
-    return _attend(query, resident.rows[:, :, :used], held[..., :used], scale)
+        bias.scatter_(2, _places(fetch_list, first)[0], -torch.inf)
+        bias[..., 0] = 0
+    return _attend(query, resident.rows[:, :, :used], bias, scale)
 
 
 def merge_fetched(
@@ -76,7 +103,7 @@ def merge_fetched(
     lse: Tensor,
     scale: float,
 ) -> Tensor:
-    """Add the rows that have arrived meanwhile, and normalise.
+    """Attend to the rows that have arrived meanwhile too, and normalise.
 
     Args:
         state: what ``attend_resident`` returned.
@@ -87,7 +114,11 @@ def merge_fetched(
     Returns:
         [B, query_heads, head_dim], dtype of ``query``.
     """
-    if query.is_cuda:
+    _MERGE.check(
+        *state, query, resident.rows, lengths, *_pointers(fetch_list), lse, sinks=resident.sinks,
+        recent=resident.recent, capacity=resident.capacity, splits=1 if query.is_cpu else _splits(resident),
+    )  # fmt: skip
+    if not query.is_cpu:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         _launch(
             "merge_fetched", 1, query, resident,
@@ -97,29 +128,41 @@ def merge_fetched(
         return out
     parts = [state]
     if fetch_list is not None:
-        arrived = torch.arange(_width(fetch_list), device=lse.device) < fetch_list.counts.unsqueeze(2)
-        places = (fetch_list.entries.long() + resident.first).where(arrived, 0)[..., None, None]
-        rows = resident.rows.gather(2, places.expand(-1, -1, -1, 2, query.shape[2]))
-        parts.append(_attend(query, rows, arrived, scale))
-    out, total, peak = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    highest = peak.amax(2, keepdim=True)
-    weight = (peak - highest).exp()
-    sums = (total * weight).sum(2)
-    latest = (highest.squeeze(2) + sums.log()).flatten(1)
+        places, arrived = _places(fetch_list, resident.first)
+        rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
+        bias = torch.zeros(places.shape).masked_fill_(~arrived, -torch.inf)
+        parts.append(_attend(query, rows, bias, scale))
+    out, sums, maxima = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+    highest = maxima.amax(2, keepdim=True)
+    weight = (maxima - highest).exp()
+    total = (sums * weight).sum(2)
+    latest = (highest.squeeze(2) + total.log()).flatten(1)
     lse.copy_(latest.where((lengths > 0).unsqueeze(1), lse))
-    out = (out * weight.unsqueeze(-1)).sum(2) / sums.unsqueeze(-1)
+    out = (out * weight.unsqueeze(-1)).sum(2) / total.unsqueeze(-1)
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _attend(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> AttentionState:
-    """Attention over the rows [B, kv_heads, R, 2, head_dim] where ``held`` [B, kv_heads, R], in one part."""
-    grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
-    scores = (grouped @ rows[:, :, :, 0].transpose(-1, -2)).float() * scale
-    scores = scores.masked_fill_(~held.unsqueeze(2), -torch.inf)
+def _places(fetch_list: FetchList, first: int) -> tuple[Tensor, Tensor]:
+    """Resident rows that are on their way, [B, kv_heads, any] int64, and which of them are, bool; row 0,
+    which is always there, stands for those that are not."""
+    entries = torch.arange(max(1, int(fetch_list.counts.max())))
+    coming = entries < fetch_list.counts.unsqueeze(2)
+    return (fetch_list.entries[..., : len(entries)].long() + first).where(coming, 0), coming
+
+
+def _attend(query: Tensor, rows: Tensor, bias: Tensor, scale: float) -> AttentionState:
+    """Attention over the rows [B, kv_heads, R, 2, head_dim] in one part; ``bias`` [B, kv_heads, R] is 0, or
+    -inf for rows to leave out."""
+    batch, kv_heads = bias.shape[:2]
+    grouped = query.reshape(batch * kv_heads, -1, query.shape[2])
+    keys, values = rows.flatten(0, 1).unbind(2)
+    added = bias.flatten(0, 1).unsqueeze(1).to(rows.dtype)
+    scores = torch.baddbmm(added, grouped, keys.transpose(1, 2), alpha=scale).float()
     peak = scores.amax(-1)
-    weights = (scores - peak.clamp_min(-1e30).unsqueeze(-1)).exp()
-    out = (weights.to(rows.dtype) @ rows[:, :, :, 1]).float()
-    return AttentionState(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), peak.unsqueeze(2))
+    weights = scores.sub_(peak.clamp_min(-1e30).unsqueeze(-1)).exp_()
+    out = torch.bmm(weights.to(rows.dtype), values).float()
+    parts = batch, kv_heads, 1, grouped.shape[1]
+    return AttentionState(out.view(*parts, -1), weights.sum(-1).view(parts), peak.view(parts))
 
 
 def _width(fetch_list: FetchList | None) -> int:
@@ -142,7 +185,7 @@ def _launch(
     group = query.shape[1] // kv_heads
     dim, tile, splits = query.shape[2], min(group, _QUERY_TILE), _splits(resident)
     rows, row_bytes = -(-count // splits), resident.rows[0, 0, 0].nbytes
-    chunks = row_bytes // 32  # of 16 bytes, of a key
+    chunks = row_bytes // 32  # 16-byte chunks of a key
     lanes = next((lanes for lanes in (8, 16) if chunks <= lanes), 32)
     per_lane = -(-chunks // lanes)
     stage_bytes = {1: 4, 2: 2}.get(per_lane, 1) * per_lane * 2 * 32 * 16
@@ -188,7 +231,7 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     count, total = query.shape[0], rows.shape[0]
     keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)  # each [1, kv_heads, T, D]
     mask: Tensor = causal_lower_right(count, total)
-    if not query.is_cuda:  # where torch has no kernel for it
+    if not query.is_cuda:  # torch's attention on the CPU does not take the bias
         mask = torch.ones(count, total, dtype=torch.bool).tril_(total - count)
     out = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, scale=scale, enable_gqa=True

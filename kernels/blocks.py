@@ -1,32 +1,46 @@
-"""Reading a paged tensor of one layer through a block block_table."""
+"""Reading one layer of a pool of blocks through a table of block ids."""
 
 import torch
 from torch import Tensor
 
+from clo.kernels.arguments import ELEMENT, Argument
 
-def gather_tokens(paged: Tensor, block_table: Tensor) -> Tensor:
+ARENA = Argument("arena", ELEMENT, "blocks kv_heads block_tokens 2 head_dim", dense=3, chunks=True)
+"""One layer of the arena."""
+
+BLOCK_TABLE = Argument("block_table", torch.int64, "B max_blocks", dense=1)
+
+
+def gather_tokens(pool: Tensor, block_table: Tensor) -> Tensor:
     """All tokens of each sequence, in order.
 
     Args:
-        paged: [blocks, kv_heads, block_tokens, ...], one layer of a pool addressed by block id.
+        pool: [blocks, kv_heads, block_tokens, ...], one layer of the arena, or pages of an index.
         block_table: [B, max_blocks] int64, block ids; entries past a sequence's end may be any valid id.
 
     Returns:
         [B, kv_heads, max_blocks * block_tokens, ...]; tokens past a sequence's end are undefined.
     """
-    pages = paged[block_table].transpose(1, 2)  # [B, kv_heads, max_blocks, block_tokens, ...]
-    return pages.flatten(2, 3)
+    return gather_blocks(pool, block_table).transpose(1, 2).flatten(2, 3)
+
+
+def gather_blocks(pool: Tensor, block_table: Tensor) -> Tensor:
+    """``gather_tokens`` by block, as they lie in memory: [B, max_blocks, kv_heads, block_tokens, ...]."""
+    blocks: Tensor = pool.index_select(0, block_table.flatten())
+    return blocks.view(*block_table.shape, *pool.shape[1:])
 
 
 def locate(positions: Tensor, block_table: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
     """Block ids and offsets of tokens.
 
     Args:
-        positions: [B, ...] int64 token positions; block_table: [B, max_blocks] int64.
+        positions: [B, ...] int64, positions of tokens.
+        block_table: [B, max_blocks] int64.
+        block_tokens: tokens of a block.
 
     Returns:
         (blocks, offsets), each of the shape of ``positions``.
     """
-    page = (positions // block_tokens).clamp_(0, block_table.shape[1] - 1)
-    blocks = block_table.gather(1, page.flatten(1)).view_as(positions)
+    index = (positions // block_tokens).clamp_(0, block_table.shape[1] - 1)
+    blocks = block_table.gather(1, index.flatten(1)).view_as(positions)
     return blocks, torch.remainder(positions, block_tokens)

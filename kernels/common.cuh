@@ -71,7 +71,7 @@ __device__ inline float power_of_2(float exponent) {
     return value;
 }
 
-// For what is read once a step, so that it does not drive what is read again soon out of the L2 cache.
+// The cache policy for data that is read once a step: it must not drive out of L2 what is read again soon.
 __device__ inline int64 passing() {
     int64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -81,7 +81,7 @@ __device__ inline int64 passing() {
 // Ends a group of asynchronous copies of this thread.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for the copies of this thread, but for those of the last OPEN closed groups.
+// Waits for all copies of this thread except those of the last OPEN closed groups.
 template <int OPEN>
 __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");

@@ -1,18 +1,18 @@
-// One block a (KV head, sequence), one thread an entry of the key (rounded up to whole warps).
+// One block for each (KV head, sequence), one thread for each entry of the key (rounded up to whole warps).
 #include "common.cuh"
 
 extern "C" __global__ void encode_new(
-    const Element* keys, int64 batch_stride, int64 head_stride, const int64* lengths, const int64* block_table, int64 table_width,
-    uint8* codes, uint16* scales, float* centres, const float* rotation, float step) {
+    const Element* keys, int64 batch_stride, int64 head_stride, const int64* lengths, const int64* page_table,
+    int64 table_width, uint8* codes, uint16* scales, float* centres, const float* rotation, float step) {
     __shared__ float centred[DIM];
     __shared__ uint8 levels[DIM];
     __shared__ float room[32];
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x, entry = threadIdx.x;
     const int at = (int)lengths[batch] - 1;
     if (at < 0) return;
-    const int64* blocks = block_table + batch * table_width;
-    const int64 page = blocks[at / BLOCK_TOKENS] * kv_heads + head;
-    const int64 before = blocks[(at > 0 ? at - 1 : 0) / BLOCK_TOKENS] * kv_heads + head;
+    const int64* pages = page_table + batch * table_width;
+    const int64 page = pages[at / BLOCK_TOKENS] * kv_heads + head;
+    const int64 before = pages[(at > 0 ? at - 1 : 0) / BLOCK_TOKENS] * kv_heads + head;
     if (entry < DIM) {
         const float key = to_float(keys[batch * batch_stride + head * head_stride + entry]);
         const float centre = at == 0 ? key : centres[before * DIM + entry];

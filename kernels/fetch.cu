@@ -1,14 +1,15 @@
-// Reads from CPU memory want requests in flight, not multiprocessors, and no more of them than the latency needs:
-// what queues at PCIe holds up the reads of all other kernels. So blocks are few, fewer where rows are few. All
-// blocks walk through the rows side by side, so that the addresses in flight stay close together (the GPU's reach
-// of address translation into CPU memory is about 1 GiB).
+// Reads from CPU memory need requests in flight, not multiprocessors, and no more requests than the latency
+// asks for: those that queue at PCIe hold up the reads of all other kernels. So blocks are few, fewer where
+// rows are few. All blocks walk through the rows side by side, so that the addresses in flight stay close
+// together (the GPU's reach of address translation into CPU memory is about 1 GiB).
 //
-// Rows come by loads of threads. From `many` rows on PCIe bounds the launch whatever it does, and the first warp of
-// each block takes them by bulk asynchronous copies, of which PCIe carries a little more; with few rows these cost
-// the kernels beside them more than loads do.
+// Rows come by loads of threads. From `many` rows on PCIe bounds the launch whatever it does, and the first
+// warp of each block takes them by bulk asynchronous copies, of which PCIe carries a little more; with few
+// rows these cost the kernels beside them more than loads do.
 //
-//   THREADS        of a block
-//   STAGES, LANES  groups on their way to a block in bulk (0: never in bulk), rows of a group
+//   THREADS  threads of a block
+//   STAGES   groups of rows on their way to a block in bulk; 0: never in bulk
+//   LANES    rows of such a group
 #include "common.cuh"
 
 #define BULK (STAGES && __CUDA_ARCH__ >= 900)
@@ -48,14 +49,18 @@ __device__ inline uint32 shared_address(const void* place) { return (uint32)__cv
 
 // Ends one phase of a barrier once so many bytes have arrived.
 __device__ inline void expect(uint32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
 }
 
 __device__ inline void wait_for_phase(uint32 barrier, int parity) {
     uint32 ended = 0;
     while (!ended)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(ended)
+            : "r"(barrier), "r"(parity)
+            : "memory");
 }
 
 // For one warp: each lane asks for one row of a group; it goes through `staged` [STAGES][LANES][ROW_BYTES].
@@ -64,11 +69,12 @@ __device__ inline void copy_in_bulk(char* staged, int rows, int blocks, Locate l
     __shared__ __align__(8) int64 barriers[STAGES];
     const int lane = threadIdx.x, stride = blocks * LANES;
     if (lane < STAGES)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barriers[lane])) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barriers[lane]))
+                     : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
 
-    int begin = (int)blockIdx.x * LANES;  // of the next group that is asked for
+    int begin = (int)blockIdx.x * LANES;  // first row of the next group that is asked for
     const char* source;
     char *target = 0, *targets[STAGES];
     const auto next = [&]() {
@@ -82,13 +88,15 @@ __device__ inline void copy_in_bulk(char* staged, int rows, int blocks, Locate l
         if (lane == 0) expect(barrier, min(LANES, rows - begin) * ROW_BYTES);
         __syncwarp();
         if (target)
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(staged + (stage * LANES + lane) * ROW_BYTES)), "l"(source),
-                         "n"(ROW_BYTES), "r"(barrier) : "memory");
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+                    "r"(shared_address(staged + (stage * LANES + lane) * ROW_BYTES)),
+                "l"(source), "n"(ROW_BYTES), "r"(barrier)
+                : "memory");
         begin += stride;
         next();  // while these are on their way
     };
-    int group = begin, parity = 0;  // that arrives next
+    int group = begin, parity = 0;  // of the group that arrives next
     next();
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) ask(stage);
@@ -98,9 +106,10 @@ __device__ inline void copy_in_bulk(char* staged, int rows, int blocks, Locate l
             if (group >= rows) break;
             wait_for_phase(shared_address(&barriers[stage]), parity);
             if (targets[stage])
-                asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                             ::"l"(targets[stage]), "r"(shared_address(staged + (stage * LANES + lane) * ROW_BYTES)),
-                             "n"(ROW_BYTES) : "memory");
+                asm volatile(
+                    "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(targets[stage]),
+                    "r"(shared_address(staged + (stage * LANES + lane) * ROW_BYTES)), "n"(ROW_BYTES)
+                    : "memory");
             asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
             __syncwarp();
             ask(stage);
@@ -113,8 +122,8 @@ __device__ inline void copy_in_bulk(char* staged, int rows, int blocks, Locate l
 
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(
     const int* entries, const int* counts, const int* positions, const int64* block_table, int64 table_width,
-    const char* arena, int64 block_stride, int64 head_stride, char* resident, int64 k, int64 capacity, int64 first,
-    int64 lines, int64 kv_heads, int64 rows_per_block, int64 many) {
+    const char* arena, int64 block_stride, int64 head_stride, char* resident_rows, int64 k, int64 capacity,
+    int64 first, int64 lines, int64 kv_heads, int64 rows_per_block, int64 many) {
     int* starts = (int*)(shared + STAGES * LANES * ROW_BYTES);  // [lines + 1], rows of the lines before
     __shared__ int room[32];
     int rows = 0;
@@ -138,11 +147,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(
             else high = middle;
         }
         const int batch = low / (int)kv_heads, head = low % (int)kv_heads;
-        const int slot = entries[low * k + (row - starts[low])];
-        const int position = positions[low * capacity + slot];
+        const int entry = entries[low * k + (row - starts[low])];
+        const int position = positions[low * capacity + entry];
         const int64 block = block_table[batch * table_width + position / BLOCK_TOKENS];
         source = arena + block * block_stride + head * head_stride + position % BLOCK_TOKENS * ROW_BYTES;
-        target = resident + (low * (first + capacity) + first + slot) * ROW_BYTES;
+        target = resident_rows + (low * (first + capacity) + first + entry) * ROW_BYTES;
     };
 #if BULK
     if (rows >= many) {

@@ -1,17 +1,20 @@
-"""Fetch: the rows that a selection lacks, from the arena into the set."""
+"""Fetch: rows that are selected and not yet resident, from the arena into the set."""
 
 import torch
 from torch import Tensor
 
-from clo.kernels.blocks import locate
+from clo.kernels.arguments import HEAD_DIM, Signature
+from clo.kernels.blocks import ARENA, BLOCK_TABLE
 from clo.kernels.launch import launch
-from clo.kernels.resident import ResidentSet
-from clo.kernels.update_resident import FetchList
+from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
+from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
-_BLOCKS, _THREADS = 32, 1024  # at most; more are slower, since their addresses lie too far apart
+_BLOCKS, _THREADS = 32, 1024  # more blocks are slower, since their addresses lie too far apart
 _ROWS_PER_BLOCK, _PATIENT_ROWS_PER_BLOCK = 256, 1024
-_MANY = 32768  # rows of one launch, from which on they come in bulk
-_STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block
+_MANY = 32768  # from so many rows in one launch they come by bulk copies
+_STAGES, _STAGE_BYTES = 2, 16 * 1024  # of a block's bulk copies
+
+_SIGNATURE = Signature("fetch", (ENTRIES, COUNTS, ROWS, POSITIONS, BLOCK_TABLE, ARENA), (HEAD_DIM, FIRST))
 
 
 def fetch(
@@ -25,14 +28,17 @@ def fetch(
     """Copy rows from the arena into the set, in place.
 
     Args:
-        fetch_list: which rows of the set.
-        resident: of the B sequences; its positions say which token each of these rows is of.
+        fetch_list: which rows of the set to copy.
+        resident: of the B sequences; its positions say which token each of these rows belongs to.
         block_table: [B, max_blocks] int64.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
-        patient: leave multiprocessors and memory to what runs beside it, because there is time.
+        patient: there is time; leave multiprocessors and bandwidth to the kernels that run beside this one.
     """
     rows, positions = resident.rows, resident.positions
-    if rows.is_cuda:
+    _SIGNATURE.check(
+        *fetch_list, rows, positions, block_table, arena, sinks=resident.sinks, recent=resident.recent
+    )
+    if not rows.is_cpu:
         lines, k = fetch_list.counts.numel(), fetch_list.entries.shape[2]
         row_bytes = rows[0, 0, 0].nbytes
         stages = _STAGES if lines * k >= _MANY else 0
@@ -48,9 +54,9 @@ def fetch(
             STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
-    entries = torch.arange(fetch_list.entries.shape[2], device=fetch_list.counts.device)
+    entries = torch.arange(fetch_list.entries.shape[2])
     batch, head, entry = (entries < fetch_list.counts.unsqueeze(2)).nonzero(as_tuple=True)
-    row = fetch_list.entries[batch, head, entry].long()
-    position = positions[batch, head, row].long()
-    block, offset = locate(position.unsqueeze(1), block_table[batch], arena.shape[2])
-    rows[batch, head, resident.first + row] = arena[block.squeeze(1), head, offset.squeeze(1)]
+    row = fetch_list.entries[batch, head, entry]
+    position = positions[batch, head, row]
+    block = block_table[batch, position // arena.shape[2]]
+    rows[batch, head, resident.first + row] = arena[block, head, position % arena.shape[2]]

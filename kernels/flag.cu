@@ -14,7 +14,7 @@ __device__ inline int64 nanoseconds() {
 }
 
 extern "C" __global__ void wait_flag(const int64* flag, int64 number, int64 timeout, int64* status) {
-    if (load(status)) return;  // what did not come once is not waited for again, layer after layer
+    if (load(status)) return;  // a flag that timed out once is not waited for again in every layer
     const int64 start = nanoseconds();
     while (load(flag) < number) {
         if (nanoseconds() - start > timeout) {

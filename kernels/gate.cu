@@ -1,9 +1,9 @@
-// One block a (KV head, sequence).
+// One block for each (KV head, sequence).
 #include "common.cuh"
 
 extern "C" __global__ void gate(
-    const Element* query, int64 query_stride, Element* selection_query, const float* threshold, const int64* lengths, int64* counters,
-    uint8* reselect) {
+    const Element* query, int64 query_stride, Element* selection_query, const float* threshold,
+    const int64* lengths, int64* counters, uint8* reselect) {
     __shared__ float room[32];
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x;
     const int64 line = (int64)batch * kv_heads + head;

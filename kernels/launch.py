@@ -1,18 +1,101 @@
-"""Launching the CUDA C++ kernels that lie beside their references."""
+"""Launching the CUDA C++ kernels that lie beside their references.
 
-from collections.abc import Sequence
+An operation launches its kernel for tensors that are not on the CPU: on a GPU, or on torch's meta device, for
+which ``recorded`` shows what would be launched, also where there is no GPU.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clo.kernels.limits import SHARED_BYTES
+
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """``ELEMENT`` of ``common.cuh`` for a dtype."""
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
+"""Where the sources are, and what they include."""
+
+STANDARD = "c++17"
+"""Of the sources."""
+
+_recordings: list[list["Launch"]] = []
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, and the constants with which its source is compiled."""
+
+    file: str
+    name: str
+    grid: tuple[int, ...]
+    threads: int
+    args: tuple[Tensor | int | float | None, ...]
+    shared: int
+    defines: tuple[tuple[str, int], ...]
+
+    def run(self) -> None:
+        """Launch on torch's current stream; the source is compiled at its first use."""
+        import cupy  # here, because a machine without a GPU needs none
+
+        kernel = _kernel(self.file, self.name, self.defines, self.shared)
+        values = [_value(argument) for argument in self.args]
+        with cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
+            kernel(self.grid, (self.threads,), values, shared_mem=self.shared)
+
+
+def launch(
+    file: str,
+    name: str,
+    grid: tuple[int, ...],
+    threads: int,
+    args: Sequence[Tensor | int | float | None],
+    shared: int = 0,
+    **defines: int,
+) -> None:
+    """Launch a kernel on torch's current stream, or note the launch within ``recorded``.
+
+    Args:
+        file: of this folder.
+        name: of the kernel in the file.
+        grid: blocks.
+        threads: of a block.
+        args: tensors as pointers (None is a null pointer), integers as 64 bits, floats as 32 bits.
+        shared: bytes of dynamic shared memory.
+        defines: constants of the source.
+
+    Raises:
+        ValueError: the kernel needs more shared memory than a block may have.
+    """
+    if shared > max(SHARED_BYTES.values()):
+        raise _too_much_shared_memory(name, shared, max(SHARED_BYTES.values()))
+    asked = Launch(file, name, grid, threads, tuple(args), shared, tuple(defines.items()))
+    if _recordings:
+        _recordings[-1].append(asked)
+    else:
+        asked.run()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within, launches are appended to the list and not carried out."""
+    _recordings.append([])
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
+
+
+def block_shared_bytes() -> int:
+    """Shared memory that a block may have on the current GPU."""
+    import cupy
+
+    return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 class _Stream:
@@ -27,49 +110,38 @@ class _Stream:
 
 @cache
 def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
-    import cupy  # here, because a machine without a GPU needs none
+    import cupy
 
-    options = ["-std=c++17", f"-I{_FOLDER}", *(f"-D{name}={value}" for name, value in defines)]
-    return cupy.RawModule(code=(_FOLDER / file).read_text(), options=tuple(options))
+    options = [f"-std={STANDARD}", f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in defines)]
+    return cupy.RawModule(code=(FOLDER / file).read_text(), options=tuple(options))
 
 
 @cache
 def _kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], shared: int) -> Any:
     kernel = _module(file, defines).get_function(name)
     if shared > 32 * 1024:  # with static shared memory this may be more than a block gets unless it asks
+        needed = shared + kernel.shared_size_bytes
+        most = block_shared_bytes()
+        if needed > most:
+            raise _too_much_shared_memory(name, needed, most)
         kernel.max_dynamic_shared_size_bytes = max(shared, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 
-def launch(
-    file: str,
-    name: str,
-    grid: tuple[int, ...],
-    threads: int,
-    args: Sequence[Tensor | int | float | None],
-    shared: int = 0,
-    **defines: int,
-) -> None:
-    """Launch a kernel on torch's current stream; it is compiled at its first use.
-
-    Args:
-        file: of this folder.
-        grid: blocks; threads: of a block; shared: bytes of dynamic shared memory.
-        args: tensors as pointers (None is a null pointer), integers as 64 bits, floats as 32 bits.
-        defines: constants of the source.
-    """
-    import cupy
-
-    kernel = _kernel(file, name, tuple(defines.items()), shared)
-    values = [_argument(value) for value in args]
-    with cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
-        kernel(grid, (threads,), values, shared_mem=shared)
+def _too_much_shared_memory(name: str, needed: int, most: int) -> ValueError:
+    return ValueError(
+        f"{name} needs {needed} bytes of shared memory for these arguments, and a block may have {most}; see "
+        "check_limits in clo.kernels.limits."
+    )
 
 
-def _argument(value: Tensor | int | float | None) -> int | np.float32:
-    if isinstance(value, Tensor):
-        assert value.shape[-1] == 1 or value.stride(-1) == 1, "kernels read the last dimension in order"
-        return value.data_ptr()
-    if isinstance(value, float):
-        return np.float32(value)
-    return value or 0
+def _value(argument: Tensor | int | float | None) -> int | np.float32:
+    if isinstance(argument, Tensor):
+        if argument.is_meta:
+            raise ValueError(
+                "Tensors on the meta device have no data; call operations on them in `recorded`."
+            )
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return np.float32(argument)
+    return argument or 0

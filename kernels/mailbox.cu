@@ -1,4 +1,4 @@
-// One block. The flag is released to the whole system only after the tokens: who sees it sees them.
+// One block. The flag is released to the whole system only after the tokens: whoever sees it sees them.
 #include "common.cuh"
 
 extern "C" __global__ void post(

@@ -1,8 +1,20 @@
 """Mailbox: tokens leave the device through memory that the host polls."""
 
+import torch
 from torch import Tensor
 
+from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
+
+_SIGNATURE = Signature(
+    "post",
+    (
+        Argument("tokens", torch.int64, "N"),
+        Argument("counter", torch.int64, "1"),
+        Argument("mailbox", torch.int64, "entries width", anywhere=True),
+    ),
+    (Rule("entries >= 1 and width > N", "an entry is a number and its tokens"),),
+)
 
 
 def post(tokens: Tensor, counter: Tensor, mailbox: Tensor) -> None:
@@ -14,7 +26,8 @@ def post(tokens: Tensor, counter: Tensor, mailbox: Tensor) -> None:
         mailbox: [entries, 1 + M] int64, M >= N, in memory that host and device share; entry n stands in row
             ``n % entries`` as its number n and its tokens.
     """
-    if tokens.is_cuda:
+    _SIGNATURE.check(tokens, counter, mailbox)
+    if not tokens.is_cpu:
         launch(
             "mailbox.cu", "post", (1,), 128,
             [tokens, len(tokens), counter, mailbox, len(mailbox), mailbox.shape[1]],

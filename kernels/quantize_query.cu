@@ -1,16 +1,16 @@
-// Blocks with z = 0 rotate and round the queries of one (KV head, sequence), PARTS threads an entry; in the
-// others each warp multiplies them with the centre of a page.
+// Blocks with z = 0 rotate and round the queries of one (KV head, sequence), PARTS threads for an entry; in
+// the other blocks each warp multiplies them with the centre of a page.
 #include "common.cuh"
 
 #define QUANTIZE_THREADS ((PARTS * DIM + 31) / 32 * 32)
-#define ROWS (DIM / PARTS)                // of the rotation a thread
-#define BATCH (ROWS < 32 ? ROWS : 32)     // of them on their way at a time
+#define ROWS (DIM / PARTS)             // of the rotation, for a thread
+#define BATCH (ROWS < 32 ? ROWS : 32)  // of them on their way at a time
 #define LANE_ENTRIES ((DIM + 31) / 32)
 
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
     const Element* query, int64 query_stride, const float* rotation, const float* centres, const float* lse,
-    const int64* lengths, const int64* block_table, int64 max_blocks, int64 table_width, int8* integers, float* steps,
-    float* centre_scores, float scale) {
+    const int64* lengths, const int64* page_table, int64 max_blocks, int64 table_width, int8* integers,
+    float* steps, float* offsets, float scale) {
     __shared__ __align__(16) float sums[PARTS][GROUP][DIM];
     const int kv_heads = gridDim.x, head = blockIdx.x, batch = blockIdx.y;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
     if (blockIdx.z > 0) {
         const int page = (blockIdx.z - 1) * warps + warp;
         if (page >= max_blocks || (int64)page * BLOCK_TOKENS >= lengths[batch]) return;
-        const float* centre = centres + (block_table[batch * table_width + page] * kv_heads + head) * DIM;
+        const float* centre = centres + (page_table[batch * table_width + page] * kv_heads + head) * DIM;
         float products[GROUP];
 #pragma unroll
         for (int q = 0; q < GROUP; q++) products[q] = 0.f;
@@ -34,12 +34,12 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
 #pragma unroll
         for (int q = 0; q < GROUP; q++) {
             const float product = warp_sum(products[q]) * scale - lse[line * GROUP + q];
-            if (lane == 0) centre_scores[(line * max_blocks + page) * GROUP + q] = product * LOG2E;
+            if (lane == 0) offsets[(line * max_blocks + page) * GROUP + q] = product * LOG2E;
         }
         return;
     }
     if (lengths[batch] <= 0) return;
-    float(*group)[DIM] = sums[0];  // the queries lie where the sums of the first part will
+    float (*group)[DIM] = sums[0];  // the queries lie where the sums of the first part will be
     for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) group[0][i] = to_float(query[i]);
     const int part = min((int)threadIdx.x / DIM, PARTS - 1), entry = threadIdx.x % DIM;
     rotation += part * ROWS * DIM + entry;

@@ -1,23 +1,41 @@
-"""Quantise queries for the index: everything about a score that can be computed without a code."""
+"""Quantise queries for the index: the part of a score that can be computed without the codes."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clo.kernels.encode import CodePages
+from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.blocks import gather_blocks
+from clo.kernels.encode import CENTRES, PAGE_TABLE, ROTATION, CodePages
 from clo.kernels.launch import ELEMENTS, launch
+from clo.kernels.limits import GROUP_ENTRIES_MOST, quantize_parts
 
 LOG2E = 1.4426950408889634
-_STATIC_BYTES = 48 * 1024  # of shared memory, at most
+
+_SIGNATURE = Signature(
+    "quantize_query",
+    (
+        Argument("query", ELEMENT, "B query_heads head_dim", dense=2),
+        CENTRES, ROTATION,
+        Argument("lse", torch.float32, "B query_heads"),
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE,
+    ),
+    (
+        HEAD_DIM, GROUPED,
+        Rule(f"query_heads // kv_heads * head_dim <= {GROUP_ENTRIES_MOST}",
+             "the sums of a group lie in shared memory", gpu=True),
+    ),
+)  # fmt: skip
 
 
 class QuantizedQuery(NamedTuple):
-    """The part of a score that needs no code: queries as integers, and the products with the centres."""
+    """The part of a score that needs no codes: queries as integers, and the products with the centres."""
 
     integers: Tensor  # [B, query_heads, head_dim] int8
-    steps: Tensor  # [B, query_heads] float32; their product is the rotated query
-    offsets: Tensor  # [B, kv_heads, max_blocks, group] float32, base-2 logarithms
+    steps: Tensor  # [B, query_heads] float32; integers * steps is the rotated query
+    offsets: Tensor  # [B, kv_heads, max_blocks, group] float32, base-2 log of a weight with a code of zero
 
 
 def quantize_query(
@@ -41,16 +59,17 @@ def quantize_query(
         page_table: [B, max_blocks] int64.
         scale: factor of the scores.
     """
+    _SIGNATURE.check(query, pages.centres, rotation, lse, lengths, page_table)
     batch, query_heads, dim = query.shape
     kv_heads, max_blocks = pages.centres.shape[1], page_table.shape[1]
     group = query_heads // kv_heads
-    if query.is_cuda:
+    if not query.is_cpu:
         quantized = QuantizedQuery(
             torch.empty(query.shape, dtype=torch.int8, device=query.device),
             torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
             torch.empty(batch, kv_heads, max_blocks, group, dtype=torch.float32, device=query.device),
         )
-        parts = next(parts for parts in (4, 2, 1) if parts * group * dim * 4 <= _STATIC_BYTES)
+        parts = quantize_parts(group, dim)
         threads = -(-parts * dim // 32) * 32
         launch(
             "quantize_query.cu", "quantize_query",
@@ -60,10 +79,10 @@ def quantize_query(
             BLOCK_TOKENS=pages.block_tokens, PARTS=parts,
         )  # fmt: skip
         return quantized
-    grouped = query.float().view(batch, kv_heads, group, dim)
-    rotated = query.float() @ rotation
-    steps = rotated.abs().amax(-1).clamp_min_(1e-20) / 127
-    centres = pages.centres[page_table].transpose(1, 2)  # [B, kv_heads, max_blocks, D]
-    products = centres @ grouped.transpose(-1, -2)
-    offsets = (products * scale - lse.view(batch, kv_heads, 1, group)) * LOG2E
-    return QuantizedQuery((rotated / steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)
+    exact = query.float()
+    rotated = exact @ rotation
+    steps = rotated.abs().amax(-1).clamp_min_(1e-20).div_(127)
+    centres = gather_blocks(pages.centres, page_table).transpose(1, 2)  # [B, kv_heads, max_blocks, D]
+    products = centres @ exact.view(batch, kv_heads, group, dim).transpose(-1, -2)
+    offsets = products.mul_(scale).sub_(lse.view(batch, kv_heads, 1, group)).mul_(LOG2E)
+    return QuantizedQuery(rotated.div_(steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)

@@ -1,8 +1,11 @@
-"""The resident set: the rows that each KV head of a layer attends to, and which tokens they are of."""
+"""The resident set: the rows that each KV head of a layer attends to, and their positions."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from clo.kernels.arguments import ELEMENT, Argument, Rule
 
 
 class ResidentSet(NamedTuple):
@@ -36,3 +39,11 @@ class ResidentSet(NamedTuple):
         return self._replace(
             rows=self.rows[:count], positions=self.positions[:count], last_used=self.last_used[:count]
         )
+
+
+ROWS = Argument("resident.rows", ELEMENT, "B kv_heads sinks+recent+capacity 2 head_dim", chunks=True)
+POSITIONS = Argument("resident.positions", torch.int32, "B kv_heads capacity")
+LAST_USED = Argument("resident.last_used", torch.int32, "B kv_heads capacity")
+"""The tensors of a ``ResidentSet`` as arguments of operations."""
+
+FIRST = Rule("sinks >= 0 and recent >= 1", "the latest token always has a row")

@@ -1,15 +1,15 @@
-// Sample: one block of 32 warps a row. Nothing is sorted: the logits become whole steps below the largest, and a
-// threshold is the bin of steps in which a running sum reaches what is wanted, then the step in that bin. Weights
-// are whole numbers, so that sums are exact in any order.
+// Sample: one block of 32 warps for each row of logits. Nothing is sorted: the logits become whole steps
+// below the largest, and a threshold is the bin of steps in which a running sum reaches what is wanted, then
+// the step in that bin. Weights are whole numbers, so that sums are exact in any order.
 //
 // Defines: THREADS (1024), WIDTH floats of a load, PART_BITS, LIMIT and BIN_BITS as in sample.py.
 #include "common.cuh"
 
 typedef unsigned long long uint64;
 
-#define AHEAD 4                  // loads of a thread in flight
+#define AHEAD 4  // loads of a thread in flight
 #define BINS (1 << BIN_BITS)
-#define OWN (BINS / THREADS)     // bins of a thread
+#define OWN (BINS / THREADS)  // bins of a thread
 
 struct __align__(4 * WIDTH) Chunk {
     float logits[WIDTH];
@@ -73,12 +73,12 @@ __device__ inline int64 block_before(int64 value, int64* sums, int64& total) {
     return __shfl_sync(FULL_WARP, running - mine, warp) + inclusive - value;
 }
 
-// Not a number becomes LIMIT, as what lies too far below the top does.
+// NaN becomes LIMIT, as does a logit that lies too far below the top.
 __device__ inline int steps_below(float top, float logit, float rate) {
     return (int)fminf((top - logit) * rate, (float)LIMIT);
 }
 
-__device__ inline int64 weigh(int steps) {
+__device__ inline int64 weight_of(int steps) {
     const uint32 part = (uint32)steps << (32 - PART_BITS);
     uint32 power = 2017903u;
     power = 19743523u - __umulhi(power, part);
@@ -89,9 +89,9 @@ __device__ inline int64 weigh(int steps) {
     return (int64)((uint64)power << 9 >> (steps >> PART_BITS));
 }
 
-// The steps at which a sum over the tokens down to `last`, beginning with the most likely ones, reaches `wanted`
-// tokens or, BY_WEIGHT, a share `wanted` of all their weight; `last` where it never does. `low` and `high` are the
-// halves of BINS sums: there is no 64-bit addition to shared memory.
+// The steps at which a sum over the tokens down to `last`, beginning with the most likely ones, reaches
+// `wanted` tokens or, BY_WEIGHT, a share `wanted` of all their weight; `last` where it never does. `low` and
+// `high` are the halves of BINS sums: there is no 64-bit addition to shared memory.
 template <bool BY_WEIGHT, class Wanted>
 __device__ inline int reach(
     const Chunk* row, int chunks, float top, float rate, int last, Wanted wanted, uint32* low, uint32* high,
@@ -106,7 +106,7 @@ __device__ inline int reach(
             if (steps > last || steps >> (shift + BIN_BITS) != prefix) return;
             const int bin = steps >> shift & (BINS - 1);
             if (BY_WEIGHT) {
-                const int64 weight = weigh(steps);
+                const int64 weight = weight_of(steps);
                 const uint32 half = (uint32)weight, sum = atomicAdd(&low[bin], half) + half;
                 const uint32 rest = (uint32)(weight >> 32) + (sum < half);
                 if (rest) atomicAdd(&high[bin], rest);
@@ -178,19 +178,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     const int64 k = top_k[line];
     const float share = top_p[line];
     int last = LIMIT - 1;
-    if (k > 0 && k < vocab)
-        last = reach<false>(row, chunks, top, rate, last, k, memory, memory + BINS, room);
+    if (k > 0 && k < vocab) last = reach<false>(row, chunks, top, rate, last, k, memory, memory + BINS, room);
     if (share < 1.f) last = reach<true>(row, chunks, top, rate, last, share, memory, memory + BINS, room);
 
-    // each warp weighs a stretch of the row; the token is then sought in one of them
+    // each warp sums a stretch of the row; the token is then sought in one of them
     const int stretch = (chunks + 31) / 32;
     int64 sum = 0, total;
     visit(row, warp * stretch + lane, min(chunks, (warp + 1) * stretch), 32, [&](float logit, int) {
         const int steps = steps_below(top, logit, rate);
-        if (steps <= last) sum += weigh(steps);
+        if (steps <= last) sum += weight_of(steps);
     });
     int64 before = block_before(sum, room.sums, total);
-    if (total == 0) {  // rubbish, for which any token does
+    if (total == 0) {  // no token has a weight, so any of them will do
         if (thread == 0) drawn[line] = place;
         return;
     }
@@ -207,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {
             const int steps = at < end ? steps_below(top, row[at].logits[j], rate) : LIMIT;
-            weights[j] = steps <= last ? weigh(steps) : 0;
+            weights[j] = steps <= last ? weight_of(steps) : 0;
             sum += weights[j];
         }
         before = running + block_before(sum, room.sums, total);

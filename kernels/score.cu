@@ -1,32 +1,34 @@
 // 8-bit queries against 2-bit codes on the integer tensor cores.
 //
-// A warp takes UNITS units of 64 tokens, through a ring of STAGES in shared memory of its own: four tiles of 16
-// tokens x 8 queries of mma.m16n8k32 each. The four planes of a byte of codes are four entries that lie DIM / 4
-// apart; entries go through the tensor cores in the order in which the bytes hold them. The odd planes go in
-// four times too large, which saves their shifts, so they have accumulators of their own, which start at -6 times
-// the sum of the queries: with 4 times the even ones that makes 4 times the levels of the quantiser.
+// A warp takes UNITS units of 64 tokens, through a ring of STAGES in shared memory of its own: four tiles of
+// 16 tokens x 8 queries of mma.m16n8k32 each. The four planes of a byte of codes are four entries that lie
+// DIM / 4 apart; entries go through the tensor cores in the order in which the bytes hold them. The odd
+// planes go in four times too large, which saves their shifts, so they have accumulators of their own, which
+// start at -6 times the sum of the queries: with 4 times the even ones that makes 4 times the levels of the
+// quantiser.
 //
-// Row r of the four tiles takes the tokens 8 r to 8 r + 7 of a unit, so that a lane's scales lie together, and so
-// do the scores: those of tokens 2 * lane and 2 * lane + 1 end up in a lane.
+// Row r of the four tiles takes the tokens 8 r to 8 r + 7 of a unit, so that a lane's scales lie together,
+// and so do the scores: those of tokens 2 * lane and 2 * lane + 1 end up in a lane.
 #include "common.cuh"
 
 #define UNIT 64
-#define WORDS (DIM / 16)                // 32-bit words of codes a token
-#define LANE_WORDS ((WORDS + 3) / 4)    // of them a lane
-#define COLUMNS ((GROUP + 7) / 8)       // tiles of 8 queries
-#define DISTINCT (GROUP <= 4 ? 4 : 8)   // of them that differ: up to 4 queries stand in a tile twice
-#define SIDES (GROUP <= 4 ? 1 : 2)      // halves of a tile that a lane weighs: of doubled queries, the lower quads
-                                        // leave the rows from 8 on to the upper ones
+#define WORDS (DIM / 16)               // 32-bit words of codes for a token
+#define LANE_WORDS ((WORDS + 3) / 4)   // of them for a lane
+#define COLUMNS ((GROUP + 7) / 8)      // tiles of 8 queries
+#define DISTINCT (GROUP <= 4 ? 4 : 8)  // of them that differ: up to 4 queries stand in a tile twice
+// Halves of a tile that a lane scores: where queries are doubled, the lower quads leave the rows from 8 on to
+// the upper ones.
+#define SIDES (GROUP <= 4 ? 1 : 2)
 #define MAGIC 0x4b400000  // as float 1.5 * 2**23: integers added to it become floats without a conversion
 
 struct Stage {
     uint4 codes[DIM];
     uint16 scales[UNIT];
-    float centres[COLUMNS * DISTINCT];
+    float offsets[COLUMNS * DISTINCT];
 };
 
-// Rows of a tile are 8 tokens apart; shuffled within those, the tokens that are read together lie in different
-// banks.
+// Rows of a tile are 8 tokens apart; shuffled within those, the tokens that are read together lie in
+// different banks.
 __device__ inline int place_of(int token) { return DIM % 64 == 0 ? token ^ (token / 8 % 8) : token; }
 
 __device__ inline int chunk_place(int chunk) {
@@ -72,23 +74,24 @@ __device__ inline void load_words(uint32 (&words)[LANE_WORDS], const Stage& stag
 #endif
 }
 
-// Two lanes, `apart`, each have two sums of either's: the lower one keeps the first, the upper one the second.
+// Two lanes, `apart`, each hold a part of two sums: the lower one ends with the first sum, the upper one with
+// the second.
 __device__ inline float trade(float first, float second, bool upper, int apart) {
     return (upper ? second : first) + __shfl_xor_sync(FULL_WARP, upper ? first : second, apart);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
-    const int8* integers, const float* steps, const float* centre_scores, const uint8* codes,
-    const uint16* scales, const uint8* reselect, const int64* lengths, const int64* block_table,
-    int64 max_blocks, int64 table_width, short* scores, int64 sinks, int64 tail, float scale) {
+    const int8* integers, const float* steps, const float* offsets, const uint8* codes, const uint16* scales,
+    const uint8* reselect, const int64* lengths, const int64* page_table, int64 max_blocks, int64 table_width,
+    short* scores, int64 sinks, int64 tail, float scale) {
     extern __shared__ Stage stages[];
     const int kv_heads = gridDim.y, head = blockIdx.y, batch = blockIdx.z;
     const int64 line = (int64)batch * kv_heads + head;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
     const int first = (blockIdx.x * WARPS + warp) * UNITS;
-    // each lane looks up one unit's block, while the rest of what decides whether there is one arrives
-    const int page = min((first + min(lane, UNITS - 1)) * UNIT / BLOCK_TOKENS, (int)max_blocks - 1);
-    const int block = (int)block_table[batch * table_width + page];
+    // each lane looks up one unit's page, while the rest of what decides whether there is one arrives
+    const int place = min((first + min(lane, UNITS - 1)) * UNIT / BLOCK_TOKENS, (int)max_blocks - 1);
+    const int page = (int)page_table[batch * table_width + place];
     const int end = reselect[line] ? (int)(lengths[batch] - tail) : 0;
     const int count = min(UNITS, (end + UNIT - 1) / UNIT - first);
     if (count <= 0) return;
@@ -98,27 +101,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
         if (unit < count) {
             Stage& stage = ring[unit % STAGES];
             const int base = (first + unit) * UNIT;
-            const int64 source = __shfl_sync(FULL_WARP, block, unit) * (int64)kv_heads + head;
+            const int64 source = __shfl_sync(FULL_WARP, page, unit) * (int64)kv_heads + head;
             const int64 token = source * BLOCK_TOKENS + base % BLOCK_TOKENS;
 #pragma unroll
             for (int i = 0; i < DIM; i += 32)
                 if (i + lane < DIM)
-                    copy_16(stage.codes + chunk_place(i + lane), (const uint4*)(codes + token * (DIM / 4)) + i + lane,
-                            policy);
-            if (lane < UNIT / 8) copy_16((uint4*)stage.scales + lane, (const uint4*)(scales + token) + lane, policy);
+                    copy_16(
+                        stage.codes + chunk_place(i + lane),
+                        (const uint4*)(codes + token * (DIM / 4)) + i + lane, policy);
+            if (lane < UNIT / 8)
+                copy_16((uint4*)stage.scales + lane, (const uint4*)(scales + token) + lane, policy);
 #pragma unroll
             for (int i = 0; i < GROUP; i += 32)
                 if (i + lane < GROUP)
-                    copy_4(stage.centres + i + lane,
-                           centre_scores + (line * max_blocks + base / BLOCK_TOKENS) * GROUP + i + lane);
+                    copy_4(
+                        stage.offsets + i + lane,
+                        offsets + (line * max_blocks + base / BLOCK_TOKENS) * GROUP + i + lane);
         }
         close_copies();
     };
 #pragma unroll
     for (int unit = 0; unit < STAGES - 1; unit++) fill(unit);
-    if (GROUP + lane < COLUMNS * DISTINCT)  // queries that there are not weigh nothing
+    if (GROUP + lane < COLUMNS * DISTINCT)  // queries past the group add nothing
 #pragma unroll
-        for (int stage = 0; stage < STAGES; stage++) ring[stage].centres[GROUP + lane] = -INFINITE;
+        for (int stage = 0; stage < STAGES; stage++) ring[stage].offsets[GROUP + lane] = -INFINITE;
 
     uint32 weights[COLUMNS][LANE_WORDS][4];  // queries as the B operand
     float factor[COLUMNS][2];
@@ -126,14 +132,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
 #pragma unroll
     for (int column = 0; column < COLUMNS; column++) {
         int sum = 0;
-        const int member = column * 8 + row % DISTINCT;
-        const uint32* source = (const uint32*)(integers + (line * GROUP + member) * DIM);
+        const int query = column * 8 + row % DISTINCT;
+        const uint32* source = (const uint32*)(integers + (line * GROUP + query) * DIM);
 #pragma unroll
         for (int i = 0; i < LANE_WORDS; i++)
 #pragma unroll
             for (int plane = 0; plane < 4; plane++) {
                 const int word = quad * LANE_WORDS + i;
-                const uint32 four = member < GROUP && word < WORDS ? source[plane * WORDS + word] : 0;
+                const uint32 four = query < GROUP && word < WORDS ? source[plane * WORDS + word] : 0;
                 weights[column][i][plane] = four;
                 sum = __dp4a((int)four, 0x01010101, sum);
             }
@@ -153,10 +159,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
         __syncwarp();  // every lane's copies are there, and every lane is done with the stage that comes next
         fill(unit + STAGES - 1);
         const Stage& stage = ring[unit % STAGES];
-        float2 centre[COLUMNS];
+        float2 offset[COLUMNS];
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++)
-            centre[column] = ((const float2*)stage.centres)[column * DISTINCT / 2 + quad % (DISTINCT / 2)];
+            offset[column] = ((const float2*)stage.offsets)[column * DISTINCT / 2 + quad % (DISTINCT / 2)];
         float magnitude[SIDES][4];
 #pragma unroll
         for (int side = 0; side < SIDES; side++) {
@@ -192,11 +198,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
 #pragma unroll
                     for (int pair = 0; pair < 2; pair++) {
                         const bool upper = SIDES == 1 ? quad >= 2 : side == 1;
-                        const int level = 4 * (upper ? even[2 + pair] : even[pair]) + (upper ? odd[2 + pair] : odd[pair]);
+                        const int level =
+                            4 * (upper ? even[2 + pair] : even[pair]) + (upper ? odd[2 + pair] : odd[pair]);
                         weight[side][tile] += power_of_2(
                             (__int_as_float(level) - __int_as_float(MAGIC)) *
                                 (magnitude[side][tile] * factor[column][pair]) +
-                            (pair ? centre[column].y : centre[column].x));
+                            (pair ? offset[column].y : offset[column].x));
                     }
             }
         }

@@ -1,17 +1,37 @@
-"""Score: what every row of a head is worth to its query group, by its keys or by their 2-bit codes."""
+"""Score: the softmax weight of every row for a query group, from its key or from the key's 2-bit code."""
 
 import torch
 from torch import Tensor
 
-from clo.kernels.blocks import gather_tokens
-from clo.kernels.encode import CodePages, unpack
+from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.blocks import gather_blocks, gather_tokens
+from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages, spread
 from clo.kernels.launch import launch
+from clo.kernels.limits import BLOCK_TOKENS_STEP
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
 
-NEVER = -1  # score of a row that is no candidate
+NEVER = -1  # score of a row that is not a candidate
 
-_UNIT = 64  # tokens that a warp scores at a time
+_UNIT = BLOCK_TOKENS_STEP  # tokens that a warp scores at a time
 _WARPS, _UNITS, _STAGES = 4, 8, 3  # warps of a block; units of a warp; units on their way to it
+
+_SIGNATURE = Signature(
+    "score_codes",
+    (
+        Argument("quantized.integers", torch.int8, "B query_heads head_dim", chunks=True),
+        Argument("quantized.steps", torch.float32, "B query_heads"),
+        Argument("quantized.offsets", torch.float32, "B kv_heads max_blocks query_heads//kv_heads"),
+        CODES, SCALES,
+        Argument("reselect", torch.bool, "B kv_heads"),
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE,
+    ),
+    (
+        HEAD_DIM, PACKED, GROUPED,
+        Rule(f"block_tokens % {_UNIT} == 0", "a warp scores so many tokens of a page at a time", gpu=True),
+        Rule("sinks >= 0 and tail >= 0", "they count tokens"),
+    ),
+)  # fmt: skip
 
 
 def score_exact(
@@ -24,7 +44,7 @@ def score_exact(
     tail: int,
     scale: float,
 ) -> Tensor:
-    """Scores by the keys in the arena themselves.
+    """Scores from the keys in the arena themselves.
 
     Args:
         query: [B, query_heads, head_dim].
@@ -43,8 +63,8 @@ def score_products(
 ) -> Tensor:
     """The score of a row: its softmax weight, summed over the query group.
 
-    The softmax is normalised with the sums of the step before, which cost nothing: attention has just left
-    them. On real text that selects as well as exact sums do.
+    The softmax is normalised with the log-sum-exp of the step before, which attention has left behind. On
+    real text that selects as well as the exact sums do.
 
     Args:
         products: [B, kv_heads, group, T] float32, query times key.
@@ -53,8 +73,8 @@ def score_products(
         scale: factor of the products in the softmax.
 
     Returns:
-        [B, kv_heads, T] int16, the high bits of the weight as float32, which order as integers do; ``NEVER``
-        for a row that is no candidate.
+        [B, kv_heads, T] int16, the high 16 bits of the weight as float32, which order as integers do;
+        ``NEVER`` for a row that is not a candidate.
     """
     weight = (products * scale - lse.view(*products.shape[:3], 1)).exp().sum(2)
     return _rounded(weight, lengths, sinks, tail)
@@ -62,9 +82,10 @@ def score_products(
 
 def _rounded(weight: Tensor, lengths: Tensor, sinks: int, tail: int) -> Tensor:
     scores = (weight.view(torch.int32) >> 16).to(torch.int16)
-    position = torch.arange(weight.shape[-1], device=weight.device)
-    candidate = (position >= sinks) & (position < (lengths - tail).unsqueeze(1))
-    return scores.masked_fill_(~candidate.unsqueeze(1), NEVER)
+    scores[..., :sinks] = NEVER
+    for sequence, length in enumerate(lengths.tolist()):
+        scores[sequence, :, max(length - tail, 0) :] = NEVER
+    return scores
 
 
 def score_codes(
@@ -77,7 +98,7 @@ def score_codes(
     tail: int,
     scale: float,
 ) -> Tensor:
-    """Scores by 2-bit codes of the keys (``clo.kernels.encode``).
+    """Scores from the 2-bit codes of the keys (``clo.kernels.encode``).
 
     Args:
         quantized: from ``quantize_query`` with the same page table and scale.
@@ -92,9 +113,21 @@ def score_codes(
         ``lengths - tail`` on.
     """
     integers, steps, offsets = quantized
+    _SIGNATURE.check(
+        integers,
+        steps,
+        offsets,
+        pages.codes,
+        pages.scales,
+        reselect,
+        lengths,
+        page_table,
+        sinks=sinks,
+        tail=tail,
+    )
     batch, kv_heads, max_blocks, group = offsets.shape
     dim, block_tokens = integers.shape[2], pages.block_tokens
-    if integers.is_cuda:
+    if not integers.is_cpu:
         span = max_blocks * block_tokens
         scores = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device)
         columns = -(-group // 8) * (4 if group <= 4 else 8)
@@ -103,15 +136,18 @@ def score_codes(
             "score.cu", "score_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
             [*quantized, pages.codes, pages.scales, reselect, lengths, page_table, max_blocks,
              page_table.stride(0), scores, sinks, tail, scale],
-            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens, WARPS=_WARPS,
-            UNITS=_UNITS, STAGES=_STAGES,
+            shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
+            WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return scores
-    rounded = integers.float().view(batch, kv_heads, group, dim)
-    levels = unpack(gather_tokens(pages.codes, page_table)).float()  # [B, kv_heads, T, D]
-    products = rounded @ levels.transpose(-1, -2) - 1.5 * rounded.sum(-1, keepdim=True)
-    products *= steps.view(batch, kv_heads, group, 1) * (scale * LOG2E)
-    products *= gather_tokens(pages.scales, page_table).float().unsqueeze(2)
-    paged = products.view(batch, kv_heads, group, max_blocks, block_tokens)
-    paged += offsets.transpose(2, 3).unsqueeze(-1)
-    return _rounded(products.exp2_().sum(2), lengths, sinks, tail)
+    # by page, [B, max_blocks, kv_heads, ...], as they lie in memory; the products are integers, and exact
+    rounded = integers.float().view(batch, 1, kv_heads, group, dim)
+    interleaved = rounded.unflatten(-1, (CODES_PER_BYTE, -1)).transpose(-1, -2).flatten(-2)
+    levels = spread(gather_blocks(pages.codes, page_table)).float()
+    products = interleaved @ levels.transpose(-1, -2)
+    products -= 1.5 * rounded.sum(-1, keepdim=True)
+    products *= steps.view(batch, 1, kv_heads, group, 1) * (scale * LOG2E)
+    products *= gather_blocks(pages.scales, page_table).float().unsqueeze(3)
+    products += offsets.transpose(1, 2).unsqueeze(-1)
+    weight = products.exp2_().sum(3)
+    return _rounded(weight.transpose(1, 2).flatten(2), lengths, sinks, tail)

@@ -1,5 +1,5 @@
-// One block a token, one thread a 16-byte chunk; writes over PCIe need few multiprocessors, so blocks are few and
-// walk through the tokens.
+// One thread takes one 16-byte chunk at a time. Writes over PCIe need few multiprocessors, so blocks are few
+// and walk through the chunks of all tokens.
 #include "common.cuh"
 
 extern "C" __global__ void store(
@@ -14,13 +14,14 @@ extern "C" __global__ void store(
     }
 }
 
-// One block a (KV head, sequence), one thread a 16-byte chunk of its newest row.
+// One block for each (KV head, sequence), one thread for each 16-byte chunk of its newest row.
 extern "C" __global__ void store_new(
-    const uint4* kv, int64 batch_stride, const int64* lengths, const int64* block_table, int64 table_width, char* arena,
-    int64 block_stride, int64 head_stride) {
+    const uint4* kv, int64 batch_stride, const int64* lengths, const int64* block_table, int64 table_width,
+    char* arena, int64 block_stride, int64 head_stride) {
     const int head = blockIdx.x, batch = blockIdx.y, chunk = threadIdx.x, chunks = blockDim.x;
     const int at = (int)lengths[batch] - 1;
     if (at < 0) return;
-    char* part = arena + block_table[batch * table_width + at / BLOCK_TOKENS] * block_stride + head * head_stride;
+    char* part =
+        arena + block_table[batch * table_width + at / BLOCK_TOKENS] * block_stride + head * head_stride;
     ((uint4*)part)[at % BLOCK_TOKENS * chunks + chunk] = kv[batch * batch_stride + head * chunks + chunk];
 }

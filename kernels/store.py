@@ -1,11 +1,32 @@
 """Store: rows of one layer go to the arena."""
 
+import torch
 from torch import Tensor
 
-from clo.kernels.blocks import locate
+from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.blocks import ARENA, BLOCK_TABLE
 from clo.kernels.launch import launch
 
-_BLOCKS, _THREADS = 12, 512  # PCIe is full with few, and the others are left to the next layer
+_BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
+
+_STORE = Signature(
+    "store",
+    (
+        Argument("rows", ELEMENT, "T kv_heads 2 head_dim", chunks=True),
+        Argument("block_table", torch.int64, "max_blocks"),
+        ARENA,
+    ),
+    (HEAD_DIM, Rule("1 <= T <= max_blocks * block_tokens", "the blocks must hold the prompt")),
+)
+_STORE_NEW = Signature(
+    "store_new",
+    (
+        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        Argument("lengths", torch.int64, "B"),
+        BLOCK_TABLE, ARENA,
+    ),
+    (HEAD_DIM,),
+)  # fmt: skip
 
 
 def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
@@ -16,13 +37,14 @@ def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
         block_table: [max_blocks] int64, the sequence's blocks.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
+    _STORE.check(rows, block_table, arena)
     total, kv_heads = rows.shape[:2]
     block_tokens = arena.shape[2]
-    if rows.is_cuda:
+    if not rows.is_cpu:
         launch(
             "store.cu", "store", (_BLOCKS,), _THREADS,
-            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena, arena.stride(0) * arena.itemsize,
-             arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
+            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena,
+             arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
         )  # fmt: skip
         return
     for start in range(0, total, block_tokens):
@@ -39,7 +61,8 @@ def store_new(kv: Tensor, lengths: Tensor, block_table: Tensor, arena: Tensor) -
         block_table: [B, max_blocks] int64.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
-    if kv.is_cuda:
+    _STORE_NEW.check(kv, lengths, block_table, arena)
+    if not kv.is_cpu:
         launch(
             "store.cu", "store_new", (kv.shape[1], len(kv)), kv[0, 0].nbytes // 16,
             [kv, kv.stride(0) * kv.itemsize // 16, lengths, block_table, block_table.stride(0), arena,
@@ -47,6 +70,7 @@ def store_new(kv: Tensor, lengths: Tensor, block_table: Tensor, arena: Tensor) -
             BLOCK_TOKENS=arena.shape[2],
         )  # fmt: skip
         return
-    active = (lengths > 0).nonzero().squeeze(1)
-    blocks, offsets = locate((lengths[active] - 1).unsqueeze(1), block_table[active], arena.shape[2])
-    arena[blocks.squeeze(1), :, offsets.squeeze(1)] = kv[active]
+    for sequence, length in enumerate(lengths.tolist()):
+        if length > 0:
+            block, offset = divmod(length - 1, arena.shape[2])
+            arena[int(block_table[sequence, block]), :, offset] = kv[sequence]

@@ -1,8 +1,8 @@
-// One block a (KV head, sequence). The k best scores lie in the k best stretches of 16, by their largest score: those
-// are found first, and only they are looked at again. Then the set's positions look themselves up among the chosen
-// positions. The k-th best is found by counting: by the highest byte, then by the next byte of those that share
-// it. A barrier costs as much as the little work between two of them, so every warp reads the counts for itself,
-// and each byte has bins of its own, empty from the start.
+// One block for each (KV head, sequence). The k best scores lie in the k best stretches of 16, by their
+// largest score: those are found first, and only they are looked at again. Then the set's positions look
+// themselves up among the chosen positions. The k-th best is found by counting: by the highest byte, then by
+// the next byte of those that share it. A barrier costs as much as the little work between two of them, so
+// every warp reads the counts for itself, and each byte has bins of its own, empty from the start.
 #include "common.cuh"
 
 #define BINS 256
@@ -13,7 +13,7 @@ __device__ inline int score_of(const uint4& eight, int i) {
     return i % 2 ? (int)words[i / 2] >> 16 : (int)(short)(words[i / 2] & 0xffff);
 }
 
-// Those from `left` on are no candidates.
+// Scores from `left` on are not candidates.
 __device__ inline void cut(uint4& eight, int left) {
     uint32* words[4] = {&eight.x, &eight.y, &eight.z, &eight.w};
 #pragma unroll
@@ -24,10 +24,12 @@ __device__ inline void cut(uint4& eight, int left) {
 }
 
 // The larger the byte, the earlier the bin.
-__device__ inline void count(int* bins, int value, int shift) { atomicAdd(&bins[~value >> shift & (BINS - 1)], 1); }
+__device__ inline void count(int* bins, int value, int shift) {
+    atomicAdd(&bins[~value >> shift & (BINS - 1)], 1);
+}
 
-// The bin in which the running count reaches `wanted`, -1 where it never does; `before` becomes the count of the
-// bins before it. All lanes get the same.
+// The bin in which the running count reaches `wanted`, -1 where it never does; `before` becomes the count of
+// the bins before it. All lanes get the same.
 __device__ inline int find_bin(const int* bins, int wanted, int& before) {
     const int lane = threadIdx.x % 32;
     const int4 low = ((const int4*)bins)[lane * 2], high = ((const int4*)bins)[lane * 2 + 1];
@@ -54,8 +56,9 @@ __device__ inline int find_bin(const int* bins, int wanted, int& before) {
     return __shfl_sync(FULL_WARP, bin, owner);
 }
 
-// The k-th largest of all values, 0 where fewer are counted; `ties` becomes how many of those that equal it are
-// among the k. The byte at `shift` is counted in the first bins already; `each` calls its argument with the values.
+// The k-th largest of all values, 0 where fewer are counted; `ties` becomes how many of those that equal it
+// are among the k. The byte at `shift` is counted in the first bins already; `each` calls its argument with
+// the values.
 template <typename Each>
 __device__ inline int find_value(int (*bins)[BINS], int shift, int k, int& ties, Each each) {
     int found = 0;
@@ -76,8 +79,9 @@ __device__ inline int find_value(int (*bins)[BINS], int shift, int k, int& ties,
     }
 }
 
-// Calls `take` with the ranks and indices, both ascending, of the values above `bound` and of the first `ties` that
-// equal it; how many they are. `load` gets N of the values from an index on, -1 for what there is not.
+// Calls `take` with the ranks and indices, both ascending, of the values above `bound` and of the first
+// `ties` that equal it, and returns how many they are. `load` gets N of the values from an index on, -1 past
+// the end.
 template <int N, typename Load, typename Take>
 __device__ inline int keep(int count, int bound, int ties, int* room, Load load, Take take) {
     int better = 0, same = 0;
@@ -113,12 +117,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
     const int k = (int)k64, capacity = (int)capacity64, thread = threadIdx.x;
     const int64 line = blockIdx.x, batch = line / kv_heads;
     const int places = (k + 15) / 16 * 16;
-    uint4* eights = memory;  // [span / 128] largest scores of the stretches; then [2 * k] the scores of the best ones
-    int(*bins)[BINS] = (int(*)[BINS])(eights + max(2 * k, ((int)span + 127) / 128));  // [7]
+    // [span / 128] the largest score of each stretch; then [2 * k] the scores of the best stretches
+    uint4* eights = memory;
+    int (*bins)[BINS] = (int (*)[BINS])(eights + max(2 * k, ((int)span + 127) / 128));  // [7]
     uint8* known = (uint8*)(bins + 7);     // [places] whether a chosen position is resident
     int* chosen = (int*)(known + places);  // [places] positions, ascending
     int* active = chosen + places;         // [places] the best stretches, ascending; then positions to move
-    int* idle = active + places;           // [capacity] steps since a member was selected
+    int* idle = active + places;           // [capacity] tokens since an entry was last selected
     for (int i = thread; i < 7 * BINS + places / 4; i += THREADS) bins[0][i] = 0;  // `known` too
     __syncthreads();
     const int length = (int)lengths[batch];
@@ -156,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
         }
     }
     __syncthreads();
-    const auto of_eights = [&](int index, int(&values)[8]) {
+    const auto of_eights = [&](int index, int (&values)[8]) {
         const uint4 eight = eights[index / 8];
 #pragma unroll
         for (int i = 0; i < 8; i++) values[i] = score_of(eight, i);
@@ -195,17 +200,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
 
     // 3. those that are resident are marked
     for (int first = 0; first < capacity; first += HELD * THREADS) {
-        int position[HELD], stamp[HELD];
+        int position[HELD], used[HELD];
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
-            const int slot = first + i * THREADS + thread;
-            position[i] = slot < capacity ? positions[slot] : -1;
-            stamp[i] = slot < capacity ? last_used[slot] : 0;
+            const int entry = first + i * THREADS + thread;
+            position[i] = entry < capacity ? positions[entry] : -1;
+            used[i] = entry < capacity ? last_used[entry] : 0;
         }
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
-            const int slot = first + i * THREADS + thread;
-            if (slot >= capacity) break;
+            const int entry = first + i * THREADS + thread;
+            if (entry >= capacity) break;
             int low = 0, high = selected;
             while (low < high) {
                 const int middle = (low + high) >> 1;
@@ -214,10 +219,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
             }
             if (low < selected && chosen[low] == position[i]) {
                 known[low] = 1;
-                last_used[slot] = stamp[i] = length;
+                last_used[entry] = used[i] = length;
             }
-            idle[slot] = length - stamp[i];
-            count(bins[4], length - stamp[i], 16);
+            idle[entry] = length - used[i];
+            count(bins[4], length - used[i], 16);
         }
     }
     __syncthreads();
@@ -240,17 +245,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
 
     // 4. the others take the places of those selected longest ago
     bound = find_value(bins + 4, 16, missing, ties, [&](auto visit) {
-        for (int slot = thread; slot < capacity; slot += THREADS) visit(idle[slot]);
+        for (int entry = thread; entry < capacity; entry += THREADS) visit(idle[entry]);
     });
     keep<2>(
         capacity, bound, ties, room,
-        [&](int index, int(&values)[2]) {
+        [&](int index, int (&values)[2]) {
 #pragma unroll
             for (int i = 0; i < 2; i++) values[i] = index + i < capacity ? idle[index + i] : -1;
         },
-        [&](int rank, int slot) {
-            positions[slot] = active[rank];
-            last_used[slot] = length;
-            entries[rank] = slot;
+        [&](int rank, int entry) {
+            positions[entry] = active[rank];
+            last_used[entry] = length;
+            entries[rank] = entry;
         });
 }

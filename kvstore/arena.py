@@ -1,7 +1,7 @@
 """The arena: one piece of memory that the KV store and its workers share.
 
-It is an anonymous file (memfd): no name in any file system, so nothing is left behind when the processes that
-hold it are gone, whatever ended them, and no /dev/shm bounds its size.
+It is an anonymous file (memfd). It has no name in any file system, so nothing is left behind when the
+processes that hold it are gone, whatever ended them; and its size is not bounded by /dev/shm.
 """
 
 import contextlib
@@ -40,8 +40,9 @@ class Arena:
 
     @classmethod
     def create(cls, size: int) -> "Arena":
-        """Make an arena and touch every page of it, so that missing memory shows now and not while a request
-        is served; call ``clo.runtime.machine.host_memory.check_memory`` before. The pages are zero."""
+        """Make an arena and touch every page of it, so that a lack of memory shows now and not while a
+        request is served; call ``clo.runtime.machine.host_memory.check_memory`` before. The pages are
+        zero."""
         fd = os.memfd_create("clo-arena")
         os.ftruncate(fd, size)
         arena = cls(fd, size)

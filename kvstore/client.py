@@ -36,7 +36,7 @@ class StoreClient(DealerSocket[ToStore, FromStore]):
         return self._ask(message, Attached, timeout_s)
 
     def open_staging(self, message: OpenStaging, timeout_s: float) -> None:
-        """Open pushes to this worker; the first to a GPU takes the store as long as registering its arena.
+        """Open pushes to this worker; the first to a GPU waits until the store has registered its arena.
 
         Raises:
             CLOError: the store denies it, such as ``ConfigError`` where CUDA does not let it in.

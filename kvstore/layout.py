@@ -1,4 +1,4 @@
-"""The layout of the arena: in which order rows lie. Everyone who reads or writes a row asks here."""
+"""The layout of the arena, which is the order of its rows. Everyone who reads or writes a row asks here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ArenaLayout:
-    """``[layer][kv_head][block][token][K|V][head_dim]``: what one layer and head needs of many blocks lies
-    close together, which is what the GPU's address translation wants.
+    """``[layer][kv_head][block][token][K|V][head_dim]``: the rows that one layer and head needs from many
+    blocks are close together, which suits the GPU's address translation.
 
     Args:
-        layers, kv_heads: of the model.
-        blocks: of the arena.
-        part_bytes: of one layer and KV head of a block.
+        layers, kv_heads: numbers of the model's layers and KV heads.
+        blocks: number of blocks in the arena.
+        part_bytes: size of one layer and KV head of a block.
     """
 
     layers: int
@@ -31,7 +31,7 @@ class ArenaLayout:
         """The layout of blocks of ``block_bytes`` bytes, all layers and heads together.
 
         Raises:
-            ValueError: that many bytes are not that many layers and heads.
+            ValueError: the bytes cannot be divided among so many layers and heads.
         """
         part, rest = divmod(block_bytes, layers * kv_heads)
         if rest:

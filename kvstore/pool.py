@@ -1,4 +1,4 @@
-"""Which group holds which block of the arena for which sequence, and which tokens stand in it."""
+"""Which group holds which block of the arena for which sequence, and which tokens are in it."""
 
 from array import array
 from collections import OrderedDict
@@ -25,7 +25,7 @@ class _Holding:
 
 
 class _Wait(NamedTuple):
-    """What a sequence in the queue waits for: new blocks behind the shared ones, which it holds already."""
+    """What a sequence in the queue waits for: new blocks after the shared ones, which it holds already."""
 
     shared: list[int]
     new: int
@@ -34,9 +34,9 @@ class _Wait(NamedTuple):
 class BlockPool:
     """Blocks 0 .. ``blocks - 1`` of ``block_tokens`` tokens each.
 
-    A block is free, or held by one or several sequences, which are counted. A group is one worker, or several
-    that serve the same sequences together. A sequence gets all its blocks at once. One that has to wait
-    stands in a queue, and no later one passes the head of the queue: large requests do not starve.
+    A block is free, or held by one or several sequences, whose number is counted. A group is one worker, or
+    several that serve the same sequences together. A sequence gets all its blocks at once. One that has to
+    wait queues, and no later one overtakes the head of the queue, so that large requests do not starve.
     """
 
     def __init__(self, blocks: int, block_tokens: int) -> None:
@@ -65,9 +65,9 @@ class BlockPool:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
 
         Args:
-            blocks: that it will hold, the shared ones included.
-            shared: blocks that other sequences hold and that begin with the same tokens; this one holds them
-                too from now on.
+            blocks: number of blocks that it will hold, including the shared ones.
+            shared: blocks with its first tokens that other sequences hold already; from now on this one holds
+                them too.
 
         Raises:
             PromptTooLong: there are not that many blocks.
@@ -102,7 +102,7 @@ class BlockPool:
             yield Grant(group, sequence, list(blocks))
 
     def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> None:
-        """Record that ``tokens`` stand in the blocks of a sequence from position ``start`` on.
+        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on.
 
         Raises:
             ProtocolError: the sequence holds no blocks, ``start`` is not the next position, or the tokens go
@@ -162,8 +162,8 @@ class BlockPool:
         return list(holding.blocks), tokens
 
     def check_integrity(self) -> None:
-        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often as
-        it is held, the tokens fit into their blocks and nobody waits without need."""
+        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often
+        as it is held, the tokens fit into their blocks and nobody waits without need."""
         held = [0] * self.blocks
         for group, sequences in self._held.items():
             for sequence, holding in sequences.items():

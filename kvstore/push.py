@@ -1,6 +1,6 @@
 """Bulk pushes: rows of the arena into the staging memory of a worker, then a flag that says so.
 
-A store that no worker asks for pushes into a GPU never loads CUDA.
+A store never loads CUDA unless a worker asks it to push into a GPU.
 """
 
 import logging
@@ -20,11 +20,11 @@ from clo.runtime.wire.errors import ConfigError, ProtocolError
 from clo.runtime.wire.messages import GPUMemory, OpenStaging, Push
 
 PAGE_BYTES = 4096
-"""Of the control words, each int64."""
+"""Size of the page of control words, each of which is an int64."""
 FLAG = 0
 """Word that holds the number of the last push that is complete; the store writes it."""
 STATUS = 1
-"""Word that is not zero once the worker has waited in vain; the worker writes it."""
+"""Word that the worker sets to a number other than zero once it has waited too long."""
 
 _NUMBERS = 2  # first word of a ring: numbers on their way to the flag
 _RING = PAGE_BYTES // 8 - _NUMBERS
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Source:
-    """The arena as what pushes read: mapped, and registered with CUDA, when first wanted."""
+    """The arena as pushes read it: mapped, and registered with CUDA, when it is first needed."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -56,7 +56,7 @@ class Source:
         base, size = self.memory.ctypes.data, self.memory.nbytes
 
         def register(start: int) -> None:
-            runtime.setDevice(device)  # a new thread stands on device 0, and would make a context there
+            runtime.setDevice(device)  # a new thread starts on device 0 and would make a context there
             runtime.hostRegister(base + start, min(_CHUNK_BYTES, size - start), _PORTABLE_MAPPED)
 
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -140,9 +140,10 @@ class Pusher:
 
     Args:
         source: the arena, [layer][kv_head][block][token][K|V][head_dim].
-        pid: of the worker.
+        pid: the worker's process.
         message: where its staging is.
-        blocks: of the arena; block_bytes: of a block, all layers and heads.
+        blocks: number of blocks in the arena.
+        block_bytes: size of a block with all its layers and heads.
 
     Raises:
         ProtocolError: the worker has no such memory, or the numbers do not fit together.
@@ -205,7 +206,7 @@ class Pusher:
         """End: the worker is gone, or has another staging."""
         try:
             self._staging.close()
-        except RuntimeError as error:  # of CUDA; the store goes on for other workers
+        except RuntimeError as error:  # from CUDA; the store goes on for other workers
             _logger.warning("The memory of a former worker's GPU was not given back: %s.", error)
 
 

@@ -56,7 +56,7 @@ def listen(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
     """
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     configure(socket)
-    socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; a worker bounds them by what it asks
+    socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; workers bound them by what they ask
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -75,7 +75,7 @@ class StoreServer:
         self._decode: Decoder[ToStore] = Decoder(ToStore)
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._pool: BlockPool | None = None  # made when the first worker tells the shape of its blocks
+        self._pool: BlockPool | None = None  # made when the first worker gives the shape of its blocks
         self._block_bytes = 0
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
@@ -213,7 +213,7 @@ class StoreServer:
         for grant in pool.grants():
             self._send(self._leader(grant.group).identity, Allocated(grant.sequence, grant.blocks))
         if pool.sequences == 0:
-            pool.check_integrity()  # costs nothing that anybody waits for
+            pool.check_integrity()  # nobody is waiting, so this delays no one
 
     def _leader(self, group: int) -> _Worker:
         """The worker of a group that asks for all of them."""

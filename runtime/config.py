@@ -1,7 +1,7 @@
 """Configuration: frozen, validated when made, and passed to the processes as JSON.
 
 A field made by ``option`` is also an option of the command line: ``max_model_len`` is ``--max-model-len``.
-``launch.py`` reads all that it needs to know from here.
+``launch.py`` reads everything that it needs to know from here.
 """
 
 import re
@@ -60,7 +60,7 @@ def _profile(text: str) -> Profile:
 
 
 class Sizes(NamedTuple):
-    """Rows of one KV head. ``topk`` keeps just what it selects."""
+    """Rows of one KV head. ``topk`` keeps only what it selects."""
 
     select_k: int
     resident: int
@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and how it is held. ``max_model_len`` None takes the model's own."""
+    """Which model, and how it is held. With ``max_model_len`` None the model's own limit holds."""
 
     model: str = option(
         DEFAULT_MODEL, "a folder in the Hugging Face layout, or the name of the built-in default", "NAME", str
@@ -96,12 +96,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model that CLO can serve: where it lies and how it is to be held.
+    """A model that CLO can serve: where it is and how to hold it.
 
     Attributes:
-        name: as it was asked for.
-        path: of its folder.
-        dtype: of weights and KV cache, a name such as "bfloat16".
+        name: the name that was asked for.
+        path: path of its folder.
+        dtype: type of weights and KV cache, a name such as "bfloat16".
         device: "cuda" or "cpu".
     """
 
@@ -125,22 +125,22 @@ class CacheConfig:
 
     A head reuses its rows while the cosine between its query and the query of its last selection is at least
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
-    longest ago among its ``resident`` rows. All resident rows are attended, beside ``sinks`` first tokens and
-    the ``recent`` latest. The head-wise cache of the paper (arXiv 2511.14510) is ``resident == select_k``.
-    Where one of the two is None, ``sizes`` chooses it.
+    longest ago among its ``resident`` rows. All resident rows are attended to, with the first ``sinks``
+    tokens and the latest ``recent``. The head-wise cache of the paper (arXiv 2511.14510) has ``resident``
+    equal to ``select_k``. Where either of the two is None, ``sizes`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
     ``predicted`` does not. Layers whose query cannot be predicted do without it
     (``clo.gpu_worker.cache.query_prediction``).
 
-    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` compares a
-    sequence with full attention in one of so many of its decode steps.
+    ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` is the
+    number of decode steps of a sequence from one comparison with full attention to the next.
     """
 
     attention: Attention = option(
         "clo",
-        "clo keeps rows over many steps; topk fetches its selection anew in every step; full attends to all "
+        "clo keeps rows over many steps; topk fetches its whole selection in every step; full attends to all "
         "rows, exact and slow, to compare with",
     )
     select_k: int | None = option(
@@ -214,7 +214,7 @@ class CacheConfig:
             raise ConfigError(f"--profile is for --attention clo, and --attention is {self.attention}.")
 
     def sizes(self, max_tokens: int, layers: int) -> list[Sizes]:
-        """The rows that a head of each layer selects and keeps; ``max_tokens`` of the longest sequence."""
+        """The rows that a head of each layer selects and keeps; ``max_tokens`` is the longest sequence."""
         if self.profile is not None:
             return [Sizes(layer.select_k, layer.resident) for layer in self.profile.layers]
         k = self.select_k
@@ -225,7 +225,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What one worker may take."""
+    """How much one worker may take on."""
 
     max_num_seqs: int = option(
         8,
@@ -303,7 +303,7 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """One worker. ``router`` is an address, ``stores`` has those of the stores by NUMA node."""
+    """One worker. ``router`` is an address; ``stores`` has the addresses of the stores by NUMA node."""
 
     worker: int
     router: str

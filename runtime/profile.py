@@ -34,7 +34,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
-        """Raises ``ConfigError`` where the file cannot be read or is no profile."""
+        """Raises ``ConfigError`` if the file cannot be read or is not a profile."""
         try:
             profile = msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError as error:
@@ -56,7 +56,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return profile
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
-        """Raises ``ConfigError`` where the profile is of a model of another shape."""
+        """Raises ``ConfigError`` if the profile belongs to a model of another shape."""
         own, other = self.model, ProfiledModel(layers, kv_heads, head_dim)
         if own != other:
             raise ConfigError(

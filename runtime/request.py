@@ -27,17 +27,18 @@ class Request:
     """A request from its ``Generate`` until its worker is done with it.
 
     Args:
-        client: name of the client's connection; name: the client's own name for the request.
-        now: time, in the event loop's seconds.
+        client: name of the client's connection.
+        name: the client's own name for the request.
+        now: time in the event loop's seconds.
 
     Attributes:
         state: see ``State``; ``move`` changes it.
         heard: when the client was last sent something for it.
-        reason: why it ends, where that is not for the worker to say: "stop" (a stop string) or "cancelled".
-        prefilled: tokens; None while it waits for its prefill.
+        reason: why it ends, if the worker cannot know: "stop" (a stop string) or "cancelled".
+        prefilled: tokens prefilled so far; None while it waits for its prefill.
         sequence: its number on the worker; -1 before it has one.
         worker: name of the worker's connection.
-        text: makes text of its tokens; None before it is admitted.
+        text: turns its tokens into text; None before it is admitted.
     """
 
     def __init__(self, client: bytes, name: str, now: float) -> None:

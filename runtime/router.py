@@ -54,7 +54,7 @@ from clo.runtime.wire.messages import (
 )
 from clo.runtime.wire.sockets import Delivery, RouterSocket
 
-UNREAD_MESSAGES = 20_000  # that a client may leave before its requests are dropped
+UNREAD_MESSAGES = 20_000  # that a client may leave unread before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 INFO_S = 2.0
@@ -69,7 +69,7 @@ class Router:
 
     Args:
         config: host, port, number of workers, attention.
-        model: what is served.
+        model: the model that is served.
 
     Attributes:
         address: where clients connect.
@@ -104,18 +104,18 @@ class Router:
             self.close()
             raise
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
-        self._running: dict[int, Request] = {}  # by sequence; also those that are CLOSED
+        self._running: dict[int, Request] = {}  # by sequence; CLOSED ones too
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
         self._all_ready = asyncio.Event()
-        self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for and not here yet
-        self._owed: dict[bytes, list[Failed]] = {}  # to clients whose queue was full
+        self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for but not here yet
+        self._owed: dict[bytes, list[Failed]] = {}  # owed to clients whose queues were full
         self._failure: CLOError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def capacity_tokens(self) -> int:
-        """Of all stores together."""
+        """Tokens that all stores hold together."""
         return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
 
     async def ready(self) -> int:
@@ -151,7 +151,7 @@ class Router:
                 self._send(peer, Failed("", message.code, str(message)))
             else:
                 _logger.error("%s sent what cannot be read: %s", peer.decode(errors="replace"), message)
-            await asyncio.sleep(0)  # a receive that need not wait does not let the other tasks run
+            await asyncio.sleep(0)  # a receive that does not have to wait would not let the other tasks run
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -310,7 +310,7 @@ class Router:
     # ---------------------------------------------------------------------------------- sending
 
     async def _keep_in_touch(self) -> None:
-        """Tell quiet clients how far their requests are; that also finds the clients that are gone."""
+        """Tell quiet clients how far their requests are, which also finds clients that are gone."""
         while True:
             await asyncio.sleep(TICK_S)
             late = asyncio.get_running_loop().time() - QUIET_S
@@ -335,7 +335,7 @@ class Router:
         """The last message of a request; nothing happens where it has ended."""
         if request.open:
             self._tell(request, message)
-            if request.open:  # it is not where the client turned out to be gone
+            if request.open:  # not if the client turned out to be gone
                 self._forget(request)
 
     def _forget(self, request: Request) -> None:
@@ -343,7 +343,7 @@ class Router:
         del self._open[request.client, request.name]
 
     def _stop(self, request: Request, reason: str) -> None:
-        """Let the worker end a request, for a reason that it does not know."""
+        """Have the worker end a request for a reason that the worker does not know."""
         request.reason = reason
         request.move(State.STOPPING)
         self._order(request, Abort(request.sequence))

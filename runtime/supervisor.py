@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Child:
-    """A process of the server; ``name`` is what users read of it: "worker 0", "KV store numa0"."""
+    """A process of the server; ``name`` is what users see: "worker 0", "KV store numa0"."""
 
     name: str
     process: asyncio.subprocess.Process
@@ -52,7 +52,7 @@ class Child:
         return cls(name, process)
 
     def send(self, number: signal.Signals) -> None:
-        """Nothing happens where the process has ended."""
+        """Send a signal; nothing happens if the process has ended."""
         if self.process.returncode is None:
             with suppress(ProcessLookupError):  # it ended a moment ago
                 os.kill(self.process.pid, number)
@@ -134,7 +134,7 @@ class Supervisor:
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
 
-        Where several are seen at once, the first of this order is taken for the cause of the others.
+        Where several are seen at once, the first in this order is taken to be the cause of the others.
         """
         watched = [
             asyncio.create_task(work)

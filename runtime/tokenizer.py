@@ -20,8 +20,8 @@ class Tokenizer:
     """The tokenizer of a model folder. Threads may share it.
 
     Args:
-        folder: of the model, in the Hugging Face layout.
-        vocab_size: of the model; larger token ids are refused.
+        folder: the model's folder, in the Hugging Face layout.
+        vocab_size: size of the model's vocabulary; larger token ids are refused.
 
     Attributes:
         eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
@@ -47,7 +47,7 @@ class Tokenizer:
         """Token ids of a prompt, at least one.
 
         Args:
-            limit: tokens of the longest prompt; a text that is certainly above it is not even read.
+            limit: tokens of the longest prompt; a text that is certainly longer is not tokenised at all.
             add_special_tokens: whether a plain text gets those that the tokenizer adds.
 
         Raises:
@@ -67,14 +67,14 @@ class Tokenizer:
             tokens = self._encode(text, add_special_tokens and isinstance(prompt, Text))
         if not tokens:
             raise InvalidRequest("The prompt is empty; give at least one token.")
-        if max(tokens) >= self._vocab_size:  # of a text too: a tokenizer may know more tokens than the model
+        if max(tokens) >= self._vocab_size:  # a tokenizer may know more tokens than the model
             raise InvalidRequest(
                 f"Token id {max(tokens)} is not in the vocabulary; ids go up to {self._vocab_size - 1}."
             )
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -113,7 +113,7 @@ class Detokenizer:
 
     What is returned never changes later: an incomplete character and what may be the beginning of a stop
     string are held back. All parts together are the text of all tokens. (One exception: tokenizers that fall
-    back to byte tokens decode a run of them together, and where such a run is no UTF-8 or holds U+FFFD
+    back to byte tokens decode a run of them together, and where such a run is not UTF-8 or holds U+FFFD
     itself, replacement characters may differ.)
 
     Args:
@@ -121,7 +121,7 @@ class Detokenizer:
             that is complete.
 
     Attributes:
-        stopped: a stop string was found; nothing comes any more.
+        stopped: a stop string was found; there is no more text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
@@ -142,8 +142,8 @@ class Detokenizer:
         self._pending += 1
         text = self._tokenizer.decode(self._window)
         stable = len(text)
-        if text.endswith("\ufffd"):  # perhaps a character that is not complete
-            # Pending for longer than any character: the bytes are no UTF-8, and only the last can change.
+        if text.endswith("\ufffd"):  # perhaps an incomplete character
+            # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
             stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
         else:
             self._pending = 0
@@ -153,7 +153,7 @@ class Detokenizer:
             # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
             self._shorten(self._cut, 0)
             self._cut = len(self._window)
-        elif len(self._window) == _WINDOW:  # no UTF-8 for long
+        elif len(self._window) == _WINDOW:  # no valid UTF-8 for a long time
             self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
             self._cut = 0
         return self._until_stop(new)
@@ -174,7 +174,7 @@ class Detokenizer:
         self._given = len(self._tokenizer.decode(self._window)) - open_characters
 
     def _until_stop(self, new: str) -> str:
-        """What of the text held back and ``new`` is certain not to belong to a stop string."""
+        """The part of the text held back and ``new`` that cannot belong to a stop string."""
         text = self._held + new
         for end, character in enumerate(new, len(self._held) + 1):
             complete = [stop.length for stop in self._stops if stop.push(character)]

@@ -23,7 +23,7 @@ def command(
 ) -> list[str]:
     """Command line of a store whose parent is this process, or ``parent``."""
     config = {"name": f"numa{node}", "node": node, "arena_bytes": arena_bytes, "endpoint": endpoint}
-    return [sys.executable, "-m", "kvstore", json.dumps(config), str(parent or os.getpid())]
+    return [sys.executable, "-m", "clo.kvstore", json.dumps(config), str(parent or os.getpid())]
 
 
 def new_endpoint() -> str:
@@ -50,7 +50,7 @@ class Store:
     def worker(self, number: int, block_bytes: int = MIB) -> tuple[StoreClient, Attached]:
         """A client that has attached from this process, with blocks of 16 tokens."""
         client = self.client()
-        return client, client.attach(Attach(number, os.getpid(), 16, block_bytes), WAIT_MS / 1000)
+        return client, client.attach(Attach(number, number, os.getpid(), 16, block_bytes), WAIT_MS / 1000)
 
     def raw(self) -> zmq.Socket[bytes]:
         """A socket that sends what it likes."""

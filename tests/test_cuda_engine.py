@@ -38,15 +38,15 @@ def answers(engine: Engine, prompts: list[list[int]], count: int) -> list[Answer
     tokens: list[list[int]] = []
     logits: list[list[Tensor]] = []
     for slot, prompt in enumerate(prompts):
-        posted = engine.start(slot, prefill(engine, slot, prompt, longest + count))
-        tokens.append(wait_for(engine, posted))
-        logits.append([posted.logits[0].cpu()])
+        handle = engine.start(slot, prefill(engine, slot, prompt, longest + count))
+        tokens.append(wait_for(engine, handle))
+        logits.append([handle.logits[0].cpu()])
     slots = list(range(len(prompts)))
     for step in range(1, count):
-        posted = engine.step(slots, longest + step)
-        for slot, token in enumerate(wait_for(engine, posted)):
+        handle = engine.step(slots, longest + step)
+        for slot, token in enumerate(wait_for(engine, handle)):
             tokens[slot].append(token)
-            logits[slot].append(posted.logits[slot].cpu())  # waits, so the next step cannot overwrite it
+            logits[slot].append(handle.logits[slot].cpu())  # waits, so the next step cannot overwrite it
     return [(mine, torch.stack(rows)) for mine, rows in zip(tokens, logits, strict=True)]
 
 
@@ -162,13 +162,13 @@ def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]
     try:
         engine.start(0, prefill(engine, 0, prompt, 705))
         for step in range(1, 5):
-            posted = engine.step([0], 700 + step)
+            handle = engine.step([0], 700 + step)
         engine.feed(0, 7)
-        retirement = engine.retire(0)
-        while not retirement.mark.reached:
+        release = engine.retire(0)
+        while not release.event.reached:
             pass
-        assert len(wait_for(engine, posted)) == 1
-        assert retirement.stats(704, 4).steps == 4
+        assert len(wait_for(engine, handle)) == 1
+        assert release.stats(704, 4).steps == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -12,10 +12,11 @@ from clo.gpu_worker.pinning import pin
 from clo.kernels import fetch as fetch_module
 from clo.kernels.append import append
 from clo.kernels.attend import attend_resident, merge_fetched
-from clo.kernels.encode import CODES_PER_BYTE, encode, encode_new, unpack
+from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
 from clo.kernels.quantize_query import quantize_query
+from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes
 from clo.kernels.store import store, store_new
 from clo.kernels.update_resident import FetchList, update_resident
@@ -63,9 +64,22 @@ def inner(tensor: Tensor) -> Tensor:
     return part.view(tensor.shape)
 
 
-def table_of(batch: int, pages: int) -> Tensor:
+def on_gpu(resident: ResidentSet) -> ResidentSet:
+    """A copy of the set on the GPU."""
+    rows, positions, last_used = (tensor.cuda() for tensor in resident[:3])
+    return resident._replace(rows=rows, positions=positions, last_used=last_used)
+
+
+def table_of(batch: int, max_blocks: int) -> Tensor:
     """Distinct blocks in random order, out of a few more than needed."""
-    return torch.randperm(batch * pages + 3)[: batch * pages].view(batch, pages)
+    return torch.randperm(batch * max_blocks + 3)[: batch * max_blocks].view(batch, max_blocks)
+
+
+def resident_set(batch: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> ResidentSet:
+    """A resident set without any positions, whose rows are random."""
+    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    rows = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
+    return ResidentSet(rows, positions, positions.clone(), SINKS, RECENT)
 
 
 def same(*pairs: tuple[Tensor, Tensor]) -> None:
@@ -75,24 +89,21 @@ def same(*pairs: tuple[Tensor, Tensor]) -> None:
 
 @shapes
 def test_append_and_store_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
-    batch, pages, capacity = 4, 3, 20
-    block_table = table_of(batch, pages)
+    batch = 4
+    block_table = table_of(batch, 3)
     arena = torch.randn(len(block_table.flatten()) + 3, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
-    resident = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
-    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    last_used = positions.clone()
-    arena_gpu = mapped(arena)
-    resident_gpu, members_gpu, stamps_gpu = resident.cuda(), positions.cuda(), last_used.cuda()
+    resident = resident_set(batch, kv_heads, 20, dim, dtype)
+    arena_gpu, resident_gpu = mapped(arena), on_gpu(resident)
     starts = torch.tensor([0, 3, SINKS + RECENT - 2, 0])
     for step in range(1, 100):
         lengths = starts + step
         lengths[3] = 0
         kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        append(kv, lengths, resident, positions, last_used, SINKS, RECENT)
-        append(inner(kv), lengths.cuda(), resident_gpu, members_gpu, stamps_gpu, SINKS, RECENT)
+        append(kv, lengths, resident)
+        append(inner(kv), lengths.cuda(), resident_gpu)
         store_new(kv, lengths, block_table, arena)
         store_new(inner(kv), lengths.cuda(), block_table.cuda(), arena_gpu)
-    same((arena, arena_gpu), (resident, resident_gpu), (positions, members_gpu), (last_used, stamps_gpu))
+    same((arena, arena_gpu), *zip(resident[:3], resident_gpu[:3], strict=True))
 
 
 @shapes
@@ -109,23 +120,25 @@ def test_store(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
 
 @shapes
 def test_encode_new(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
-    batch, pages = 3, 3
-    block_table = table_of(batch, pages)
-    blocks = len(block_table.flatten()) + 3
-    codes = torch.randint(0, 256, (blocks, kv_heads, BLOCK_TOKENS, dim // CODES_PER_BYTE), dtype=torch.uint8)
-    scales = torch.randn(blocks, kv_heads, BLOCK_TOKENS).half()
-    centres = torch.randn(blocks, kv_heads, dim)
+    batch = 3
+    page_table = table_of(batch, 3)
+    pool = (len(page_table.flatten()) + 3, kv_heads)
+    pages = CodePages(
+        torch.randint(0, 256, (*pool, BLOCK_TOKENS, dim // CODES_PER_BYTE), dtype=torch.uint8),
+        torch.randn(*pool, BLOCK_TOKENS).half(),
+        torch.randn(*pool, dim),
+    )
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
-    index = codes.cuda(), scales.cuda(), centres.cuda()
+    pages_gpu = CodePages(*(tensor.cuda() for tensor in pages))
     for step in range(1, 2 * BLOCK_TOKENS + 4):
         lengths = torch.tensor([step, step + 37, 0])
         rows = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        encode_new(rows[:, :, 0], lengths, block_table, codes, scales, centres, rotation)
-        encode_new(inner(rows)[:, :, 0], lengths.cuda(), block_table.cuda(), *index, rotation.cuda())
-    same((centres, index[2]))
-    different = unpack(codes) != unpack(index[0].cpu())
+        encode_new(rows[:, :, 0], lengths, page_table, pages, rotation)
+        encode_new(inner(rows)[:, :, 0], lengths.cuda(), page_table.cuda(), pages_gpu, rotation.cuda())
+    same((pages.centres, pages_gpu.centres))
+    different = unpack(pages.codes) != unpack(pages_gpu.codes.cpu())
     assert different.float().mean() < 1e-3, "entries between two levels may go either way"
-    torch.testing.assert_close(index[1].cpu(), scales, rtol=0.03, atol=1e-3)
+    torch.testing.assert_close(pages_gpu.scales.cpu(), pages.scales, rtol=0.03, atol=1e-3)
 
 
 @shapes
@@ -140,43 +153,33 @@ def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     threshold = torch.rand(kv_heads) * 0.4 + 0.6
     lengths = torch.tensor([9, 1, 5, 0, 7])
     counters = torch.randint(0, 99, (batch, kv_heads, 4))
-    label_gpu, tally_gpu = selection_query.cuda(), counters.cuda()
-    miss_gpu = gate(inner(query), label_gpu, threshold.cuda(), lengths.cuda(), tally_gpu)
+    selection_gpu, counters_gpu = selection_query.cuda(), counters.cuda()
+    found = gate(inner(query), selection_gpu, threshold.cuda(), lengths.cuda(), counters_gpu)
     reselect = gate(query, selection_query, threshold, lengths, counters)
-    same((reselect, miss_gpu), (selection_query, label_gpu), (counters, tally_gpu))
+    same((reselect, found), (selection_query, selection_gpu), (counters, counters_gpu))
 
 
 @shapes
 @pytest.mark.parametrize("block_tokens", [64, 256, 512])
-def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
-    batch, pages = 4, 1300 // block_tokens + 1
-    block_table = table_of(batch, pages)
-    blocks = len(block_table.flatten()) + 3
+def test_score_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
+    batch = 4
+    page_table = table_of(batch, 1300 // block_tokens + 1)
+    blocks = len(page_table.flatten()) + 3
     keys = torch.randn(blocks, kv_heads, block_tokens, dim) * 2
     centres = torch.randn(blocks, kv_heads, dim)
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
-    codes, scales = encode(keys, centres.unsqueeze(2), rotation)
+    pages = CodePages(*encode(keys, centres.unsqueeze(2), rotation), centres)
     query = torch.randn(batch, kv_heads * group, dim).to(dtype)
     lse = torch.randn(batch, kv_heads * group) * 3
     reselect = torch.rand(batch, kv_heads) < 0.8
     lengths = torch.tensor([1300, RECENT + SINKS + 9, 3, 700])
     scale = dim**-0.5
-    quantized = quantize_query(query, centres, rotation, lse, lengths, block_table, block_tokens, scale)
-    expected = score_codes(quantized, codes, scales, reselect, lengths, block_table, SINKS, RECENT, scale)
-    lengths_gpu, table_gpu = lengths.cuda(), block_table.cuda()
-    quantized = quantize_query(
-        inner(query),
-        centres.cuda(),
-        rotation.cuda(),
-        lse.cuda(),
-        lengths_gpu,
-        table_gpu,
-        block_tokens,
-        scale,
-    )
-    found = score_codes(
-        quantized, codes.cuda(), scales.cuda(), reselect.cuda(), lengths_gpu, table_gpu, SINKS, RECENT, scale
-    ).cpu()
+    quantized = quantize_query(query, pages, rotation, lse, lengths, page_table, scale)
+    expected = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale)
+    pages_gpu = CodePages(*(tensor.cuda() for tensor in pages))
+    shared = lengths.cuda(), page_table.cuda()
+    quantized = quantize_query(inner(query), pages_gpu, rotation.cuda(), lse.cuda(), *shared, scale)
+    found = score_codes(quantized, pages_gpu, reselect.cuda(), *shared, SINKS, RECENT, scale).cpu()
     for b in range(batch):
         end = max(0, int(lengths[b]) - RECENT)
         for h in range(kv_heads):
@@ -192,29 +195,26 @@ def test_weigh_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
     [(64, 6, 8, 9), (512, 128, 1024, 300), (6016, 128, 1024, 2000), (32768, 256, 2048, 9000),
      (32768, 256, 2048, 3), (70016, 1500, 4096, 32767)],
 )  # fmt: skip
-def test_choose(span: int, k: int, capacity: int, spread: int) -> None:
+def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
     batch, kv_heads, tail = 3, 3, 5
-    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    last_used = positions.clone()
+    resident = resident_set(batch, kv_heads, capacity, 4, torch.float32)
     counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
-    state = positions.cuda(), last_used.cuda(), counters.cuda()
+    resident_gpu, counters_gpu = on_gpu(resident), counters.cuda()
     drift = torch.randn(batch, kv_heads, span)
     for step in range(12):
         lengths = torch.tensor([span - 12 + step, span // 3 + step, 0])
         drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
-        keys = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
-        keys[..., :SINKS] = NEVER
+        scores = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
+        scores[..., :SINKS] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.8
-        fetch_list = update_resident(keys, reselect, lengths, tail, positions, last_used, counters, k)
-        found = update_resident(keys.cuda(), reselect.cuda(), lengths.cuda(), tail, *state, k)
-        same(
-            (positions, state[0]),
-            (last_used, state[1]),
-            (counters, state[2]),
-            (fetch_list.counts, found.counts),
+        fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
+        found = update_resident(
+            scores.cuda(), reselect.cuda(), lengths.cuda(), tail, resident_gpu, counters_gpu, k
         )
-        there = torch.arange(k) < fetch_list.counts.unsqueeze(2)
-        assert torch.equal(fetch_list.entries[there], found.slots.cpu()[there])
+        same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters, counters_gpu))
+        same((fetch_list.counts, found.counts))
+        valid = torch.arange(k) < fetch_list.counts.unsqueeze(2)
+        assert torch.equal(fetch_list.entries[valid], found.entries.cpu()[valid])
 
 
 @shapes
@@ -225,19 +225,19 @@ def test_fetch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fetch_module, "_MANY", many)
-    batch, pages, capacity, first = 70, 3, 80, SINKS + RECENT
-    block_table = table_of(batch, pages)
+    batch, max_blocks, capacity = 70, 3, 80
+    block_table = table_of(batch, max_blocks)
     arena = torch.randn(kv_heads, len(block_table.flatten()) + 3, BLOCK_TOKENS, 2, dim).to(dtype)
     arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
-    resident = torch.randn(batch, kv_heads, first + capacity, 2, dim).to(dtype)
-    positions = torch.randint(0, pages * BLOCK_TOKENS, (batch, kv_heads, capacity), dtype=torch.int32)
+    resident = resident_set(batch, kv_heads, capacity, dim, dtype)
+    resident.positions.random_(0, max_blocks * BLOCK_TOKENS)
+    resident_gpu = on_gpu(resident)
     counts = torch.randint(0, most + 1, (batch, kv_heads), dtype=torch.int32)
-    slots = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :64].int()
-    resident_gpu = resident.cuda()
-    fetch(FetchList(slots, counts), positions, block_table, arena, resident, first)
-    asked = FetchList(slots.cuda(), counts.cuda())
-    fetch(asked, positions.cuda(), block_table.cuda(), arena_gpu, resident_gpu, first, patient=patient)
-    same((resident, resident_gpu))
+    entries = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :64].int()
+    fetch(FetchList(entries, counts), resident, block_table, arena)
+    fetch_list = FetchList(entries.cuda(), counts.cuda())
+    fetch(fetch_list, resident_gpu, block_table.cuda(), arena_gpu, patient=patient)
+    same((resident.rows, resident_gpu.rows))
 
 
 @shapes
@@ -245,39 +245,34 @@ def test_fetch(
 def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacity: int) -> None:
     batch, first, k, scale = 4, SINKS + RECENT, 200, dim**-0.5
     lengths = torch.tensor([3, first + capacity // 2, 5000, 0])
-    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    positions[1, :, : capacity // 2] = positions[2] = 7
-    resident = torch.full((batch, kv_heads, first + capacity, 2, dim), torch.nan)
-    resident[0, :, :3] = torch.randn(kv_heads, 3, 2, dim)
-    resident[1, :, : first + capacity // 2] = torch.randn(kv_heads, first + capacity // 2, 2, dim)
-    resident[2] = torch.randn(kv_heads, first + capacity, 2, dim)
-    resident = resident.to(dtype)
+    resident = resident_set(batch, kv_heads, capacity, dim, torch.float32)
+    resident.positions[1, :, : capacity // 2] = resident.positions[2] = 7
+    resident.rows[0, :, 3:] = resident.rows[1, :, first + capacity // 2 :] = resident.rows[3] = torch.nan
+    resident = resident._replace(rows=resident.rows.to(dtype))
     query = 3 * torch.randn(batch, kv_heads * group, dim).to(dtype)
     counts = torch.zeros(batch, kv_heads, dtype=torch.int32)
     counts[2] = torch.randint(0, min(k, capacity) + 1, (kv_heads,))
-    slots = torch.zeros(batch, kv_heads, k, dtype=torch.int32)
-    chosen = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :k].int()
-    slots[..., : chosen.shape[2]] = chosen
+    entries = torch.zeros(batch, kv_heads, k, dtype=torch.int32)
+    drawn = torch.rand(batch, kv_heads, capacity).argsort(2)[..., :k].int()
+    entries[..., : drawn.shape[2]] = drawn
     lse = torch.randn(batch, kv_heads * group)
     lse_gpu = lse.cuda()
 
-    full = FetchList(slots, counts)
-    partial = attend_resident(
-        query.float(), resident.float().nan_to_num(), positions, lengths, full, SINKS, RECENT, scale
-    )
-    expected = merge_fetched(
-        partial, query.float(), resident.float().nan_to_num(), lengths, full, lse, first, scale
-    )
-    on_gpu = [inner(query), *(tensor.cuda() for tensor in (resident, positions, lengths))]
-    fetch_list = FetchList(slots.cuda(), counts.cuda())
-    late = on_gpu[1].clone()  # the rows that are not there yet hold rubbish while the others are attended
+    in_float = resident._replace(rows=resident.rows.float().nan_to_num())
+    fetch_list = FetchList(entries, counts)
+    state = attend_resident(query.float(), in_float, lengths, fetch_list, scale)
+    expected = merge_fetched(state, query.float(), in_float, lengths, fetch_list, lse, scale)
+
+    query_gpu, resident_gpu, lengths_gpu = inner(query), on_gpu(resident), lengths.cuda()
+    fetch_list_gpu = FetchList(entries.cuda(), counts.cuda())
+    late = on_gpu(resident)  # NaN where rows have not arrived yet
     for h in range(kv_heads):
-        late[2, h, first + slots[2, h, : counts[2, h]].long()] = torch.nan
-    held = attend_resident(on_gpu[0], late, on_gpu[2], on_gpu[3], fetch_list, SINKS, RECENT, scale)
-    found = merge_fetched(held, on_gpu[0], on_gpu[1], on_gpu[3], fetch_list, lse_gpu, first, scale)
+        late.rows[2, h, first + entries[2, h, : counts[2, h]].long()] = torch.nan
+    state = attend_resident(query_gpu, late, lengths_gpu, fetch_list_gpu, scale)
+    found = merge_fetched(state, query_gpu, resident_gpu, lengths_gpu, fetch_list_gpu, lse_gpu, scale)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse_gpu.cpu(), lse, rtol=1e-4, atol=1e-4)
-    nothing = attend_resident(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], None, SINKS, RECENT, scale)
-    whole = merge_fetched(nothing, on_gpu[0], on_gpu[1], on_gpu[3], None, lse_gpu, first, scale)
+    state = attend_resident(query_gpu, resident_gpu, lengths_gpu, None, scale)
+    whole = merge_fetched(state, query_gpu, resident_gpu, lengths_gpu, None, lse_gpu, scale)
     torch.testing.assert_close(whole[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from clo.gpu_worker import mailbox, pinning
+from clo.gpu_worker import outputs, pinning
+from clo.gpu_worker.memory import check_gpu_memory
 from clo.gpu_worker.outputs import Mailbox
-from clo.gpu_worker.pinning import check_gpu_memory, pin
-from clo.runtime.config import CacheConfig
+from clo.gpu_worker.pinning import pin
+from clo.runtime.config import CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import ConfigError, DeviceStuck
 from tests.server import Server
@@ -24,7 +25,7 @@ LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, d
 
 
 def check(config: CacheConfig, slots: int, tokens: int, utilization: float = 0.9) -> None:
-    check_gpu_memory(LLAMA, config, slots, tokens // LLAMA.block_tokens, 131_072, utilization)
+    check_gpu_memory(LLAMA, config, EngineConfig(slots, utilization), tokens // LLAMA.block_tokens, 131_072)
 
 
 def test_what_does_not_fit_into_the_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_other_attention_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     for attention in ("topk", "full"):
         check(CacheConfig(attention=attention, resident=8192), slots=100, tokens=8_000_000)
     with pytest.raises(ConfigError):
-        check(CacheConfig(select_k=64, resident=64), slots=1, tokens=8_000_000)
+        check(CacheConfig(select_k=64, resident=64), slots=100, tokens=8_000_000)
 
 
 @pytest.mark.gpu
@@ -98,7 +99,7 @@ def test_pinned_memory_is_one_for_both_sides_and_is_pinned_once(monkeypatch: pyt
 
 def test_a_gpu_that_does_not_answer_is_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each entry has the whole time for itself, and one that comes late is still taken."""
-    monkeypatch.setattr(mailbox, "_STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(outputs, "_STUCK_SECONDS", 0.2)
     box = Mailbox(2, torch.device("cpu"))
     for number in range(1, 40):  # more than the ring holds
         assert box.read(number, 2) is None

@@ -1,4 +1,4 @@
-"""Every kernel against a naive loop, on fresh random inputs."""
+"""Every operation of the decode path against a naive loop, on fresh random inputs."""
 
 import pytest
 import torch
@@ -7,10 +7,11 @@ from torch import Tensor
 from clo.kernels.append import append
 from clo.kernels.attend import attend_all, attend_prompt, attend_resident, merge_fetched
 from clo.kernels.blocks import gather_tokens
-from clo.kernels.encode import encode, encode_new, unpack
+from clo.kernels.encode import CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
 from clo.kernels.quantize_query import quantize_query
+from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import sample, uniform
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
 from clo.kernels.store import store_new
@@ -24,7 +25,7 @@ SHAPES = [
     (96, 2, 4),
     (128, 1, 8),
     (256, 2, 2),
-]  # head_dim, kv heads, group
+]  # head_dim, KV heads, group
 BLOCK_TOKENS = 8
 
 
@@ -34,16 +35,23 @@ def softmax_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float)
     return weights @ values.double()
 
 
-def paged(batch: int, pages: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """A random arena layer with more blocks than needed, and a table of shuffled distinct blocks."""
-    blocks = batch * pages + 3
-    block_table = torch.randperm(blocks)[: batch * pages].view(batch, pages)
+def arena_layer(batch: int, max_blocks: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    """One layer of a random arena with more blocks than needed, and a table of shuffled distinct blocks."""
+    blocks = batch * max_blocks + 3
+    block_table = torch.randperm(blocks)[: batch * max_blocks].view(batch, max_blocks)
     return torch.randn(blocks, kv_heads, BLOCK_TOKENS, 2, dim), block_table
+
+
+def empty_set(batch: int, kv_heads: int, dim: int, fill: float = torch.nan) -> ResidentSet:
+    """A resident set without any positions, whose rows are ``fill`` throughout."""
+    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
+    rows = torch.full((batch, kv_heads, SINKS + RECENT + CAPACITY, 2, dim), fill)
+    return ResidentSet(rows, positions, positions.clone(), SINKS, RECENT)
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
 def test_attention_over_everything_and_over_a_chunk(dim: int, kv_heads: int, group: int) -> None:
-    arena, block_table = paged(3, 4, kv_heads, dim)
+    arena, block_table = arena_layer(3, 4, kv_heads, dim)
     lengths = torch.tensor([1, 17, 32])
     query = torch.randn(3, kv_heads * group, dim)
     out = attend_all(query, arena, block_table, lengths, 0.3)
@@ -68,66 +76,62 @@ def test_attention_over_everything_and_over_a_chunk(dim: int, kv_heads: int, gro
 
 def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     batch, kv_heads, dim = 3, 2, 16
-    arena, block_table = paged(batch, 4, kv_heads, dim)
-    resident = torch.full((batch, kv_heads, SINKS + RECENT + CAPACITY, 2, dim), torch.nan)
-    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
-    last_used = positions.clone()
+    arena, block_table = arena_layer(batch, 4, kv_heads, dim)
+    resident = empty_set(batch, kv_heads, dim)
     history = torch.randn(30, batch, kv_heads, 2, dim)
     joins = torch.tensor([0, 5, 30])  # step at which a sequence begins; the last one never does
     lengths = torch.zeros(batch, dtype=torch.int64)
     for step in range(30):
         lengths += step >= joins
-        append(history[step], lengths, resident, positions, last_used, SINKS, RECENT)
+        append(history[step], lengths, resident)
         store_new(history[step], lengths, block_table, arena)
-    written = gather_tokens(arena, block_table)
+    written, rows = gather_tokens(arena, block_table), resident.rows
     for b in range(2):
         mine = history[joins[b] :, b]
         assert torch.equal(written[b, :, : len(mine)], mine.transpose(0, 1))
-        assert torch.equal(resident[b, :, :SINKS], mine[:SINKS].transpose(0, 1))
+        assert torch.equal(rows[b, :, :SINKS], mine[:SINKS].transpose(0, 1))
         for position in range(len(mine) - RECENT, len(mine)):
             place = SINKS + (position - SINKS) % RECENT
-            assert torch.equal(resident[b, :, place], mine[position])
-        for slot in range(CAPACITY):  # while there was room, what left the ring entered the set
-            assert (positions[b, :, slot] == SINKS + slot).all()
-            assert torch.equal(resident[b, :, SINKS + RECENT + slot], mine[SINKS + slot])
-    assert (positions[2] == -1).all()
-    assert resident[2].isnan().all()
+            assert torch.equal(rows[b, :, place], mine[position])
+        for entry in range(CAPACITY):  # while there was room, the rows that left the ring entered the set
+            assert (resident.positions[b, :, entry] == SINKS + entry).all()
+            assert torch.equal(rows[b, :, resident.first + entry], mine[SINKS + entry])
+    assert (resident.positions[2] == -1).all()
+    assert rows[2].isnan().all()
 
 
-def test_attention_sees_the_rows_that_are_held_and_those_that_arrive_later() -> None:
-    kv_heads, dim, first = 2, 32, SINKS + RECENT
+def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later() -> None:
+    kv_heads, dim, first, scale = 2, 32, SINKS + RECENT, 0.2
     for length, held, coming in ((1, 0, 0), (3, 0, 0), (first + 3, 3, 0), (50, CAPACITY, 4), (50, 5, 5)):
-        resident = torch.full((1, kv_heads, first + CAPACITY, 2, dim), 1e4)  # poison
+        resident = empty_set(1, kv_heads, dim, fill=1e4)  # poison
         valid = [*range(min(length, first)), *range(first, first + held)]
         rows = torch.randn(1, kv_heads, len(valid), 2, dim)
-        positions = torch.full((1, kv_heads, CAPACITY), -1, dtype=torch.int32)
-        positions[..., :held] = torch.arange(held) + SINKS
-        slots = torch.zeros(1, kv_heads, 6, dtype=torch.int32)
-        slots[..., :coming] = torch.randperm(max(held, 1))[:coming].sort().values
-        fetch_list = FetchList(slots, torch.full((1, kv_heads), coming, dtype=torch.int32))
-        late = [first + slot for slot in slots[0, 0, :coming].tolist()]
+        resident.positions[..., :held] = torch.arange(held) + SINKS
+        entries = torch.zeros(1, kv_heads, 6, dtype=torch.int32)
+        entries[..., :coming] = torch.randperm(max(held, 1))[:coming].sort().values
+        fetch_list = FetchList(entries, torch.full((1, kv_heads), coming, dtype=torch.int32))
+        late = [first + entry for entry in entries[0, 0, :coming].tolist()]
         early = [place for place, row in enumerate(valid) if row not in late]
-        resident[:, :, [valid[place] for place in early]] = rows[:, :, early]
+        resident.rows[:, :, [valid[place] for place in early]] = rows[:, :, early]
         query, lse = torch.randn(1, 6, dim), torch.full((1, 6), torch.nan)
-        partial = attend_resident(
-            query, resident, positions, torch.tensor([length]), fetch_list, SINKS, RECENT, 0.2
-        )
-        resident[:, :, valid] = rows
-        out = merge_fetched(partial, query, resident, torch.tensor([length]), fetch_list, lse, first, 0.2)
+        lengths = torch.tensor([length])
+        state = attend_resident(query, resident, lengths, fetch_list, scale)
+        resident.rows[:, :, valid] = rows
+        out = merge_fetched(state, query, resident, lengths, fetch_list, lse, scale)
         for h in range(6):
-            keys, values = resident[0, h // 3, valid].unbind(1)
+            keys, values = rows[0, h // 3].unbind(1)
             torch.testing.assert_close(
-                out[0, h].double(), softmax_attention(query[0, h], keys, values, 0.2), rtol=1e-4, atol=1e-5
+                out[0, h].double(), softmax_attention(query[0, h], keys, values, scale), rtol=1e-4, atol=1e-5
             )
-            expected = (keys @ query[0, h] * 0.2).logsumexp(0)
+            expected = (keys @ query[0, h] * scale).logsumexp(0)
             torch.testing.assert_close(lse[0, h], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
-def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
-    arena, block_table = paged(2, 3, kv_heads, dim)
+def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
+    arena, block_table = arena_layer(2, 3, kv_heads, dim)
     keys, scale = arena[:, :, :, 0], dim**-0.5
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
     centres = keys.mean(2)
     codes, scales = encode(keys, centres.unsqueeze(2), rotation)
     assert codes.shape == (*keys.shape[:-1], dim // 4)
@@ -138,13 +142,14 @@ def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     query = torch.randn(2, kv_heads * group, dim)
     lse = 3 * torch.rand(2, kv_heads * group)
     lengths, reselect = torch.tensor([24, 15]), torch.ones(2, kv_heads, dtype=torch.bool)
-    quantized = quantize_query(query, centres, rotation, lse, lengths, block_table, BLOCK_TOKENS, scale)
-    found = score_codes(quantized, codes, scales, reselect, lengths, block_table, SINKS, RECENT, scale)
+    pages = CodePages(codes, scales, centres)
+    quantized = quantize_query(query, pages, rotation, lse, lengths, block_table, scale)
+    found = score_codes(quantized, pages, reselect, lengths, block_table, SINKS, RECENT, scale)
     products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, block_table).transpose(-1, -2)
     expected = score_products(products, lse, lengths, SINKS, RECENT, scale)
     assert torch.equal(found == NEVER, expected == NEVER)
-    weights = ((keys.int() << 16).view(torch.float32) for keys in (found, expected))
-    # in 8 bits the query loses a little, in 16 the weight
+    weights = ((scores.int() << 16).view(torch.float32) for scores in (found, expected))
+    # the query loses a little in 8 bits, and the weight in 16
     torch.testing.assert_close(*weights, rtol=0.06, atol=0.0, equal_nan=True)
     exact = query.view(2, kv_heads, group, dim) @ gather_tokens(keys, block_table).transpose(-1, -2)
     torch.testing.assert_close(
@@ -154,65 +159,68 @@ def test_codes_weigh_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
 
 
 def test_new_keys_are_indexed_as_encode_does() -> None:
-    kv_heads, dim, pages = 2, 32, 5
+    kv_heads, dim, max_blocks = 2, 32, 5
     keys = torch.randn(40, 2, kv_heads, dim)
-    block_table = torch.randperm(2 * pages).view(2, pages)
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
-    codes = torch.zeros(2 * pages, kv_heads, BLOCK_TOKENS, dim // 4, dtype=torch.uint8)
-    scales = torch.zeros(2 * pages, kv_heads, BLOCK_TOKENS, dtype=torch.float16)
-    centres = torch.zeros(2 * pages, kv_heads, dim)
+    page_table = torch.randperm(2 * max_blocks).view(2, max_blocks)
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    pool = (2 * max_blocks, kv_heads)
+    pages = CodePages(
+        torch.zeros(*pool, BLOCK_TOKENS, dim // 4, dtype=torch.uint8),
+        torch.zeros(*pool, BLOCK_TOKENS, dtype=torch.float16),
+        torch.zeros(*pool, dim),
+    )
     for step in range(40):
         lengths = torch.tensor([step + 1, 0])
-        encode_new(keys[step], lengths, block_table, codes, scales, centres, rotation)
+        encode_new(keys[step], lengths, page_table, pages, rotation)
     expected = encode(keys[:, 0], keys[0, 0], rotation)
-    found = unpack(gather_tokens(codes, block_table)[0, :, :40])
+    found = unpack(gather_tokens(pages.codes, page_table)[0, :, :40])
     different = found != unpack(expected[0].transpose(0, 1))
     assert different.sum() <= 2, "an entry between two levels may go either way"
     torch.testing.assert_close(
-        gather_tokens(scales, block_table)[0, :, :40], expected[1].transpose(0, 1), rtol=0.02, atol=1e-3
+        gather_tokens(pages.scales, page_table)[0, :, :40], expected[1].transpose(0, 1), rtol=0.02, atol=1e-3
     )
-    assert not codes[block_table[1]].any(), "a slot that is not in use writes nothing"
+    assert not pages.codes[page_table[1]].any(), "a slot that is not in use writes nothing"
 
 
 def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> None:
     products, lse = torch.randn(2, 2, 3, 32) * 9, torch.randn(2, 6)
     lengths = torch.tensor([25 + RECENT, SINKS + RECENT])
-    keys = score_products(products, lse, lengths, SINKS, RECENT, 0.7)
-    assert (keys[1] == NEVER).all()
-    assert (keys[0, :, :SINKS] == NEVER).all() and (keys[0, :, 25:] == NEVER).all()
+    scores = score_products(products, lse, lengths, SINKS, RECENT, 0.7)
+    assert (scores[1] == NEVER).all()
+    assert (scores[0, :, :SINKS] == NEVER).all() and (scores[0, :, 25:] == NEVER).all()
     weight = (products[0] * 0.7 - lse[0].view(2, 3, 1)).exp().sum(1)[:, SINKS:25]
-    found = (keys[0, :, SINKS:25].int() << 16).view(torch.float32)  # cut to 8 bits of mantissa
+    found = (scores[0, :, SINKS:25].int() << 16).view(torch.float32)  # cut to 8 bits of mantissa
     assert (found <= weight).all() and (weight <= found * (1 + 2**-7)).all()
 
 
-def test_choose_marks_what_is_resident_and_replaces_the_rows_selected_longest_ago() -> None:
+def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago() -> None:
     batch, kv_heads, span, k = 3, 3, 64, 6
-    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
-    last_used = positions.clone()
+    resident = empty_set(batch, kv_heads, 1)
+    positions, last_used = resident.positions, resident.last_used
     counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
     for step in range(20, 60):
         lengths = torch.tensor([step, step + 3, 0])
-        keys = torch.randint(0, 80, (batch, kv_heads, span)).to(torch.int16)  # with ties
-        keys[..., :SINKS] = NEVER
+        scores = torch.randint(0, 80, (batch, kv_heads, span)).to(torch.int16)  # with ties
+        scores[..., :SINKS] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
-        fetch_list = update_resident(keys, reselect, lengths, RECENT, positions, last_used, counters, k)
+        fetch_list = update_resident(scores, reselect, lengths, RECENT, resident, counters, k)
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
-                    row = keys[b, h].tolist()
+                    row = scores[b, h].tolist()
                     candidates = [p for p in range(max(0, int(lengths[b]) - RECENT)) if row[p] != NEVER]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
-                    int(lengths[b]) if position >= 0 and position in best else stamp
-                    for position, stamp in zip(before[b][h], old[b][h], strict=True)
+                    int(lengths[b]) if position >= 0 and position in best else used
+                    for position, used in zip(before[b][h], old[b][h], strict=True)
                 ]
                 missing = [p for p in best if p not in before[b][h]]
-                leaving = sorted(sorted(range(CAPACITY), key=lambda s: (ages[s], s))[: len(missing)])
+                leaving = sorted(sorted(range(CAPACITY), key=lambda e: (ages[e], e))[: len(missing)])
                 expected = before[b][h].copy()
-                for slot, position in zip(leaving, missing, strict=True):
-                    expected[slot], ages[slot] = position, int(lengths[b])
+                for entry, position in zip(leaving, missing, strict=True):
+                    expected[entry], ages[entry] = position, int(lengths[b])
                 assert positions[b, h].tolist() == expected
                 assert last_used[b, h].tolist() == ages
                 assert fetch_list.counts[b, h] == len(missing)
@@ -226,20 +234,14 @@ def test_gate_compares_with_the_query_of_the_last_selection() -> None:
     lengths = torch.tensor([5, 0])
     counters = torch.zeros(2, 2, 4, dtype=torch.int64)
     query = torch.randn(2, 6, 16)
-    assert gate(query, selection_query, threshold, lengths, counters).tolist() == [
-        [True, True],
-        [False, False],
-    ]
+    first = gate(query, selection_query, threshold, lengths, counters)
+    assert first.tolist() == [[True, True], [False, False]]
     assert torch.equal(selection_query[0], query[0].view(2, 48))
     near = query + 0.05 * torch.randn_like(query)
     before = selection_query.clone()
-    assert gate(near, selection_query, threshold, lengths, counters).tolist() == [
-        [False, True],
-        [False, False],
-    ]
-    assert torch.equal(selection_query[0, 0], before[0, 0]), (
-        "a reuse keeps the selection_query, so that drift adds up"
-    )
+    second = gate(near, selection_query, threshold, lengths, counters)
+    assert second.tolist() == [[False, True], [False, False]]
+    assert torch.equal(selection_query[0, 0], before[0, 0]), "a reuse keeps it, so that drift adds up"
     assert torch.equal(selection_query[0, 1], near[0].view(2, 48)[1])
     assert gate(-query, selection_query, threshold, lengths, counters)[0].tolist() == [True, True]
     assert counters.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
@@ -247,19 +249,19 @@ def test_gate_compares_with_the_query_of_the_last_selection() -> None:
 
 def test_fetch_copies_the_rows_of_the_positions_that_came_into_the_set() -> None:
     batch, kv_heads, dim, first, k = 2, 3, 16, SINKS + RECENT, 6
-    arena, block_table = paged(batch, 8, kv_heads, dim)
+    arena, block_table = arena_layer(batch, 8, kv_heads, dim)
     rows = gather_tokens(arena, block_table)
-    before = torch.randn(batch, kv_heads, first + CAPACITY, 2, dim)
-    resident = before.clone()
-    positions = torch.randint(0, 8 * BLOCK_TOKENS, (batch, kv_heads, CAPACITY), dtype=torch.int32)
-    count = torch.randint(0, k + 1, (batch, kv_heads), dtype=torch.int32)
-    slots = torch.rand(batch, kv_heads, CAPACITY).argsort(2)[..., :k].int()
-    fetch(FetchList(slots, count), positions, block_table, arena, resident, first)
+    expected = torch.randn(batch, kv_heads, first + CAPACITY, 2, dim)
+    resident = empty_set(batch, kv_heads, dim)._replace(rows=expected.clone())
+    resident.positions.random_(0, 8 * BLOCK_TOKENS)
+    counts = torch.randint(0, k + 1, (batch, kv_heads), dtype=torch.int32)
+    entries = torch.rand(batch, kv_heads, CAPACITY).argsort(2)[..., :k].int()
+    fetch(FetchList(entries, counts), resident, block_table, arena)
     for b in range(batch):
         for h in range(kv_heads):
-            for slot in slots[b, h, : count[b, h]].tolist():
-                before[b, h, first + slot] = rows[b, h, positions[b, h, slot]]
-    assert torch.equal(resident, before)
+            for entry in entries[b, h, : counts[b, h]].tolist():
+                expected[b, h, first + entry] = rows[b, h, resident.positions[b, h, entry]]
+    assert torch.equal(resident.rows, expected)
 
 
 def test_sampling_is_greedy_repeatable_and_follows_the_distribution() -> None:
@@ -269,7 +271,7 @@ def test_sampling_is_greedy_repeatable_and_follows_the_distribution() -> None:
     assert torch.equal(sample(logits, zero, ones, no_k, seed, seed), logits.argmax(-1))
 
     draws = 20_000
-    row = logits[:1].expand(draws, -1)
+    row = logits[:1].repeat(draws, 1)
     position = torch.arange(draws)
     seeds = torch.full((draws,), 7)
     warm, all_p = torch.ones(draws), torch.ones(draws)
@@ -317,7 +319,7 @@ def test_sampling_treats_equal_tokens_alike_and_never_draws_what_is_impossible()
     seeds, ones, k0 = torch.arange(draws), torch.ones(draws), torch.zeros(draws, dtype=torch.int64)
 
     def drawn(row: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> set[int]:
-        logits = torch.tensor(row).expand(draws, -1)
+        logits = torch.tensor(row).repeat(draws, 1)
         found: list[int] = sample(logits, ones * temperature, ones * top_p, k0 + top_k, seeds, k0).tolist()
         return set(found)
 

@@ -92,7 +92,7 @@ import os, signal, zmq
 from clo.kvstore.client import StoreClient
 from clo.runtime.wire.messages import Allocate, Attach, GetStoreStats
 client = StoreClient(zmq.Context(), {store.endpoint!r})
-client.attach(Attach(1, os.getpid(), 16, {MIB}), 20)
+client.attach(Attach(1, 1, os.getpid(), 16, {MIB}), 20)
 client.send(Allocate(1, {BLOCKS}))
 assert len(client.receive(20000).blocks) == {BLOCKS}
 client.send(Allocate(2, {BLOCKS}))  # waits, and must not be served once this process is dead
@@ -129,7 +129,7 @@ def test_workers_of_one_store_must_have_the_same_blocks(store: Store) -> None:
     with pytest.raises(ConfigError, match="one model and dtype"):
         store.worker(1, block_bytes=2 * MIB)
     with pytest.raises(ConfigError):
-        store.client().attach(Attach(1, os.getpid(), 32, MIB), WAIT_MS / 1000)
+        store.client().attach(Attach(1, 1, os.getpid(), 32, MIB), WAIT_MS / 1000)
     assert isinstance(ask(client, Allocate(0, 1)), Allocated)
 
 
@@ -144,14 +144,14 @@ def test_a_process_that_is_gone_cannot_attach(store: Store) -> None:
     gone.wait()
     for pid in (gone.pid, -1, 0, 2**40):
         with pytest.raises(ProtocolError, match="no process"):
-            store.client().attach(Attach(0, pid, 16, MIB), WAIT_MS / 1000)
+            store.client().attach(Attach(0, 0, pid, 16, MIB), WAIT_MS / 1000)
 
 
 def test_without_a_store_attach_ends_with_an_error() -> None:
     with zmq.Context() as context:
         client = StoreClient(context, "ipc://@clo-test-nobody")
         with pytest.raises(WorkerDied, match="did not answer"):
-            client.attach(Attach(0, os.getpid(), 16, MIB), timeout_s=0.05)
+            client.attach(Attach(0, 0, os.getpid(), 16, MIB), timeout_s=0.05)
         client.close()
 
 
@@ -188,7 +188,7 @@ def test_malformed_messages_are_denied_and_change_nothing(store: Store, attached
     client, _ = store.worker(0)
     socket = store.raw()
     if attached:
-        socket.send(msgspec.msgpack.encode(Attach(1, os.getpid(), 16, MIB)))
+        socket.send(msgspec.msgpack.encode(Attach(1, 1, os.getpid(), 16, MIB)))
         assert socket.poll(WAIT_MS)
         socket.recv()
     for frames in malformed():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from clo import launch
-from clo.runtime.config import CacheConfig, ModelConfig, ServerConfig
+from clo.runtime.config import CacheConfig, EngineConfig, ModelConfig, ServerConfig
 from tests.server import ROOT
 
 
@@ -22,18 +22,17 @@ def test_every_option_reaches_the_configuration() -> None:
         "--gate 0.5 --prefetch predicted --drift-check 9 --host 127.0.0.2 --port 0 --seed 7 --log-level info"
     )
     assert launch.config_from(line.split()) == ServerConfig(
-        model=ModelConfig("m", "dummy", "bfloat16", "cpu", 100, 7),
+        model=ModelConfig("m", "dummy", "cpu", "bfloat16", 100, 7),
         cache=CacheConfig("topk", 5, 6, 0.5, "predicted", drift_check=9),
+        engine=EngineConfig(3, 0.5),
         workers=2,
-        stores=("numa0", "numa1"),
-        kv_bytes=3 * 2**19,
-        max_num_seqs=3,
-        gpu_memory_utilization=0.5,
+        kvstore=("numa0", "numa1"),
+        kv_size=3 * 2**19,
         host="127.0.0.2",
         port=0,
         log_level="info",
     )
-    options = set(launch.parser()._option_string_actions) - {"-h", "--help"}
+    options = set(launch.parser("launch.py")._option_string_actions) - {"-h", "--help"}
     options.remove("--profile")  # goes without --gate
     assert options == {word for word in line.split() if word.startswith("--")}
 
@@ -92,11 +91,18 @@ def test_other_systems_are_refused(
 
 
 def test_help_fits_100_columns_and_states_every_default() -> None:
+    """Each option's help ends with its default, in words that the option itself takes."""
     output = subprocess.run(
         [sys.executable, "launch.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert output.returncode == 0
     assert output.stderr == ""
     assert all(len(line) <= 100 for line in output.stdout.splitlines())
-    for action in launch.parser()._actions[1:]:
-        assert f"({action.default})" in output.stdout, f"the default of {action.option_strings} is not stated"
+    shown = " ".join(output.stdout.split())
+    for action in launch.parser("launch.py")._actions[1:]:
+        (name,) = action.option_strings
+        text = action.help
+        assert text is not None and text.endswith(")"), f"the default of {name} is not stated"
+        assert " ".join(text.split()) in shown
+        default = text.rpartition("(")[2].removesuffix(")")
+        assert launch.config_from([name, default]) == ServerConfig(), f"{name} {default}"

@@ -13,9 +13,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clo.gpu_worker import gguf, loader
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.runtime.config import ModelConfig
+from clo.runtime.model import default_model, files
 from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import ConfigError
@@ -105,7 +105,7 @@ def test_a_missing_or_broken_config_file(folder: Path, text: str | None, sentenc
 def test_a_name_that_cannot_be_on_the_hub_is_not_looked_up(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ConfigError, match="neither a folder nor the name of a model on the hub"):
         resolve(named(name))
 
@@ -120,7 +120,7 @@ def test_without_a_network_an_unknown_hub_model_is_refused(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"the Hugging Face hub did not give it .*; give a local folder"):
+    with pytest.raises(ConfigError, match=r"the Hugging Face hub did not deliver it .*; give a local folder"):
         resolve(named("nobody/nothing"))
 
 
@@ -128,7 +128,7 @@ def test_what_the_hub_does_not_show_is_refused(monkeypatch: pytest.MonkeyPatch) 
     def download(name: str, **_: object) -> str:
         raise RepositoryNotFoundError("404", response=Mock())
 
-    monkeypatch.setattr(loader, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     with pytest.raises(ConfigError, match="shows no model 'nobody/nothing'"):
         resolve(named("nobody/nothing"))
 
@@ -143,7 +143,7 @@ def test_a_hub_model_is_served_from_the_downloaded_folder(
         wanted.extend(allow_patterns)
         return str(tiny_model)
 
-    monkeypatch.setattr(loader, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     model = resolve(named("some/model", load_format=load_format))
     assert (model.name, model.folder) == ("some/model", tiny_model)
     assert ("*.safetensors" in wanted) is weights
@@ -258,18 +258,18 @@ def test_dummy_weights_are_those_of_the_seed_and_need_no_files(folder: Path) -> 
 
 
 def test_the_default_model_resolves_without_a_network(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     model = resolve(ModelConfig(device="cpu", max_model_len=2048))
     assert model.folder == smollm2
-    assert (model.config.model_type, model.max_model_len) == ("llama", 2048)
-    tokenizer = Tokenizer(model.folder, model.config.vocab_size)
+    assert model.max_model_len == 2048
+    tokenizer = Tokenizer(model.folder, model.vocab_size)
     text = "Der Käse kostet 3 €. 🧀\n    def f(x): ..."
     assert tokenizer.decode(tokenizer.encode(Text(text), 100)) == text
     assert tokenizer.decode(tokenizer.eos) == ""
 
 
 def test_without_its_package_the_default_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(default_model, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"not installed; run `make setup` or .* --model"):
         resolve(ModelConfig(device="cpu"))
 

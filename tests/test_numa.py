@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clo.kvstore import memory
+from clo.runtime.machine import host_memory
 from clo.runtime.wire.errors import ConfigError
 from tests.store import running_store
 
@@ -59,7 +59,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for name, gib in (("MemFree", 30), ("Active(file)", 4), ("Inactive(file)", 6), ("Shmem", 50))
         )
     write(tmp_path, files)
-    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    monkeypatch.setattr(host_memory, "_ROOT", tmp_path)
     return tmp_path
 
 
@@ -70,17 +70,17 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_arenas_have_to_fit_the_machine_together_and_each_its_node(machine: Path) -> None:
-    memory.check_memory({0: 32 * GIB, 1: 32 * GIB})
+    host_memory.check_memory({0: 32 * GIB, 1: 32 * GIB})
     with pytest.raises(ConfigError, match=r"wants 66\.0 GiB .* only 64\.0 GiB .* on this machine"):
-        memory.check_memory({0: 33 * GIB, 1: 33 * GIB})
-    memory.check_memory({1: 40 * GIB})
+        host_memory.check_memory({0: 33 * GIB, 1: 33 * GIB})
+    host_memory.check_memory({1: 40 * GIB})
     with pytest.raises(ConfigError, match=r"wants 41\.0 GiB .* only 40\.0 GiB .* on NUMA node 1: lower --kv"):
-        memory.check_memory({1: 41 * GIB})
+        host_memory.check_memory({1: 41 * GIB})
 
 
 def test_the_only_node_is_the_machine(machine: Path) -> None:
     (machine / "sys/devices/system/node/node1").rename(machine / "gone")
-    memory.check_memory({0: 64 * GIB})
+    host_memory.check_memory({0: 64 * GIB})
 
 
 def group(limit: str, usage: int, cache: int, version: int) -> dict[str, str]:
@@ -116,6 +116,6 @@ def test_the_smallest_room_of_all_groups_around_the_process_counts(
     files |= {f"sys/fs/cgroup/outer/{name}": text for name, text in outer.items()}
     files |= {f"sys/fs/cgroup/outer/inner/{name}": text for name, text in inner.items()}
     write(machine, files)
-    memory.check_memory({0: 14 * GIB})
+    host_memory.check_memory({0: 14 * GIB})
     with pytest.raises(ConfigError, match=r"only 14\.0 GiB .* container"):
-        memory.check_memory({0: 15 * GIB})
+        host_memory.check_memory({0: 15 * GIB})

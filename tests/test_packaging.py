@@ -29,7 +29,7 @@ def run(*arguments: str | Path, cwd: Path, site: Path) -> subprocess.CompletedPr
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that the sdist makes."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+    command: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return next(folder.glob("*.whl"))
@@ -68,7 +68,10 @@ def test_it_works_from_an_empty_folder_beside_a_package_named_kernels(site: Path
     assert done.stdout.split() == [str(path) for path in expected]
     assert run("-m", "clo", "--version", cwd=tmp_path, site=site).stdout.startswith("clo ")
     refused = run("-m", "clo", "serve", "--port", "70000", cwd=tmp_path, site=site)
-    assert (refused.returncode, refused.stderr) == (2, "error: --port is 70000; it must be from 0 to 65535.\n")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "error: --port is 70000; it must be from 0 to 65535.\n",
+    )
 
 
 def test_a_clone_does_not_hide_a_package_named_kernels(site: Path) -> None:

@@ -16,7 +16,7 @@ from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig, WorkerConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.profile import Profile
-from tests.server import Server
+from tests.server import READY_S, Server
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
 
@@ -39,15 +39,15 @@ def write(folder: Path, content: dict[str, Any] | bytes) -> str:
 
 
 WRONG: dict[str, tuple[dict[str, Any] | bytes, str]] = {
-    "no JSON": (b"thresholds: 0.9", "is no profile: JSON is malformed"),
-    "no text": (b"\xff\xfe\x00", "is no profile: "),
-    "missing field": ({"layers": []}, "is no profile: Object missing required field `model`"),
-    "unknown field": (profile_of(k=1), "is no profile: Object contains unknown field `k`"),
-    "wrong type": (profile_of(layers=[layer(resident="32")]), "is no profile: Expected `int`, got `str`"),
-    "nothing selected": (profile_of(layers=[layer(select_k=0)]), "is no profile: Expected `int` >= 1"),
+    "no JSON": (b"thresholds: 0.9", "is not a profile: JSON is malformed"),
+    "no text": (b"\xff\xfe\x00", "is not a profile: "),
+    "missing field": ({"layers": []}, "is not a profile: Object missing required field `model`"),
+    "unknown field": (profile_of(k=1), "is not a profile: Object contains unknown field `k`"),
+    "wrong type": (profile_of(layers=[layer(resident="32")]), "is not a profile: Expected `int`, got `str`"),
+    "nothing selected": (profile_of(layers=[layer(select_k=0)]), "is not a profile: Expected `int` >= 1"),
     "threshold that is no cosine": (
         profile_of(layers=[layer(thresholds=[-0.1, 1.0])]),
-        "is no profile: Expected `float`",
+        "is not a profile: Expected `float`",
     ),
     "too few layers": (
         profile_of(layers=[layer()]),
@@ -105,7 +105,7 @@ def test_a_profile_of_another_model_stops_the_start(
     other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, layers=[layer()] * 5)
     arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB")
     with launch(*arguments, "--profile", write(tmp_path, other), ready=False) as server:
-        assert server.process.wait(60) == 1
+        assert server.process.wait(READY_S) == 1
         assert server.stderr.read_text() == (
             "error: --profile is of a model of 5 layers, 2 KV heads and head_dim 16, and this one has 4, 2 "
             "and 16; make one for it with benchmarks.calibrate.\n"
@@ -117,14 +117,15 @@ def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path:
     sizes = [(16, 32), (8, 64), (16, 16), (24, 40)]
     layers = [layer(select_k=k, resident=resident) for k, resident in sizes]
     config = CacheConfig(profile=Profile.load(Path(write(tmp_path, profile_of(layers=layers)))))
-    sent = msgspec.json.encode(WorkerConfig(0, 0, "", "", ModelConfig(), config))
+    model = resolve(ModelConfig(model=str(tiny_model), device="cpu"))
+    sent = msgspec.json.encode(WorkerConfig(0, "", {0: ""}, model, config))
     received = msgspec.json.decode(sent, type=WorkerConfig).cache
     assert received == config
-    decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+    decoder = load_decoder(model)
     engine = make_engine(decoder, received, 1, 450)
     cache = engine.cache
     assert cache.thresholds.tolist() == [[0.0, 2.0]] * LAYERS
-    assert [positions.shape[2] for positions in cache._positions] == [resident for _, resident in sizes]
+    assert [layer.resident.capacity for layer in cache.sparse_layers] == [resident for _, resident in sizes]
     tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
     teacher_force(engine, tokens[:400], tokens[400:])
     checks, selections, selected, moved = cache._counters[:, 0].unbind(-1)

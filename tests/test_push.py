@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clo.gpu_worker import staging
+from clo.gpu_worker.cache import staging
 from clo.gpu_worker.cache.staging import Staging
 from clo.kernels.flag import wait
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
+from clo.kvstore.layout import arena_tensor
 from clo.kvstore.push import PAGE_BYTES
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import CLOError, DeviceStuck, ProtocolError
@@ -44,11 +45,10 @@ class Worker:
 
     def __init__(self, store: Store, number: int) -> None:
         self.client: StoreClient = store.client()
-        attach = Attach(number, os.getpid(), SHAPE.block_tokens, SHAPE.block_bytes)
+        attach = Attach(number, number, os.getpid(), SHAPE.block_tokens, SHAPE.block_bytes)
         attached = self.client.attach(attach, WAIT_MS / 1000)
         shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
-        layout = (SHAPE.layers, SHAPE.kv_heads, attached.blocks, SHAPE.block_tokens, 2, SHAPE.head_dim)
-        self.arena = shared.tensor(SHAPE.dtype, layout)
+        self.arena = arena_tensor(shared, SHAPE, attached.blocks)
 
     def allocate(self, sequence: int, blocks: int) -> list[int]:
         answer = ask(self.client, Allocate(sequence, blocks))

@@ -7,9 +7,11 @@ alike, and the engine prefills each.
 - decode: greedy, by graphs, as a worker does it: a step is launched before the last one's tokens are read.
   The reference is transformers on the same GPU, eager, its ``DynamicCache`` filled with the rows of the same
   prompts, at the largest batch up to this one that fits.
-- KL and right answers: 256 tokens of two sequences of each kind of item, teacher-forced by decode steps.
-  Both are measured against full attention by transformers. The reference of the KL is that of the engine's
-  own prefill of the same tokens: both attend to everything then, and what is left is rounding to bfloat16.
+- KL and right answers: 256 tokens of every sequence of the largest batch, all but the first of them
+  teacher-forced by decode steps. Both are measured against full attention by transformers, and the intervals
+  of the KL are those of ``benchmarks.quality``. The reference of the KL is that of the engine's own prefill
+  of the same tokens: both attend to everything then, and what is left is rounding to bfloat16. The KL
+  contains up to as much of it (``benchmarks.closeness_gap``), which that of a float32 run does not.
 """
 
 import os
@@ -27,10 +29,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from benchmarks.gpu.baseline import release
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import arena_of
+from benchmarks.quality.metrics import blocks, divergences, estimate
 from benchmarks.result import Result
 from benchmarks.tasks import KINDS, Item, documents, make_item
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.in_process import divergence, prefill, wait_for
+from clo.gpu_worker.in_process import prefill, wait_for
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.kernels.blocks import gather_tokens
 from clo.runtime.config import CacheConfig, ModelConfig, ResolvedModel
@@ -40,13 +43,12 @@ from clo.runtime.wire.messages import CacheStats, Text
 
 ARENA_GIB = 46
 FORCED = 256  # tokens
-JUDGED = 2 * len(KINDS)  # sequences that are teacher-forced
 STEPS, TRANSFORMERS_STEPS = 64, 12
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what it is asked. ``batches`` ascend, and the last one is at least ``JUDGED``."""
+    """A model and what it is asked. ``batches`` ascend."""
 
     name: str
     model: ModelConfig
@@ -83,16 +85,18 @@ def measure_case(machine: Machine, case: Case) -> list[Result]:
     network = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=decoder.shape.dtype)
     network.to(decoder.device).eval()
 
-    full = [full_logits(network, item) for item in items[:JUDGED]]
+    full = [full_logits(network, item) for item in items]
     rounding = [
-        divergence(prefilled(engine, arena, item), logits) for item, logits in zip(items, full, strict=False)
+        float(divergences([logits], [prefilled(engine, arena, item)]).mean())
+        for item, logits in zip(items, full, strict=True)
     ]
     began = time.perf_counter()
-    first = [start(engine, case, slot, item) for slot, item in enumerate(items)]
+    for slot, item in enumerate(items):
+        start(engine, case, slot, item)
     rate = len(items) * case.prompt / (time.perf_counter() - began)
     results = [Result(case.name, "prefill", rate, "tokens/s")]
-    forced = teacher_forced(engine, case, torch.cat(first[:JUDGED]), items[:JUDGED])
-    results += judge(case, items, full, forced, rounding)
+    forced = teacher_forced(engine, case, items)
+    results += judge(items, full, forced, rounding, case.name)
     del full, forced
 
     steps = {batch: decode(engine, case, batch) for batch in case.batches}
@@ -124,9 +128,10 @@ def items_of(case: Case, resolved: ResolvedModel) -> list[Item]:
 
 @torch.inference_mode()
 def full_logits(network: Any, item: Item) -> Tensor:
-    """Logits [FORCED, vocab] float32 that predict an answer, by one pass of transformers over all tokens."""
+    """Logits [FORCED - 1, vocab] float32 that predict an answer but for its first token, by one pass of
+    transformers over all tokens."""
     tokens = torch.tensor([item.prompt + item.answer[: FORCED - 1]], device=network.device)
-    logits: Tensor = network(tokens, use_cache=False, logits_to_keep=FORCED).logits[0].float()
+    logits: Tensor = network(tokens, use_cache=False, logits_to_keep=FORCED - 1).logits[0].float()
     return logits
 
 
@@ -139,58 +144,59 @@ def prefilled(engine: Engine, arena: Tensor, item: Item) -> Tensor:
     while work.advance() is None:
         pass
     engine.cache.join_prompt()
-    return decoder.logits(decoder.input_norm(decoder.shape.layers, work.last_hidden(FORCED)))
+    return decoder.logits(decoder.input_norm(decoder.shape.layers, work.last_hidden(FORCED - 1)))
 
 
-def start(engine: Engine, case: Case, slot: int, item: Item) -> Tensor:
-    """Prefill a slot, which decodes from now on; returns the logits [1, vocab] behind the prompt."""
-    logits = prefill(engine, slot, item.prompt, case.max_tokens)
-    wait_for(engine, engine.start(slot, logits))
-    return logits
+def start(engine: Engine, case: Case, slot: int, item: Item) -> None:
+    """Prefill a slot, which decodes from now on."""
+    wait_for(engine, engine.start(slot, prefill(engine, slot, item.prompt, case.max_tokens)))
 
 
 @torch.inference_mode()
-def teacher_forced(engine: Engine, case: Case, first: Tensor, items: list[Item]) -> Tensor:
-    """Logits [items, FORCED, vocab] that predict the answers, by decode steps of the first slots together.
-
-    Args:
-        first: [items, vocab], those behind the prompts.
-    """
-    answers = torch.tensor([item.answer[:FORCED] for item in items], device=first.device)
-    slots, logits = list(range(len(items))), [first]
+def teacher_forced(engine: Engine, case: Case, items: list[Item]) -> Tensor:
+    """Logits [items, FORCED - 1, vocab] that predict the answers but for their first tokens, by decode steps
+    of all slots together."""
+    device, slots = engine.decoder.device, list(range(len(items)))
+    answers = torch.tensor([item.answer[:FORCED] for item in items], device=device)
+    logits = torch.empty(len(items), FORCED - 1, engine.decoder.vocab, device=device)
     for token in range(FORCED - 1):
         engine.feed(slice(len(items)), answers[:, token])
-        logits.append(engine.step(slots, case.max_tokens).logits[: len(items)].clone())
-    return torch.stack(logits, dim=1)
+        logits[:, token] = engine.step(slots, case.max_tokens).logits[: len(items)]
+    return logits
 
 
 def judge(
-    case: Case, items: list[Item], full: list[Tensor], forced: Tensor, rounding: list[float]
+    items: list[Item], full: list[Tensor], forced: Tensor, rounding: list[float], name: str
 ) -> list[Result]:
     """KL and right answers of each kind.
 
     Args:
-        full, forced: logits [FORCED, vocab] of the first items; rounding: the least KL that each can have.
+        full, forced: logits [FORCED - 1, vocab] of each item; rounding: the KL that each has without a cache.
+        name: of the case.
     """
     results = []
-    for kind in KINDS:
-        own = [number for number in range(JUDGED) if KINDS[number % len(KINDS)] == kind]
-        name = f"{case.name}/{kind}"
-        loss = mean(divergence(forced[number], full[number]) for number in own)
-        least = mean(rounding[number] for number in own)
-        results.append(Result(name, "KL(full || CLO)", loss, "nats", least, loss / least))
+    for number, kind in enumerate(KINDS):
+        own, case = slice(number, None, len(KINDS)), f"{name}/{kind}"  # as ``items_of`` lays them out
+        loss, least = estimate(blocks(divergences(full[own], forced[own]))), mean(rounding[own])
+        results += [
+            Result(case, "KL(full || CLO)", loss.value, "nats", least, loss.value / least),
+            Result(case, "KL(full || CLO), 95% low", loss.low, "nats"),
+            Result(case, "KL(full || CLO), 95% high", loss.high, "nats"),
+        ]
         if kind != "text":
-            right = mean(share_right(items[number], forced[number]) for number in own)
-            best = mean(share_right(items[number], full[number]) for number in own)
+            right, best = (
+                mean(share_right(item, logits) for item, logits in zip(items[own], said, strict=True))
+                for said in (forced[own], full[own])
+            )
             ratio = right / best if best else None
-            results.append(Result(name, "right", right, "of answer tokens", best, ratio))
+            results.append(Result(case, "right", right, "of answer tokens", best, ratio))
     return results
 
 
 def share_right(item: Item, logits: Tensor) -> float:
-    """Share of the scored tokens that are the most likely ones by the logits [FORCED, vocab]."""
-    right = logits.argmax(-1).cpu() == torch.tensor(item.answer[:FORCED])
-    return float(right[torch.tensor(item.scored[:FORCED])].float().mean())
+    """Share of the scored tokens that are the most likely ones by the logits [FORCED - 1, vocab]."""
+    right = logits.argmax(-1).cpu() == torch.tensor(item.answer[1:FORCED])
+    return float(right[torch.tensor(item.scored[1:FORCED])].float().mean())
 
 
 @torch.inference_mode()

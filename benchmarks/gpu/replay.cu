@@ -1,6 +1,6 @@
-// One block a (KV head, sequence): which rows of the set come anew, drawn by hashing the step, the call and the
-// line; row i lies in the i-th part of the sequence and of the set, so all are distinct and ascend. A head that
-// does not select gets none.
+// One block a (KV head, sequence): which rows of the set come anew, drawn by hashing the step, the call and
+// the line; row i lies in the i-th part of the sequence and of the set, so all are distinct and ascend. A
+// head that does not select gets none.
 #include "common.cuh"
 
 __device__ inline uint32 hash(uint32 x) {
@@ -10,8 +10,8 @@ __device__ inline uint32 hash(uint32 x) {
 }
 
 extern "C" __global__ void replay(
-    const int64* lengths, const uint8* reselect, int64 call, int64 rows, int64 kv_heads, int64 k, int64 capacity,
-    int64 sinks, int64 tail, int* positions, int* entries, int* counts) {
+    const int64* lengths, const uint8* reselect, int64 call, int64 rows, int64 kv_heads, int64 k,
+    int64 capacity, int64 sinks, int64 tail, int* positions, int* entries, int* counts) {
     const int64 line = blockIdx.x;
     const uint32 length = (uint32)lengths[line / kv_heads];  // one more at each step
     if (threadIdx.x == 0) counts[line] = reselect[line] ? (int)rows : 0;

@@ -5,6 +5,7 @@ just as a prefill of the prompt alone does, and every cache takes the prompt fro
 once, however many caches are measured on it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,21 +130,23 @@ class Reference:
         """Decode steps that force the longest answer."""
         return self.answers.shape[1] - 1
 
-    @torch.inference_mode()
     def force(self, engine: Engine) -> Scores:
         """Feed the answers to the decode steps of a fresh ``engine``."""
+        return self._scores([self._score(step, logits) for step, logits in enumerate(self.decode(engine), 1)])
+
+    @torch.inference_mode()
+    def decode(self, engine: Engine) -> Iterator[Tensor]:
+        """Feed the answers to a fresh ``engine``: the logits [items, vocab] of each decode step, which the
+        next step may overwrite."""
         slots = list(range(len(self.items)))
         longest = max(len(item.prompt) for item in self.items)
-        columns = []
         for step in range(1, self.steps + 1):
             engine.feed(slice(len(slots)), self.answers[:, step - 1])
             engine.suspend(self._ended[:, step - 1])
             if self.decoder.device.type == "cuda":
-                logits = engine.step(slots, longest + step).logits
+                yield engine.step(slots, longest + step).logits
             else:  # without the sampling, which takes long on the CPU
-                logits = engine.forward(len(slots), longest + step)
-            columns.append(self._score(step, logits))
-        return self._scores(columns)
+                yield engine.forward(len(slots), longest + step)
 
     def _score(self, step: int, logits: Tensor) -> Tensor:
         """What ``Scores`` has of one decode step, given its logits [items, vocab]: [4, items]."""

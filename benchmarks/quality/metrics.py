@@ -1,8 +1,11 @@
 """From figures of tokens to means with intervals, and from tokens to right answers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy
+import torch
+from torch import Tensor
 
 from benchmarks.quality.forcing import Numbers
 from benchmarks.tasks import Item
@@ -18,6 +21,16 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def divergences(one: Iterable[Tensor], other: Iterable[Tensor]) -> Numbers:
+    """KL(one || other) in nats at each position of logits [items, N, vocab] float32: [items, N]."""
+    rows = []
+    for a, b in zip(one, other, strict=True):  # item by item, for they are large
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        rows.append((p.exp() * (p - q)).sum(-1).clamp_min(0))  # below 0 it is rounding
+    figures: Numbers = torch.stack(rows).double().cpu().numpy()
+    return figures
 
 
 def estimate(figures: Numbers) -> Estimate:

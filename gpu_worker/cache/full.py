@@ -1,4 +1,4 @@
-"""A layer that attends to the whole KV in the arena: what everything else is compared with."""
+"""A layer that attends to the whole KV in the arena, to compare everything else with."""
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ class FullLayer:
 
     Args:
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
-        storing: rows of a prompt go to the arena there.
+        storing: the stream on which rows of a prompt go to the arena.
         scale: factor of the scores.
     """
 

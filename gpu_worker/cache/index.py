@@ -1,4 +1,4 @@
-"""The index of a layer: what its heads score to find the rows that a query wants."""
+"""The index of a layer: its heads score it to find the rows that a query needs."""
 
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from clo.kernels.score import score_codes, score_exact
 from clo.runtime.model.kv_shape import KVShape
 
 Prepared = TypeVar("Prepared")
-"""What an index makes of a query before it is known which heads select."""
+"""What an index computes from a query before it is known which heads select."""
 
 
 class Index(Protocol[Prepared]):
@@ -36,9 +36,9 @@ class Index(Protocol[Prepared]):
         """Scores [B, kv_heads, T] int16, see ``clo.kernels.score``; undefined where ``reselect`` is False.
 
         Args:
-            prepared: what ``prepare`` returned.
+            prepared: the return value of ``prepare``.
             reselect: [B, kv_heads] bool, heads that select.
-            sinks, tail: numbers of first and latest tokens that are no candidates.
+            sinks, tail: numbers of first and latest tokens that are not candidates.
         """
 
 
@@ -91,9 +91,7 @@ class TwoBitIndex:
         encode_new(keys, batch.lengths, batch.pages, self.pages, self._rotation)
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> QuantizedQuery:
-        return quantize_query(
-            query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale
-        )
+        return quantize_query(query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale)
 
     def score(
         self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, tail: int

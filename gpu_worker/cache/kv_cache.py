@@ -26,7 +26,9 @@ def index_pages(shape: KVShape, blocks: int, slots: int, max_tokens: int) -> int
     """Pages that the index of a worker needs: for all its sequences at once, or for the whole arena.
 
     Args:
-        blocks: of the arena; slots: sequences at a time; max_tokens: longest sequence.
+        blocks: number of blocks in the arena.
+        slots: sequences at a time.
+        max_tokens: longest sequence.
     """
     return min(blocks, slots * -(-max_tokens // shape.block_tokens))
 
@@ -35,13 +37,13 @@ class KVCache:
     """All layers of the cache, and what they share.
 
     Args:
-        shape: of the model's KV.
+        shape: shape of the model's KV.
         arena: [blocks, layers, kv_heads, block_tokens, 2, head_dim], shared with the KV store.
         config: ``attention`` chooses full attention over the arena, exact top-k, or CLO.
         slots: sequences at a time.
         max_tokens: longest sequence.
         scale: factor of the attention scores.
-        device: of everything but the arena.
+        device: the device of everything but the arena.
         layer_type: class of the layers that have a resident set.
 
     Attributes:
@@ -84,7 +86,7 @@ class KVCache:
             indexes = [ExactIndex(arena[:, layer], scale) for layer in range(shape.layers)]
         selection_query = torch.zeros(*heads, shape.group * shape.head_dim, dtype=shape.dtype, device=device)
         lse = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
-        # Neighbouring layers overlap, those two apart do not.
+        # Neighbouring layers overlap; layers two apart do not.
         streams = [
             LayerStreams(self._storing, self._recording, SideStream(device), SideStream(device, urgent=True))
             for _ in range(2)
@@ -136,7 +138,7 @@ class KVCache:
             layer.restore(slot, tokens, block_table, page_table)
 
     def join_prompt(self) -> None:
-        """All work to come finds the prompts' rows in the arena."""
+        """Later work finds the prompts' rows in the arena."""
         self._storing.join()
 
     # ------------------------------------------------------------------------------------- decode
@@ -161,7 +163,7 @@ class KVCache:
         return self.layers[layer].attend(query, kv, batch, fetch_list, select=select)
 
     def end_step(self) -> None:
-        """After the last layer: all work to come finds the new rows in arena and index."""
+        """After the last layer: later work finds the new rows in arena and index."""
         if self.sparse_layers:  # else nothing was recorded on the side, and a graph cannot wait for that
             self._recording.join()
 
@@ -172,14 +174,16 @@ class KVCache:
         return self._counters[:, slot].sum((0, 1))
 
     def reset_counters(self, slot: int) -> None:
-        """Begin to count anew for the next sequence of a slot."""
+        """Start counting again for the next sequence of a slot."""
         self._counters[:, slot].zero_()
 
     def stats(self, counters: list[int], tokens: int, steps: int) -> CacheStats:
         """What the cache did for a sequence.
 
         Args:
-            counters: of its slot; tokens: its length; steps: decode steps that it took.
+            counters: those of its slot.
+            tokens: its length.
+            steps: decode steps that it took.
         """
         checks, selections, selected, fetched = counters
         return CacheStats(

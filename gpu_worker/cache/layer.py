@@ -21,16 +21,16 @@ PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident s
 
 
 class LayerStreams(NamedTuple):
-    """Where the work of a layer that others need not wait for is done."""
+    """Side streams for the parts of a layer's work that the rest need not wait for."""
 
     storing: SideStream  # rows of a prompt go to the arena; shared by all layers
     recording: SideStream  # the new row goes to arena and index; shared by all layers
-    gating: SideStream  # shared by every second layer, as the next one
+    gating: SideStream  # shared by every second layer, and so is the next one
     fetching: SideStream
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of each slot beside its rows."""
+    """What a layer remembers of each slot besides its rows."""
 
     selection_query: Tensor  # [slots, kv_heads, group * head_dim], query of the last selection; 0 for none
     lse: Tensor  # [slots, query_heads] float32, log-sum-exp of the last attention
@@ -43,8 +43,8 @@ class LayerCache:
     Args:
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
         index: scores the rows.
-        resident: of all slots.
-        state: of all slots.
+        resident: the resident set of all slots.
+        state: the state of all slots.
         threshold: [kv_heads] float32, the gate of each head; above 1 a head selects in every step.
         select_k: rows that a head selects.
         scale: factor of the scores.
@@ -74,9 +74,9 @@ class LayerCache:
         """Store a prompt and choose its first resident rows.
 
         Args:
-            slot: of the sequence.
+            slot: the sequence's slot.
             rows: [T, kv_heads, 2, head_dim], the layer's whole KV.
-            queries: [W, query_heads, head_dim], of the prompt's last W tokens.
+            queries: [W, query_heads, head_dim], those of the prompt's last W tokens.
             block_table, page_table: [max_blocks] int64, those of the sequence.
         """
         with self._streams.storing.fork(rows):
@@ -90,14 +90,15 @@ class LayerCache:
         decode step selects.
 
         Args:
-            slot: of the sequence; tokens: its length.
+            slot: the sequence's slot.
+            tokens: its length.
             block_table, page_table: [max_blocks] int64, those of the sequence.
         """
         rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens]
         self._fill(slot, rows.contiguous(), None, page_table)
 
     def _fill(self, slot: int, rows: Tensor, queries: Tensor | None, page_table: Tensor) -> None:
-        """Index and resident rows of a slot; ``queries`` choose the set, or None the latest tokens."""
+        """Index and resident rows of a slot; ``queries`` choose the set, else it holds the latest tokens."""
         total, kv_heads = rows.shape[:2]
         keys = rows[:, :, 0]
         self.index.write_prompt(keys, page_table)
@@ -152,7 +153,7 @@ class LayerCache:
 
     def prefetch(self, query: Tensor, batch: Batch) -> FetchList:
         """Gate, select and begin to fetch with a predicted query, ahead of the layer itself."""
-        # The new token is not appended yet: the one that it will displace still stands in the ring.
+        # The new token is not appended yet: the one that it will displace is still in the ring.
         return self._select(query, batch, self.resident.recent + 1, ahead=True)
 
     def attend(
@@ -162,8 +163,8 @@ class LayerCache:
 
         Args:
             query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
-            fetch_list: what ``prefetch`` returned, None where there was no prefetch.
-            select: whether to select with this query too, and not leave it at what ``prefetch`` selected.
+            fetch_list: the list that ``prefetch`` returned, or None where there was no prefetch.
+            select: whether to select with this query, also where ``prefetch`` has selected already.
 
         Returns:
             [B, query_heads, head_dim].
@@ -185,7 +186,7 @@ class LayerCache:
         )
 
     def _select(self, query: Tensor, batch: Batch, tail: int, *, ahead: bool) -> FetchList:
-        """Gate and select, and begin to fetch; the latest ``tail`` tokens are no candidates."""
+        """Gate and select, and begin to fetch; the latest ``tail`` tokens are not candidates."""
         count = len(batch.lengths)
         resident = self.resident.slots(count)
         with self._streams.gating.fork():
@@ -198,7 +199,7 @@ class LayerCache:
             self.fetch(fetch_list, batch, patient=ahead)
         return fetch_list
 
-    # The steps below stand apart so that benchmarks can replace one of them.
+    # The steps below are separate methods so that benchmarks can replace one of them.
 
     def store(self, rows: Tensor, block_table: Tensor) -> None:
         """Write a prompt's rows to the arena; see ``clo.kernels.store.store``."""

@@ -5,10 +5,10 @@ class IndexPages:
     """Which page holds the codes of which block of the arena.
 
     Several sequences may hold the same block; its page is counted, and is free again when the last of them
-    has released it. All calls must be in the order in which the device does the work that they are for.
+    has released it. Calls must come in the order in which the device does the work that they belong to.
 
     Args:
-        pages: of the index.
+        pages: number of pages in the index.
     """
 
     def __init__(self, pages: int) -> None:

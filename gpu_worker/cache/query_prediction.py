@@ -1,4 +1,4 @@
-"""Which layers' queries can be told ahead of the layer: what prefetching relies on, measured on the model."""
+"""Which layers' queries can be predicted a layer early: prefetching relies on it, so it is measured."""
 
 import logging
 from enum import Enum
@@ -13,7 +13,7 @@ from clo.runtime.config import CacheConfig
 logger = logging.getLogger(__name__)
 
 _TOKENS, _QUERIES, _SELECTED = 1024, 64, 64
-_MOST_LOST = 0.0125  # of a head's attention
+_MOST_LOST = 0.0125  # share of a head's attention
 _ALWAYS = CacheConfig.sinks + CacheConfig.recent  # tokens that need no selection
 
 
@@ -29,11 +29,11 @@ class QuerySource(Enum):
 def measure_query_sources(decoder: Decoder) -> tuple[QuerySource, ...]:
     """The earliest query of each layer whose selection loses little against that of the layer's own query.
 
-    The loss is attention: what the keys selected with the own query weigh by that query, less what those
-    selected with the predicted one do. It belongs to the weights more than to the text: random tokens single
-    out the layers that documents do, so that no text is needed. The tokens come twice, since what a wrong
-    guess costs most is copying, and a repeated random sequence is what heads that copy respond to (Olsson et
-    al. 2022, "In-context Learning and Induction Heads").
+    The loss is measured in attention: the weight, by the layer's own query, of the keys that this query
+    selects, less the weight of the keys that the predicted query selects. It depends on the weights more than
+    on the text: random tokens single out the same layers as documents, so that no text is needed. The tokens
+    come twice, since a wrong guess harms copying most, and heads that copy respond to a repeated random
+    sequence (Olsson et al. 2022, "In-context Learning and Induction Heads").
     """
     shape, device = decoder.shape, decoder.device
     drawn = torch.randint(decoder.vocab, (_TOKENS // 2,), generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def measure_query_sources(decoder: Decoder) -> tuple[QuerySource, ...]:
 
 def _weights(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention of the last tokens' queries [W, query_heads, D] to keys [T, kv_heads, D], averaged over a
-    query group, for the keys that a selection is about: [kv_heads, W, any] float32."""
+    query group, for the keys among which a head selects: [kv_heads, W, any] float32."""
     count, kv_heads = len(queries), keys.shape[1]
     grouped = queries.float().view(count, kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
     scores = grouped @ keys.float().permute(1, 2, 0).unsqueeze(1) * scale  # [kv_heads, group, W, T]

@@ -1,4 +1,4 @@
-"""Rows that the arena holds come to the worker in bulk, one layer while the layer before computes."""
+"""Brings rows from the arena to the worker in bulk, one layer while the layer before computes."""
 
 import mmap
 import os
@@ -33,9 +33,9 @@ class Staging:
 
     Args:
         store: an attached client.
-        shape: of the model's KV.
-        blocks: most blocks of a request.
-        device: of the rows.
+        shape: shape of the model's KV.
+        blocks: the most blocks of a request.
+        device: the device that gets the rows.
 
     Raises:
         CLOError: the store cannot open it.
@@ -118,7 +118,7 @@ class Staging:
         """Find out whether all that was waited for so far has come.
 
         Raises:
-            DeviceStuck: it has not, and the results of whoever waited are worthless. There is no way on.
+            DeviceStuck: it has not, and the results that depend on it are wrong. There is no way to go on.
         """
         if number := int(self._status):
             raise DeviceStuck(
@@ -138,8 +138,8 @@ class Staging:
 def _gpu_memory(size: int) -> tuple[Tensor, GPUMemory]:
     """``size`` bytes on the current CUDA device, and how another process opens them.
 
-    They are not of torch's allocator, whose pieces share their handle with others. A small allocation of CUDA
-    does so too, hence whole multiples of 2 MiB (CUDA programming guide, interprocess communication).
+    They do not come from torch's allocator, whose pieces share a handle with others. Small allocations of
+    CUDA do so too, hence whole multiples of 2 MiB (CUDA programming guide, interprocess communication).
     """
     import cupy
 

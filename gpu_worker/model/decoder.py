@@ -37,9 +37,12 @@ class Decoder:
         self.shape = shape
         self.max_positions = max_positions
         self.vocab = weights.head.shape[0]
-        self.scale = shape.head_dim**-0.5  # of the attention scores
+        self.scale = shape.head_dim**-0.5  # factor of the attention scores
         self.device = weights.embedding.device
-        # on a GPU, what lies between two matrix products becomes one kernel
+        pair = torch.arange(2 * shape.kv_heads, device=self.device) % 2 == 1
+        query = torch.zeros(shape.query_heads, dtype=torch.bool, device=self.device)
+        self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
+        # on a GPU, everything between two matrix products becomes one kernel
         fused: Callable[[Any], Any] = partial(
             torch.compile, dynamic=True, fullgraph=True, disable=self.device.type == "cpu"
         )
@@ -55,7 +58,7 @@ class Decoder:
     def rope(self, positions: Tensor) -> Rope:
         """Cosines and sines [N, head_dim] of positions [N] int64; the same for all layers.
 
-        They are computed in float32 and then rounded: bfloat16 cannot count beyond 256.
+        They are computed in float32 and then rounded: bfloat16 cannot represent every whole number above 256.
         """
         angles = positions[:, None].float() * self._weights.rope_frequencies
         angles = torch.cat((angles, angles), dim=-1)
@@ -98,7 +101,7 @@ class Decoder:
             attended: output of attention [N, query_heads, head_dim].
 
         Returns:
-            Hidden states [N, hidden] between attention and MLP, and the same normalised for the MLP.
+            Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
         projected = weights.output(attended.flatten(1))
@@ -126,8 +129,9 @@ class Decoder:
         """The first ``heads`` heads of the fused projection, with RoPE: [N, heads, head_dim]."""
         weights = self._weights.layers[layer]
         flat = weights.qkv.first(heads * self.shape.head_dim)(normed)
+        is_value = self._is_value if heads > self.shape.query_heads else None
         return self._rotate(
-            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, self.shape.query_heads, self._norm_eps
+            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, is_value, self._norm_eps
         )
 
 
@@ -154,15 +158,13 @@ def _add_and_norm(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def _rotate(
-    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, queries: int, eps: float
+    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, is_value: Tensor | None, eps: float
 ) -> Tensor:
-    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim], the first ``queries`` of
-    them queries and the others keys and values in turn; values stay as they are."""
-    number = torch.arange(heads.shape[1], device=heads.device)
-    is_value = ((number >= queries) & ((number - queries) % 2 == 1))[:, None]
+    """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim]; those where ``is_value``
+    [any, 1] stay as they are, and None means that there are none."""
     rotated = heads
     if qk_norm is not None:
         rotated = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    return torch.where(is_value, heads, rotated)
+    return rotated if is_value is None else torch.where(is_value, heads, rotated)

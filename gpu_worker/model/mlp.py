@@ -1,4 +1,4 @@
-"""What a layer computes beside attention."""
+"""What a layer computes besides attention."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Weights of a model: what they are, and how they come from a folder or are made at random."""
+"""Weights of a model, read from a folder or made at random."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape) -> Weights:
         place: Place = partial(_random, torch.Generator(device).manual_seed(model.seed))
     else:
         source, place = _read(model, config), partial(_checked, model)
-    rotary = type(source.model.rotary_emb)(config)  # a meta model's own has no values
+    rotary = type(source.model.rotary_emb)(config)  # that of a meta model has no values
     tensors = _Tensors(source, place)
     del source  # from here on only the tensors still to be taken are held
     embedding = tensors.take("model.embed_tokens.weight")
@@ -134,7 +134,7 @@ def _checked(model: ResolvedModel, name: str, parameter: Tensor) -> Tensor:
 
 
 def _random(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
-    """Norms are 1, all else is drawn from a normal distribution, in the final dtype on the final device."""
+    """Norms are 1, others are drawn from a normal distribution, in the final dtype on the final device."""
     tensor = torch.empty_like(parameter, device=generator.device)
     if name.endswith("norm.weight"):
         return tensor.fill_(1.0)
@@ -146,7 +146,7 @@ class _Tensors:
 
     Args:
         source: the model; parameters that are tied appear once, under their first name.
-        place: makes of a parameter the tensor to keep.
+        place: turns a parameter into the tensor to keep.
     """
 
     def __init__(self, source: Any, place: Place) -> None:

@@ -12,7 +12,7 @@ def choose_device(asked: str) -> str:
     """ "cuda" or "cpu".
 
     Args:
-        asked: "auto" takes the GPUs where PyTorch sees any.
+        asked: "cuda", "cpu", or "auto", which takes the GPUs if PyTorch sees any.
 
     Raises:
         ConfigError: a GPU is wanted, and something that it needs is missing.

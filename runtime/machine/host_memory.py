@@ -13,7 +13,7 @@ def check_memory(wanted: Mapping[int, int]) -> None:
     """Check that arenas fit into the machine, the container and their NUMA nodes.
 
     Args:
-        wanted: bytes of the arena of each NUMA node.
+        wanted: bytes of the arena on each NUMA node.
 
     Raises:
         ConfigError: they do not fit.
@@ -79,6 +79,6 @@ def _memory_cgroups() -> Iterator[Path]:
 
 
 def _fields(file: Path, first: int = 0) -> dict[str, int]:
-    """Names and numbers of a /proc-like table whose name stands in column ``first``."""
+    """Names and numbers of a /proc-like table whose names are in column ``first``."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {words[first]: int(words[first + 1]) for words in lines if len(words) > first + 1}

@@ -19,8 +19,8 @@ def bind(node: int) -> None:
     """Bind the calling thread, and those that it starts later, to a NUMA node.
 
     Where that is not possible (no such node, none of its CPUs allowed, a container that forbids the call) one
-    warning is logged and the process goes on: slower, but right. Libraries that counted the CPUs before this
-    call keep their number of threads.
+    warning is logged and the process goes on, which is slower but correct. Libraries that counted the CPUs
+    before this call keep their number of threads.
     """
     try:
         os.sched_setaffinity(0, _allowed_cpus(node))
@@ -30,7 +30,7 @@ def bind(node: int) -> None:
 
 
 def device_node(device: int) -> int | None:
-    """NUMA node of a CUDA device, None where the machine does not say."""
+    """NUMA node of a CUDA device, or None where the machine does not say."""
     from cupy.cuda import runtime  # here, because a machine without a GPU needs none
 
     bus = runtime.deviceGetPCIBusId(device).lower()
@@ -61,7 +61,7 @@ def _bind_memory(node: int) -> None:
     mask = (ctypes.c_ulong * (_MAX_NODES // word_bits))()
     mask[node // word_bits] = 1 << (node % word_bits)
     libc = ctypes.CDLL(None, use_errno=True)
-    # The kernel takes one bit less than the size that it is told.
+    # The kernel uses one bit less than the size that it is given.
     size = ctypes.c_ulong(_MAX_NODES + 1)
     if libc.syscall(ctypes.c_long(_SET_MEMPOLICY[machine]), ctypes.c_int(_MPOL_BIND), mask, size) != 0:
         error = ctypes.get_errno()

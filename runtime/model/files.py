@@ -1,4 +1,4 @@
-"""From ``ModelConfig`` to a folder that holds a model which CLO can serve."""
+"""From ``ModelConfig`` to a folder with a model that CLO can serve."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def _find(model: ModelConfig) -> Path:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse missing weight files, and damaged ones as far as their headers and lengths show it."""
+    """Refuse weight files that are missing, or whose headers or lengths show that they are damaged."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).exists() and index.exists():

@@ -34,7 +34,7 @@ def quiet_transformers() -> None:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers configuration in ``folder``, checked to be of a model that CLO computes rightly.
+    """The transformers configuration in ``folder``, checked: CLO computes such a model correctly.
 
     Raises:
         ConfigError: there is none, it is not valid, or it asks for something that CLO does not do.

@@ -1,1 +1,1 @@
-"""What all processes speak: messages, errors, handlers and sockets."""
+"""What all processes share: messages, errors, handlers and sockets."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one message on any socket: a prompt of 10 M tokens fits
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt of 10 M tokens fits
 MAX_LOGPROBS = 20
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -82,13 +82,13 @@ class CacheStats(msgspec.Struct, frozen=True):
     """What the cache did for one request, summed over its decode steps, layers and KV heads."""
 
     steps: int  # decode steps
-    head_steps: int  # steps x layers x KV heads: the denominator of a rate per step and head
+    head_steps: int  # steps x layers x KV heads: denominator of rates per step and head
     gate_checks: (
         int  # times that a head's query met the gate: once a head_step, twice where a prefetch did too
     )
-    selections: int  # of these, times that the head selected anew
+    selections: int  # how many of these checks led to a new selection
     selected_rows: int  # rows that those selections chose
-    fetched_rows: int  # of these, rows that were not resident and crossed from CPU memory
+    fetched_rows: int  # how many of these were not resident and came from CPU memory
     fetched_bytes: int
     resident_bytes: int  # rows held on the worker for this request
     index_bytes: int  # codes held on the worker for this request
@@ -109,7 +109,7 @@ class CacheStats(msgspec.Struct, frozen=True):
         return self.fetched_rows / self.head_steps if self.head_steps else 0.0
 
 
-NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of a request that never decoded
+NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # for a request that never decoded
 
 
 class StoreStats(msgspec.Struct, frozen=True):
@@ -126,7 +126,7 @@ class DriftStats(msgspec.Struct, frozen=True):
     """Decode steps compared with full attention since the worker's start."""
 
     checks: int
-    mean_kl: float  # of full attention's next token to the step's, in nats
+    mean_kl: float  # from full attention's next token to the step's, in nats
     agreement: float  # share of checks with the same most likely token
 
 
@@ -250,7 +250,7 @@ class Ready(Message, frozen=True):
     worker: int
     pid: int
     store: str
-    capacity_tokens: int  # of its store
+    capacity_tokens: int  # tokens that its store holds
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
@@ -317,7 +317,7 @@ class Allocate(Message, frozen=True):
 
 
 class Commit(Message, frozen=True):
-    """Tokens ``start`` .. ``start + len(tokens) - 1`` of a sequence now stand in its blocks."""
+    """Tokens ``start`` .. ``start + len(tokens) - 1`` of a sequence are now in its blocks."""
 
     sequence: Count
     start: Count
@@ -344,11 +344,11 @@ class GPUMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of a GPU that another process may open."""
 
     device: str  # PCI bus id: ordinals may differ between processes
-    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]  # of CUDA IPC
+    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]  # a CUDA IPC handle
 
 
 class OpenStaging(Message, frozen=True):
-    """Make known where pushes to this worker go; answered by ``StagingOpened``. It replaces a former one.
+    """Make known where pushes to this worker go; answered by ``StagingOpened``. It replaces an earlier one.
 
     File descriptor ``fd`` of the worker is a page of control words (``clo.kvstore.push``). The ``bytes``
     bytes for rows are in GPU memory, or follow that page.

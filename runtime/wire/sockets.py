@@ -1,4 +1,4 @@
-"""Typed ZeroMQ sockets: what goes in and out are messages, checked on receipt."""
+"""Typed ZeroMQ sockets: messages go in and out, and are checked on receipt."""
 
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -39,7 +39,7 @@ class Decoder(Generic[Received]):
 
 
 def configure(socket: zmq.Socket[Any]) -> None:
-    """Options of every CLO socket: bounded messages, no wait at close, dead peers noticed within 10 s."""
+    """Options of every CLO socket: bounded messages, no wait on close, dead peers noticed within 10 s."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 3_000)
@@ -92,7 +92,7 @@ class RouterSocket(Generic[Sent, Received]):
     Args:
         endpoint: address to bind.
         received: the union of messages that may arrive.
-        queue: messages that wait for one peer at most; 0 is without limit.
+        queue: the most messages that may wait for one peer; 0 means no limit.
 
     Attributes:
         endpoint: the address bound, with the port that was chosen for port 0.
@@ -111,7 +111,7 @@ class RouterSocket(Generic[Sent, Received]):
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def receive(self) -> tuple[bytes, Received | ProtocolError]:
-        """The next message and the name of the peer that sent it; the error where it is not valid."""
+        """The next message and the name of the peer that sent it, or an error if it is not valid."""
         peer, *frames = await self._socket.recv_multipart()
         if len(frames) != 1:
             return peer, ProtocolError(f"A message has one frame, not {len(frames)}.")
@@ -121,7 +121,7 @@ class RouterSocket(Generic[Sent, Received]):
             return peer, error
 
     def send(self, peer: bytes, message: Sent) -> Delivery:
-        # Not with a plain socket beside this one: it would take the wake-up that a waiting receive needs.
+        # A second, plain socket would not do: it would take the wake-up that a waiting receive needs.
         sent: Any = self._socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)  # always done already
         error = sent.exception()
         if error is None:

@@ -1,4 +1,4 @@
-"""The drift_check: it measures what the cache loses, and changes nothing."""
+"""The drift check: it measures what the cache loses, and changes nothing."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,7 +9,7 @@ import torch
 
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.in_process import divergence, make_engine, prefill, teacher_force
+from clo.gpu_worker.in_process import divergence, make_arena, make_engine, prefill, teacher_force
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.scheduler import Scheduler
 from clo.runtime.client import Client
@@ -44,19 +44,20 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return tokens
 
 
-def guarded(engine: Engine, every: int, slots: int) -> DriftCheck:
-    return DriftCheck(engine, engine.cache._arena, every, slots, MAX_TOKENS)
+def checked(decoder: Decoder, config: CacheConfig, every: int, slots: int) -> tuple[Engine, DriftCheck]:
+    """An engine, over an arena for three sequences, whose steps are compared."""
+    arena = make_arena(decoder, 3, MAX_TOKENS)
+    engine = Engine(decoder, arena, config, slots, MAX_TOKENS)
+    return engine, DriftCheck(engine, arena, every, MAX_TOKENS)
 
 
-def serve(
-    engine: Engine, slots: int, drift_check: DriftCheck | None, counts: tuple[int, ...]
-) -> dict[int, list[int]]:
+def serve(engine: Engine, drift_check: DriftCheck | None, counts: tuple[int, ...]) -> dict[int, list[int]]:
     """Greedy tokens of a request for each count, by request, through a scheduler with a store of its own."""
     engine.capture()
     granted: list[Allocated] = []
     tokens: dict[int, list[int]] = {number: [] for number in range(len(counts))}
     done: list[int] = []
-    blocks = iter(range(1, engine.cache._arena.shape[0]))
+    blocks = iter(range(1, 1 + len(counts) * engine.max_blocks))
 
     def report(message: FromWorker) -> None:
         if isinstance(message, Stepped):
@@ -69,7 +70,7 @@ def serve(
         if isinstance(message, Allocate):
             granted.append(Allocated(message.sequence, [next(blocks) for _ in range(message.blocks)]))
 
-    scheduler = Scheduler(engine, slots, MAX_TOKENS, report, ask_store, drift_check)
+    scheduler = Scheduler(engine, MAX_TOKENS, report, ask_store, drift_check)
     for number, count in enumerate(counts):
         sampling = Sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
         scheduler.add(Run(number, random_tokens(150 * (number + 1), number), sampling, 0, [], None))
@@ -83,9 +84,8 @@ def serve(
 
 
 def test_a_set_of_the_whole_context_is_full_attention(decoder: Decoder) -> None:
-    engine = make_engine(decoder, WHOLE, 3, MAX_TOKENS)
-    drift_check = guarded(engine, 4, 3)
-    serve(engine, 3, drift_check, (21, 21, 21))
+    engine, drift_check = checked(decoder, WHOLE, every=4, slots=3)
+    serve(engine, drift_check, (21, 21, 21))
     stats = drift_check.stats()
     assert stats.checks == 15, "each of three sequences every four of its 20 steps"
     assert stats.mean_kl == pytest.approx(0.0, abs=1e-5)
@@ -99,8 +99,7 @@ def test_a_tiny_set_is_measured_as_teacher_forcing_measures_it(decoder: Decoder)
         teacher_force(make_engine(decoder, config, 1, MAX_TOKENS), prompt, [token, 0])[1:]
         for config in (CacheConfig(attention="full"), TINY)
     )
-    engine = make_engine(decoder, TINY, 1, MAX_TOKENS)
-    drift_check = guarded(engine, 1, 1)
+    engine, drift_check = checked(decoder, TINY, every=1, slots=1)
     prefill(engine, 0, prompt, MAX_TOKENS)
     engine.feed(0, token)
     drift_check.before({0: 601})
@@ -116,10 +115,9 @@ def test_a_tiny_set_is_measured_as_teacher_forcing_measures_it(decoder: Decoder)
 def test_the_tokens_are_the_same_with_and_without(decoder: Decoder) -> None:
     """Three requests over two slots, with rows dropped."""
     counts = (40, 25, 30)
-    without = serve(make_engine(decoder, TINY, 3, MAX_TOKENS), 2, None, counts)
-    engine = make_engine(decoder, TINY, 3, MAX_TOKENS)
-    drift_check = guarded(engine, 1, 2)
-    assert serve(engine, 2, drift_check, counts) == without
+    engine, drift_check = checked(decoder, TINY, every=1, slots=2)
+    without = serve(Engine(decoder, make_arena(decoder, 3, MAX_TOKENS), TINY, 2, MAX_TOKENS), None, counts)
+    assert serve(engine, drift_check, counts) == without
     assert drift_check.stats().mean_kl > 0.01
     assert drift_check.stats().agreement < 1.0
 

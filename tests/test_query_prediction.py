@@ -56,4 +56,4 @@ def test_the_first_layers_of_a_real_model_need_their_own_query(smollm2: Path) ->
 def test_without_prefetch_every_layer_selects_with_its_own_query(
     decoder: Decoder, config: CacheConfig
 ) -> None:
-    assert set(make_engine(decoder, config, 1, 100)._sources) == {QuerySource.OWN}
+    assert set(make_engine(decoder, config, 1, 100)._decode._sources) == {QuerySource.OWN}

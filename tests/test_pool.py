@@ -9,7 +9,7 @@ from clo.runtime.wire.errors import PromptTooLong, ProtocolError
 
 
 def granted(pool: BlockPool) -> list[tuple[int, int]]:
-    return [(grant.worker, grant.sequence) for grant in pool.grants()]
+    return [(grant.group, grant.sequence) for grant in pool.grants()]
 
 
 def test_blocks_are_granted_in_order_of_asking_and_the_head_blocks_the_rest() -> None:
@@ -113,7 +113,7 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
     tokens: dict[tuple[int, int], list[int]] = {}
     for _ in range(1000):
         worker, sequence = key = (rng.randrange(3), rng.randrange(8))
-        match rng.choice(["allocate", "allocate", "commit", "free", "free worker"]):
+        match rng.choice(["allocate", "allocate", "commit", "free", "free group"]):
             case "allocate" if key not in owned and key not in [entry[:2] for entry in queue]:
                 count = rng.randint(1, 12)
                 pool.allocate(worker, sequence, count)
@@ -126,15 +126,15 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
             case "free":
                 assert pool.free(worker, sequence) == len(owned.pop(key, []))
                 queue = [entry for entry in queue if entry[:2] != key]
-            case "free worker" if rng.random() < 0.1:
+            case "free group" if rng.random() < 0.1:
                 gone = [other for other in owned if other[0] == worker]
-                assert pool.free_worker(worker) == sum(len(owned.pop(other)) for other in gone)
+                assert pool.free_group(worker) == sum(len(owned.pop(other)) for other in gone)
                 queue = [entry for entry in queue if entry[0] != worker]
         for grant in pool.grants():
-            assert (grant.worker, grant.sequence, len(grant.blocks)) == queue.pop(0)
+            assert (grant.group, grant.sequence, len(grant.blocks)) == queue.pop(0)
             assert not set(grant.blocks) & {block for blocks in owned.values() for block in blocks}
-            owned[grant.worker, grant.sequence] = grant.blocks
-            tokens[grant.worker, grant.sequence] = []
+            owned[grant.group, grant.sequence] = grant.blocks
+            tokens[grant.group, grant.sequence] = []
         pool.check_integrity()
         assert (pool.waiting, pool.sequences) == (len(queue), len(owned))
         assert pool.free_blocks == 20 - sum(map(len, owned.values()))

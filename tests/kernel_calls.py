@@ -1,0 +1,214 @@
+"""Valid calls of every operation that has a kernel; tests of kernels, checks and compilation share them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clo.kernels.append import append
+from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
+from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
+from clo.kernels.fetch import fetch
+from clo.kernels.flag import wait
+from clo.kernels.gate import gate
+from clo.kernels.mailbox import post
+from clo.kernels.quantize_query import QuantizedQuery, quantize_query
+from clo.kernels.resident import ResidentSet
+from clo.kernels.sample import sample
+from clo.kernels.score import score_codes
+from clo.kernels.store import store, store_new
+from clo.kernels.update_resident import FetchList, update_resident
+
+
+class Shape(NamedTuple):
+    """The shape of a model's attention."""
+
+    head_dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+
+
+SHAPES = [
+    Shape(16, 2, 2, torch.float32),
+    Shape(64, 3, 3, torch.float32),
+    Shape(64, 3, 3, torch.bfloat16),
+    Shape(64, 1, 16, torch.float16),
+    Shape(80, 2, 1, torch.bfloat16),
+    Shape(80, 2, 5, torch.float32),
+    Shape(96, 2, 4, torch.float16),
+    Shape(96, 1, 6, torch.float32),
+    Shape(128, 8, 4, torch.bfloat16),
+    Shape(128, 4, 7, torch.float16),
+    Shape(128, 2, 12, torch.float32),
+    Shape(128, 1, 16, torch.bfloat16),
+    Shape(224, 1, 3, torch.float16),
+    Shape(256, 2, 2, torch.bfloat16),
+    Shape(256, 1, 8, torch.float32),
+]
+"""Those at which the kernels are compared with their references."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a call has beside the shape of the model."""
+
+    batch: int = 3
+    capacity: int = 7
+    k: int = 6
+    sinks: int = 4
+    recent: int = 9
+    block_tokens: int = 64
+    max_blocks: int = 5
+    vocab: int = 50
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operation: its function and its arguments by name."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def run(self) -> Any:
+        return self.function(**self.arguments)
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument ``scores``, or ``resident.rows`` of the argument ``resident``."""
+        parameter, _, field = name.partition(".")
+        value = self.arguments[parameter]
+        return getattr(value, field) if field else value
+
+    def with_argument(self, name: str, value: object) -> "Call":
+        """The same call with another argument, or another field of one."""
+        parameter, _, field = name.partition(".")
+        if field:
+            value = self.arguments[parameter]._replace(**{field: value})
+        return replace(self, arguments={**self.arguments, parameter: value})
+
+
+def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Call]:
+    """A valid call of every operation, by name, with tensors of zeros on the CPU or the meta device."""
+    sizes = sizes or Sizes()
+    head_dim, kv_heads, group, dtype = shape
+    batch, capacity, k, blocks = sizes.batch, sizes.capacity, sizes.k, sizes.batch * sizes.max_blocks
+    tokens = sizes.max_blocks * sizes.block_tokens
+
+    def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    heads = batch, kv_heads
+    positions = zeros(*heads, capacity, dtype=torch.int32)
+    rows = zeros(*heads, sizes.sinks + sizes.recent + capacity, 2, head_dim)
+    resident = ResidentSet(rows, positions, positions.clone(), sizes.sinks, sizes.recent)
+    fetch_list = FetchList(zeros(*heads, k, dtype=torch.int32), zeros(*heads, dtype=torch.int32))
+    pages = CodePages(
+        zeros(blocks, kv_heads, sizes.block_tokens, head_dim // CODES_PER_BYTE, dtype=torch.uint8),
+        zeros(blocks, kv_heads, sizes.block_tokens, dtype=torch.float16),
+        zeros(blocks, kv_heads, head_dim, dtype=torch.float32),
+    )
+    parts = *heads, 1, group  # of the reference
+    state = AttentionState(
+        zeros(*parts, head_dim, dtype=torch.float32),
+        zeros(*parts, dtype=torch.float32),
+        zeros(*parts, dtype=torch.float32),
+    )
+    quantized = QuantizedQuery(
+        zeros(batch, kv_heads * group, head_dim, dtype=torch.int8),
+        zeros(batch, kv_heads * group, dtype=torch.float32),
+        zeros(*heads, sizes.max_blocks, group, dtype=torch.float32),
+    )
+    projected = zeros(
+        batch, (group + 2) * kv_heads, head_dim
+    )  # as the model projects queries, keys and values
+    query, kv = projected[:, : group * kv_heads], projected[:, group * kv_heads :].unflatten(1, (kv_heads, 2))
+    arena = zeros(kv_heads, blocks, sizes.block_tokens, 2, head_dim).transpose(0, 1)
+    lengths = torch.full((batch,), tokens, dtype=torch.int64, device=device)
+    table = zeros(batch, sizes.max_blocks + 1, dtype=torch.int64)[:, : sizes.max_blocks]
+    counters = zeros(*heads, 4, dtype=torch.int64)
+    reselect = zeros(*heads, dtype=torch.bool)
+    lse = zeros(batch, kv_heads * group, dtype=torch.float32)
+    rotation = zeros(head_dim, head_dim, dtype=torch.float32)
+    numbers, shares = zeros(batch, dtype=torch.int64), zeros(batch, dtype=torch.float32)
+    found = [
+        Call(append, {"kv": kv, "lengths": lengths, "resident": resident}),
+        Call(store, {"rows": zeros(tokens, kv_heads, 2, head_dim), "block_table": table[0], "arena": arena}),
+        Call(store_new, {"kv": kv, "lengths": lengths, "block_table": table, "arena": arena}),
+        Call(
+            encode_new,
+            {
+                "keys": kv[:, :, 0], "lengths": lengths, "page_table": table, "pages": pages,
+                "rotation": rotation,
+            },
+        ),
+        Call(
+            gate,
+            {
+                "query": query, "selection_query": zeros(*heads, group * head_dim),
+                "threshold": zeros(kv_heads, dtype=torch.float32), "lengths": lengths, "counters": counters,
+            },
+        ),
+        Call(
+            quantize_query,
+            {
+                "query": query, "pages": pages, "rotation": rotation, "lse": lse, "lengths": lengths,
+                "page_table": table, "scale": 0.3,
+            },
+        ),
+        Call(
+            score_codes,
+            {
+                "quantized": quantized, "pages": pages, "reselect": reselect, "lengths": lengths,
+                "page_table": table, "sinks": sizes.sinks, "tail": sizes.recent, "scale": 0.3,
+            },
+        ),
+        Call(
+            update_resident,
+            {
+                "scores": zeros(*heads, tokens, dtype=torch.int16), "reselect": reselect, "lengths": lengths,
+                "tail": sizes.recent, "resident": resident, "counters": counters, "k": k,
+            },
+        ),
+        Call(
+            fetch,
+            {"fetch_list": fetch_list, "resident": resident, "block_table": table, "arena": arena},
+        ),
+        Call(
+            attend_resident,
+            {
+                "query": query, "resident": resident, "lengths": lengths, "fetch_list": fetch_list,
+                "scale": 0.3,
+            },
+        ),
+        Call(
+            merge_fetched,
+            {
+                "state": state, "query": query, "resident": resident, "lengths": lengths,
+                "fetch_list": fetch_list, "lse": lse, "scale": 0.3,
+            },
+        ),
+        Call(
+            sample,
+            {
+                "logits": zeros(batch, sizes.vocab, dtype=torch.float32), "temperature": shares,
+                "top_p": shares + 1, "top_k": numbers, "seed": numbers, "position": numbers,
+            },
+        ),
+        Call(
+            post,
+            {
+                "tokens": numbers, "counter": zeros(1, dtype=torch.int64),
+                "mailbox": zeros(4, 1 + batch, dtype=torch.int64),
+            },
+        ),
+        Call(
+            wait,
+            {
+                "flag": zeros(1, dtype=torch.int64) + 1, "number": 1, "timeout_ns": 0,
+                "status": zeros(1, dtype=torch.int64),
+            },
+        ),
+    ]  # fmt: skip
+    return {call.function.__name__: call for call in found}

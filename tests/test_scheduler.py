@@ -1,0 +1,963 @@
+"""The scheduler alone, with an engine two steps deep whose device gets on only as far as a test says.
+
+The engine below computes nothing: the token that follows token n is n + 1. What it launches stands in one
+queue, as the work of a GPU does, and ``finish`` completes it from the front. It complains where a step finds
+other slots than those in use, or where a slot or blocks go to a sequence while work on the former one is
+still in the queue.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from clo.gpu_worker.drift_check import DriftCheck
+from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.outputs import StepHandle
+from clo.gpu_worker.scheduler import PREFILL_UNITS_AHEAD, PREFILL_UNITS_PER_STEP, Scheduler
+from clo.gpu_worker.sequence import NEXT, Sequence, State
+from clo.kvstore.pool import BlockPool
+from clo.runtime.wire.errors import PromptTooLong
+from clo.runtime.wire.messages import (
+    Abort,
+    Allocate,
+    Allocated,
+    CacheStats,
+    Commit,
+    Denied,
+    Done,
+    Free,
+    FromWorker,
+    Logprob,
+    Prefilled,
+    Refused,
+    Run,
+    Sampling,
+    Stepped,
+    ToStore,
+)
+
+SLOTS, BLOCKS, BLOCK_TOKENS, MAX_TOKENS = 3, 10, 4, 48
+UNITS = 3  # of a prefill
+END = 1000  # an end token; no other token is as large but those of `ending`
+
+
+class Event:
+    """The end of the work launched so far, and of nothing that comes later."""
+
+    def __init__(self, engine: "FakeEngine") -> None:
+        self._engine, self._number = engine, engine.launch()
+
+    @property
+    def reached(self) -> bool:
+        return self._engine.done >= self._number
+
+
+class FakePrefill:
+    def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
+        self._engine, self._slot, self._tokens = engine, slot, tokens
+        self._units = 0
+        self.total = len(tokens)
+
+    @property
+    def done(self) -> int:
+        return self._units * self.total // UNITS
+
+    def advance(self) -> Tensor | None:
+        assert self._engine.owner[self._slot] is self, "the prefill of a sequence that has ended goes on"
+        assert self._units < UNITS
+        self._units += 1
+        self._engine.launch(self._slot)
+        self._engine.log.append("unit")
+        return torch.tensor([[self._tokens[-1] + 1.0]]) if self._units == UNITS else None
+
+
+class FakeRelease:
+    def __init__(self, engine: "FakeEngine", slot: int) -> None:
+        self._engine, self._slot = engine, slot
+        self.event = Event(engine)
+
+    def stats(self, tokens: int, steps: int) -> CacheStats:
+        assert self.event.reached, "the counters are not there yet"
+        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
+
+
+class FakeEngine:
+    """See the head of this file; ``log`` names what was launched, in order.
+
+    A slot's state is what the device has once it comes to the end of its queue, as kernels see it.
+    """
+
+    depth = 2
+
+    def __init__(self) -> None:
+        self.slots = SLOTS
+        self.decoder = self.cache = self.shape = self  # all that the scheduler looks at is here
+        self.block_tokens = BLOCK_TOKENS
+        self.launched = self.done = 0
+        self.owner: dict[int, object] = {}  # slot -> its prefill, then True while it decodes
+        self.last_use = [0] * SLOTS  # number of the last work that touches a slot
+        self.lengths: dict[int, int] = {}  # of decoding slots
+        self.tokens: dict[int, int] = {}
+        self.log: list[str] = []
+        self.joined = 0
+        self._mail: dict[int, list[int]] = {}  # work number -> drawn tokens, by slot
+        self._logits = torch.zeros(SLOTS, 1)  # one buffer, as a graph has
+
+    def launch(self, *slots: int) -> int:
+        """Put one piece of work at the end of the queue; returns its number."""
+        self.launched += 1
+        for slot in slots:
+            self.last_use[slot] = self.launched
+        return self.launched
+
+    def finish(self, count: int | None = None) -> None:
+        """The device completes ``count`` pieces of work, or all."""
+        self.done = self.launched if count is None else min(self.launched, self.done + count)
+
+    # what the scheduler calls
+
+    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> FakePrefill:
+        assert slot not in self.owner and slot not in self.lengths, f"slot {slot} is in use"
+        assert self.last_use[slot] <= self.done, f"slot {slot} is given away while work on it is in the queue"
+        assert len(blocks) * BLOCK_TOKENS >= len(tokens)
+        self.owner[slot] = prefill = FakePrefill(self, slot, tokens)
+        return prefill
+
+    def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
+        assert isinstance(self.owner[slot], FakePrefill) and slot not in self.lengths
+        self.lengths[slot] = length
+
+    def start(self, slot: int, logits: Tensor) -> StepHandle:
+        self.tokens[slot] = int(logits[0, 0])
+        number = self.launch(slot)
+        self._mail[number] = [self.tokens[slot]]
+        self.log.append("start")
+        return StepHandle(number, [0], logits)
+
+    def step(self, slots: list[int], longest: int) -> StepHandle:
+        assert slots == sorted(self.lengths), "a step takes all slots in use, and no other"
+        number = self.launch(*slots)
+        for slot in slots:
+            self.lengths[slot] += 1
+            self.tokens[slot] += 1
+            self._logits[slot] = self.tokens[slot]
+        assert longest == max(self.lengths.values())
+        assert longest <= MAX_TOKENS
+        self._mail[number] = [self.tokens.get(slot, -1) for slot in range(SLOTS)]
+        on_way = [step for step in self._mail if step > self.done]
+        assert len(on_way) <= self.depth + SLOTS
+        self.log.append("step")
+        return StepHandle(number, slots, self._logits)
+
+    def feed(self, slot: int, token: int) -> None:
+        assert slot in self.lengths
+        self.tokens[slot] = token
+
+    def read(self, handle: StepHandle) -> list[int] | None:
+        if handle.number > self.done:
+            return None
+        drawn = self._mail.pop(handle.number)
+        return [drawn[row] for row in handle.rows]
+
+    def event(self) -> Event:
+        return Event(self)
+
+    def logprob(self, logits: Tensor, event: Event, token: int, top: int) -> Logprob:
+        return Logprob(token, float(logits[0]), [(token, 0.0)] * top)
+
+    def retire(self, slot: int) -> FakeRelease:
+        self.lengths.pop(slot, None)
+        self.owner.pop(slot, None)
+        return FakeRelease(self, slot)
+
+    def join_prompt(self) -> None:
+        self.joined += 1
+
+    def check_integrity(self) -> None:
+        assert self.lengths.keys() <= self.owner.keys()
+
+
+class World:
+    """A scheduler between a router that collects reports and a store whose messages a test delivers."""
+
+    def __init__(self, drift_check: Any = None) -> None:
+        self.engine = FakeEngine()
+        self.pool = BlockPool(BLOCKS, BLOCK_TOKENS)
+        self.reports: list[FromWorker] = []
+        self.asked: list[ToStore] = []  # on its way to the store
+        self.answers: list[Allocated | Denied] = []  # on their way from it
+        self.freed: list[int] = []
+        self.runs: dict[int, Run] = {}
+        self.scheduler = Scheduler(
+            cast(Engine, self.engine),
+            MAX_TOKENS,
+            self.reports.append,
+            self.asked.append,
+            cast(DriftCheck, drift_check),
+        )
+
+    # -------------------------------------------------------------------------------- what happens
+
+    def add(
+        self,
+        prompt: int,
+        max_tokens: int,
+        *,
+        first: int = 0,
+        forced: list[int] | None = None,
+        **sampling: Any,
+    ) -> int:
+        """A request of ``prompt`` tokens that end with token ``first``, so that it generates first + 1, ...;
+        returns its number."""
+        number = len(self.runs)
+        tokens = [first] * prompt
+        asked = Sampling(temperature=0.0, max_tokens=max_tokens, **sampling)
+        self.runs[number] = run = Run(number, tokens, asked, 0, [END], forced)
+        self.scheduler.add(run)
+        return number
+
+    def abort(self, number: int) -> None:
+        self.scheduler.abort(Abort(number))
+
+    def store_works(self, messages: int | None = None) -> None:
+        """The store takes up the messages that wait for it, or the first few."""
+        count = len(self.asked) if messages is None else messages
+        now, self.asked[:] = self.asked[:count], self.asked[count:]
+        for message in now:
+            match message:
+                case Allocate():
+                    try:
+                        self.pool.allocate(0, message.sequence, message.blocks)
+                    except PromptTooLong as error:
+                        self.answers.append(Denied("Allocate", message.sequence, error.code, str(error)))
+                case Commit():
+                    self.pool.commit(0, message.sequence, message.start, message.tokens)
+                case Free():
+                    assert message.sequence not in self.freed, "freed twice"
+                    self.freed.append(message.sequence)
+                    self.pool.free(0, message.sequence)
+                case _:
+                    raise AssertionError(message)
+            for grant in self.pool.grants():
+                self.answers.append(Allocated(grant.sequence, grant.blocks))
+            self.pool.check_integrity()
+
+    def store_answers(self, count: int | None = None) -> None:
+        """The scheduler hears what the store has answered, or the first few of it."""
+        count = len(self.answers) if count is None else count
+        now, self.answers[:] = self.answers[:count], self.answers[count:]
+        for answer in now:
+            if isinstance(answer, Allocated):
+                self.scheduler.granted(answer)
+            else:
+                self.scheduler.denied(answer)
+
+    def serve(self) -> None:
+        """Store and device do at once whatever they are asked; until all is over."""
+        for _ in range(10_000):
+            self.store_works()
+            self.store_answers()
+            self.engine.finish()
+            self.check()
+            if not (self.scheduler.busy or self.asked or self.answers):
+                return
+            self.scheduler.advance()
+        raise AssertionError("it does not end")
+
+    def until(self, condition: Callable[[], object], work: int | None = None) -> None:
+        """Rounds in which the device completes ``work`` pieces of work, or all, until something is so."""
+        for _ in range(1000):
+            if condition():
+                return
+            self.engine.finish(work)
+            self.advance()
+        raise AssertionError("it does not come to that")
+
+    def advance(self, times: int = 1) -> None:
+        """Rounds in which the device does nothing."""
+        for _ in range(times):
+            self.scheduler.advance()
+            self.check()
+
+    # ----------------------------------------------------------------------------- what can be seen
+
+    def state(self, number: int) -> State:
+        sequence = self.scheduler._sequences.get(number)
+        return State.GONE if sequence is None else sequence.state
+
+    def tokens(self, number: int) -> list[int]:
+        """The tokens reported for a request."""
+        steps = [step for report in self.reports if isinstance(report, Stepped) for step in report.steps]
+        return [step.token for step in steps if step.sequence == number]
+
+    def end(self, number: int) -> Done | Refused | None:
+        """How a request ended, after which nothing may be heard of it."""
+        end: Done | Refused | None = None
+        for report in self.reports:
+            if isinstance(report, Stepped):
+                about = [step.sequence for step in report.steps]
+                assert report.steps and len(about) == len(set(about))
+            else:
+                assert isinstance(report, Prefilled | Done | Refused)
+                about = [report.sequence]
+            if number in about:
+                assert end is None, f"{report} after {end}"
+                if isinstance(report, Done | Refused):
+                    end = report
+        return end
+
+    def check(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.scheduler.running + self.scheduler.waiting <= len(self.runs)
+
+    def check_over(self) -> None:
+        """All is given back, and once; as many sequences as there are slots can run again."""
+        scheduler, pool = self.scheduler, self.pool
+        assert not (scheduler.busy or scheduler.running or scheduler.waiting or self.engine.owner)
+        assert (pool.free_blocks, pool.sequences, pool.waiting) == (BLOCKS, 0, 0)
+        for number in self.runs:
+            assert self.end(number) is not None, number
+        new = [self.add(2, 3) for _ in range(SLOTS)]
+        self.store_works()
+        self.store_answers()
+        assert scheduler.running == SLOTS, "each of them has a slot and blocks"
+        self.serve()
+        assert all(self.tokens(number) == [1, 2, 3] for number in new)
+
+
+def done(world: World, number: int) -> tuple[str, list[int]]:
+    """Reason and tokens of a request that ended without an error."""
+    end = world.end(number)
+    assert isinstance(end, Done)
+    return end.reason, world.tokens(number)
+
+
+# ------------------------------------------------------------------------------------ whole requests
+
+
+def test_a_request_from_its_prompt_to_its_last_token() -> None:
+    world = World()
+    number = world.add(prompt=6, max_tokens=5, first=10)
+    assert world.asked == [Allocate(number, 3)], "blocks for the prompt and all that may follow"
+    assert (world.scheduler.waiting, world.scheduler.running, world.scheduler.busy) == (1, 0, False)
+    world.serve()
+    assert done(world, number) == ("length", [11, 12, 13, 14, 15])
+    end = world.end(number)
+    assert isinstance(end, Done)
+    assert (end.cache.steps, end.cache.kv_bytes) == (4, 10), "one step for each token but the first"
+    assert Prefilled(number, 6, 6) in world.reports
+    assert world.freed == [number]
+    assert (world.scheduler.steps, world.scheduler.generated) == (4, 5)
+    world.check_over()
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 4, 5])
+def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
+    """The prompt at once, then each block when it is full; the store holds the tokens in order."""
+    world = World()
+    number = world.add(prompt, max_tokens=13, first=10)
+    held: list[int] = []
+    world.store_works()
+    while world.end(number) is None:
+        world.store_answers()
+        world.engine.finish()
+        world.scheduler.advance()
+        world.asked[:] = [message for message in world.asked if not isinstance(message, Free)]
+        world.store_works()
+        known = [10] * prompt + world.tokens(number)
+        held = [token for block in world.pool.describe(0, number)[1] for token in block]
+        assert held == known[: len(held)]
+        assert not world.tokens(number) or len(held) > len(known) - 1 - BLOCK_TOKENS
+    assert held[:prompt] == [10] * prompt and len(held) > prompt
+
+
+def test_max_tokens_of_one_takes_no_step() -> None:
+    world = World()
+    number = world.add(prompt=3, max_tokens=1)
+    world.serve()
+    assert done(world, number) == ("length", [1])
+    assert "step" not in world.engine.log
+    world.check_over()
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_end_token_stops_with_a_step_on_its_way(ignore_eos: bool) -> None:
+    """What that step brings is dropped, and the slot is free only when it is over."""
+    world = World()
+    number = world.add(prompt=3, max_tokens=6, first=END - 3, ignore_eos=ignore_eos)
+    world.serve()
+    tokens = list(range(END - 2, END + 4))
+    assert done(world, number) == (("length", tokens) if ignore_eos else ("stop", tokens[:3]))
+    world.check_over()
+
+
+def test_an_end_token_as_the_first_and_as_the_last() -> None:
+    world = World()
+    first = world.add(prompt=3, max_tokens=6, first=END - 1)
+    last = world.add(prompt=3, max_tokens=3, first=END - 3)
+    world.serve()
+    assert done(world, first) == ("stop", [END])
+    assert done(world, last) == ("stop", [END - 2, END - 1, END])
+    world.check_over()
+
+
+def test_forced_tokens_are_fed_before_the_step_that_reads_them() -> None:
+    """They are reported in place of the drawn ones, with what the model thought of them; no end token ends
+    them."""
+    world = World()
+    forced = [50, END, 7, 7, 90]
+    number = world.add(prompt=5, max_tokens=5, first=10, forced=forced, logprobs=2)
+    world.serve()
+    assert done(world, number) == ("length", forced)
+    steps = [step for report in world.reports if isinstance(report, Stepped) for step in report.steps]
+    predicted = [step.logprob.logprob for step in steps if step.logprob is not None]
+    assert predicted == [11, 51, END + 1, 8, 8], "each follows from the forced token before"
+    assert all(step.logprob is not None and step.logprob.token == step.token for step in steps)
+    assert all(step.logprob is not None and len(step.logprob.top) == 2 for step in steps)
+    world.check_over()
+
+
+def test_logprobs_are_those_of_their_own_step() -> None:
+    """The logits' buffer is overwritten by the step that is launched before the tokens arrive."""
+    world = World()
+    asked = world.add(prompt=2, max_tokens=8, first=100, logprobs=0)
+    other = world.add(prompt=2, max_tokens=8, first=200)
+    world.serve()
+    steps = [step for report in world.reports if isinstance(report, Stepped) for step in report.steps]
+    assert [step.logprob.logprob for step in steps if step.logprob is not None] == list(range(101, 109))
+    assert all(step.logprob is None for step in steps if step.sequence == other)
+    assert done(world, asked)[1] == list(range(101, 109))
+
+
+@pytest.mark.parametrize("prompt", [0, MAX_TOKENS - 4, 10 * MAX_TOKENS])
+def test_a_request_that_can_never_run_is_refused_at_once(prompt: int) -> None:
+    world = World()
+    number = world.add(prompt, max_tokens=5)
+    end = world.end(number)
+    assert isinstance(end, Refused) and end.code == PromptTooLong.code
+    assert world.asked == []
+    world.check_over()
+
+
+def test_one_that_the_store_can_never_hold_is_refused_and_its_slot_goes_to_the_next() -> None:
+    world = World()
+    numbers = [world.add(prompt=30, max_tokens=BLOCKS * BLOCK_TOKENS - 29) for _ in range(SLOTS)]
+    behind = world.add(prompt=3, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    for number in numbers:
+        end = world.end(number)
+        assert isinstance(end, Refused) and end.code == PromptTooLong.code and "--kv-size" in end.text
+    world.serve()
+    assert done(world, behind) == ("length", [1, 2])
+    assert world.freed == [behind], "what was denied is not freed"
+    world.check_over()
+
+
+def test_more_requests_than_slots_and_blocks_are_served_in_their_order() -> None:
+    world = World()
+    numbers = [world.add(prompt=9, max_tokens=5, first=100 * n) for n in range(9)]  # 4 blocks each
+    assert world.scheduler.waiting == 9
+    assert world.asked == [Allocate(number, 4) for number in numbers[:SLOTS]]
+    ends = []
+    for _ in range(1000):
+        world.store_works()
+        world.store_answers()
+        assert world.scheduler.running <= 2, "two of them fill the store"
+        world.engine.finish(1)
+        world.advance()
+        ends = [report.sequence for report in world.reports if isinstance(report, Done)]
+        if len(ends) == len(numbers):
+            break
+    assert ends == numbers
+    world.serve()
+    assert all(done(world, n)[1] == [100 * n + i for i in range(1, 6)] for n in numbers)
+    world.check_over()
+
+
+# -------------------------------------------------------------------------- the device and the host
+
+
+def test_two_steps_are_on_their_way_and_no_more() -> None:
+    world = World()
+    world.add(prompt=2, max_tokens=20)
+    world.store_works()
+    world.store_answers()
+    world.advance(5)  # the prefill, the first token's draw and one step
+    assert world.engine.log == ["unit"] * UNITS + ["start", "step"]
+    assert world.scheduler.advance() is False, "all waits for the device"
+    world.engine.finish()
+    assert world.scheduler.advance() is True
+    world.advance(5)
+    assert world.engine.log.count("step") == 3
+    assert world.scheduler.advance() is False
+    world.serve()
+    world.check_over()
+
+
+def test_prefill_takes_turns_with_decoding_and_stays_near_the_device() -> None:
+    world = World()
+    world.add(prompt=2, max_tokens=30)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: "step" in world.engine.log)
+    world.add(prompt=3, max_tokens=2)
+    world.add(prompt=3, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    start = len(world.engine.log)
+    world.until(lambda: len(world.engine.log) >= start + 12)
+    since = 0  # units since the last step
+    for name in world.engine.log[start:]:
+        since = 0 if name == "step" else since + (name == "unit")
+        assert since <= PREFILL_UNITS_PER_STEP
+    world.serve()
+    world.check_over()
+
+
+def test_the_host_launches_a_few_units_of_prefill_ahead_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.test_scheduler.UNITS", 3 * PREFILL_UNITS_AHEAD)
+    world = World()
+    world.add(prompt=24, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    world.advance(2 * PREFILL_UNITS_AHEAD)
+    assert world.engine.log == ["unit"] * PREFILL_UNITS_AHEAD
+    assert world.scheduler.advance() is False
+    world.engine.finish(2)  # a unit, and the mark behind it
+    world.advance(2)
+    assert world.engine.log == ["unit"] * (PREFILL_UNITS_AHEAD + 1)
+    world.serve()
+    world.check_over()
+
+
+def test_the_tokens_of_a_batch_are_reported_together() -> None:
+    world = World()
+    numbers = [world.add(prompt=2, max_tokens=6, first=100 * n) for n in range(3)]
+    world.serve()
+    full = [r for r in world.reports if isinstance(r, Stepped) and len(r.steps) == 3]
+    assert len(full) >= 3
+    assert all([step.sequence for step in report.steps] == numbers for report in full)
+
+
+def test_a_slot_waits_for_the_device_before_it_is_taken_again() -> None:
+    """Blocks and slot of an ended sequence, whose last step has not left the device."""
+    world = World()
+    first = world.add(prompt=2, max_tokens=10)
+    others = [world.add(prompt=2, max_tokens=10) for _ in range(SLOTS - 1)]
+    waiting = world.add(prompt=2, max_tokens=2, first=70)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: len(world.engine.lengths) == SLOTS)
+    world.advance(3)
+    world.abort(first)
+    assert world.state(first) is State.RELEASING
+    world.advance(3)
+    assert world.state(waiting) is State.WAITING and world.end(first) is None
+    assert Free(first) not in world.asked
+    world.engine.finish()
+    world.advance()
+    assert world.state(first) is State.GONE and world.state(waiting) is State.ALLOCATING
+    assert Free(first) in world.asked
+    for number in others:
+        world.abort(number)
+    world.serve()
+    assert done(world, waiting) == ("length", [71, 72])
+    world.check_over()
+
+
+def test_a_drift_check_hears_of_every_step() -> None:
+    class Recorder:
+        """Lengths of the steps by slot, and the handles."""
+
+        def __init__(self) -> None:
+            self.lengths: list[dict[int, int]] = []
+            self.handles: list[StepHandle] = []
+
+        def before(self, lengths: dict[int, int]) -> None:
+            assert len(self.lengths) == len(self.handles)
+            self.lengths.append(dict(lengths))
+
+        def after(self, handle: StepHandle) -> None:
+            self.handles.append(handle)
+
+    recorder = Recorder()
+    world = World(recorder)
+    world.add(prompt=3, max_tokens=4)
+    world.serve()
+    assert recorder.lengths == [{0: 4}, {0: 5}, {0: 6}]
+    assert len(recorder.handles) == 3
+
+
+# ------------------------------------------------------------------------ every message in every state
+
+
+def to_waiting(world: World) -> int:
+    for _ in range(SLOTS):
+        world.add(prompt=2, max_tokens=8)
+    return world.add(prompt=5, max_tokens=6, first=30)
+
+
+def to_allocating(world: World) -> int:
+    return world.add(prompt=5, max_tokens=6, first=30)
+
+
+def to_queued(world: World) -> int:
+    """Allocating: the store has it in its queue behind another one that holds all blocks."""
+    world.add(prompt=30, max_tokens=BLOCKS * BLOCK_TOKENS - 30)
+    number = world.add(prompt=5, max_tokens=6, first=30)
+    world.store_works()
+    world.store_answers()
+    assert world.pool.waiting == 1
+    return number
+
+
+def to_granted(world: World) -> int:
+    """Allocating: the answer is on its way."""
+    number = to_allocating(world)
+    world.store_works()
+    assert world.answers
+    return number
+
+
+def to_prefilling(world: World) -> int:
+    number = to_granted(world)
+    world.store_answers()
+    return number
+
+
+def to_second_in_prefill(world: World) -> int:
+    """Prefilling: behind another one."""
+    world.add(prompt=7, max_tokens=2)
+    number = to_prefilling(world)
+    world.advance()
+    return number
+
+
+def to_half_prefilled(world: World) -> int:
+    """Prefilling: with units in the device's queue."""
+    number = to_prefilling(world)
+    world.advance(2)
+    assert 0 < world.engine.log.count("unit") < UNITS
+    return number
+
+
+def to_decoding(world: World) -> int:
+    """Decoding: its first token and a step are on their way."""
+    number = to_prefilling(world)
+    world.advance(UNITS + 1)
+    return number
+
+
+def to_decoding_with_tokens(world: World) -> int:
+    """Decoding: tokens have come, more are on their way."""
+    number = to_decoding(world)
+    world.until(lambda: len(world.tokens(number)) == 2, work=1)
+    return number
+
+
+def to_draining(world: World) -> int:
+    """The last step is launched, its tokens are on their way."""
+    number = to_decoding(world)
+    world.until(lambda: world.state(number) is not State.DECODING, work=1)
+    return number
+
+
+def to_released_by_the_end(world: World) -> int:
+    """The last token has come, the device has not come to the end of its queue."""
+    number = to_draining(world)
+    world.until(lambda: world.state(number) is not State.DRAINING, work=1)
+    return number
+
+
+def to_releasing(world: World) -> int:
+    """Cancelled in mid-decode with steps on their way."""
+    number = to_decoding_with_tokens(world)
+    world.abort(number)
+    return number
+
+
+def to_gone(world: World) -> int:
+    number = to_allocating(world)
+    world.serve()
+    return number
+
+
+REACHED: dict[Callable[[World], int], State] = {
+    to_waiting: State.WAITING,
+    to_allocating: State.ALLOCATING,
+    to_queued: State.ALLOCATING,
+    to_granted: State.ALLOCATING,
+    to_prefilling: State.PREFILLING,
+    to_second_in_prefill: State.PREFILLING,
+    to_half_prefilled: State.PREFILLING,
+    to_decoding: State.DECODING,
+    to_decoding_with_tokens: State.DECODING,
+    to_draining: State.DRAINING,
+    to_released_by_the_end: State.RELEASING,
+    to_releasing: State.RELEASING,
+    to_gone: State.GONE,
+}
+in_every_state = pytest.mark.parametrize("reach", REACHED, ids=[reach.__name__ for reach in REACHED])
+WHOLE = ("length", [31, 32, 33, 34, 35, 36])
+
+
+def reached(reach: Callable[[World], int]) -> tuple[World, int]:
+    world = World()
+    number = reach(world)
+    world.check()
+    assert world.state(number) is REACHED[reach]
+    return world, number
+
+
+@in_every_state
+def test_a_request_goes_on_from_every_state(reach: Callable[[World], int]) -> None:
+    world, number = reached(reach)
+    world.serve()
+    reason, tokens = done(world, number)
+    if reach is to_releasing:
+        assert reason == "cancelled" and tokens == WHOLE[1][: len(tokens)]
+    else:
+        assert (reason, tokens) == WHOLE
+    world.check_over()
+
+
+@in_every_state
+def test_abort(reach: Callable[[World], int]) -> None:
+    """The request ends with the tokens that were reported; one that has ended is left alone."""
+    world, number = reached(reach)
+    before = world.tokens(number)
+    ended = reach in (to_released_by_the_end, to_gone)
+    world.abort(number)
+    world.check()
+    assert world.state(number) in (State.RELEASING, State.GONE)
+    if reach is to_waiting:
+        assert done(world, number) == ("cancelled", [])
+    world.abort(number)  # the second time nothing happens
+    world.check()
+    world.serve()
+    assert done(world, number) == (WHOLE if ended else ("cancelled", before))
+    assert world.freed.count(number) == (reach is not to_waiting)
+    world.check_over()
+
+
+@in_every_state
+def test_abort_with_the_store_ahead_of_the_device(reach: Callable[[World], int]) -> None:
+    """The store answers at once; the device completes one piece of work at a time."""
+    world, number = reached(reach)
+    world.abort(number)
+    for _ in range(100):
+        world.store_works()
+        world.store_answers()
+        world.advance()
+        world.engine.finish(1)
+    assert world.end(number) is not None
+    world.serve()
+    world.check_over()
+
+
+@in_every_state
+@pytest.mark.parametrize(
+    "answer", ["granted again", "denied a commit", "denied a free", "denied what nobody read"]
+)
+def test_answers_that_are_about_nothing_change_nothing(
+    reach: Callable[[World], int], answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is wrong in the store must not take slot or blocks of a request that runs."""
+    world, number = reached(reach)
+    if answer == "granted again":
+        if REACHED[reach] is State.ALLOCATING:
+            return  # that is the answer it waits for
+        world.scheduler.granted(Allocated(number, [0] * 12))
+    else:
+        message = {
+            "denied a commit": Denied("Commit", number, "protocol", "It is wrong."),
+            "denied a free": Denied("Free", number, "protocol", "It is wrong."),
+            "denied what nobody read": Denied("", -1, "protocol", "It is wrong."),
+        }[answer]
+        with caplog.at_level(logging.ERROR):
+            world.scheduler.denied(message)
+        assert "It is wrong." in caplog.text
+    world.check()
+    assert world.state(number) is REACHED[reach]
+    world.serve()
+    reason, _ = done(world, number)
+    assert reason == ("cancelled" if reach is to_releasing else "length")
+    world.check_over()
+
+
+@in_every_state
+def test_a_denied_allocation(reach: Callable[[World], int]) -> None:
+    """One that waits for blocks is refused and gives its slot back; it is too late for any other."""
+    world, number = reached(reach)
+    world.asked[:] = [message for message in world.asked if message != Allocate(number, 3)]
+    world.answers[:] = [answer for answer in world.answers if answer.sequence != number]
+    world.pool.free(0, number) if REACHED[reach] is State.ALLOCATING else None
+    world.scheduler.denied(Denied("Allocate", number, PromptTooLong.code, "Never."))
+    world.check()
+    if REACHED[reach] is State.ALLOCATING:
+        assert world.end(number) == Refused(number, PromptTooLong.code, "Never.")
+        assert world.state(number) is State.GONE
+    else:
+        assert world.state(number) is REACHED[reach]
+    world.serve()
+    if REACHED[reach] is not State.ALLOCATING:
+        assert done(world, number)[0] == ("cancelled" if reach is to_releasing else "length")
+    world.check_over()
+
+
+@in_every_state
+def test_another_request(reach: Callable[[World], int]) -> None:
+    world, number = reached(reach)
+    other = world.add(prompt=4, max_tokens=3, first=500)
+    world.check()
+    world.serve()
+    assert done(world, other) == ("length", [501, 502, 503])
+    assert done(world, number)[1] == WHOLE[1][: len(world.tokens(number))]
+    world.check_over()
+
+
+def test_messages_about_unknown_sequences_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    number = to_decoding(world)
+    world.abort(77)
+    world.scheduler.granted(Allocated(77, [1]))
+    with caplog.at_level(logging.ERROR):
+        world.scheduler.denied(Denied("Allocate", 77, "protocol", "It is wrong."))
+    world.check()
+    world.serve()
+    assert done(world, number) == WHOLE
+    world.check_over()
+
+
+def test_an_answer_that_crosses_an_abort_is_too_late() -> None:
+    """The store has granted blocks before it hears that they are not wanted."""
+    world, number = reached(to_granted)
+    world.abort(number)
+    world.store_answers()
+    assert world.state(number) is State.RELEASING and world.scheduler.running == 0
+    world.serve()
+    assert done(world, number) == ("cancelled", [])
+    world.check_over()
+
+
+def test_a_withdrawn_request_lets_those_behind_it_pass() -> None:
+    world, number = reached(to_queued)
+    behind = world.add(prompt=1, max_tokens=1)
+    world.abort(number)
+    world.abort(0)
+    world.serve()
+    assert done(world, behind) == ("length", [1])
+    world.check_over()
+
+
+def test_a_prefill_that_is_cancelled_leaves_nothing_on_its_way_to_the_arena() -> None:
+    world, number = reached(to_half_prefilled)
+    joined = world.engine.joined
+    world.abort(number)
+    assert world.engine.joined == joined + 1
+    units = world.engine.log.count("unit")
+    world.serve()
+    assert world.engine.log.count("unit") == units
+    world.check_over()
+
+
+# --------------------------------------------------------------------------------------- the states
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_sequence_moves_on_legal_ways_only(state: State) -> None:
+    for following in State:
+        sequence = Sequence(Run(3, [1, 2], Sampling(max_tokens=4), 0, [], None))
+        sequence.state = state
+        if following in NEXT[state]:
+            sequence.move(following)
+            assert sequence.state is following
+        else:
+            with pytest.raises(
+                RuntimeError, match=f"Sequence 3 cannot go from {state.name} to {following.name}"
+            ):
+                sequence.move(following)
+            assert sequence.state is state
+
+
+@pytest.mark.parametrize("damage", ["slot lost", "slot twice", "not listed", "wrong list", "wrong slot"])
+def test_check_integrity_finds_damage(damage: str) -> None:
+    world, number = reached(to_decoding)
+    scheduler = world.scheduler
+    sequence = scheduler._sequences[number]
+    match damage:
+        case "slot lost":
+            scheduler._free_slots.pop()
+        case "slot twice":
+            scheduler._free_slots.append(sequence.slot)
+        case "not listed":
+            scheduler._decoding.clear()
+        case "wrong list":
+            scheduler._prefilling.append(sequence)
+        case "wrong slot":
+            scheduler._decoding[sequence.slot + 1] = scheduler._decoding.pop(sequence.slot)
+    with pytest.raises(AssertionError):
+        scheduler.check_integrity()
+
+
+# ----------------------------------------------------------------------------------------- at random
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_requests_get_their_tokens_and_give_all_back(seed: int) -> None:
+    """Store, device and answers lag behind by random times; requests come and are cancelled in between."""
+    rng = random.Random(seed)
+    world = World()
+    expected: dict[int, tuple[str, list[int]]] = {}
+    aborted: set[int] = set()
+
+    def new() -> None:
+        prompt, count = rng.randint(1, 14), rng.randint(1, 12)
+        first = rng.choice([10_000 * (1 + len(world.runs)), END - rng.randint(1, 14)])
+        forced = [rng.randrange(END, END + 9) for _ in range(count)] if rng.random() < 0.2 else None
+        logprobs = rng.choice([None, None, 0, 3])
+        number = world.add(prompt, count, first=first, forced=forced, logprobs=logprobs)
+        tokens = forced or list(range(first + 1, first + count + 1))
+        if forced is None and END in tokens:
+            expected[number] = "stop", tokens[: tokens.index(END) + 1]
+        else:
+            expected[number] = "length", tokens
+
+    def abort() -> None:
+        number = rng.randrange(len(world.runs) + 3)
+        if number in world.runs and world.end(number) is None:
+            aborted.add(number)
+        world.abort(number)
+
+    acts: list[Callable[[], None]] = [
+        lambda: world.store_works(rng.randint(0, 3)),
+        lambda: world.store_answers(rng.randint(0, 2)),
+        lambda: world.engine.finish(rng.randint(0, 6)),
+        world.advance,
+        world.advance,
+    ]
+    for _ in range(600):
+        if len(world.runs) < 60 and rng.random() < 0.15:
+            new()
+        if rng.random() < 0.03:
+            abort()
+        rng.choice(acts)()
+        world.check()
+    world.serve()
+    assert len(world.runs) > 30
+    for number, (reason, tokens) in expected.items():
+        found, given = done(world, number)
+        if number in aborted:
+            assert given == tokens[: len(given)]
+            assert found == "cancelled" or (found, given) == (reason, tokens)
+        else:
+            assert (found, given) == (reason, tokens)
+    world.check_over()
