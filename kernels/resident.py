@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +37,20 @@ class ResidentSet(NamedTuple):
         return self._replace(
             rows=self.rows[:count], positions=self.positions[:count], last_used=self.last_used[:count]
         )
+
+    def tokens(self, slot: int, length: int) -> Tensor:
+        """Which tokens of a sequence are resident, between two steps: for tests and pictures.
+
+        Args:
+            slot: of the sequence.
+            length: its tokens, the latest of which is in the ring.
+
+        Returns:
+            [kv_heads, sinks + recent + C] int64: the position of the token in each row, -1 where empty.
+        """
+        device = self.positions.device
+        sinks = torch.arange(self.sinks, device=device)
+        ring = torch.arange(self.recent, device=device)
+        ring = length - 1 - torch.remainder(length - 1 - self.sinks - ring, self.recent)
+        always = torch.cat((sinks.where(sinks < length, -1), ring.where(ring >= self.sinks, -1)))
+        return torch.cat((always.expand(self.kv_heads, -1), self.positions[slot].long()), 1)
