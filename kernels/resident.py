@@ -40,15 +40,6 @@ class ResidentSet(NamedTuple):
             rows=self.rows[:count], positions=self.positions[:count], last_used=self.last_used[:count]
         )
 
-<<<<<<< HEAD
-
-ROWS = Argument("resident.rows", ELEMENT, "B kv_heads sinks+recent+capacity 2 head_dim", chunks=True)
-POSITIONS = Argument("resident.positions", torch.int32, "B kv_heads capacity")
-LAST_USED = Argument("resident.last_used", torch.int32, "B kv_heads capacity")
-"""The tensors of a ``ResidentSet`` as arguments of operations."""
-
-FIRST = Rule("sinks >= 0 and recent >= 1", "the latest token always has a row")
-=======
     def tokens(self, slot: int, length: int) -> Tensor:
         """Which tokens of a sequence are resident, between two steps: for tests and pictures.
 
@@ -65,4 +56,11 @@ FIRST = Rule("sinks >= 0 and recent >= 1", "the latest token always has a row")
         ring = length - 1 - torch.remainder(length - 1 - self.sinks - ring, self.recent)
         always = torch.cat((sinks.where(sinks < length, -1), ring.where(ring >= self.sinks, -1)))
         return torch.cat((always.expand(self.kv_heads, -1), self.positions[slot].long()), 1)
->>>>>>> demo
+
+
+ROWS = Argument("resident.rows", ELEMENT, "B kv_heads sinks+recent+capacity 2 head_dim", chunks=True)
+POSITIONS = Argument("resident.positions", torch.int32, "B kv_heads capacity")
+LAST_USED = Argument("resident.last_used", torch.int32, "B kv_heads capacity")
+"""The tensors of a ``ResidentSet`` as arguments of operations."""
+
+FIRST = Rule("sinks >= 0 and recent >= 1", "the latest token always has a row")

@@ -7,10 +7,7 @@ from torch import Tensor
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import (
-<<<<<<< HEAD
     GREEDY,
-=======
->>>>>>> demo
     blocks_of,
     divergence,
     make_engine,
