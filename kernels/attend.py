@@ -86,7 +86,8 @@ def attend_resident(
     used = min(max(*known, first), resident.rows.shape[2])  # a set fills from its front
     bias = torch.zeros(*positions.shape[:2], used)
     for sequence, length in enumerate(known):
-        bias[sequence, :, max(length, 1) : first] = -torch.inf
+        if length < first:
+            bias[sequence, :, max(length, 1) : first] = -torch.inf
     bias[..., first:].masked_fill_(positions[..., : used - first] < 0, -torch.inf)
     if fetch_list is not None:
         bias.scatter_(2, _places(fetch_list, first)[0], -torch.inf)
@@ -126,13 +127,13 @@ def merge_fetched(
              resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return out
-    parts = [state]
+    out, sums, maxima = state
     if fetch_list is not None:
-        places, arrived = _places(fetch_list, resident.first)
+        places, coming = _places(fetch_list, resident.first)
         rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
-        bias = torch.zeros(places.shape).masked_fill_(~arrived, -torch.inf)
-        parts.append(_attend(query, rows, bias, scale))
-    out, sums, maxima = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+        bias = torch.zeros(places.shape).masked_fill_(~coming, -torch.inf)
+        arrived = _attend(query, rows, bias, scale)
+        out, sums, maxima = (torch.cat(parts, dim=2) for parts in zip(state, arrived, strict=True))
     highest = maxima.amax(2, keepdim=True)
     weight = (maxima - highest).exp()
     total = (sums * weight).sum(2)

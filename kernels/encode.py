@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.launch import ELEMENTS, launch
@@ -69,9 +68,10 @@ def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tens
     sigma = rotated.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-12)
     levels = (rotated / sigma.mul_(STEP)).floor_().add_(2).clamp_(0, 3)
     values = levels - 1.5
-    scales = vecdot(rotated, values) / vecdot(values, values)
-    weights = torch.tensor([1.0, 4.0, 16.0, 64.0], device=keys.device).unsqueeze(1)
-    codes = levels.unflatten(-1, (CODES_PER_BYTE, -1)).mul(weights).sum(-2)
+    scales = (rotated * values).sum(-1) / values.square_().sum(-1)
+    codes, *planes = levels.unflatten(-1, (CODES_PER_BYTE, -1)).unbind(-2)
+    for number, plane in enumerate(planes, 1):
+        codes = torch.add(codes, plane, alpha=CODES_PER_BYTE**number)
     return codes.to(torch.uint8), scales.to(torch.float16)
 
 

@@ -1,5 +1,6 @@
 """Fetch: rows that are selected and not yet resident, from the arena into the set."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,9 +55,10 @@ def fetch(
             STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
-    entries = torch.arange(fetch_list.entries.shape[2])
-    batch, head, entry = (entries < fetch_list.counts.unsqueeze(2)).nonzero(as_tuple=True)
-    row = fetch_list.entries[batch, head, entry]
-    position = positions[batch, head, row]
-    block = block_table[batch, position // arena.shape[2]]
-    rows[batch, head, resident.first + row] = arena[block, head, position % arena.shape[2]]
+    entries, counts = (tensor.numpy() for tensor in fetch_list)
+    source, target = (part.view(torch.uint8).numpy() for part in (arena, rows))
+    batch, head, entry = np.nonzero(np.arange(entries.shape[2]) < counts[..., None])
+    row = entries[batch, head, entry]
+    position = positions.numpy()[batch, head, row]
+    block = block_table.numpy()[batch, position // arena.shape[2]]
+    target[batch, head, resident.first + row] = source[block, head, position % arena.shape[2]]

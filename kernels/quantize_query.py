@@ -80,7 +80,7 @@ def quantize_query(
         )  # fmt: skip
         return quantized
     exact = query.float()
-    rotated = exact @ rotation
+    rotated = (exact.flatten(0, 1) @ rotation).view(query.shape)
     steps = rotated.abs().amax(-1).clamp_min_(1e-20).div_(127)
     centres = gather_blocks(pages.centres, page_table).transpose(1, 2)  # [B, kv_heads, max_blocks, D]
     products = centres @ exact.view(batch, kv_heads, group, dim).transpose(-1, -2)

@@ -81,7 +81,7 @@ def score_products(
 
 
 def _rounded(weight: Tensor, lengths: Tensor, sinks: int, tail: int) -> Tensor:
-    scores = (weight.view(torch.int32) >> 16).to(torch.int16)
+    scores = weight.view(torch.int16)[..., 1::2].contiguous()  # the high half of each
     scores[..., :sinks] = NEVER
     for sequence, length in enumerate(lengths.tolist()):
         scores[sequence, :, max(length - tail, 0) :] = NEVER

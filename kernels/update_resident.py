@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.launch import launch
@@ -85,34 +85,30 @@ def update_resident(
             shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
-    # the score first, then the lower position; below 1 - span a row that is no candidate
-    order = torch.arange(0, -span, -1).add(scores, alpha=span)
-    for sequence, length in enumerate(lengths.tolist()):
-        order[sequence, :, max(length - tail, 0) :] = NEVER * span
-    best, chosen = order.topk(min(k, span), sorted=False)
-    chosen = chosen.where((best > NEVER * span) & reselect.unsqueeze(2), span)
+    entries, counts = np.zeros((*reselect.shape, k), np.int32), np.zeros(reselect.shape, np.int32)
+    lower_first, lower_row_first = np.arange(span), np.arange(capacity)
+    for sequence, head in reselect.nonzero().tolist():
+        length = int(lengths[sequence])
+        if length == 0:
+            continue
+        candidates = scores.numpy()[sequence, head, : max(length - tail, 0)]
+        held, ages = positions.numpy()[sequence, head], last_used.numpy()[sequence, head]
+        order = candidates.astype(np.int64) * span - lower_first[: len(candidates)]
+        if k < len(candidates):
+            order = np.partition(order, len(candidates) - k)[len(candidates) - k :]
+        selected = np.sort(-order[order > NEVER * span] % span)
 
-    # position `span` and row `capacity` stand for what is not there
-    rows = torch.arange(capacity)
-    known = positions.where((positions >= 0) & (positions < span), span).long()
-    home = torch.full((*reselect.shape, span + 1), capacity)
-    home.scatter_(2, known, rows.expand_as(known))
-    home[..., span] = capacity
-    place = home.gather(2, chosen)
-    stamp = lengths[:, None, None].to(last_used.dtype).expand_as(place)
-    ages = pad(last_used, (0, 1)).scatter_(2, place, stamp)[..., :capacity]
-    missing = chosen.where(place == capacity, span).sort(2).values  # ascending, then `span`
-    count = (missing < span).sum(2)
-    counters[..., 2].add_((chosen < span).sum(2))
-    counters[..., 3].add_(count)
-
-    most = int(count.max())
-    missing = missing[..., :most]
-    lacking = missing < span
-    oldest = torch.add(rows, ages, alpha=capacity).topk(most, largest=False).indices
-    # as many as are missing, ascending; those past `capacity` stay where they are
-    oldest = oldest.add_(~lacking, alpha=capacity).sort(2).values.remainder_(capacity)
-    positions.scatter_(2, oldest, missing.int().where(lacking, positions.gather(2, oldest)))
-    last_used.copy_(ages)
-    last_used.scatter_(2, oldest, stamp[..., :most].where(lacking, last_used.gather(2, oldest)))
-    return FetchList(pad(oldest.int(), (0, k - most)), count.int())
+        row_of = np.full(span + 1, -1)  # by position; the last entry is what an empty row writes to
+        row_of[held] = lower_row_first
+        row_of[-1] = -1
+        rows = row_of[selected]
+        ages[rows[rows >= 0]] = length
+        missing = selected[rows < 0]
+        count = len(missing)
+        if count:
+            order = ages.astype(np.int64) * capacity + lower_row_first
+            leaving = np.sort(np.partition(order, count - 1)[:count] % capacity)
+            held[leaving], ages[leaving] = missing, length
+            entries[sequence, head, :count], counts[sequence, head] = leaving, count
+        counters.numpy()[sequence, head, 2:] += len(selected), count
+    return FetchList(torch.from_numpy(entries), torch.from_numpy(counts))

@@ -20,24 +20,11 @@ from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes
 from clo.kernels.store import store, store_new
 from clo.kernels.update_resident import FetchList, update_resident
+from tests.kernel_calls import SHAPES
 
 pytestmark = pytest.mark.gpu
 
 SINKS, RECENT = 4, 64
-SHAPES = [  # head_dim, KV heads, group, dtype
-    (64, 3, 3, torch.float32),
-    (64, 3, 3, torch.bfloat16),
-    (64, 1, 16, torch.float16),
-    (80, 2, 1, torch.bfloat16),
-    (80, 2, 5, torch.float32),
-    (96, 2, 4, torch.float16),
-    (96, 1, 6, torch.float32),
-    (128, 8, 4, torch.bfloat16),
-    (128, 4, 7, torch.float16),
-    (128, 2, 12, torch.float32),
-    (256, 2, 2, torch.bfloat16),
-    (256, 1, 8, torch.float32),
-]
 BLOCK_TOKENS = 64
 shapes = pytest.mark.parametrize(("dim", "kv_heads", "group", "dtype"), SHAPES)
 
