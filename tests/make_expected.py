@@ -1,7 +1,7 @@
 """``python -m tests.make_expected``: ask transformers once what tests compare with, and write it down.
 
-The prompts are pieces of the LICENSE, real text that is the same everywhere. Beside the greedy tokens stands the
-smallest distance of the two best logits at any of them: rounding does not bridge it.
+The prompts are pieces of the LICENSE, real text that is the same everywhere. Beside the greedy tokens stands
+the smallest distance of the two best logits at any of them: rounding does not bridge it.
 """
 
 import json

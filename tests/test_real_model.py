@@ -85,7 +85,8 @@ def case(request: pytest.FixtureRequest, smollm2: Path) -> Case:
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 def test_the_stored_answers_are_those_of_transformers() -> None:
-    assert make_expected.make().answers == make_expected.read().answers
+    made, stored = make_expected.make(), make_expected.read()
+    assert [answer.tokens for answer in made.answers] == [answer.tokens for answer in stored.answers]
 
 
 async def at_once(address: str, prompts: list[list[int]], options: dict[str, Any]) -> list[Result]:
