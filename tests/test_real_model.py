@@ -33,7 +33,7 @@ Launch = Callable[..., AbstractContextManager[Server]]
 LENGTHS = (20, 60, 150, 300, 600, 900, 1600, 6000)
 TOKENS = 64
 FEW: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
-SECONDS = 280.0  # for requests; only a failure takes as long
+SECONDS = 1500.0  # for requests; only a failure takes as long
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def case(request: pytest.FixtureRequest, smollm2: Path) -> Case:
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 def test_the_stored_answers_are_those_of_transformers() -> None:
-    assert make_expected.make().answers == make_expected.read().answers
+    made, stored = make_expected.make(), make_expected.read()
+    assert [answer.tokens for answer in made.answers] == [answer.tokens for answer in stored.answers]
 
 
 async def at_once(address: str, prompts: list[list[int]], options: dict[str, Any]) -> list[Result]:
