@@ -154,9 +154,8 @@ def server(attention: str, device: Device) -> Iterator[str]:
     assert process.stdout is not None
     try:
         ready = process.stdout.readline().strip()
-        if not ready:
-            process.wait()
-            sys.exit("error: The server could not start; it says above why.")
+        if not ready:  # the server has said why
+            sys.exit(process.wait() or 1)
         print(ready, flush=True)
         yield ready.split()[1]
     finally:
@@ -244,6 +243,8 @@ def print_kept(device: Device, prompt: str, result: Result) -> None:
     tokens = tokenizer.encode(Text(prompt), limit=len(prompt))
     start = prompt.index(question.passage)
     passage = picture.tokens_between(tokenizer, prompt, start, start + len(question.passage))
+    start += question.passage.index(question.fact)
+    fact = picture.tokens_between(tokenizer, prompt, start, start + len(question.fact))
     words = [tokenizer.decode([token]) for token in tokens + result.tokens[:-1]]
     print()
     with waiting("CLO: the same answer to question 1 in this process, to look at what is resident") as report:
@@ -254,8 +255,8 @@ def print_kept(device: Device, prompt: str, result: Result) -> None:
         "block, the more of the tokens there. ▼ marks the passage that holds the answer."
     )
     print(picture.overview(resident, passage))
-    print("The passage itself: the higher the block below a word, the more heads keep it.")
-    print(picture.close_up(resident, passage, words))
+    print("\nThe same close up, where the answer stands:")
+    print(picture.close_up(resident, fact, words))
     picture.draw(resident, passage, words, f"Question: {question.text} Answer:{result.text}", PICTURE)
     print(f"\nAs a picture: {PICTURE.resolve()}")
 

@@ -1,6 +1,6 @@
 """Which tokens of a prompt each KV head keeps at the end of an answer: found in this process, and drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,9 +22,8 @@ _AROUND = 16  # tokens shown on both sides of the passage
 
 def tokens_between(tokenizer: Tokenizer, text: str, start: int, stop: int) -> range:
     """Positions of the tokens that hold the characters from ``start`` to ``stop`` of a text."""
-    ends = (text[:start].rstrip(" "), text[:stop])  # a space belongs to the token of the word behind it
-    first, end = (len(tokenizer.encode(Text(part), limit=len(part))) for part in ends)
-    return range(first, end)
+    first, end = (len(tokenizer.encode(Text(text[:at]), limit=at)) for at in (start + 1, stop))
+    return range(first - 1, end)
 
 
 def resident_after(
@@ -58,36 +57,50 @@ def resident_after(
 
 
 def overview(resident: Tensor, passage: range) -> str:
-    """A few layers as lines of a terminal: the higher a block, the more of these tokens the heads keep.
+    """The whole text as lines of a terminal, for a few layers: the higher a block, the more is kept there.
 
     Args:
         resident: [layers, kv_heads, T] bool.
-        passage: positions, marked above the lines.
+        passage: positions of tokens, marked above the lines.
     """
-    layers, _, tokens = resident.shape
-    marks = {position * _WIDTH // tokens for position in passage}
-    lines = [f"{'':9}{''.join('▼' if place in marks else ' ' for place in range(_WIDTH))}".rstrip()]
+    tokens = resident.shape[2]
+    marked = {position * _WIDTH // tokens for position in passage}
+    marks = "".join("▼" if place in marked else " " for place in range(_WIDTH))
     shares = _binned(resident.float().mean(1), _WIDTH)
-    for layer in torch.linspace(0, layers - 1, _LAYERS).round().int().tolist():
-        lines.append(f"layer {layer:2} {_blocks(shares[layer])}")
-    return "\n".join(lines)
+    return _lines(marks, [_blocks(shares[layer]) for layer in _shown(resident)], resident)
 
 
 def close_up(resident: Tensor, passage: range, words: list[str]) -> str:
-    """A passage and what surrounds it, above blocks for the share of the heads that keep each token.
+    """One line of the text around a passage, above blocks that say for each token how many heads keep it.
 
     Args:
         resident: [layers, kv_heads, T] bool.
-        passage: positions.
+        passage: positions of tokens, marked below the text.
         words: text of each of the T tokens.
     """
-    shown = range(max(0, passage.start - _AROUND), min(len(words), passage.stop + _AROUND))
-    blocks = _blocks(resident.float().mean((0, 1)))
-    text = "".join(words[token] for token in shown)
-    below = "".join(blocks[token] * len(words[token]) for token in shown)
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    parts = range(0, len(text), _WIDTH)
-    return "\n".join(f"  {text[part : part + _WIDTH]}\n  {below[part : part + _WIDTH]}" for part in parts)
+    first, end = passage.start, passage.stop
+    while len("".join(words[first - 1 : end + 1])) <= _WIDTH:
+        first, end = first - 1, end + 1
+    lengths = [len(word) for word in words[first:end]]
+    marks = ["▼" if position in passage else " " for position in range(first, end)]
+    layers = [_blocks(resident[layer, :, first:end].float().mean(0)) for layer in _shown(resident)]
+
+    def spread(symbols: Iterable[str]) -> str:
+        return "".join(symbol * length for symbol, length in zip(symbols, lengths, strict=True))
+
+    text = "".join(letter if letter.isprintable() else " " for letter in "".join(words[first:end]))
+    return f"{'':9}{text}\n{_lines(spread(marks), [spread(blocks) for blocks in layers], resident)}"
+
+
+def _shown(resident: Tensor) -> list[int]:
+    """A few layers, from the first to the last."""
+    shown: list[int] = torch.linspace(0, len(resident) - 1, _LAYERS).round().int().tolist()
+    return shown
+
+
+def _lines(marks: str, layers: list[str], resident: Tensor) -> str:
+    named = [f"layer {number:2} {blocks}" for number, blocks in zip(_shown(resident), layers, strict=True)]
+    return "\n".join([f"{'':9}{marks}".rstrip(), *named])
 
 
 def _blocks(shares: Tensor) -> str:
