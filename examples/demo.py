@@ -91,17 +91,17 @@ def main() -> None:
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     device: Device = parser.parse_args().device
     document = pytorch_readme()
-    for question in QUESTIONS:
-        if question.passage not in document:
-            sys.exit(
-                f"error: The README of PyTorch {version('torch')} does not say '{question.passage}'; "
-                "the demo is written for torch 2.13.0."
-            )
+    questions = [question for question in QUESTIONS if question.passage in document]
+    if not questions:
+        sys.exit(
+            f"error: The README of PyTorch {version('torch')} holds no answer to the demo's questions; install "
+            "torch 2.13.0, for which they are written."
+        )
     say(
-        f"{len(QUESTIONS)} questions about one document, the README of PyTorch {version('torch')}: answered "
+        f"{len(questions)} questions about one document, the README of PyTorch {version('torch')}: answered "
         "with full attention over the whole KV cache, then with CLO."
     )
-    prompts = [PROMPT.format(document=document, question=question.text) for question in QUESTIONS]
+    prompts = [PROMPT.format(document=document, question=question.text) for question in questions]
     try:
         full = answers("full", device, prompts)
         clo = answers("clo", device, prompts)
@@ -109,9 +109,9 @@ def main() -> None:
             if not result.text.strip():
                 sys.exit(f"error: CLO gave an empty answer to question {number}.")
         for number, results in enumerate(zip(full, clo, strict=True)):
-            print_answers(number, document, *results)
+            print_answers(number, questions[number], document, *results)
         print_savings(full, clo)
-        print_kept(device, prompts[0], clo[0])
+        print_kept(device, questions[0], prompts[0], clo[0])
     except CLOError as error:
         sys.exit(f"error: {error}")
     print()
@@ -177,9 +177,8 @@ def waiting(what: str) -> Iterator[Report]:
         yield report
 
 
-def print_answers(number: int, document: str, full: Result, clo: Result) -> None:
+def print_answers(number: int, question: Question, document: str, full: Result, clo: Result) -> None:
     """Both answers, and the place of the document that shows whether they are right."""
-    question = QUESTIONS[number]
     start = document.index(question.passage)
     line_start, line_end = document.rfind("\n", 0, start) + 1, document.find("\n", start)
     marked = document[line_start:line_end].replace(question.passage, f"[{question.passage}]")
@@ -235,9 +234,8 @@ def common_perplexities(full: Result, clo: Result) -> tuple[float, float]:
     return math.exp(losses[0]), math.exp(losses[1])
 
 
-def print_kept(device: Device, prompt: str, result: Result) -> None:
+def print_kept(device: Device, question: Question, prompt: str, result: Result) -> None:
     """What the heads kept at the end of the answer to the first question: a few lines here, and a picture."""
-    question = QUESTIONS[0]
     model = resolve(ModelConfig(device=device))
     tokenizer = Tokenizer(Path(model.path), model.vocab_size)
     tokens = tokenizer.encode(Text(prompt), limit=len(prompt))

@@ -27,7 +27,7 @@ client.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, give slow tests time, and begin with files that start servers,
+    """Skip what needs a GPU where there is none, give slow tests time, begin with files that start servers,
     which take longest."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -36,7 +36,7 @@ async def assert_all_free(client: AsyncClient) -> None:
 
 @pytest.fixture(scope="module", params=["off", "verified"])
 def exact(launch: Launch, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server whose set holds every row: a random model's heads hardly prefer any, so rounding would choose."""
+    """A set that holds every row: a random model's heads hardly prefer any, so rounding would choose."""
     options = ("--kv-size", "64MiB", "--select-k", "32", "--resident", "4096", "--prefetch", request.param)
     with launch("--model", str(tiny_model), *options) as server:
         yield server
