@@ -94,7 +94,7 @@ def main() -> None:
     questions = [question for question in QUESTIONS if question.passage in document]
     if not questions:
         sys.exit(
-            f"error: The README of PyTorch {version('torch')} holds no answer to the demo's questions; install "
+            f"error: The README of PyTorch {version('torch')} answers none of the demo's questions; install "
             "torch 2.13.0, for which they are written."
         )
     say(
