@@ -128,6 +128,7 @@ class Bench:
         normed = decoder.input_norm(0, hidden)
         for layer in range(self._shape.layers):
             query, rows = decoder.qkv(layer, normed, rope)
+            rows = rows.contiguous()
             for cache in (self._full, *self._caches):
                 cache.take_prompt(0, layer, rows, query, self._table, self._table)
                 cache.join_prompt()

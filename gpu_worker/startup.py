@@ -12,11 +12,14 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.memory import check_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
+from clo.kernels.launch import block_shared_bytes
+from clo.kernels.limits import SHARED_BYTES, check_limits
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor, by_block
 from clo.runtime.config import WorkerConfig
 from clo.runtime.machine.numa import bind, device_node
+from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Attach, Attached
 
@@ -44,6 +47,7 @@ def start(config: WorkerConfig, context: zmq.Context[Any]) -> Started:
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
+    _check_limits(config)
     decoder = load_decoder(config.model)
     store = StoreClient(context, endpoint)
     shape = decoder.shape
@@ -73,6 +77,22 @@ def _choose_store(config: WorkerConfig) -> str:
             _logger.info("GPU %d is on NUMA node %d, which has no KV store.", config.worker, near)
     bind(node)
     return config.stores[node]
+
+
+def _check_limits(config: WorkerConfig) -> None:
+    """Refuse what the kernels cannot do, before the weights are read."""
+    model = config.model
+    shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
+    cuda = model.device == "cuda"
+    shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
+    for sizes in set(config.cache.sizes(model.max_model_len, shape.layers)):
+        try:
+            check_limits(
+                shape.head_dim, shape.group, sizes.select_k, sizes.resident, model.max_model_len,
+                shape.block_tokens, cuda=cuda, shared_bytes=shared_bytes,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _engine(config: WorkerConfig, decoder: Decoder, attached: Attached) -> tuple[Engine, DriftCheck | None]:

@@ -40,14 +40,15 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
              resident.capacity],
         )  # fmt: skip
         return
-    active = (lengths > 0).nonzero().squeeze(1)
-    at = lengths[active] - 1  # position of the new token
-    ring = torch.where(at < sinks, at, sinks + torch.remainder(at - sinks, recent))
-    oldest = at - recent  # position that the ring holds in this place
-    home = oldest - sinks
-    moves = (home >= 0) & (home < resident.capacity)
-    sequences, home = active[moves], home[moves]
-    rows[sequences, :, resident.first + home] = rows[sequences, :, ring[moves]]
-    positions[sequences, :, home] = oldest[moves].unsqueeze(1).int()
-    last_used[sequences, :, home] = at[moves].unsqueeze(1).int()
-    rows[active, :, ring] = kv[active]
+    for sequence, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        at = length - 1  # position of the new token
+        ring = at if at < sinks else sinks + (at - sinks) % recent
+        oldest = at - recent  # position that the ring holds in this place
+        home = oldest - sinks
+        if 0 <= home < resident.capacity:
+            rows[sequence, :, resident.first + home] = rows[sequence, :, ring]
+            positions[sequence, :, home] = oldest
+            last_used[sequence, :, home] = at
+        rows[sequence, :, ring] = kv[sequence]

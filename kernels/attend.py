@@ -82,17 +82,17 @@ def attend_resident(
              resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return state
-    always = torch.arange(first, device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
-    held = torch.cat([always.unsqueeze(1).expand(-1, resident.kv_heads, -1), positions >= 0], dim=2)
+    known = lengths.tolist()
+    used = min(max(*known, first), resident.rows.shape[2])  # a set fills from its front
+    bias = torch.zeros(*positions.shape[:2], used)
+    for sequence, length in enumerate(known):
+        if length < first:
+            bias[sequence, :, max(length, 1) : first] = -torch.inf
+    bias[..., first:].masked_fill_(positions[..., : used - first] < 0, -torch.inf)
     if fetch_list is not None:
-        held = torch.nn.functional.pad(held, (0, 1))
-        entries = torch.arange(_width(fetch_list), device=lengths.device)
-        coming = (fetch_list.entries.long() + first).where(
-            entries < fetch_list.counts.unsqueeze(2), held.shape[2] - 1
-        )
-        held = held.scatter_(2, coming, False)[..., :-1]
-    used = int(held.any(0).any(0).nonzero().max()) + 1  # a set fills from its front
-    return _attend(query, resident.rows[:, :, :used], held[..., :used], scale)
+        bias.scatter_(2, _places(fetch_list, first)[0], -torch.inf)
+        bias[..., 0] = 0
+    return _attend(query, resident.rows[:, :, :used], bias, scale)
 
 
 def merge_fetched(
@@ -127,13 +127,13 @@ def merge_fetched(
              resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return out
-    parts = [state]
+    out, sums, maxima = state
     if fetch_list is not None:
-        arrived = torch.arange(_width(fetch_list), device=lse.device) < fetch_list.counts.unsqueeze(2)
-        at = (fetch_list.entries.long() + resident.first).where(arrived, 0)[..., None, None]
-        rows = resident.rows.gather(2, at.expand(-1, -1, -1, 2, query.shape[2]))
-        parts.append(_attend(query, rows, arrived, scale))
-    out, sums, maxima = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+        places, coming = _places(fetch_list, resident.first)
+        rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
+        bias = torch.zeros(places.shape).masked_fill_(~coming, -torch.inf)
+        arrived = _attend(query, rows, bias, scale)
+        out, sums, maxima = (torch.cat(parts, dim=2) for parts in zip(state, arrived, strict=True))
     highest = maxima.amax(2, keepdim=True)
     weight = (maxima - highest).exp()
     total = (sums * weight).sum(2)
@@ -143,15 +143,27 @@ def merge_fetched(
     return out.flatten(1, 2).to(query.dtype)
 
 
-def _attend(query: Tensor, rows: Tensor, held: Tensor, scale: float) -> AttentionState:
-    """Attention over the rows [B, kv_heads, R, 2, head_dim] where ``held`` [B, kv_heads, R], in one part."""
-    grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
-    scores = (grouped @ rows[:, :, :, 0].transpose(-1, -2)).float() * scale
-    scores = scores.masked_fill_(~held.unsqueeze(2), -torch.inf)
-    maxima = scores.amax(-1)
-    weights = (scores - maxima.clamp_min(-1e30).unsqueeze(-1)).exp()
-    out = (weights.to(rows.dtype) @ rows[:, :, :, 1]).float()
-    return AttentionState(out.unsqueeze(2), weights.sum(-1).unsqueeze(2), maxima.unsqueeze(2))
+def _places(fetch_list: FetchList, first: int) -> tuple[Tensor, Tensor]:
+    """Resident rows that are on their way, [B, kv_heads, any] int64, and which of them are, bool; row 0,
+    which is always there, stands for those that are not."""
+    entries = torch.arange(max(1, int(fetch_list.counts.max())))
+    coming = entries < fetch_list.counts.unsqueeze(2)
+    return (fetch_list.entries[..., : len(entries)].long() + first).where(coming, 0), coming
+
+
+def _attend(query: Tensor, rows: Tensor, bias: Tensor, scale: float) -> AttentionState:
+    """Attention over the rows [B, kv_heads, R, 2, head_dim] in one part; ``bias`` [B, kv_heads, R] is 0, or
+    -inf for rows to leave out."""
+    batch, kv_heads = bias.shape[:2]
+    grouped = query.reshape(batch * kv_heads, -1, query.shape[2])
+    keys, values = rows.flatten(0, 1).unbind(2)
+    added = bias.flatten(0, 1).unsqueeze(1).to(rows.dtype)
+    scores = torch.baddbmm(added, grouped, keys.transpose(1, 2), alpha=scale).float()
+    peak = scores.amax(-1)
+    weights = scores.sub_(peak.clamp_min(-1e30).unsqueeze(-1)).exp_()
+    out = torch.bmm(weights.to(rows.dtype), values).float()
+    parts = batch, kv_heads, 1, grouped.shape[1]
+    return AttentionState(out.view(*parts, -1), weights.sum(-1).view(parts), peak.view(parts))
 
 
 def _width(fetch_list: FetchList | None) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import locate
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import CODES_PER_BYTE as CODES_PER_BYTE
 
@@ -66,15 +65,14 @@ def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tens
         scales [...] float16.
     """
     rotated = (keys.float() - centre) @ rotation
-    sigma = rotated.square().mean(-1, keepdim=True).sqrt().clamp_min_(1e-12)
-    levels = (torch.floor(rotated / (STEP * sigma)) + 2).clamp_(0, 3)
+    sigma = rotated.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-12)
+    levels = (rotated / sigma.mul_(STEP)).floor_().add_(2).clamp_(0, 3)
     values = levels - 1.5
-    scales = (rotated * values).sum(-1) / values.square().sum(-1)
-    planes = levels.to(torch.uint8).view(*levels.shape[:-1], CODES_PER_BYTE, -1)  # [..., 4, D/4]
-    codes = planes[..., 0, :].clone()
-    for plane in range(1, CODES_PER_BYTE):
-        codes |= planes[..., plane, :] << (2 * plane)
-    return codes, scales.to(torch.float16)
+    scales = (rotated * values).sum(-1) / values.square_().sum(-1)
+    codes, *planes = levels.unflatten(-1, (CODES_PER_BYTE, -1)).unbind(-2)
+    for number, plane in enumerate(planes, 1):
+        codes = torch.add(codes, plane, alpha=CODES_PER_BYTE**number)
+    return codes.to(torch.uint8), scales.to(torch.float16)
 
 
 def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePages, rotation: Tensor) -> None:
@@ -100,16 +98,35 @@ def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePag
             ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=pages.block_tokens,
         )  # fmt: skip
         return
-    active = (lengths > 0).nonzero().squeeze(1)
-    at = (lengths[active] - 1).unsqueeze(1)
-    written, offsets = (found.squeeze(1) for found in locate(at, page_table[active], pages.block_tokens))
-    before, _ = locate((at - 1).clamp_min(0), page_table[active], pages.block_tokens)
-    keys, at = keys[active].float(), at.unsqueeze(2)
-    centre = torch.where(at == 0, keys, pages.centres[before.squeeze(1)])
-    pages.centres[written] = centre
-    pages.codes[written, :, offsets], pages.scales[written, :, offsets] = encode(keys, centre, rotation)
+    for sequence, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        number, offset = divmod(length - 1, pages.block_tokens)
+        page = int(page_table[sequence, number])
+        if length == 1:
+            pages.centres[page] = keys[sequence]
+        elif offset == 0:
+            pages.centres[page] = pages.centres[int(page_table[sequence, number - 1])]
+        codes, scales = encode(keys[sequence], pages.centres[page], rotation)
+        pages.codes[page, :, offset], pages.scales[page, :, offset] = codes, scales
 
 
 def unpack(codes: Tensor) -> Tensor:
     """Levels 0 to 3 of packed codes: [..., D/4] uint8 to [..., D] uint8."""
-    return torch.cat([(codes >> (2 * plane)) & 3 for plane in range(CODES_PER_BYTE)], dim=-1)
+    levels: Tensor = spread(codes).unflatten(-1, (-1, CODES_PER_BYTE))
+    return levels.transpose(-1, -2).flatten(-2)
+
+
+def spread(codes: Tensor) -> Tensor:
+    """Levels 0 to 3 of packed codes, byte after byte, which takes a third of the time of ``unpack``.
+
+    Args:
+        codes: [..., D/4] uint8.
+
+    Returns:
+        [..., D] uint8: entries 0, D/4, 2D/4, 3D/4, 1, 1 + D/4 and so on.
+    """
+    words = codes.int()  # no two of the terms of these products have a bit in common
+    words = words.mul_(1 + (1 << 12)).bitwise_and_(0x000F000F)
+    words = words.mul_(1 + (1 << 6)).bitwise_and_(0x03030303)
+    return words.view(torch.uint8)

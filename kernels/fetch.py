@@ -1,10 +1,11 @@
 """Fetch: rows that are selected and not yet resident, from the arena into the set."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clo.kernels.arguments import HEAD_DIM, Signature
-from clo.kernels.blocks import ARENA, BLOCK_TABLE, locate
+from clo.kernels.blocks import ARENA, BLOCK_TABLE
 from clo.kernels.launch import launch
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
@@ -54,9 +55,10 @@ def fetch(
             STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
-    entries = torch.arange(fetch_list.entries.shape[2], device=fetch_list.counts.device)
-    batch, head, entry = (entries < fetch_list.counts.unsqueeze(2)).nonzero(as_tuple=True)
-    row = fetch_list.entries[batch, head, entry].long()
-    position = positions[batch, head, row].long()
-    block, offset = locate(position.unsqueeze(1), block_table[batch], arena.shape[2])
-    rows[batch, head, resident.first + row] = arena[block.squeeze(1), head, offset.squeeze(1)]
+    entries, counts = (tensor.numpy() for tensor in fetch_list)
+    source, target = (part.view(torch.uint8).numpy() for part in (arena, rows))
+    batch, head, entry = np.nonzero(np.arange(entries.shape[2]) < counts[..., None])
+    row = entries[batch, head, entry]
+    position = positions.numpy()[batch, head, row]
+    block = block_table.numpy()[batch, position // arena.shape[2]]
+    target[batch, head, resident.first + row] = source[block, head, position % arena.shape[2]]

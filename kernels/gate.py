@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Signature
 from clo.kernels.launch import ELEMENTS, launch
@@ -47,12 +48,11 @@ def gate(
             ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=query.shape[1] // kv_heads,
         )  # fmt: skip
         return reselect
-    current = query.reshape(selection_query.shape).float()
-    past = selection_query.float()
-    norms = (current.square().sum(-1) * past.square().sum(-1)).sqrt().clamp_min_(1e-30)
-    cosine = (current * past).sum(-1) / norms
-    reselect = (cosine < threshold) & (lengths > 0).unsqueeze(1)
-    selection_query.copy_(query.reshape(selection_query.shape).where(reselect.unsqueeze(-1), selection_query))
-    counters[..., 0] += (lengths > 0).unsqueeze(1)
-    counters[..., 1] += reselect
+    current = query.reshape(selection_query.shape)
+    active = (lengths > 0).unsqueeze(1)
+    cosine = cosine_similarity(current.float(), selection_query.float(), dim=-1)
+    reselect = (cosine < threshold) & active
+    selection_query.copy_(current.where(reselect.unsqueeze(-1), selection_query))
+    counters[..., 0].add_(active)
+    counters[..., 1].add_(reselect)
     return reselect

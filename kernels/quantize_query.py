@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.blocks import gather_blocks
 from clo.kernels.encode import CENTRES, PAGE_TABLE, ROTATION, CodePages
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import GROUP_ENTRIES_MOST, quantize_parts
@@ -78,10 +79,10 @@ def quantize_query(
             BLOCK_TOKENS=pages.block_tokens, PARTS=parts,
         )  # fmt: skip
         return quantized
-    grouped = query.float().view(batch, kv_heads, group, dim)
-    rotated = query.float() @ rotation
-    steps = rotated.abs().amax(-1).clamp_min_(1e-20) / 127
-    centres = pages.centres[page_table].transpose(1, 2)  # [B, kv_heads, max_blocks, D]
-    products = centres @ grouped.transpose(-1, -2)
-    offsets = (products * scale - lse.view(batch, kv_heads, 1, group)) * LOG2E
-    return QuantizedQuery((rotated / steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)
+    exact = query.float()
+    rotated = (exact.flatten(0, 1) @ rotation).view(query.shape)
+    steps = rotated.abs().amax(-1).clamp_min_(1e-20).div_(127)
+    centres = gather_blocks(pages.centres, page_table).transpose(1, 2)  # [B, kv_heads, max_blocks, D]
+    products = centres @ exact.view(batch, kv_heads, group, dim).transpose(-1, -2)
+    offsets = products.mul_(scale).sub_(lse.view(batch, kv_heads, 1, group)).mul_(LOG2E)
+    return QuantizedQuery(rotated.div_(steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)

@@ -99,6 +99,8 @@ def sample(
         )  # fmt: skip
         return drawn
     greedy = logits.argmax(-1)
+    if not temperature.any():
+        return greedy
     rate = temperature.clamp_min(1e-6).reciprocal() * (2**_PART_BITS / log(2))
     below = (logits.amax(-1, keepdim=True) - logits) * rate.unsqueeze(1)
     steps = below.where(below < _LIMIT, _LIMIT).long()  # NaN too becomes the limit

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import gather_tokens
-from clo.kernels.encode import CODES, PACKED, PAGE_TABLE, SCALES, CodePages, unpack
+from clo.kernels.blocks import gather_blocks, gather_tokens
+from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages, spread
 from clo.kernels.launch import launch
 from clo.kernels.limits import BLOCK_TOKENS_STEP
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
@@ -81,10 +81,11 @@ def score_products(
 
 
 def _rounded(weight: Tensor, lengths: Tensor, sinks: int, tail: int) -> Tensor:
-    scores = (weight.view(torch.int32) >> 16).to(torch.int16)
-    position = torch.arange(weight.shape[-1], device=weight.device)
-    candidate = (position >= sinks) & (position < (lengths - tail).unsqueeze(1))
-    return scores.masked_fill_(~candidate.unsqueeze(1), NEVER)
+    scores = weight.view(torch.int16)[..., 1::2].contiguous()  # the high half of each
+    scores[..., :sinks] = NEVER
+    for sequence, length in enumerate(lengths.tolist()):
+        scores[sequence, :, max(length - tail, 0) :] = NEVER
+    return scores
 
 
 def score_codes(
@@ -139,11 +140,14 @@ def score_codes(
             WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return scores
-    rounded = integers.float().view(batch, kv_heads, group, dim)
-    levels = unpack(gather_tokens(pages.codes, page_table)).float()  # [B, kv_heads, T, D]
-    products = rounded @ levels.transpose(-1, -2) - 1.5 * rounded.sum(-1, keepdim=True)
-    products *= steps.view(batch, kv_heads, group, 1) * (scale * LOG2E)
-    products *= gather_tokens(pages.scales, page_table).float().unsqueeze(2)
-    by_page = products.view(batch, kv_heads, group, max_blocks, block_tokens)
-    by_page += offsets.transpose(2, 3).unsqueeze(-1)
-    return _rounded(products.exp2_().sum(2), lengths, sinks, tail)
+    # by page, [B, max_blocks, kv_heads, ...], as they lie in memory; the products are integers, and exact
+    rounded = integers.float().view(batch, 1, kv_heads, group, dim)
+    interleaved = rounded.unflatten(-1, (CODES_PER_BYTE, -1)).transpose(-1, -2).flatten(-2)
+    levels = spread(gather_blocks(pages.codes, page_table)).float()
+    products = interleaved @ levels.transpose(-1, -2)
+    products -= 1.5 * rounded.sum(-1, keepdim=True)
+    products *= steps.view(batch, 1, kv_heads, group, 1) * (scale * LOG2E)
+    products *= gather_blocks(pages.scales, page_table).float().unsqueeze(3)
+    products += offsets.transpose(1, 2).unsqueeze(-1)
+    weight = products.exp2_().sum(3)
+    return _rounded(weight.transpose(1, 2).flatten(2), lengths, sinks, tail)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import ARENA, BLOCK_TABLE, locate
+from clo.kernels.blocks import ARENA, BLOCK_TABLE
 from clo.kernels.launch import launch
 
 _BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
@@ -70,6 +70,7 @@ def store_new(kv: Tensor, lengths: Tensor, block_table: Tensor, arena: Tensor) -
             BLOCK_TOKENS=arena.shape[2],
         )  # fmt: skip
         return
-    active = (lengths > 0).nonzero().squeeze(1)
-    blocks, offsets = locate((lengths[active] - 1).unsqueeze(1), block_table[active], arena.shape[2])
-    arena[blocks.squeeze(1), :, offsets.squeeze(1)] = kv[active]
+    for sequence, length in enumerate(lengths.tolist()):
+        if length > 0:
+            block, offset = divmod(length - 1, arena.shape[2])
+            arena[int(block_table[sequence, block]), :, offset] = kv[sequence]

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,33 +85,30 @@ def update_resident(
             shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
-    position = torch.arange(span, device=scores.device)
-    selects = (reselect & (lengths > 0).unsqueeze(1)).unsqueeze(2)
-    scores = scores.masked_fill(position >= (lengths - tail)[:, None, None], NEVER)
-    order = scores.long() * span + (span - 1 - position)
-    best, selected = order.masked_fill_(scores == NEVER, NEVER * span).topk(min(k, span), sorted=False)
-    valid = (best >= 0) & selects
-    selected = torch.nn.functional.pad(selected.where(valid, span), (0, k - selected.shape[2]), value=span)
+    entries, counts = np.zeros((*reselect.shape, k), np.int32), np.zeros(reselect.shape, np.int32)
+    lower_first, lower_row_first = np.arange(span), np.arange(capacity)
+    for sequence, head in reselect.nonzero().tolist():
+        length = int(lengths[sequence])
+        if length == 0:
+            continue
+        candidates = scores.numpy()[sequence, head, : max(length - tail, 0)]
+        held, ages = positions.numpy()[sequence, head], last_used.numpy()[sequence, head]
+        order = candidates.astype(np.int64) * span - lower_first[: len(candidates)]
+        if k < len(candidates):
+            order = np.partition(order, len(candidates) - k)[len(candidates) - k :]
+        selected = np.sort(-order[order > NEVER * span] % span)
 
-    # column `span` of both maps stands for no position
-    known = positions.long().where((positions >= 0) & selects, span)
-    is_resident = torch.zeros(*positions.shape[:2], span + 1, dtype=torch.bool, device=scores.device)
-    wanted = is_resident.scatter(2, selected, True)
-    wanted[..., span] = False
-    is_resident.scatter_(2, known, True)
-    now = lengths[:, None, None].to(last_used.dtype)
-    last_used.copy_(now.where(wanted.gather(2, known), last_used))
-    is_resident[..., span] = True
-    missing = selected.where(~is_resident.gather(2, selected), span).sort(2).values  # ascending, then `span`
-    lacking = missing < span
-
-    age = last_used.long() * capacity + torch.arange(capacity, device=scores.device)
-    oldest = age.topk(k, dim=2, largest=False).indices
-    oldest = oldest.where(lacking, capacity).sort(2).values  # as many as are missing, ascending
-    for tensor, value in ((positions, missing), (last_used, now.expand_as(missing))):
-        padded = torch.nn.functional.pad(tensor, (0, 1))
-        tensor.copy_(padded.scatter_(2, oldest, value.to(tensor.dtype))[..., :capacity])
-    count = lacking.sum(2)
-    counters[..., 2] += (selected < span).sum(2)
-    counters[..., 3] += count
-    return FetchList(oldest.int(), count.int())
+        row_of = np.full(span + 1, -1)  # by position; the last entry is what an empty row writes to
+        row_of[held] = lower_row_first
+        row_of[-1] = -1
+        rows = row_of[selected]
+        ages[rows[rows >= 0]] = length
+        missing = selected[rows < 0]
+        count = len(missing)
+        if count:
+            order = ages.astype(np.int64) * capacity + lower_row_first
+            leaving = np.sort(np.partition(order, count - 1)[:count] % capacity)
+            held[leaving], ages[leaving] = missing, length
+            entries[sequence, head, :count], counts[sequence, head] = leaving, count
+        counters.numpy()[sequence, head, 2:] += len(selected), count
+    return FetchList(torch.from_numpy(entries), torch.from_numpy(counts))

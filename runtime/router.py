@@ -82,6 +82,7 @@ class Router:
     def __init__(self, config: ServerConfig, model: ResolvedModel) -> None:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
+        self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._context = zmq.asyncio.Context()
         try:
             self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
@@ -98,11 +99,6 @@ class Router:
         self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
             self._context, self.workers_endpoint, FromWorker, queue=0
         )
-        try:
-            self._tokenizer = Tokenizer(model.folder, model.vocab_size)
-        except ConfigError:
-            self.close()
-            raise
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._running: dict[int, Request] = {}  # by sequence; CLOSED ones too
         self._sequences = 0

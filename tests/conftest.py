@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from clo.runtime import client
 from tests import server
 
 VOCABULARY = 512
@@ -20,6 +21,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+client.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still for longer than 5 s
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

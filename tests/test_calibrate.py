@@ -1,9 +1,13 @@
-"""The search for a profile, on made-up costs."""
+"""What thresholds and sizes cost, and the search for a profile, on made-up costs."""
+
+from pathlib import Path
 
 import torch
 
-from benchmarks.calibrate import GRID, SIZES, Costs, scaled, solve
-from clo.runtime.config import Sizes
+from benchmarks.calibrate import GRID, SIZES, Bench, Costs, scaled, solve
+from clo.gpu_worker.model.decoder import load_decoder
+from clo.runtime.config import ModelConfig, Sizes
+from clo.runtime.model.files import resolve
 
 LAYERS, HEADS = 12, 2
 KEPT = torch.tensor([1.0] * len(GRID) + [resident for _, resident in SIZES])
@@ -41,3 +45,17 @@ def test_an_error_can_be_the_target() -> None:
 
 def test_sizes_scale() -> None:
     assert scaled(Sizes(128, 1024), (0.25, 2)) == Sizes(32, 2048)
+
+
+def test_a_lower_threshold_selects_less_and_a_larger_set_errs_less(tiny_model: Path) -> None:
+    decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+    tokens = torch.randint(decoder.vocab, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.manual_seed(0)  # draws the tokens whose gradients count
+    costs = Bench(decoder, Sizes(8, 32), tokens, [1] * 16).run()  # alike, and so are their queries
+    selections, error = costs.selections.sum((1, 2)), costs.error.sum((1, 2))
+    assert (costs.selections[0] == 1).all(), "the first threshold selects in every step"
+    assert (selections[: len(GRID)].diff() <= 0).all()
+    assert selections[len(GRID) - 1] < selections[0]
+    of_sizes = dict(zip([(1, 1), *SIZES], [error[0], *error[len(GRID) :]], strict=True))
+    assert of_sizes[0.5, 2] < of_sizes[0.5, 1] < of_sizes[0.5, 0.5]
+    assert of_sizes[2, 1] < of_sizes[0.5, 1]

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.in_process import divergence, make_engine, prefill, stats_of, teacher_force, wait_for
+from clo.gpu_worker.in_process import (
+    GREEDY,
+    blocks_of,
+    divergence,
+    make_engine,
+    prefill,
+    stats_of,
+    teacher_force,
+    wait_for,
+)
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.kernels.blocks import gather_tokens
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from tests.reference import load_transformers, transformers_greedy
@@ -19,8 +30,9 @@ def decoder(tiny_model: str) -> Decoder:
     return load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
 
 
-def random_tokens(decoder: Decoder, count: int) -> list[int]:
-    tokens: list[int] = torch.randint(0, decoder.vocab, (count,)).tolist()
+def random_tokens(decoder: Decoder, count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = torch.randint(0, decoder.vocab, (count,), generator=generator).tolist()
     return tokens
 
 
@@ -44,7 +56,8 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
     decoder: Decoder, tiny_model: str, attention: str
 ) -> None:
     config = CacheConfig(attention=attention, resident=1600, select_k=64)  # type: ignore[arg-type]
-    prompts = [random_tokens(decoder, count) for count in (1, 3, 63, 70, 511, 512, 700, 1300)]
+    lengths = (1, 3, 63, 70, 511, 512, 700, 1300)
+    prompts = [random_tokens(decoder, count, seed) for seed, count in enumerate(lengths)]
     model = load_transformers(str(tiny_model))
     expected = [transformers_greedy(model, prompt, 20) for prompt in prompts]
     assert greedy(make_engine(decoder, config, 8, 1600), prompts, 20) == expected
@@ -56,7 +69,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_batched(
 
 @pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
 def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch: str) -> None:
-    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300)
+    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 300, seed=1)
     full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 600), prompt, continuation)
     config = CacheConfig(resident=600, prefetch=prefetch)  # type: ignore[arg-type]
     engine = make_engine(decoder, config, 1, 600, SOURCES)
@@ -68,7 +81,7 @@ def test_a_set_as_large_as_the_context_loses_nothing(decoder: Decoder, prefetch:
 
 def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     """A prompt that fits entirely, generation far past the set: rows are fetched back from the arena."""
-    prompt, continuation = random_tokens(decoder, 50), random_tokens(decoder, 400)
+    prompt, continuation = random_tokens(decoder, 50), random_tokens(decoder, 400, seed=1)
     full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 450), prompt, continuation)
     config = CacheConfig(select_k=32, resident=64, recent=16)
     engine = make_engine(decoder, config, 1, 450)
@@ -80,8 +93,28 @@ def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
 
 
+@pytest.mark.parametrize("prompt_length", [2, 10, 40, 300])
+def test_every_resident_row_is_that_of_the_token_it_is_said_to_hold(
+    decoder: Decoder, prompt_length: int
+) -> None:
+    """Shorter than the sinks, than the ring and than the set, and far longer than all."""
+    prompt, continuation = random_tokens(decoder, prompt_length), random_tokens(decoder, 30)
+    engine = make_engine(decoder, CacheConfig(select_k=8, resident=48, recent=16), 1, 330, SOURCES)
+    teacher_force(engine, prompt, continuation)
+    length = prompt_length + len(continuation) - 1  # the last token is predicted, not fed
+    block_table = torch.tensor([blocks_of(engine, 0, length)])
+    for layer in engine.cache.sparse_layers:
+        every_row = gather_tokens(layer.arena, block_table)[0]  # [kv_heads, T, 2, head_dim]
+        tokens = layer.resident.tokens(0, length)
+        for head, positions in enumerate(tokens):
+            filled = positions >= 0
+            held = positions[filled]
+            assert len(held.unique()) == len(held) == min(length, 4 + 16 + 48), "each token once"
+            assert torch.equal(layer.resident.rows[0, head, filled], every_row[head, held])
+
+
 def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
-    prompt, continuation = random_tokens(decoder, 400), random_tokens(decoder, 50)
+    prompt, continuation = random_tokens(decoder, 400), random_tokens(decoder, 50, seed=1)
     reuse = {}
     for gate in (None, 0.5, 0.0):
         engine = make_engine(decoder, CacheConfig(select_k=16, resident=16, gate=gate), 1, 450)
@@ -96,7 +129,7 @@ def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:
 
 def test_exact_topk_attends_what_it_selects(decoder: Decoder) -> None:
     """With k as large as the context, exact top-k is full attention; with a small k it is not."""
-    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 20)
+    prompt, continuation = random_tokens(decoder, 300), random_tokens(decoder, 20, seed=1)
     full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 320), prompt, continuation)
     everything = CacheConfig(attention="topk", select_k=320)
     logits = teacher_force(make_engine(decoder, everything, 1, 320), prompt, continuation)
@@ -105,9 +138,93 @@ def test_exact_topk_attends_what_it_selects(decoder: Decoder) -> None:
 
 def test_a_slot_keeps_nothing_of_its_predecessor(decoder: Decoder) -> None:
     config = CacheConfig(select_k=32, resident=64)
-    first, second = random_tokens(decoder, 600), random_tokens(decoder, 200)
+    first, second = random_tokens(decoder, 600), random_tokens(decoder, 200, seed=1)
     fresh = greedy(make_engine(decoder, config, 1, 700), [second], 30)
     used = make_engine(decoder, config, 1, 700)
     greedy(used, [first], 30)
     used.retire(0)
     assert greedy(used, [second], 30) == fresh
+
+
+def restored(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:
+    """Slot 0 computes a prompt and is left; slot 1 takes over its blocks and is fed the continuation.
+
+    Returns:
+        [len(continuation) - 1, vocab]: what follows each of its tokens but the last.
+    """
+    total = len(prompt) + len(continuation)
+    prefill(engine, 0, prompt, total)
+    engine.retire(0)
+    engine.restore(1, len(prompt), blocks_of(engine, 0, total))
+    engine.activate(1, len(prompt), GREEDY, 0)
+    rows = []
+    for step, token in enumerate(continuation[:-1], 1):
+        engine.feed(1, token)
+        rows.append(engine.forward(2, len(prompt) + step)[1:])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
+def test_a_restored_sequence_loses_nothing_in_a_set_as_large_as_its_context(
+    decoder: Decoder, prefetch: str
+) -> None:
+    """Its rows come from blocks that another slot wrote."""
+    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
+    full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 530), prompt, continuation)
+    config = CacheConfig(resident=530, select_k=64, prefetch=prefetch)  # type: ignore[arg-type]
+    logits = restored(make_engine(decoder, config, 2, 530, SOURCES), prompt, continuation)
+    torch.testing.assert_close(logits, full[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_a_restored_sequence_whose_context_exceeds_its_set_stays_close(decoder: Decoder) -> None:
+    """Its first step selects anew: no worse than after a prefill, far better than the latest tokens alone."""
+    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
+    config, latest = CacheConfig(resident=256, select_k=64), CacheConfig(resident=1, select_k=1)
+    full, prefilled, dropped = (
+        teacher_force(make_engine(decoder, how, 1, 530, SOURCES), prompt, continuation)[1:]
+        for how in (CacheConfig(attention="full"), config, latest)
+    )
+    engine = make_engine(decoder, config, 2, 530, SOURCES)
+    logits = restored(engine, prompt, continuation)
+    assert int(engine.cache.counters(1)[3]) > 0, "rows were fetched"
+    assert divergence(logits, full) < 1.5 * divergence(prefilled, full)
+    assert divergence(logits, full) < 0.2 * divergence(dropped, full)
+
+
+def test_full_attention_restores_at_once(decoder: Decoder) -> None:
+    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
+    config = CacheConfig(attention="full")
+    full = teacher_force(make_engine(decoder, config, 1, 530), prompt, continuation)
+    logits = restored(make_engine(decoder, config, 2, 530), prompt, continuation)
+    torch.testing.assert_close(logits, full[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_two_sequences_go_on_differently_from_blocks_that_they_share(decoder: Decoder) -> None:
+    """Both hold the block of their common prompt, and each one of its own for what follows."""
+    prompt = random_tokens(decoder, decoder.shape.block_tokens)
+    ways = [random_tokens(decoder, 20, seed) for seed in (1, 2)]
+    total = len(prompt) + 20
+    expected = [
+        teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, total), prompt, way)[1:]
+        for way in ways
+    ]
+    engine = make_engine(decoder, CacheConfig(resident=total, select_k=64), 2, total, SOURCES)
+    prefill(engine, 0, prompt, total)
+    shared, own = blocks_of(engine, 0, total)
+    engine.restore(1, len(prompt), [shared, own + 1])
+    engine.activate(1, len(prompt), GREEDY, 0)
+    found: list[list[Tensor]] = [[], []]
+    for step, pair in enumerate(zip(*(way[:-1] for way in ways), strict=True), 1):
+        for slot, token in enumerate(pair):
+            engine.feed(slot, token)
+        logits = engine.forward(2, len(prompt) + step)
+        for slot, rows in enumerate(found):
+            rows.append(logits[slot])
+    for rows, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.stack(rows), reference, rtol=1e-3, atol=1e-4)
+    engine.retire(0)
+    engine.check_integrity()
+    follow = engine.forward(2, total)[1]
+    assert follow.isfinite().all(), "the other one goes on"
+    engine.retire(1)
+    engine.check_integrity()

@@ -102,7 +102,8 @@ def test_help_fits_100_columns_and_states_every_default() -> None:
     for action in launch.parser("launch.py")._actions[1:]:
         (name,) = action.option_strings
         text = action.help
-        assert text is not None and text.endswith(")"), f"the default of {name} is not stated"
+        assert text is not None and len(text.split()) > 3, f"{name} is not explained"
+        assert text.endswith(")"), f"the default of {name} is not stated"
         assert " ".join(text.split()) in shown
         default = text.rpartition("(")[2].removesuffix(")")
         assert launch.config_from([name, default]) == ServerConfig(), f"{name} {default}"

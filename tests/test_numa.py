@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from clo.runtime.machine import host_memory
+from clo.runtime.machine import host_memory, numa
 from clo.runtime.wire.errors import ConfigError
 from tests.store import running_store
 
@@ -43,6 +45,21 @@ print(open("/proc/self/numa_maps").read())
     cpus, *maps = done.stdout.splitlines()
     assert set(map(int, re.findall(r"\d+", cpus))) <= os.sched_getaffinity(0)
     assert any(" bind:0 " in line and " N0=4096 " in line for line in maps)
+
+
+@pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("0\n", 0), ("-1\n", None), ("", None), (None, None)])
+def test_the_node_of_a_gpu_is_what_the_kernel_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, node: int | None
+) -> None:
+    """-1, or nothing at all, on machines with one node and in many virtual ones."""
+    cuda: Any = ModuleType("cupy.cuda")
+    cuda.runtime = SimpleNamespace(deviceGetPCIBusId=lambda device: f"0000:3{device}:00.0".upper())
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    monkeypatch.setattr(numa, "_DEVICES", tmp_path)
+    if text is not None:
+        write(tmp_path, {"0000:3b:00.0/numa_node": "7\n", "0000:35:00.0/numa_node": text})
+    assert numa.device_node(5) == node
 
 
 @pytest.fixture

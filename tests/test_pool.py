@@ -82,6 +82,72 @@ def test_freed_blocks_forget_their_tokens() -> None:
     assert pool.describe(0, 1) == ([0], [[]])
 
 
+def test_a_shared_block_is_counted_and_free_when_its_last_holder_is_gone() -> None:
+    pool = BlockPool(blocks=6, block_tokens=4)
+    pool.allocate(0, 1, 3)
+    (first,) = pool.grants()
+    pool.allocate(0, 2, 4, shared=first.blocks[:2])
+    (second,) = pool.grants()
+    assert second.blocks[:2] == first.blocks[:2]
+    assert not set(second.blocks[2:]) & set(first.blocks)
+    assert pool.free_blocks == 1
+    pool.check_integrity()
+    assert pool.free(0, 1) == 3
+    assert pool.free_blocks == 2, "two are still held"
+    pool.allocate(0, 3, 3)
+    assert granted(pool) == [], "and are given to nobody else"
+    pool.free(0, 2)
+    assert granted(pool) == [(0, 3)]
+    pool.check_integrity()
+
+
+def test_a_sequence_that_waits_holds_its_shared_blocks_already() -> None:
+    """So that they are there when its turn comes; leaving the queue gives them back."""
+    pool = BlockPool(blocks=4, block_tokens=4)
+    pool.allocate(0, 1, 4)
+    (first,) = pool.grants()
+    pool.allocate(1, 2, 4, shared=first.blocks[:3])
+    pool.allocate(0, 3, 1)
+    assert granted(pool) == []
+    pool.check_integrity()
+    pool.free(0, 1)
+    (grant,) = list(pool.grants())
+    assert (grant.sequence, grant.blocks) == (2, first.blocks), "the one it lacked is what became free"
+    pool.free(0, 3)
+    pool.allocate(0, 4, 2, shared=first.blocks[:1])
+    assert granted(pool) == []
+    pool.free_group(1)
+    assert granted(pool) == [(0, 4)]
+    pool.check_integrity()
+    pool.allocate(0, 5, 4, shared=first.blocks[:1])
+    assert pool.free(0, 5) == 0
+    pool.check_integrity()
+    assert pool.free(0, 4) == 2
+    assert pool.free_blocks == 4
+
+
+def test_a_sequence_may_share_all_its_blocks() -> None:
+    pool = BlockPool(blocks=2, block_tokens=4)
+    pool.allocate(0, 1, 2)
+    (first,) = pool.grants()
+    pool.allocate(0, 2, 2, shared=first.blocks)
+    assert list(pool.grants()) == [Grant(0, 2, first.blocks)]
+    pool.free(0, 1)
+    assert pool.free_blocks == 0
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("block", [3, -1, 4])
+def test_a_block_that_nobody_holds_cannot_be_shared(block: int) -> None:
+    pool = BlockPool(blocks=4, block_tokens=4)
+    pool.allocate(0, 1, 2)
+    (first,) = pool.grants()
+    with pytest.raises(ProtocolError, match=f"Block {block} is held by no sequence"):
+        pool.allocate(0, 2, 3, shared=[first.blocks[0], block])
+    assert (pool.waiting, pool.free_blocks) == (0, 2)
+    pool.check_integrity()
+
+
 @pytest.mark.parametrize("damage", ["lost", "twice", "foreign", "overfull", "idle queue"])
 def test_check_integrity_finds_damage(damage: str) -> None:
     pool = BlockPool(blocks=4, block_tokens=2)

@@ -1,11 +1,14 @@
 """What child processes share: exit codes, and handlers checked against the messages they have to serve."""
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from clo.runtime.machine.process import set_threads
 from clo.runtime.wire.handlers import handlers_of
 from clo.runtime.wire.messages import Commit, Describe, Free
 
@@ -42,6 +45,35 @@ def test_sigterm_ends_the_process_and_sigint_does_not() -> None:
 """
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "goes on\n", "")
+
+
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+@pytest.mark.parametrize(
+    ("found", "threads", "expected"),
+    [
+        ({}, None, SLEEPING),
+        ({}, 6, SLEEPING | {"OMP_NUM_THREADS": "6"}),
+        ({}, 0, SLEEPING | {"OMP_NUM_THREADS": "1"}),  # more workers than CPUs
+        ({"OMP_NUM_THREADS": "3"}, 6, SLEEPING | {"OMP_NUM_THREADS": "3"}),
+        (
+            {"OMP_WAIT_POLICY": "ACTIVE", "HOME": "/"},
+            None,
+            SLEEPING | {"OMP_WAIT_POLICY": "ACTIVE", "HOME": "/"},
+        ),
+    ],
+)
+def test_threads_sleep_and_are_as_many_as_asked_unless_the_user_has_said_otherwise(
+    found: dict[str, str], threads: int | None, expected: dict[str, str]
+) -> None:
+    environment = dict(found)
+    set_threads(environment, threads)
+    assert environment == expected
+
+
+def test_what_is_set_before_torch_is_imported_is_what_torch_does() -> None:
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]), "see tests/__init__.py"
 
 
 class OneMissing:

@@ -16,7 +16,7 @@ from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig, WorkerConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.profile import Profile
-from tests.server import Server
+from tests.server import READY_S, Server
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
 
@@ -105,7 +105,7 @@ def test_a_profile_of_another_model_stops_the_start(
     other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, layers=[layer()] * 5)
     arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB")
     with launch(*arguments, "--profile", write(tmp_path, other), ready=False) as server:
-        assert server.process.wait(60) == 1
+        assert server.process.wait(READY_S) == 1
         assert server.stderr.read_text() == (
             "error: --profile is of a model of 5 layers, 2 KV heads and head_dim 16, and this one has 4, 2 "
             "and 16; make one for it with benchmarks.calibrate.\n"

@@ -33,6 +33,7 @@ from benchmarks.gpu.synthetic import (
 from benchmarks.result import Result
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
 
@@ -91,43 +92,58 @@ class CutLayer(ReplayLayer):
         """Tell the host which rows are to be fetched; a GPU that reads them itself need not."""
 
 
-@torch.inference_mode()
 def measure(machine: Machine) -> list[Result]:
     arena = arena_of(machine.memory, LLAMA_8B.shape, _SEQUENCES, MAX_TOKENS)
     decoder = random_decoder(LLAMA_8B, MAX_TOKENS)
-
-    def engine_of(config: CacheConfig, rows: int, layer_type: type[ReplayLayer] = ReplayLayer) -> Engine:
-        release()  # what belonged to the engine before
-        engine = filled_engine(decoder, arena, config, _SEQUENCES, _LENGTH, MAX_TOKENS, layer_type=layer_type)
-        replay(engine, rows)
-        return engine
-
-    times = {}
-    for share in (9, 50):
-        rows = SELECTED * share // 100
-        gather_layer, gather = _gathering(arena, machine.host, rows)
-        times[share] = {
-            "whole": step_seconds(engine_of(CONFIG, rows), _SEQUENCES),
-            "no-prefetch": step_seconds(engine_of(_OWN_QUERY, rows), _SEQUENCES),
-            "no-overlap": step_seconds(engine_of(_OWN_QUERY, rows, InLineLayer), _SEQUENCES),
-            "host-sync": seconds(_chain(engine_of(_OWN_QUERY, rows, CutLayer), lambda layer: None), _STEPS),
-            "host-sync/eager": seconds(
-                partial(engine_of(_OWN_QUERY, rows, WaitingLayer).step, _SLOTS, MAX_TOKENS), _STEPS
-            ),
-            "cpu-gather": seconds(_chain(engine_of(_OWN_QUERY, rows, gather_layer), gather), _STEPS),
-        }
-    times[9]["no-resident-set"] = step_seconds(
-        engine_of(CacheConfig(select_k=256, resident=256), 256), _SEQUENCES
-    )
-
     results = []
-    for share, of_share in times.items():
+    for share in (9, 50):
         prefix = "ablation" if share == 9 else f"ablation/{share}%"
-        whole = _SEQUENCES / of_share["whole"]
-        for name, took in of_share.items():
+        times = _taken_apart(decoder, arena, machine.host, SELECTED * share // 100)
+        if share == 9:
+            alone = CacheConfig(select_k=SELECTED, resident=SELECTED)
+            times["no-resident-set"] = step_seconds(_engine(decoder, arena, alone, SELECTED), _SEQUENCES)
+        whole = _SEQUENCES / times["whole"]
+        for name, took in times.items():
             rate = _SEQUENCES / took
             results.append(Result(f"{prefix}/{name}", "rate", rate, "tokens/s", whole, rate / whole))
     return results
+
+
+@torch.inference_mode()
+def _taken_apart(decoder: Decoder, arena: Tensor, host: Tensor, rows: int) -> dict[str, float]:
+    """Seconds of a step, whole and without one of the parts.
+
+    Args:
+        host: the arena's memory [bytes] uint8 as the CPU sees it.
+        rows: that each head fetches.
+    """
+    gather_layer, gather = _gathering(arena, host, rows)
+
+    def engine_of(layer_type: type[ReplayLayer]) -> Engine:
+        return _engine(decoder, arena, _OWN_QUERY, rows, layer_type)
+
+    return {
+        "whole": step_seconds(_engine(decoder, arena, CONFIG, rows), _SEQUENCES),
+        "no-prefetch": step_seconds(engine_of(ReplayLayer), _SEQUENCES),
+        "no-overlap": step_seconds(engine_of(InLineLayer), _SEQUENCES),
+        "host-sync": seconds(_chain(engine_of(CutLayer), lambda layer: None), _STEPS),
+        "host-sync/eager": seconds(partial(engine_of(WaitingLayer).step, _SLOTS, MAX_TOKENS), _STEPS),
+        "cpu-gather": seconds(_chain(engine_of(gather_layer), gather), _STEPS),
+    }
+
+
+def _engine(
+    decoder: Decoder,
+    arena: Tensor,
+    config: CacheConfig,
+    rows: int,
+    layer_type: type[ReplayLayer] = ReplayLayer,
+) -> Engine:
+    """An engine that replays so many rows; the memory of the one before is given back first."""
+    release()
+    engine = filled_engine(decoder, arena, config, _SEQUENCES, _LENGTH, MAX_TOKENS, layer_type=layer_type)
+    replay(engine, rows)
+    return engine
 
 
 def _chain(engine: Engine, between: Callable[[int], object]) -> Callable[[], None]:

@@ -21,13 +21,17 @@ CONTEXT = 32768
 ROWS = (2048, 256, 64)  # a head
 ARENA_GIB = 13
 
+_SINKS, _RECENT = 4, 64
+
 
 def measure(machine: Machine) -> list[Result]:
     sequences, layers, capacity = 12, 8, 2048
     model = Model("gather", layers, 32, 8, 4096, 14336, 128256)
     arena = arena_of(machine.memory, model.shape, sequences, CONTEXT)
     table = torch.arange(len(arena), device="cuda").view(sequences, -1)
-    rows_of_set = torch.zeros(sequences, 8, capacity, 2, 128, dtype=torch.bfloat16, device="cuda")
+    rows_of_set = torch.zeros(
+        sequences, 8, _SINKS + _RECENT + capacity, 2, 128, dtype=torch.bfloat16, device="cuda"
+    )
 
     def scattered(rows: int) -> Tensor:
         """[sequences, 8, rows] positions, in order."""
@@ -46,7 +50,7 @@ def measure(machine: Machine) -> list[Result]:
 
     def gather(fetch_list: FetchList, draws: list[Tensor]) -> None:
         for turn, positions in enumerate(draws):
-            resident = ResidentSet(rows_of_set, positions, last_used=positions, sinks=0, recent=0)
+            resident = ResidentSet(rows_of_set, positions, last_used=positions, sinks=_SINKS, recent=_RECENT)
             fetch(fetch_list, resident, table, arena[:, turn % layers])
 
     copied = torch.empty(2**30, dtype=torch.uint8, device="cuda")

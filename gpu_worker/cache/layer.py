@@ -179,6 +179,8 @@ class LayerCache:
             if fetch_list is not None:
                 streams.fetching.join()
             fetch_list = self._select(query, batch, resident.recent, ahead=False)
+        if query.is_cpu:  # there `fetch` has returned with all rows
+            fetch_list = None
         state = attend_resident(query, resident, batch.lengths, fetch_list, self._scale)
         streams.fetching.join()
         return merge_fetched(

@@ -129,9 +129,8 @@ class Decoder:
         """The first ``heads`` heads of the fused projection, with RoPE: [N, heads, head_dim]."""
         weights = self._weights.layers[layer]
         flat = weights.qkv.first(heads * self.shape.head_dim)(normed)
-        is_value = self._is_value if heads > self.shape.query_heads else None
         return self._rotate(
-            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, is_value, self._norm_eps
+            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, self._is_value[:heads], self._norm_eps
         )
 
 
@@ -158,13 +157,13 @@ def _add_and_norm(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def _rotate(
-    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, is_value: Tensor | None, eps: float
+    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, is_value: Tensor, eps: float
 ) -> Tensor:
     """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim]; those where ``is_value``
-    [any, 1] stay as they are, and None means that there are none."""
+    [any, 1] bool stay as they are."""
     rotated = heads
     if qk_norm is not None:
         rotated = F.rms_norm(heads, (heads.shape[-1],), None, eps) * qk_norm[: heads.shape[1]]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    return rotated if is_value is None else torch.where(is_value, heads, rotated)
+    return torch.where(is_value, heads, rotated)

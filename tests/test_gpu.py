@@ -1,0 +1,118 @@
+"""Which device is chosen, and the sentence where a GPU is wanted and something that it needs is missing."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from clo.runtime.machine.gpu import choose_device
+from clo.runtime.wire.errors import ConfigError
+
+INSTALL = "pip install 'cupy-cuda13x[ctk]>=14.2'"
+
+
+def fail(error: Exception) -> Callable[[], int]:
+    def call() -> int:
+        raise error
+
+    return call
+
+
+def put_cupy(
+    monkeypatch: pytest.MonkeyPatch, version: Callable[[], int], nvrtc: Callable[[], Any] = lambda: (13, 0)
+) -> None:
+    """A CuPy whose CUDA runtime has a version, or fails."""
+    cupy: Any = ModuleType("cupy")
+    cupy.__spec__ = ModuleSpec("cupy", None)
+    cupy.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(runtimeGetVersion=version), nvrtc=SimpleNamespace(getVersion=nvrtc)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an H100, PyTorch for CUDA 13.0 and a CuPy that fits."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    put_cupy(monkeypatch, lambda: 13000)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("asked", "chosen"), [("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_with_a_gpu(asked: str, chosen: str) -> None:
+    assert choose_device(asked) == chosen
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_without_a_gpu_it_is_the_cpu(asked: str) -> None:
+    assert choose_device(asked) == "cpu"
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("built_for", "sentence"),
+    [
+        (None, "This PyTorch was built without CUDA; install a CUDA build"),
+        ("13.0", "PyTorch sees no CUDA GPU here: run nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, sentence: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    assert_refused("cuda", sentence)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+class TestSomethingIsMissing:
+    def test_a_gpu_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+        assert_refused(asked, "Tesla T4 has compute capability 7.5, and CLO's kernels need 8.0 (Ampere)")
+
+    def test_no_cupy(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == "cupy" else find(name, *rest)
+        )
+        assert_refused(asked, f"CuPy, which launches CLO's kernels, is not installed: {INSTALL}")
+
+    @pytest.mark.parametrize("error", [ImportError("libnvrtc.so.13:\n no such file"), RuntimeError("driver")])
+    def test_a_cupy_that_cannot_load_its_libraries(
+        self, monkeypatch: pytest.MonkeyPatch, asked: str, error: Exception
+    ) -> None:
+        put_cupy(monkeypatch, fail(error))
+        reason = " ".join(str(error).split())
+        assert_refused(asked, f"CuPy cannot use this machine's CUDA ({reason}): {INSTALL}")
+
+    def test_a_cupy_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+        put_cupy(monkeypatch, lambda: 13000, fail(RuntimeError("no NVRTC")))
+        assert_refused(asked, f"CuPy cannot use this machine's CUDA (no NVRTC): {INSTALL}")
+
+    def test_a_cupy_for_another_cuda(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+        put_cupy(monkeypatch, lambda: 12090)
+        assert_refused(asked, f"CuPy is built for CUDA 12 and PyTorch for CUDA 13: {INSTALL}")
+
+
+def assert_refused(asked: str, sentence: str) -> None:
+    """One sentence, which says how to go on without a GPU."""
+    with pytest.raises(ConfigError) as caught:
+        choose_device(asked)
+    text = str(caught.value)
+    assert sentence in text
+    assert "\n" not in text and text.endswith("start with --device cpu.")

@@ -1,0 +1,1005 @@
+"""The router alone: real sockets, a real tokenizer, and clients and workers that do what a test says."""
+
+import asyncio
+import functools
+import logging
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from clo.runtime import router as router_module
+from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.router import Router
+from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
+from clo.runtime.wire.messages import (
+    NO_STATS,
+    Abort,
+    CacheStats,
+    Cancel,
+    Chunk,
+    Done,
+    DriftStats,
+    Failed,
+    Finished,
+    Generate,
+    GetInfo,
+    GetWorkerStats,
+    Info,
+    Logprob,
+    Message,
+    Prefilled,
+    Progress,
+    Ready,
+    Refused,
+    Run,
+    Sampling,
+    Step,
+    Stepped,
+    StoreStats,
+    Text,
+    ToClient,
+    Tokens,
+    ToWorker,
+    Usage,
+    WorkerReport,
+    WorkerStats,
+)
+from clo.runtime.wire.sockets import configure, encode
+from tests.conftest import VOCABULARY
+from tests.faults import WAIT_S
+
+MODEL_LENGTH = 100
+STATS = CacheStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+SEVEN = Sampling(max_tokens=7)
+
+P = ParamSpec("P")
+
+
+def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run a test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 2 * WAIT_S))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said only because time has passed."""
+    monkeypatch.setattr(router_module, "QUIET_S", 1e9)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Iterator[Tokenizer]:
+    """Loaded once for all routers of this file."""
+    loaded = Tokenizer(tiny_model, VOCABULARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router_module, "Tokenizer", lambda *_: loaded)
+        yield loaded
+
+
+@pytest.fixture
+def model(tiny_model: Path, tokenizer: Tokenizer) -> ResolvedModel:
+    return model_in(tiny_model)
+
+
+def model_in(folder: Path) -> ResolvedModel:
+    return ResolvedModel("tiny", str(folder), VOCABULARY, MODEL_LENGTH, "float32", "cpu", "auto", 0)
+
+
+class Peer:
+    """One end of a connection to the router; what it hears is kept until somebody asks for it."""
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, union: Any, **options: Any) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        configure(self.socket)
+        for name, value in options.items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(endpoint)
+        self._decoder = msgspec.msgpack.Decoder(union)
+
+    def send(self, message: Message) -> None:
+        self.socket.send(encode(message))
+
+    async def next(self) -> Any:
+        return self._decoder.decode(await asyncio.wait_for(self.socket.recv(), WAIT_S))
+
+
+class Client(Peer):
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, **options: Any) -> None:
+        super().__init__(context, endpoint, ToClient, **options)
+        self._questions = 0
+
+    async def info(self) -> tuple[Info | Failed, list[ToClient]]:
+        """The answer to ``GetInfo``, and what came before it."""
+        self._questions += 1
+        name = f"question {self._questions}"
+        self.send(GetInfo(name))
+        before: list[ToClient] = []
+        while (message := await self.next()).request != name:
+            before.append(message)
+        return message, before
+
+    async def to_end(self, name: str) -> list[ToClient]:
+        """All that comes for a request, to its end; there is nothing else."""
+        messages: list[ToClient] = []
+        while not messages or not isinstance(messages[-1], Finished | Failed):
+            messages.append(await self.next())
+            assert messages[-1].request == name
+        return messages
+
+
+class Worker(Peer):
+    """A worker that reports its statistics by itself, unless it is ``silent``."""
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, number: int) -> None:
+        super().__init__(context, endpoint, ToWorker, IDENTITY=b"worker-%d" % number)
+        self.number, self.silent = number, False
+        self.asked = 0  # times that it was asked for statistics
+        self.heard: list[ToWorker] = []
+        self._read = 0
+        self._more = asyncio.Event()
+        self.task = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while True:
+            message = self._decoder.decode(await self.socket.recv())
+            if isinstance(message, GetWorkerStats):
+                self.asked += 1
+                if not self.silent:
+                    self.send(self.report())
+            else:
+                self.heard.append(message)
+                self._more.set()
+
+    def report(self) -> WorkerReport:
+        stats = WorkerStats(self.number, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0))
+        return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
+
+    def ready(self) -> None:
+        self.send(Ready(self.number, 1234, f"numa{self.number % 2}", 1000))
+
+    async def order(self) -> Any:
+        """The next order."""
+        while len(self.heard) == self._read:
+            self._more.clear()
+            await asyncio.wait_for(self._more.wait(), WAIT_S)
+        self._read += 1
+        return self.heard[self._read - 1]
+
+    def step(self, sequence: int, *tokens: int, logprob: Logprob | None = None) -> None:
+        """Report tokens of a sequence, each as a step."""
+        for token in tokens:
+            self.send(Stepped([Step(sequence, token, logprob)]))
+
+
+class Wire:
+    """A running router, its workers, and a way to make clients."""
+
+    def __init__(self, router: Router, context: zmq.asyncio.Context, workers: list[Worker]) -> None:
+        self.router, self.workers = router, workers
+        self._context = context
+
+    def client(self, **options: Any) -> Client:
+        return Client(self._context, self.router.address, **options)
+
+
+@asynccontextmanager
+async def running(model: ResolvedModel, workers: int = 1, ready: bool = True) -> AsyncIterator[Wire]:
+    router = Router(ServerConfig(port=0, workers=workers), model)
+    context = zmq.asyncio.Context()
+    serving = asyncio.create_task(router.serve())
+    peers = [Worker(context, router.workers_endpoint, number) for number in range(workers)]
+    try:
+        if ready:
+            for worker in peers:
+                worker.ready()
+            await asyncio.wait_for(router.ready(), WAIT_S)
+        yield Wire(router, context, peers)
+        assert not serving.done(), "the router has failed"
+    finally:
+        for task in (serving, *(worker.task for worker in peers)):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        router.close()
+        context.destroy(linger=0)
+
+
+def ask(name: str = "r", tokens: int = 5, sampling: Sampling = SEVEN) -> Generate:
+    return Generate(name, Tokens(list(range(1, tokens + 1))), sampling)
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A token for each character."""
+    return [tokenizer.encode(Text(character), 10)[0] for character in text]
+
+
+# ------------------------------------------------------------------------------------ whole requests
+
+
+@in_loop
+async def test_a_request_from_its_prompt_to_its_last_token(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        sampling = Sampling(temperature=0.5, top_p=0.9, top_k=3, max_tokens=7, seed=11, logprobs=1)
+        client.send(ask(sampling=sampling))
+        run = await worker.order()
+        assert run == Run(run.sequence, [1, 2, 3, 4, 5], sampling, 11, tokenizer.eos, None)
+        worker.send(Prefilled(run.sequence, 2, 5))
+        worker.send(Prefilled(run.sequence, 5, 5))
+        one, two = ids_of(tokenizer, "H!")
+        logprob = Logprob(one, -0.5, [(one, -0.5)])
+        worker.step(run.sequence, one, logprob=logprob)
+        worker.step(run.sequence, two)
+        worker.send(Done(run.sequence, "length", STATS))
+        assert await client.to_end("r") == [
+            Progress("r", "prefill", 2, 5),
+            Progress("r", "prefill", 5, 5),
+            Chunk("r", "H", [one], [logprob]),
+            Chunk("r", "!", [two], None),
+            Finished("r", "length", Usage(5, 2), STATS),
+        ]
+        assert worker.heard == [run]
+
+
+@in_loop
+async def test_a_text_is_tokenised_and_a_request_without_a_seed_gets_one(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        for name in ("a", "b"):
+            client.send(Generate(name, Text("some text"), SEVEN))
+        runs = [await worker.order(), await worker.order()]
+        assert runs[0].tokens == tokenizer.encode(Text("some text"), 100)
+        assert runs[0].sequence != runs[1].sequence
+        assert runs[0].seed != runs[1].seed and 0 <= runs[0].seed < 2**63
+
+
+@in_loop
+async def test_a_continuation_is_forced(model: ResolvedModel) -> None:
+    """As many tokens as it has, with log-probabilities, and no stop string ends it."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        sampling = Sampling(max_tokens=1, stop=["a"])
+        client.send(Generate("r", Tokens([1, 2]), sampling, Tokens([3, 4, 5])))
+        run = await worker.order()
+        assert (run.tokens, run.forced) == ([1, 2], [3, 4, 5])
+        assert (run.sampling.max_tokens, run.sampling.stop, run.sampling.logprobs) == (3, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "text"),
+    [
+        (Generate("r", Text("")), "invalid_request", "prompt is empty"),
+        (Generate("r", Tokens([VOCABULARY])), "invalid_request", "not in the vocabulary"),
+        (Generate("r", Tokens([1]), SEVEN, Tokens([])), "invalid_request", "empty"),
+        (ask(tokens=MODEL_LENGTH - 6), "prompt_too_long", "94 tokens and max_tokens is 7"),
+        (Generate("r", Tokens([1] * 95), SEVEN, Tokens([1] * 6)), "prompt_too_long", "95 tokens"),
+    ],
+)
+@in_loop
+async def test_what_can_never_run_is_refused_and_reaches_no_worker(
+    model: ResolvedModel, request_: Generate, code: str, text: str
+) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(request_)
+        (failed,) = await client.to_end("r")
+        assert isinstance(failed, Failed) and failed.code == code and text in failed.text
+        client.send(ask(tokens=MODEL_LENGTH - 7))  # the same name, and just short enough
+        run = await worker.order()
+        assert len(run.tokens) == MODEL_LENGTH - 7
+        assert worker.heard == [run]
+
+
+@in_loop
+async def test_a_tokenizer_that_breaks_ends_the_request_alone(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> list[int]:
+        raise KeyError("nobody thought of that")
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "encode", broken)
+            client.send(Generate("r", Text("a")))
+            (failed,) = await client.to_end("r")
+        assert isinstance(failed, Failed) and failed.code == CLOError.code
+        client.send(ask())
+        assert isinstance(await worker.order(), Run)
+
+
+# ---------------------------------------------------------------------- a request before its worker
+
+
+@in_loop
+async def test_requests_wait_until_all_workers_are_ready(model: ResolvedModel) -> None:
+    async with running(model, workers=2, ready=False) as wire:
+        client, (first, second) = wire.client(), wire.workers
+        for name in ("a", "b"):
+            client.send(ask(name))
+        client.send(Cancel("a"))
+        assert await client.next() == Finished("a", "cancelled", Usage(5, 0), NO_STATS)
+        first.ready()
+        first.ready()  # a second time it counts no more
+        info, before = await client.info()
+        assert isinstance(info, Info) and [worker.worker for worker in info.workers] == [0]
+        assert before == [] and first.heard == second.heard == []
+        second.ready()
+        assert await asyncio.wait_for(wire.router.ready(), WAIT_S) == 2000, "tokens of both stores"
+        run = await first.order()
+        first.send(Done(run.sequence, "stop", STATS))
+        assert [type(message) for message in await client.to_end("b")] == [Finished]
+        await client.info()
+        assert (len(first.heard), len(second.heard)) == (1, 0), "the cancelled one reaches nobody"
+
+
+@in_loop
+async def test_a_store_that_workers_share_counts_once(model: ResolvedModel) -> None:
+    async with running(model, workers=3) as wire:
+        assert wire.router.capacity_tokens == 2000
+        info, _ = await wire.client().info()
+        assert isinstance(info, Info)
+        assert (info.capacity_tokens, info.model, info.max_model_len) == (2000, "tiny", MODEL_LENGTH)
+        assert [worker.worker for worker in info.workers] == [0, 1, 2]
+        assert [store.store for store in info.stores] == ["numa0", "numa1"]
+
+
+@in_loop
+async def test_a_request_goes_to_the_worker_with_the_least_work_left(model: ResolvedModel) -> None:
+    """That is prompt tokens not prefilled and tokens not generated."""
+    async with running(model, workers=2) as wire:
+        client, (first, second) = wire.client(), wire.workers
+
+        async def assigned(name: str, tokens: int) -> tuple[Worker, int]:
+            before = len(first.heard)
+            client.send(ask(name, tokens, Sampling(max_tokens=10)))
+            await client.info()
+            worker = first if len(first.heard) > before else second
+            return worker, worker.heard[-1].sequence  # type: ignore[union-attr]
+
+        one, a = await assigned("a", 50)
+        assert one is first
+        assert (await assigned("b", 20))[0] is second
+        other, c = await assigned("c", 20)
+        assert other is second, "60 are left in one and 30 in the other"
+        first.send(Prefilled(a, 50, 50))
+        first.step(a, 1, 2, 3)
+        await client.info()
+        assert (await assigned("d", 1))[0] is first, "7 are left"
+        assert (await assigned("e", 40))[0] is first
+        second.send(Done(c, "stop", STATS))
+        await client.info()
+        assert (await assigned("f", 1))[0] is second
+
+
+@in_loop
+async def test_a_long_prompt_is_tokenised_while_others_are_served(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cancelled meanwhile, and its name given to another request; what comes of it is dropped."""
+    monkeypatch.setattr(router_module, "THREAD_CHARACTERS", 10)
+    begun, go_on = threading.Event(), threading.Event()
+    encode_prompt = tokenizer.encode
+
+    def slow(prompt: Any, *arguments: Any) -> list[int]:
+        if isinstance(prompt, Text):
+            begun.set()
+            go_on.wait(WAIT_S)
+        return encode_prompt(prompt, *arguments)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(Generate("r", Text("x" * 20)))
+        await asyncio.to_thread(begun.wait, WAIT_S)
+        client.send(ask("other"))
+        assert (await worker.order()).tokens == [1, 2, 3, 4, 5]
+        client.send(Cancel("r"))
+        assert await client.next() == Finished("r", "cancelled", Usage(0, 0), NO_STATS)
+        client.send(ask("r", tokens=3))
+        run = await worker.order()
+        assert run.tokens == [1, 2, 3]
+        go_on.set()
+        worker.step(run.sequence, 1)
+        worker.send(Done(run.sequence, "length", STATS))
+        assert len(await client.to_end("r")) == 2
+        _, before = await client.info()
+        assert before == [] and len(worker.heard) == 2
+
+
+# ---------------------------------------------------------------------- every message in every state
+
+STOP = [35, 36]
+"""Ids of characters that are a stop string."""
+Reached = tuple[Client, Worker, int]  # the sequence on the worker
+
+
+async def to_queued(wire: Wire) -> Reached:
+    """Its worker has it and has said nothing."""
+    client, (worker,) = wire.client(), wire.workers
+    client.send(ask(sampling=Sampling(max_tokens=7, stop=["DE"])))
+    run = await worker.order()
+    return client, worker, run.sequence
+
+
+async def to_prefilling(wire: Wire) -> Reached:
+    client, worker, sequence = await to_queued(wire)
+    worker.send(Prefilled(sequence, 1, 5))
+    assert await client.next() == Progress("r", "prefill", 1, 5)
+    return client, worker, sequence
+
+
+async def to_decoding(wire: Wire) -> Reached:
+    client, worker, sequence = await to_prefilling(wire)
+    worker.step(sequence, 65)
+    assert (await client.next()).tokens == [65]
+    return client, worker, sequence
+
+
+async def to_cancelled(wire: Wire) -> Reached:
+    """Its worker has been told, and has not ended it yet."""
+    client, worker, sequence = await to_decoding(wire)
+    client.send(Cancel("r"))
+    assert await worker.order() == Abort(sequence)
+    return client, worker, sequence
+
+
+async def to_stopped(wire: Wire) -> Reached:
+    """A stop string was found; its worker has been told."""
+    client, worker, sequence = await to_decoding(wire)
+    worker.step(sequence, *STOP)
+    for token in STOP:
+        assert await client.next() == Chunk("r", "", [token], None)
+    assert await worker.order() == Abort(sequence)
+    return client, worker, sequence
+
+
+async def to_finished(wire: Wire) -> Reached:
+    client, worker, sequence = await to_decoding(wire)
+    worker.send(Done(sequence, "length", STATS))
+    assert isinstance(await client.next(), Finished)
+    return client, worker, sequence
+
+
+Reach = Callable[[Wire], Coroutine[Any, Any, Reached]]
+STATES: list[Reach] = [to_queued, to_prefilling, to_decoding, to_cancelled, to_stopped, to_finished]
+in_every_state = pytest.mark.parametrize("reach", STATES, ids=[reach.__name__ for reach in STATES])
+GENERATED: dict[Reach, int] = {
+    to_queued: 0,
+    to_prefilling: 0,
+    to_decoding: 1,
+    to_cancelled: 1,
+    to_stopped: 1 + len(STOP),
+}
+REASONS: dict[Reach, str] = {to_cancelled: "cancelled", to_stopped: "stop"}  # whatever the worker says
+
+
+async def assert_ends_once(reach: Reach, reached: Reached, answer: Done, reason: str, extra: int = 0) -> None:
+    """Once its worker says so, the request ends with ``reason``, and nothing follows."""
+    client, worker, sequence = reached
+    worker.send(answer)
+    worker.step(sequence, 66)
+    worker.send(Prefilled(sequence, 5, 5))
+    worker.send(Done(sequence, "length", STATS))
+    worker.send(Refused(sequence, "internal", "Too late."))
+    _, messages = await client.info()
+    if reach is not to_finished:
+        usage = Usage(5, GENERATED[reach] + extra)
+        assert messages.pop() == Finished("r", reason, usage, answer.cache)
+    assert messages == []
+    client.send(ask("r"))
+    assert isinstance(await worker.order(), Run), "its name is free again"
+
+
+@in_every_state
+@in_loop
+async def test_its_worker_ends_it(model: ResolvedModel, reach: Reach) -> None:
+    """What the client asked for, or a stop string, decides the reason, however the two cross."""
+    async with running(model) as wire:
+        reached = await reach(wire)
+        reason = REASONS.get(reach, "length")
+        await assert_ends_once(reach, reached, Done(reached[2], "length", STATS), reason)
+
+
+@in_every_state
+@in_loop
+async def test_its_client_cancels(model: ResolvedModel, reach: Reach) -> None:
+    """The worker is told once; the request ends when the worker says so."""
+    async with running(model) as wire:
+        reached = client, worker, sequence = await reach(wire)
+        told = reach in (to_cancelled, to_stopped, to_finished)
+        client.send(Cancel("r"))
+        client.send(Cancel("r"))
+        _, messages = await client.info()
+        assert messages == []
+        assert worker.heard.count(Abort(sequence)) == (reach is not to_finished)
+        if not told:
+            assert await worker.order() == Abort(sequence)
+        worker.step(sequence, 66)  # the worker had not read it
+        reason = "stop" if reach is to_stopped else "cancelled"
+        await assert_ends_once(reach, reached, Done(sequence, "cancelled", STATS), reason)
+
+
+@in_every_state
+@in_loop
+async def test_its_worker_refuses_it(model: ResolvedModel, reach: Reach) -> None:
+    async with running(model) as wire:
+        client, worker, sequence = await reach(wire)
+        worker.send(Refused(sequence, "prompt_too_long", "Too long."))
+        worker.send(Done(sequence, "length", STATS))
+        _, messages = await client.info()
+        expected = [] if reach is to_finished else [Failed("r", "prompt_too_long", "Too long.")]
+        assert messages == expected
+
+
+@in_every_state
+@in_loop
+async def test_its_worker_reports_progress_and_tokens(model: ResolvedModel, reach: Reach) -> None:
+    """They reach the client as long as it has not cancelled and no stop string was found."""
+    async with running(model) as wire:
+        reached = client, worker, sequence = await reach(wire)
+        goes_on = reach in (to_queued, to_prefilling, to_decoding)
+        worker.step(sequence, 66)
+        _, messages = await client.info()
+        assert [message.tokens for message in messages if isinstance(message, Chunk)] == [[66]] * goes_on
+        assert len(messages) == goes_on
+        reason = REASONS.get(reach, "length")
+        await assert_ends_once(reach, reached, Done(sequence, "length", STATS), reason, extra=goes_on)
+
+
+@in_every_state
+@in_loop
+async def test_its_client_asks_for_another_one_of_the_same_name(model: ResolvedModel, reach: Reach) -> None:
+    """It is refused while the first is open; that one goes on."""
+    async with running(model) as wire:
+        reached = client, _, sequence = await reach(wire)
+        if reach is to_finished:
+            return  # the name is free, see assert_ends_once
+        client.send(ask("r"))
+        failed = await client.next()
+        assert isinstance(failed, Failed) and failed.code == "invalid_request"
+        assert "A request 'r' is open already" in failed.text
+        reason = REASONS.get(reach, "length")
+        await assert_ends_once(reach, reached, Done(sequence, "length", STATS), reason)
+
+
+@in_every_state
+@in_loop
+async def test_all_fails(model: ResolvedModel, reach: Reach) -> None:
+    """Each open request is told once, and each later one at once; workers may still say what they like."""
+    async with running(model) as wire:
+        client, worker, sequence = await reach(wire)
+        other = wire.client()
+        await other.info()
+        wire.router.fail_all(ServerStopped("The server was stopped."))
+        worker.step(sequence, 66)
+        worker.send(Done(sequence, "length", STATS))
+        client.send(Cancel("r"))
+        stopped = Failed("r", ServerStopped.code, "The server was stopped.")
+        answer, messages = await client.info()
+        assert messages == ([] if reach is to_finished else [stopped])
+        assert isinstance(answer, Failed) and answer.code == ServerStopped.code
+        orders = len(worker.heard)
+        for peer in (client, other):
+            peer.send(ask("r"))
+            assert await peer.next() == stopped
+        assert len(worker.heard) == orders
+
+
+@in_loop
+async def test_all_fails_while_requests_wait_for_workers(model: ResolvedModel) -> None:
+    async with running(model, ready=False) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        for name in ("a", "b"):
+            client.send(ask(name))
+        await client.info()
+        wire.router.fail_all(ServerStopped("No."))
+        assert {(await client.next()).request for _ in range(2)} == {"a", "b"}
+        worker.ready()
+        await asyncio.wait_for(wire.router.ready(), WAIT_S)
+        await client.info()
+        assert worker.heard == []
+
+
+@in_every_state
+@in_loop
+async def test_its_client_vanishes(model: ResolvedModel, reach: Reach) -> None:
+    """The worker is told once to end the request, and another client's goes on."""
+    async with running(model) as wire:
+        client, worker, sequence = await reach(wire)
+        other = wire.client()
+        other.send(ask("other"))
+        kept = await worker.order()
+        client.socket.close(linger=0)
+        while Abort(sequence) not in worker.heard and reach is not to_finished:
+            worker.step(sequence, 66)  # the router finds out when it sends
+            worker.send(Prefilled(sequence, 5, 5))
+            await other.info()
+        worker.step(kept.sequence, 66)
+        worker.send(Done(sequence, "cancelled", STATS))
+        worker.send(Done(kept.sequence, "length", STATS))
+        assert [type(message) for message in await other.to_end("other")] == [Chunk, Finished]
+        assert worker.heard.count(Abort(sequence)) == (reach is not to_finished)
+
+
+# -------------------------------------------------------------------------------- stop strings, text
+
+
+@in_loop
+async def test_a_stop_string_ends_the_text_before_it(model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    """The worker is told, tokens that still come are dropped, and the reason is not the worker's."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=Sampling(max_tokens=50, stop=["b-", "zzz"])))
+        run = await worker.order()
+        worker.step(run.sequence, *ids_of(tokenizer, "1b2b-3"))
+        assert await worker.order() == Abort(run.sequence)
+        worker.step(run.sequence, 66)
+        worker.send(Done(run.sequence, "cancelled", STATS))
+        *chunks, finished = await client.to_end("r")
+        assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == "1b2"
+        assert finished == Finished("r", "stop", Usage(5, 5), STATS)
+        assert len(worker.heard) == 2
+
+
+@in_loop
+async def test_text_that_was_held_back_comes_at_the_end(model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    """It might have become a stop string; with it, the last bytes that are no character yet."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=Sampling(max_tokens=50, stop=["12345"])))
+        run = await worker.order()
+        worker.step(run.sequence, *ids_of(tokenizer, "a1234"))
+        worker.send(Done(run.sequence, "length", STATS))
+        *_, rest, finished = await client.to_end("r")
+        assert rest == Chunk("r", "1234", [], None)
+        assert finished == Finished("r", "length", Usage(5, 5), STATS)
+
+
+@in_loop
+async def test_a_stop_string_may_be_complete_at_the_end_only(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """Bytes that are no character show when no more come."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=Sampling(max_tokens=50, stop=["b\ufffd"])))
+        run = await worker.order()
+        tokens = [*ids_of(tokenizer, "ab"), *tokenizer.encode(Text("€"), 10)[:-1]]
+        worker.step(run.sequence, *tokens)
+        worker.send(Done(run.sequence, "length", STATS))
+        *chunks, finished = await client.to_end("r")
+        assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == "a"
+        assert finished == Finished("r", "stop", Usage(5, len(tokens)), STATS)
+
+
+@in_loop
+async def test_an_end_token_gives_no_text(model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask())
+        run = await worker.order()
+        worker.step(run.sequence, *tokenizer.eos)
+        worker.send(Done(run.sequence, "stop", STATS))
+        assert await client.to_end("r") == [
+            Chunk("r", "", tokenizer.eos, None),
+            Finished("r", "stop", Usage(5, 1), STATS),
+        ]
+
+
+# -------------------------------------------------------------------------------------------- clients
+
+
+@in_loop
+async def test_two_clients_may_use_the_same_name(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        (worker,) = wire.workers
+        clients = [wire.client(), wire.client()]
+        for number, client in enumerate(clients, 1):
+            client.send(ask("r", tokens=number))
+            run = await worker.order()
+            assert len(run.tokens) == number
+            worker.step(run.sequence, 64 + number)
+        clients[0].send(Cancel("r"))
+        assert await worker.order() == Abort(0)
+        worker.send(Done(1, "length", STATS))
+        assert [type(message) for message in await clients[1].to_end("r")] == [Chunk, Finished]
+        worker.send(Done(0, "cancelled", STATS))
+        *_, finished = await clients[0].to_end("r")
+        assert finished == Finished("r", "cancelled", Usage(1, 1), STATS)
+
+
+@in_loop
+async def test_tokens_of_one_step_go_to_their_clients(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, other, (worker,) = wire.client(), wire.client(), wire.workers
+        for peer in (client, other):
+            for name in ("a", "b"):
+                peer.send(ask(name))
+                await peer.info()
+        runs = [await worker.order() for _ in range(4)]
+        worker.send(Stepped([Step(run.sequence, 65 + run.sequence, None) for run in runs]))
+        for peer, first in ((client, 65), (other, 67)):
+            found = [await peer.next(), await peer.next()]
+            assert [(chunk.request, chunk.tokens) for chunk in found] == [("a", [first]), ("b", [first + 1])]
+
+
+@in_loop
+async def test_a_client_that_vanishes_before_its_request_has_a_worker(model: ResolvedModel) -> None:
+    """It cannot be seen yet that it is gone; its request runs until the router says something."""
+    async with running(model, ready=False) as wire:
+        client, other, (worker,) = wire.client(), wire.client(), wire.workers
+        client.send(ask("r"))
+        await client.info()
+        client.socket.close(linger=0)
+        await other.info()
+        worker.ready()
+        run = await worker.order()
+        while Abort(run.sequence) not in worker.heard:
+            worker.step(run.sequence, 66)
+            await other.info()
+        worker.send(Done(run.sequence, "cancelled", STATS))
+        other.send(ask("r"))
+        assert await worker.order() == Abort(run.sequence)
+        assert isinstance(await worker.order(), Run)
+
+
+@in_loop
+async def test_a_client_that_does_not_read_loses_its_requests(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, and it is told so once it reads; others go on."""
+    monkeypatch.setattr(router_module, "UNREAD_MESSAGES", 10)
+    monkeypatch.setattr(router_module, "TICK_S", 0.01)
+    async with running(model) as wire:
+        (worker,) = wire.workers
+        deaf, other = wire.client(RCVHWM=1, RCVBUF=4096), wire.client()
+        for name in ("a", "b"):
+            deaf.send(ask(name))
+        sequences = [(await worker.order()).sequence for _ in range(2)]
+        other.send(ask("r"))
+        kept = await worker.order()
+        big = Logprob(1, -1.0, [(1, -1.0)] * 20_000)
+        while not worker.heard[3:]:
+            worker.step(sequences[0], 65, logprob=big)
+            worker.step(kept.sequence, 66)
+            assert (await other.next()).tokens == [66]
+        assert {await worker.order(), await worker.order()} == {Abort(sequence) for sequence in sequences}
+        for sequence in sequences:
+            worker.step(sequence, 65)
+            worker.send(Done(sequence, "cancelled", STATS))
+        ends: list[Any] = []
+        while len(ends) < 2:
+            message = await deaf.next()
+            ends += [message] if isinstance(message, Failed | Finished) else []
+        assert {end.request for end in ends} == {"a", "b"}
+        assert all(end.code == "overloaded" and "did not read its stream" in end.text for end in ends)
+        worker.send(Done(kept.sequence, "length", STATS))
+        assert isinstance((await other.to_end("r"))[-1], Finished)
+        deaf.send(ask("a", tokens=9))
+        assert len((await worker.order()).tokens) == 9, "it may try again"
+        assert len(worker.heard) == 6
+
+
+@in_loop
+async def test_a_quiet_client_hears_how_far_its_request_is(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "QUIET_S", 0.02)
+    monkeypatch.setattr(router_module, "TICK_S", 0.01)
+    async with running(model, ready=False) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask())
+        assert await client.next() == Progress("r", "queued", 0, 5)
+        worker.ready()
+        run = await worker.order()
+        assert await client.next() == Progress("r", "queued", 0, 5)
+        worker.send(Prefilled(run.sequence, 2, 5))
+        while await client.next() == Progress("r", "queued", 0, 5):
+            pass
+        for _ in range(3):
+            assert await client.next() == Progress("r", "prefill", 2, 5)
+        worker.send(Done(run.sequence, "length", STATS))
+        while isinstance(message := await client.next(), Progress):
+            pass
+        assert isinstance(message, Finished)
+
+
+@in_loop
+async def test_what_is_not_a_message(model: ResolvedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """A client is answered; of a worker's the log tells. Both connections go on."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.socket.send(b"\xc1")
+        failed = await client.next()
+        assert isinstance(failed, Failed) and (failed.request, failed.code) == ("", "protocol")
+        client.socket.send(encode(Abort(0)))  # is for workers
+        assert (await client.next()).code == "protocol"
+        with caplog.at_level(logging.ERROR):
+            worker.socket.send(b"\xc1")
+            worker.socket.send(encode(GetInfo("x")))
+            await client.info()
+        assert caplog.text.count("worker-0 sent what cannot be read") == 2
+        client.send(ask())
+        assert isinstance(await worker.order(), Run)
+
+
+# -------------------------------------------------------------------------------------------- workers
+
+
+@in_loop
+async def test_reports_of_unknown_sequences_are_ignored(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, worker, sequence = await to_decoding(wire)
+        for number in (sequence + 1, 99, 2**40, -1):
+            worker.send(Prefilled(number, 1, 5))
+            worker.send(Stepped([Step(number, 1, None), Step(sequence, 66, None)]))
+            worker.send(Done(number, "stop", STATS))
+            worker.send(Refused(number, "internal", "No."))
+        worker.send(worker.report())  # nobody has asked
+        _, messages = await client.info()
+        assert [message.tokens for message in messages if isinstance(message, Chunk)] == [[66]] * 4
+        assert len(messages) == 4
+
+
+@in_loop
+async def test_a_worker_that_does_not_report_is_left_out(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says later is no answer to a later question."""
+    monkeypatch.setattr(router_module, "INFO_S", 0.2)
+    async with running(model, workers=2) as wire:
+        client, (worker, other) = wire.client(), wire.workers
+        other.silent = True
+        info, _ = await client.info()
+        assert isinstance(info, Info) and [found.worker for found in info.workers] == [0]
+        await client.info()
+        assert (worker.asked, other.asked) == (2, 1), "it is not asked again before it has answered"
+        other.silent = False
+        other.send(other.report())
+        monkeypatch.setattr(router_module, "INFO_S", WAIT_S)
+        while len(info.workers) < 2:
+            info, _ = await client.info()
+            assert isinstance(info, Info)
+        assert other.asked >= 1
+
+
+@in_loop
+async def test_many_questions_at_once(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        clients = [wire.client() for _ in range(5)]
+        answers = await asyncio.gather(*(client.info() for client in clients for _ in range(1)))
+        for info, before in answers:
+            assert isinstance(info, Info) and len(info.workers) == 1 and before == []
+            assert info.workers[0] == wire.workers[0].report().worker
+
+
+# ---------------------------------------------------------------------------------- start and the end
+
+
+def test_what_a_router_cannot_start_with(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port in use, and a folder without a tokenizer, which leaves the port free."""
+    monkeypatch.setattr(router_module, "Tokenizer", Tokenizer)
+
+    async def run() -> None:
+        first = Router(ServerConfig(port=0), model_in(tiny_model))
+        port = int(first.address.rpartition(":")[2])
+        with pytest.raises(ConfigError, match=f"Port {port} of 127.0.0.1 cannot be used"):
+            Router(ServerConfig(port=port), model_in(tiny_model))
+        first.close()
+        with pytest.raises(ConfigError, match="tokenizer"):
+            Router(ServerConfig(port=port), model_in(tmp_path))
+        Router(ServerConfig(port=port), model_in(tiny_model)).close()
+
+    asyncio.run(run())
+
+
+# ------------------------------------------------------------------------------------------ at random
+
+
+async def work(worker: Worker, rng: random.Random) -> None:
+    """Serve in random order what comes; tokens of a sequence count up from 65."""
+    left: dict[int, int] = {}
+    total: dict[int, int] = {}
+
+    async def hear() -> None:
+        while True:
+            order = await worker.order()
+            if isinstance(order, Run):
+                assert order.sequence not in total, "run twice"
+                left[order.sequence] = total[order.sequence] = order.sampling.max_tokens
+            else:
+                assert order.sequence in total, "ended before it was run"
+                if order.sequence in left:
+                    del left[order.sequence]
+                    worker.send(Done(order.sequence, "cancelled", STATS))
+
+    hearing = asyncio.create_task(hear())
+    try:
+        while True:
+            await asyncio.sleep(0.001 * rng.random())
+            if hearing.done():
+                hearing.result()
+            for sequence in [sequence for sequence in left if rng.random() < 0.4]:
+                if not left[sequence]:
+                    del left[sequence]
+                    worker.send(Done(sequence, "length", STATS))
+                elif rng.random() < 0.1 and left[sequence] == total[sequence]:
+                    worker.send(Prefilled(sequence, 1, 5))
+                else:
+                    worker.step(sequence, 65 + total[sequence] - left[sequence])
+                    left[sequence] -= 1
+    finally:
+        hearing.cancel()
+
+
+async def use(wire: Wire, rng: random.Random) -> None:
+    """A client that sends requests, cancels some, and may be gone before their end."""
+    client = wire.client()
+    names = [f"request {number}" for number in range(rng.randint(1, 6))]
+    wanted = {name: rng.randint(1, 20) for name in names}
+    got: dict[str, list[int]] = {name: [] for name in names}
+    vanishes = rng.random() < 0.3
+    for name in names:
+        client.send(ask(name, rng.randint(1, 50), Sampling(max_tokens=wanted[name])))
+    open_ = set(names)
+    cancelled: set[str] = set()
+    while open_:
+        if vanishes and rng.random() < 0.05:
+            client.socket.close(linger=0)
+            return
+        if rng.random() < 0.05:
+            cancelled.add(name := rng.choice(names))
+            client.send(Cancel(name))
+        message = await client.next()
+        assert message.request in open_, f"{message} after the end"
+        match message:
+            case Chunk():
+                got[message.request] += message.tokens
+            case Finished():
+                open_.remove(message.request)
+                count = len(got[message.request])
+                assert message.usage.completion_tokens == count
+                assert got[message.request] == list(range(65, 65 + count))
+                if message.reason == "length":
+                    assert count == wanted[message.request]
+                else:
+                    assert message.reason == "cancelled" and message.request in cancelled
+            case Failed():
+                raise AssertionError(message)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@in_loop
+async def test_random_requests_end_once_each(model: ResolvedModel, seed: int) -> None:
+    rng = random.Random(seed)
+    async with running(model, workers=2) as wire:
+        working = [asyncio.create_task(work(worker, random.Random(rng.random()))) for worker in wire.workers]
+        await asyncio.gather(*(use(wire, random.Random(rng.random())) for _ in range(30)))
+        for task in working:
+            assert not task.done() or task.result() is None
+            task.cancel()
+        runs = [order for worker in wire.workers for order in worker.heard if isinstance(order, Run)]
+        assert len({run.sequence for run in runs}) == len(runs)
+        for worker in wire.workers:
+            aborts = [order.sequence for order in worker.heard if isinstance(order, Abort)]
+            assert len(aborts) == len(set(aborts)), "ended twice"
