@@ -216,6 +216,7 @@ class Signature:
                     )
 
     def _value(self, text: str, sizes: Mapping[str, _Size]) -> int:
+        # the expressions are those of the tables in this package
         value: int = eval(self._code[text], {}, {name: size.value for name, size in sizes.items()})
         return value
 

@@ -15,6 +15,8 @@ from clo.kernels.attend import attend_resident, merge_fetched
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
+from clo.kernels.launch import block_shared_bytes
+from clo.kernels.limits import UPDATE_STATIC_BYTES, update_shared_bytes
 from clo.kernels.quantize_query import quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes
@@ -202,6 +204,18 @@ def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
         same((fetch_list.counts, found.counts))
         valid = torch.arange(k) < fetch_list.counts.unsqueeze(2)
         assert torch.equal(fetch_list.entries[valid], found.entries.cpu()[valid])
+
+
+def test_a_set_that_just_exceeds_the_shared_memory_is_refused() -> None:
+    spare = block_shared_bytes() - UPDATE_STATIC_BYTES - update_shared_bytes(1, 0, 64)
+    scores = torch.full((1, 1, 64), NEVER, dtype=torch.int16, device="cuda")
+    scores[..., 5] = 9
+    reselect = torch.ones(1, 1, dtype=torch.bool, device="cuda")
+    lengths, counters = torch.tensor([64]).cuda(), torch.zeros(1, 1, 4, dtype=torch.int64, device="cuda")
+    largest, larger = (on_gpu(resident_set(1, 1, spare // 4 + more, 4, torch.float32)) for more in (0, 1))
+    assert update_resident(scores, reselect, lengths, 0, largest, counters, 1).counts.item() == 1
+    with pytest.raises(ValueError, match=r"update_resident needs \d+ bytes of shared memory"):
+        update_resident(scores, reselect, lengths, 0, larger, counters, 1)
 
 
 @shapes

@@ -21,7 +21,7 @@ core = pytest.importorskip("cuda.core", reason="NVRTC compiles the kernels: pip 
 
 _REPLAY = Path(__file__).parents[1] / "benchmarks" / "gpu" / "replay.cu"
 _REGISTERS = 65536  # of a multiprocessor
-_SPILLED = {("attend_resident", 100): 32}  # bytes, at most; no other kernel spills any
+_SPILLED = 128  # bytes, by the one kernel that spills: attend_resident in float32 on sm_100
 _SMALL = Sizes(batch=1, capacity=1, k=1, vocab=512)
 _MIDDLE = Sizes(batch=4, capacity=100, k=60, block_tokens=256)
 _LARGE = Sizes(batch=256, capacity=1024, k=128, block_tokens=512)  # fetches in bulk
@@ -75,7 +75,8 @@ def compile_and_check(capability: int, program: Program, asked: list[Launch]) ->
         report, where = reports[launch.name], f"{launch.name} {dict(program.defines)} on sm_{capability}"
         static = int(report["shared"] or 0)
         spilled = max(int(report["stores"]), int(report["loads"]), int(report["stack"]))
-        assert spilled <= _SPILLED.get((launch.name, capability), 0), f"{where} spills {spilled} bytes"
+        known = launch.name == "attend_resident" and ("ELEMENT", 2) in program.defines and capability == 100
+        assert spilled <= (_SPILLED if known else 0), f"{where} spills {spilled} bytes"
         assert static + launch.shared <= SHARED_BYTES[capability], where
         assert static <= 48 * 1024, where
         assert int(report["registers"]) * launch.threads <= _REGISTERS, where
