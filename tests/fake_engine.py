@@ -1,0 +1,151 @@
+"""An engine that computes nothing, two steps deep, whose device gets on only as far as a test says.
+
+The token that follows token n is n + 1. What is launched stands in one queue, as the work of a GPU does, and
+``finish`` completes it from the front. The engine complains where a step finds other slots than those in use,
+or where a slot goes to a sequence while work on the former one is still in the queue.
+"""
+
+import torch
+from torch import Tensor
+
+from clo.gpu_worker.outputs import StepHandle
+from clo.runtime.wire.messages import CacheStats, Logprob, Sampling
+
+SLOTS, BLOCK_TOKENS, MAX_TOKENS = 3, 4, 48
+UNITS = 3  # of a prefill
+
+
+class Event:
+    """The end of the work launched so far, and of nothing that comes later."""
+
+    def __init__(self, engine: "FakeEngine") -> None:
+        self._engine, self._number = engine, engine.launch()
+
+    @property
+    def reached(self) -> bool:
+        return self._engine.done >= self._number
+
+
+class FakePrefill:
+    def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
+        self._engine, self._slot, self._tokens = engine, slot, tokens
+        self._units = 0
+        self.total = len(tokens)
+
+    @property
+    def done(self) -> int:
+        return self._units * self.total // UNITS
+
+    def advance(self) -> Tensor | None:
+        assert self._engine.owner[self._slot] is self, "the prefill of a sequence that has ended goes on"
+        assert self._units < UNITS
+        self._units += 1
+        self._engine.launch(self._slot)
+        self._engine.log.append("unit")
+        return torch.tensor([[self._tokens[-1] + 1.0]]) if self._units == UNITS else None
+
+
+class FakeRelease:
+    def __init__(self, engine: "FakeEngine", slot: int) -> None:
+        self._engine, self._slot = engine, slot
+        self.event = Event(engine)
+
+    def stats(self, tokens: int, steps: int) -> CacheStats:
+        assert self.event.reached, "the counters are not there yet"
+        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
+
+
+class FakeEngine:
+    """See the head of this file; ``log`` names what was launched, in order.
+
+    A slot's state is what the device has once it comes to the end of its queue, as kernels see it.
+    """
+
+    depth = 2
+
+    def __init__(self) -> None:
+        self.slots = SLOTS
+        self.decoder = self.cache = self.shape = self  # all that the scheduler looks at is here
+        self.block_tokens = BLOCK_TOKENS
+        self.launched = self.done = 0
+        self.owner: dict[int, object] = {}  # slot -> its prefill, then True while it decodes
+        self.last_use = [0] * SLOTS  # number of the last work that touches a slot
+        self.lengths: dict[int, int] = {}  # of decoding slots
+        self.tokens: dict[int, int] = {}
+        self.log: list[str] = []
+        self.joined = 0
+        self._mail: dict[int, list[int]] = {}  # work number -> drawn tokens, by slot
+        self._logits = torch.zeros(SLOTS, 1)  # one buffer, as a graph has
+
+    def launch(self, *slots: int) -> int:
+        """Put one piece of work at the end of the queue; returns its number."""
+        self.launched += 1
+        for slot in slots:
+            self.last_use[slot] = self.launched
+        return self.launched
+
+    def finish(self, count: int | None = None) -> None:
+        """The device completes ``count`` pieces of work, or all."""
+        self.done = self.launched if count is None else min(self.launched, self.done + count)
+
+    # what the scheduler calls
+
+    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> FakePrefill:
+        assert slot not in self.owner and slot not in self.lengths, f"slot {slot} is in use"
+        assert self.last_use[slot] <= self.done, f"slot {slot} is given away while work on it is in the queue"
+        assert len(blocks) * BLOCK_TOKENS >= len(tokens)
+        self.owner[slot] = prefill = FakePrefill(self, slot, tokens)
+        return prefill
+
+    def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
+        assert isinstance(self.owner[slot], FakePrefill) and slot not in self.lengths
+        self.lengths[slot] = length
+
+    def start(self, slot: int, logits: Tensor) -> StepHandle:
+        self.tokens[slot] = int(logits[0, 0])
+        number = self.launch(slot)
+        self._mail[number] = [self.tokens[slot]]
+        self.log.append("start")
+        return StepHandle(number, [0], logits)
+
+    def step(self, slots: list[int], longest: int) -> StepHandle:
+        assert slots == sorted(self.lengths), "a step takes all slots in use, and no other"
+        number = self.launch(*slots)
+        for slot in slots:
+            self.lengths[slot] += 1
+            self.tokens[slot] += 1
+            self._logits[slot] = self.tokens[slot]
+        assert longest == max(self.lengths.values())
+        assert longest <= MAX_TOKENS
+        self._mail[number] = [self.tokens.get(slot, -1) for slot in range(SLOTS)]
+        on_way = [step for step in self._mail if step > self.done]
+        assert len(on_way) <= self.depth + SLOTS
+        self.log.append("step")
+        return StepHandle(number, slots, self._logits)
+
+    def feed(self, slot: int, token: int) -> None:
+        assert slot in self.lengths
+        self.tokens[slot] = token
+
+    def read(self, handle: StepHandle) -> list[int] | None:
+        if handle.number > self.done:
+            return None
+        drawn = self._mail.pop(handle.number)
+        return [drawn[row] for row in handle.rows]
+
+    def event(self) -> Event:
+        return Event(self)
+
+    def logprob(self, logits: Tensor, event: Event, token: int, top: int) -> Logprob:
+        return Logprob(token, float(logits[0]), [(token, 0.0)] * top)
+
+    def retire(self, slot: int) -> FakeRelease:
+        self.lengths.pop(slot, None)
+        self.owner.pop(slot, None)
+        return FakeRelease(self, slot)
+
+    def join_prompt(self) -> None:
+        self.joined += 1
+
+    def check_integrity(self) -> None:
+        assert self.lengths.keys() <= self.owner.keys()
