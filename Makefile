@@ -4,7 +4,11 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA := $(wildcard kernels/*.cu kernels/*.cuh benchmarks/gpu/*.cu)
-EXTRAS := test,bench$(if $(shell command -v nvidia-smi),$(shell echo ,cuda))
+GPU := $(shell command -v nvidia-smi)
+EXTRAS := test,bench$(if $(GPU),$(shell echo ,cuda))
+# Tests compute with one thread each, so several files run at a time; those of a GPU have it to themselves.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo lint test test-all bench-cpu clean
 
@@ -30,11 +34,13 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL) -m 'not slow and not gpu'
+	$(if $(GPU),$(PYTEST) -m 'gpu and not slow')
 
 # also the tests that take minutes
 test-all: lint
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) $(PARALLEL) -m 'not gpu'
+	$(if $(GPU),$(PYTEST) -m gpu)
 
 bench-cpu: setup
 	$(BIN)/python -m benchmarks.cpu_decode

@@ -1,46 +1,160 @@
-"""The main job on the default model: two questions about one real document, answered from the KV store.
+"""The main job on the default model: questions about one long document, answered with and without CLO.
 
-Starts two servers one after the other, with full attention and with CLO, and compares the perplexity of the
-same text on both. Run it with ``make demo``.
+Asks the same of two servers, one after the other: with full attention over the whole KV cache, then with CLO.
+Shows both answers beside the words of the document that hold the answer, what CLO saved, and which tokens the
+heads kept. Run it with ``make demo``.
 """
 
+import argparse
 import math
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
-from clo.runtime.client import Client, Result
+from clo import Client
+from clo.runtime.client import Result
+from clo.runtime.config import Device, ModelConfig
+from clo.runtime.model.files import resolve
+from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.units import format_size
-from clo.runtime.wire.messages import Progress
-from examples.document import document
+from clo.runtime.wire.errors import CLOError
+from clo.runtime.wire.messages import Text
+from examples import picture
+from examples.document import pytorch_readme
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT_CHARACTERS = 26_000  # about 6,300 tokens
-SCORED_CHARACTERS = 600
-ANSWER_TOKENS = 64
+PICTURE = Path("demo.png")
+WIDTH = 100  # of the terminal, in characters
+ANSWER_TOKENS = 40
+NAMES = {"full": "Full attention", "clo": "CLO"}
+
+Report = Callable[[int, int], None]  # tokens done, of how many
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the document.
+
+    Attributes:
+        text: what is asked.
+        passage: words of the document that hold the answer.
+        fact: words that a right answer contains.
+    """
+
+    text: str
+    passage: str
+    fact: str
+
+
 QUESTIONS = (
-    "What does the finally clause of a try statement do?",
-    "How does the with statement use a context manager?",
+    Question(
+        "Which CUDA version does the Dockerfile support?",
+        "The Dockerfile is supplied to build images with CUDA 12.1 support and cuDNN v9.",
+        "CUDA 12.1",
+    ),
+    Question(
+        "What does the PyTorch Slack host?",
+        "The PyTorch Slack hosts a primary audience of moderate to experienced PyTorch users and developers "
+        "for general chat, online discussions, collaboration, etc.",
+        "moderate to experienced PyTorch users and developers for general chat",
+    ),
+    Question(
+        "Who is PyTorch currently maintained by?",
+        "PyTorch is currently maintained by Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
+        "Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
+    ),
 )
+# The first question, with its answer from the document, shows how to answer.
+PROMPT = """{document}
+
+Questions about the text above.
+
+Question: Where can installation instructions for previous PyTorch versions be found?
+Answer: Installation instructions for previous PyTorch versions may be found on our website.
+
+Question: {question}
+Answer:"""
+
+
+def main() -> None:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--device", choices=get_args(Device), default="auto")
+    device: Device = parser.parse_args().device
+    document = pytorch_readme()
+    questions = [question for question in QUESTIONS if question.passage in document]
+    if not questions:
+        sys.exit(
+            f"error: The README of PyTorch {version('torch')} answers none of the demo's questions; install "
+            "torch 2.13.0, for which they are written."
+        )
+    say(
+        f"{len(questions)} questions about one document, the README of PyTorch {version('torch')}: answered "
+        "with full attention over the whole KV cache, then with CLO."
+    )
+    prompts = [PROMPT.format(document=document, question=question.text) for question in questions]
+    try:
+        full = answers("full", device, prompts)
+        clo = answers("clo", device, prompts)
+        for number, result in enumerate(clo, 1):
+            if not result.text.strip():
+                sys.exit(f"error: CLO gave an empty answer to question {number}.")
+        for number, results in enumerate(zip(full, clo, strict=True)):
+            print_answers(number, questions[number], document, *results)
+        print_savings(full, clo)
+        print_kept(device, questions[0], prompts[0], clo[0])
+    except CLOError as error:
+        sys.exit(f"error: {error}")
+    print()
+    say(
+        f"That took {time.monotonic() - began:.0f} s. Next: README.md has the options and what is measured, "
+        "docs/structure.md how it works, and `python launch.py --help` how to serve another model."
+    )
+
+
+def say(text: str) -> None:
+    """Print a paragraph."""
+    print(textwrap.fill(text, WIDTH), flush=True)
+
+
+def answers(attention: str, device: Device, prompts: list[str]) -> list[Result]:
+    """What a server answers to each prompt, alone and greedily."""
+    results = []
+    with server(attention, device) as address, Client(address) as client:
+        for number, prompt in enumerate(prompts, 1):
+            with waiting(f"{NAMES[attention]}: reading the document for question {number}") as report:
+                results.append(
+                    client.generate(
+                        prompt,
+                        temperature=0.0,
+                        max_tokens=ANSWER_TOKENS,
+                        stop=["\n"],
+                        logprobs=0,
+                        on_progress=lambda progress, report=report: report(progress.done, progress.total),
+                    )
+                )
+    return results
 
 
 @contextmanager
-def server(attention: str) -> Iterator[str]:
-    """A server on a free port; yields its address."""
-    command = [sys.executable, "launch.py", "--workers", "1", "--kvstore", "numa0", "--port", "0"]
-    print(f"$ {' '.join(['python', *command[1:], '--attention', attention])}", flush=True)
-    process = subprocess.Popen(
-        [*command, "--attention", attention], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+def server(attention: str, device: Device) -> Iterator[str]:
+    """A server on a free port; yields its address. Ends the program where it cannot start."""
+    command = ["launch.py", "--attention", attention, "--device", device, "--kv-size", "1GiB", "--port", "0"]
+    print(f"$ python {' '.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         ready = process.stdout.readline().strip()
-        if not ready:
+        if not ready:  # the server has said why
             sys.exit(process.wait() or 1)
         print(ready, flush=True)
         yield ready.split()[1]
@@ -50,69 +164,99 @@ def server(attention: str) -> Iterator[str]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, nothing in a file; yields what to tell it with."""
-    with tqdm(unit=" tokens", leave=False, disable=None) as bar:
+def waiting(what: str) -> Iterator[Report]:
+    """A progress bar on a terminal, one line in a file; yields what to tell it with."""
+    with tqdm(desc=what, unit=" tokens", leave=False, disable=None) as bar:
+        if bar.disable:
+            print(what, flush=True)
 
-        def show(progress: Progress) -> None:
-            bar.set_description(progress.stage, refresh=False)
-            bar.total = progress.total
-            bar.update(progress.done - bar.n)
-            if progress.done == progress.total:
-                bar.clear()
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-        yield show
-
-
-def ask(client: Client, text: str, question: str) -> tuple[Result, float]:
-    """Stream one answer to the terminal; returns the result and decode tokens/s."""
-    turns = [{"role": "user", "content": f"{text}\n\nQuestion about the text above: {question}"}]
-    print(f"\nQ: {question}", flush=True)
-    began = 0.0
-    with progress_bar() as show:
-        stream = client.stream(turns, temperature=0.0, max_tokens=ANSWER_TOKENS, on_progress=show)
-        for chunk in stream:
-            if not began:
-                began = time.monotonic()
-                print("A: ", end="")
-            print(chunk.text, end="", flush=True)
-    print(flush=True)
-    result = stream.result
-    return result, (result.usage.completion_tokens - 1) / max(time.monotonic() - began, 1e-9)
+        yield report
 
 
-def perplexity(client: Client, text: str, continuation: str) -> float:
-    """Of the continuation, token by token through the decode path."""
-    with progress_bar() as show:
-        scored = client.score(text, continuation, on_progress=show)
-    assert scored.logprobs is not None
-    return math.exp(-sum(entry.logprob for entry in scored.logprobs) / len(scored.logprobs))
+def print_answers(number: int, question: Question, document: str, full: Result, clo: Result) -> None:
+    """Both answers, and the place of the document that shows whether they are right."""
+    start = document.index(question.passage)
+    line_start, line_end = document.rfind("\n", 0, start) + 1, document.find("\n", start)
+    marked = document[line_start:line_end].replace(question.passage, f"[{question.passage}]")
+    verdicts = ["right" if question.fact in result.text else "WRONG" for result in (full, clo)]
+    same = "the same" if full.text == clo.text else "another answer"
+    print(f"\n{number + 1}. {question.text}")
+    for label, text in (
+        (f"document, at {start / len(document):.0%}", textwrap.shorten(marked, 300, placeholder=" ...")),
+        (f"full attention: {verdicts[0]}", full.text.strip()),
+        (f"CLO: {verdicts[1]}, {same}", clo.text.strip()),
+    ):
+        lines = textwrap.wrap(text, WIDTH - 30) or [""]
+        for first, line in zip([label] + [""] * len(lines), lines, strict=False):
+            print(f"   {first:25}  {line}")
 
 
-def main() -> None:
-    source = document("compound")
-    text = source[:DOCUMENT_CHARACTERS]
-    continuation = source[DOCUMENT_CHARACTERS : DOCUMENT_CHARACTERS + SCORED_CHARACTERS]
-    measured: dict[str, float] = {}
-    rows: list[tuple[str, Result, float]] = []
-    for attention in ("full", "clo"):
-        with server(attention) as address, Client(address) as client:
-            if attention == "clo":
-                for number, question in enumerate(QUESTIONS, 1):
-                    rows.append((f"question {number}", *ask(client, text, question)))
-            measured[attention] = perplexity(client, text, continuation)
+def print_savings(full: list[Result], clo: list[Result]) -> None:
+    """What CLO held and read for each question, beside full attention."""
 
-    print(f"\n{'':12} {'tokens':>7} {'KV in store':>12} {'resident':>10} {'index':>10} {'hit rate':>9} "
-          f"{'rows/step/head':>15} {'tokens/s':>9}")  # fmt: skip
-    for name, result, speed in rows:
-        cache = result.cache
-        print(f"{name:12} {result.usage.prompt_tokens:7} {format_size(cache.kv_bytes):>12} "
-              f"{format_size(cache.resident_bytes):>10} {format_size(cache.index_bytes):>10} "
-              f"{cache.hit_rate:9.1%} {cache.rows_per_step_and_head:15.1f} {speed:9.1f}")  # fmt: skip
-    print(
-        f"\nperplexity of the next {SCORED_CHARACTERS} characters: "
-        f"full {measured['full']:.3f}, clo {measured['clo']:.3f}"
+    def line(name: str, cells: list[str]) -> None:
+        print(f"{name:46}" + "".join(f"{cell:>14}" for cell in cells))
+
+    caches = [result.cache for result in clo]
+    print()
+    line("", [f"question {number}" for number in range(1, len(clo) + 1)])
+    line("tokens of the prompt", [f"{result.usage.prompt_tokens:,}" for result in clo])
+    line("KV in CPU memory", [format_size(cache.kv_bytes) for cache in caches])
+    line("held on the worker: resident rows", [format_size(cache.resident_bytes) for cache in caches])
+    line("                    index", [format_size(cache.index_bytes) for cache in caches])
+    line("CPU memory read in a step: full attention", [format_size(cache.kv_bytes) for cache in caches])
+    line(
+        "                           CLO",
+        [format_size(cache.fetched_bytes / max(cache.steps, 1)) for cache in caches],
     )
+    line("rows fetched per step and head", [f"{cache.rows_per_step_and_head:.1f}" for cache in caches])
+    line("selected rows that were resident already", [f"{cache.hit_rate:.1%}" for cache in caches])
+    pairs = [common_perplexities(*pair) for pair in zip(full, clo, strict=True)]
+    line("perplexity of the answer: full attention", [f"{pair[0]:.3f}" for pair in pairs])
+    line("                          CLO", [f"{pair[1]:.3f}" for pair in pairs])
+    say(
+        "Both read the prompt with full attention. In each step CLO also reads what it holds on the worker. "
+        "On a CPU that is the same memory, so nothing gets faster; README.md has speeds on a GPU."
+    )
+
+
+def common_perplexities(full: Result, clo: Result) -> tuple[float, float]:
+    """Perplexity, by either, of the tokens that both answers begin with."""
+    pairs = list(zip(full.logprobs or [], clo.logprobs or [], strict=False))
+    same = next((at for at, (a, b) in enumerate(pairs) if a.token != b.token), len(pairs))
+    if not same:
+        return math.nan, math.nan
+    losses = [-sum(entry.logprob for entry in entries[:same]) / same for entries in zip(*pairs, strict=True)]
+    return math.exp(losses[0]), math.exp(losses[1])
+
+
+def print_kept(device: Device, question: Question, prompt: str, result: Result) -> None:
+    """What the heads kept at the end of the answer to the first question: a few lines here, and a picture."""
+    model = resolve(ModelConfig(device=device))
+    tokenizer = Tokenizer(Path(model.path), model.vocab_size)
+    tokens = tokenizer.encode(Text(prompt), limit=len(prompt))
+    start = prompt.index(question.passage)
+    passage = picture.tokens_between(tokenizer, prompt, start, start + len(question.passage))
+    start += question.passage.index(question.fact)
+    fact = picture.tokens_between(tokenizer, prompt, start, start + len(question.fact))
+    words = [tokenizer.decode([token]) for token in tokens + result.tokens[:-1]]
+    print()
+    with waiting("CLO: the same answer to question 1 in this process, to look at what is resident") as report:
+        resident = picture.resident_after(model, tokens, result.tokens, report)
+    heads = resident.shape[0] * resident.shape[1]
+    say(
+        f"What {heads} heads keep at the end of answer 1, from the first token to the last: the higher a "
+        "block, the more of the tokens there. ▼ marks the passage that holds the answer."
+    )
+    print(picture.overview(resident, passage))
+    print("\nThe same close up, where the answer stands:")
+    print(picture.close_up(resident, fact, words))
+    picture.draw(resident, passage, words, f"Question: {question.text} Answer:{result.text}", PICTURE)
+    print(f"\nAs a picture: {PICTURE.resolve()}")
 
 
 if __name__ == "__main__":

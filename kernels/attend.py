@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
@@ -231,8 +230,11 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     """
     count, total = query.shape[0], rows.shape[0]
     keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)  # each [1, kv_heads, T, D]
-    mask: Tensor = causal_lower_right(count, total)
-    if not query.is_cuda:  # torch's attention on the CPU does not take the bias
+    if query.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # here, because it takes seconds
+
+        mask: Tensor = causal_lower_right(count, total)
+    else:  # torch's attention on the CPU does not take the bias
         mask = torch.ones(count, total, dtype=torch.bool).tril_(total - count)
     out = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, scale=scale, enable_gqa=True

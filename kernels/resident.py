@@ -40,6 +40,23 @@ class ResidentSet(NamedTuple):
             rows=self.rows[:count], positions=self.positions[:count], last_used=self.last_used[:count]
         )
 
+    def tokens(self, slot: int, length: int) -> Tensor:
+        """Which tokens of a sequence are resident, between two steps: for tests and pictures.
+
+        Args:
+            slot: of the sequence.
+            length: its tokens, the latest of which is in the ring.
+
+        Returns:
+            [kv_heads, sinks + recent + C] int64: the position of the token in each row, -1 where empty.
+        """
+        device = self.positions.device
+        sinks = torch.arange(self.sinks, device=device)
+        ring = torch.arange(self.recent, device=device)
+        ring = length - 1 - torch.remainder(length - 1 - self.sinks - ring, self.recent)
+        always = torch.cat((sinks.where(sinks < length, -1), ring.where(ring >= self.sinks, -1)))
+        return torch.cat((always.expand(self.kv_heads, -1), self.positions[slot].long()), 1)
+
 
 ROWS = Argument("resident.rows", ELEMENT, "B kv_heads sinks+recent+capacity 2 head_dim", chunks=True)
 POSITIONS = Argument("resident.positions", torch.int32, "B kv_heads capacity")

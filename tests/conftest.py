@@ -27,10 +27,15 @@ client.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and none is visible here"))
+    """Skip what needs a GPU where there is none, give slow tests time, begin with files that start servers,
+    which take longest."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and none is visible here"))
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+    serving = {item.path for item in items if "launch" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in serving)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

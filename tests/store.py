@@ -15,7 +15,7 @@ from clo.runtime.wire.messages import Attach, Attached, FromStore, ToStore
 
 MIB = 2**20
 ARENA_BYTES = 64 * MIB
-WAIT_MS = 20_000
+WAIT_MS = 120_000  # only a failure takes as long
 
 
 def command(

@@ -31,7 +31,6 @@ from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import WorkerDied
 from clo.runtime.wire.messages import Chunk, Generate, Progress, Sampling, Text, Tokens
 from examples.document import document
-from tests import server as servers
 from tests.faults import WAIT_S, assert_serves, error_of, raw, wait_until_idle
 from tests.server import Server
 
@@ -46,12 +45,6 @@ BURSTS = (1, 2, 40, 3, 5, 9, 14, 20, 6)  # requests that come together
 LONGEST_PROMPT = 3000
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first server on a machine compiles its kernels."""
-    monkeypatch.setattr(servers, "READY_S", 180.0)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ async def run(address: str, order: Order, alone: Result, gap: float) -> Outcome:
     if order.fate == "vanish":
         await asyncio.to_thread(vanish, address, order)
         return Outcome(order.fate, 1, False)
-    async with AsyncClient(address, timeout=120) as client:
+    async with AsyncClient(address, timeout=WAIT_S) as client:
         if order.fate == "stay":
             result = await client.generate(order.prompt, **GREEDY, max_tokens=order.tokens)
             assert result.finish_reason == "length" and len(result.tokens) == order.tokens
@@ -205,7 +198,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(
     assert len({order.fate for order in orders}) == 6
     slots = ("--max-num-seqs", str(SLOTS))
     with launch("--model", str(model), *FLOAT32, *CASES[case], *slots) as server:
-        with Client(server.address, timeout=120) as client:
+        with Client(server.address, timeout=WAIT_S) as client:
             alone = [
                 client.generate(order.prompt, **GREEDY, max_tokens=order.tokens, logprobs=4)
                 for order in orders
@@ -244,7 +237,7 @@ def test_the_worker_answers_as_one_on_the_cpu_does(launch: Launch, smollm2: Path
     size = ("--max-model-len", "512", "--resident", "512", "--kv-size", "256MiB")
 
     async def ask(address: str) -> list[Result]:
-        async with AsyncClient(address, timeout=240) as client:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
             asked = [client.generate(prompt, **GREEDY, max_tokens=12, logprobs=4) for prompt in prompts]
             return await asyncio.gather(*asked)
 
@@ -252,7 +245,7 @@ def test_the_worker_answers_as_one_on_the_cpu_does(launch: Launch, smollm2: Path
         expected = asyncio.run(ask(server.address))
     with launch("--model", str(smollm2), *size, *FLOAT32) as server:
         found = asyncio.run(ask(server.address))
-        with Client(server.address, timeout=120) as client:
+        with Client(server.address, timeout=WAIT_S) as client:
             forced = [
                 client.score(prompt, answer.tokens) for prompt, answer in zip(prompts, expected, strict=True)
             ]

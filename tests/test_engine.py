@@ -17,6 +17,7 @@ from clo.gpu_worker.in_process import (
     wait_for,
 )
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.kernels.blocks import gather_tokens
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from tests.reference import load_transformers, transformers_greedy
@@ -90,6 +91,26 @@ def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     window = make_engine(decoder, CacheConfig(select_k=1, resident=1, recent=16), 1, 450)
     dropped = divergence(teacher_force(window, prompt, continuation), full)
     assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
+
+
+@pytest.mark.parametrize("prompt_length", [2, 10, 40, 300])
+def test_every_resident_row_is_that_of_the_token_it_is_said_to_hold(
+    decoder: Decoder, prompt_length: int
+) -> None:
+    """Shorter than the sinks, than the ring and than the set, and far longer than all."""
+    prompt, continuation = random_tokens(decoder, prompt_length), random_tokens(decoder, 30)
+    engine = make_engine(decoder, CacheConfig(select_k=8, resident=48, recent=16), 1, 330, SOURCES)
+    teacher_force(engine, prompt, continuation)
+    length = prompt_length + len(continuation) - 1  # the last token is predicted, not fed
+    block_table = torch.tensor([blocks_of(engine, 0, length)])
+    for layer in engine.cache.sparse_layers:
+        every_row = gather_tokens(layer.arena, block_table)[0]  # [kv_heads, T, 2, head_dim]
+        tokens = layer.resident.tokens(0, length)
+        for head, positions in enumerate(tokens):
+            filled = positions >= 0
+            held = positions[filled]
+            assert len(held.unique()) == len(held) == min(length, 4 + 16 + 48), "each token once"
+            assert torch.equal(layer.resident.rows[0, head, filled], every_row[head, held])
 
 
 def test_the_gate_saves_selections_and_counts_them(decoder: Decoder) -> None:

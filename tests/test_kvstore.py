@@ -92,12 +92,12 @@ import os, signal, zmq
 from clo.kvstore.client import StoreClient
 from clo.runtime.wire.messages import Allocate, Attach, GetStoreStats
 client = StoreClient(zmq.Context(), {store.endpoint!r})
-client.attach(Attach(1, 1, os.getpid(), 16, {MIB}), 20)
+client.attach(Attach(1, 1, os.getpid(), 16, {MIB}), {WAIT_MS / 1000})
 client.send(Allocate(1, {BLOCKS}))
-assert len(client.receive(20000).blocks) == {BLOCKS}
+assert len(client.receive({WAIT_MS}).blocks) == {BLOCKS}
 client.send(Allocate(2, {BLOCKS}))  # waits, and must not be served once this process is dead
 client.send(GetStoreStats())
-assert client.receive(20000).stats.waiting == 1
+assert client.receive({WAIT_MS}).stats.waiting == 1
 print("holds", flush=True)
 signal.pause()
 """

@@ -22,7 +22,7 @@ def main():
     {body}
 run_process(main)
 """
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 def test_an_explained_error_is_one_line_and_exit_code_3() -> None:

@@ -208,6 +208,7 @@ def test_rows_that_never_come_end_in_an_error(
     opened = Staging(worker.client, SHAPE, MOST, torch.device(device))
     opened.begin(1, 0, 1)
     next(stream(opened, [0])).sum().item()  # they have come, so what never comes is the next ones
+    usual = staging.STUCK_SECONDS
     monkeypatch.setattr(staging, "STUCK_SECONDS", 0.2)
     store.process.send_signal(signal.SIGSTOP)
     number = opened.request(1)
@@ -216,7 +217,7 @@ def test_rows_that_never_come_end_in_an_error(
     with pytest.raises(DeviceStuck, match="KV store"):
         opened.wait(number).sum().item()  # the CPU waits here, a GPU runs into the timeout behind this line
         opened.check()
-    assert 0.2 <= time.monotonic() - start < 5.0
+    assert 0.2 <= time.monotonic() - start < 0.9 * usual
     for late in (lambda: opened.wait(number), lambda: opened.request(2), opened.check):
         with pytest.raises(DeviceStuck):
             late()
@@ -233,7 +234,7 @@ def test_the_reference_waits_until_the_number_is_there() -> None:
     assert int(status) == 8
     start = time.monotonic()
     wait(flag, 9, 10**10, status)  # nothing waits once one wait was in vain
-    assert int(status) == 8 and time.monotonic() - start < 1.0
+    assert int(status) == 8 and time.monotonic() - start < 9.0
 
 
 @pytest.mark.gpu

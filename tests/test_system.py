@@ -1,7 +1,7 @@
 """The whole system over real sockets: exact tokens, many clients at once, memory where it belongs."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from clo.runtime.client import AsyncClient, Client
 from clo.runtime.wire.errors import PromptTooLong
 from clo.runtime.wire.messages import Info
+from tests.faults import WAIT_S
 from tests.reference import load_transformers, transformers_greedy
 from tests.server import Server
 
@@ -25,7 +26,7 @@ def prompts_of(lengths: tuple[int, ...], vocabulary: int, seed: int) -> list[lis
 
 async def assert_all_free(client: AsyncClient) -> None:
     """Blocks of ended requests come back at once, those of cancelled ones within moments."""
-    for _ in range(50):
+    for _ in range(10 * WAIT_S):
         info: Info = await client.info()
         if all(store.free_blocks == store.blocks and not store.sequences for store in info.stores):
             return
@@ -33,10 +34,15 @@ async def assert_all_free(client: AsyncClient) -> None:
     raise AssertionError(f"blocks are still held: {info.stores}")
 
 
-@pytest.mark.parametrize("prefetch", ["off", "verified"])
-def test_concurrent_streams_equal_the_ones_generated_alone(
-    launch: Launch, tiny_model: Path, prefetch: str
-) -> None:
+@pytest.fixture(scope="module", params=["off", "verified"])
+def exact(launch: Launch, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A set that holds every row: a random model's heads hardly prefer any, so rounding would choose."""
+    options = ("--kv-size", "64MiB", "--select-k", "32", "--resident", "4096", "--prefetch", request.param)
+    with launch("--model", str(tiny_model), *options) as server:
+        yield server
+
+
+def test_concurrent_streams_equal_the_ones_generated_alone(exact: Server) -> None:
     """Eight clients of different lengths, one cancelled, one refused."""
     lengths = (5, 40, 180, 513, 700, 1100, 2000, 3000)
     prompts = prompts_of(lengths, 512, seed=3)
@@ -44,7 +50,7 @@ def test_concurrent_streams_equal_the_ones_generated_alone(
 
     async def together(address: str) -> list[str]:
         async def one(number: int) -> str:
-            async with AsyncClient(address, timeout=120) as client:
+            async with AsyncClient(address, timeout=WAIT_S) as client:
                 if number == 3:
                     stream = client.stream(prompts[number], **{**options, "max_tokens": 900})
                     count = 0
@@ -65,14 +71,31 @@ def test_concurrent_streams_equal_the_ones_generated_alone(
             await assert_all_free(client)
         return texts
 
-    # A random model's heads hardly prefer any row, so rounding would choose: here the set holds every row.
-    exact = ("--select-k", "32", "--resident", "4096", "--prefetch", prefetch)
-    with launch("--model", str(tiny_model), "--kv-size", "64MiB", *exact) as server:
-        with Client(server.address, timeout=120) as client:
-            alone = [client.generate(prompt, **options).text for prompt in prompts]
-        alone[3], alone[5] = "cancelled", "refused"
-        assert asyncio.run(together(server.address)) == alone
-        assert asyncio.run(together(server.address)) == alone, "a second time, over slots that were used"
+    with Client(exact.address, timeout=WAIT_S) as client:
+        alone = [client.generate(prompt, **options).text for prompt in prompts]
+    alone[3], alone[5] = "cancelled", "refused"
+    assert asyncio.run(together(exact.address)) == alone
+    assert asyncio.run(together(exact.address)) == alone, "a second time, over slots that were used"
+
+
+def test_sampling_is_repeatable_and_logprobs_are_those_of_the_model(exact: Server, tiny_model: Path) -> None:
+    prompt = prompts_of((50,), 512, seed=9)[0]
+    model = load_transformers(str(tiny_model))
+    with Client(exact.address, timeout=WAIT_S) as client:
+        first = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
+        again = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
+        other = client.generate(prompt, seed=5, max_tokens=20, temperature=0.9, ignore_eos=True)
+        assert first.tokens == again.tokens != other.tokens
+
+        continuation = prompts_of((12,), 512, seed=10)[0]
+        scored = client.score(prompt, continuation)
+        assert scored.tokens == continuation
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation).unsqueeze(1)).squeeze(1)
+        assert scored.logprobs is not None
+        got = torch.tensor([entry.logprob for entry in scored.logprobs])
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_model: Path) -> None:
@@ -83,7 +106,7 @@ def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_m
     expected = [transformers_greedy(model, prompt, 20) for prompt in prompts]
 
     async def run(address: str) -> None:
-        async with AsyncClient(address, timeout=60) as client:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
             results = await asyncio.gather(*(client.generate(prompt, **options) for prompt in prompts))
             assert [result.tokens for result in results] == expected
             info = await client.info()
@@ -107,23 +130,3 @@ def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_m
         if not Path("/sys/devices/system/node/node1").exists():
             text = server.stderr.read_text()
             assert text.count("NUMA node 1") == 2, text  # one for the store, one for the worker
-
-
-def test_sampling_is_repeatable_and_logprobs_are_those_of_the_model(launch: Launch, tiny_model: Path) -> None:
-    prompt = prompts_of((50,), 512, seed=9)[0]
-    model = load_transformers(str(tiny_model))
-    with launch("--model", str(tiny_model), "--kv-size", "64MiB") as server, Client(server.address) as client:
-        first = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
-        again = client.generate(prompt, seed=4, max_tokens=20, temperature=0.9, ignore_eos=True)
-        other = client.generate(prompt, seed=5, max_tokens=20, temperature=0.9, ignore_eos=True)
-        assert first.tokens == again.tokens != other.tokens
-
-        continuation = prompts_of((12,), 512, seed=10)[0]
-        scored = client.score(prompt, continuation)
-        assert scored.tokens == continuation
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation).unsqueeze(1)).squeeze(1)
-        assert scored.logprobs is not None
-        got = torch.tensor([entry.logprob for entry in scored.logprobs])
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

@@ -42,14 +42,14 @@ class Decoder:
         pair = torch.arange(2 * shape.kv_heads, device=self.device) % 2 == 1
         query = torch.zeros(shape.query_heads, dtype=torch.bool, device=self.device)
         self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
-        # on a GPU, everything between two matrix products becomes one kernel
-        fused: Callable[[Any], Any] = partial(
-            torch.compile, dynamic=True, fullgraph=True, disable=self.device.type == "cpu"
-        )
-        self._gated: Callable[..., Tensor] = fused(gated)
-        self._rotate: Callable[..., Tensor] = fused(_rotate)
-        self._norm: Callable[..., Tensor] = fused(_norm)
-        self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = fused(_add_and_norm)
+        self._gated: Callable[..., Tensor] = gated
+        self._rotate: Callable[..., Tensor] = _rotate
+        self._norm: Callable[..., Tensor] = _norm
+        self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = _add_and_norm
+        if self.device.type != "cpu":  # everything between two matrix products becomes one kernel
+            fused: Callable[[Any], Any] = partial(torch.compile, dynamic=True, fullgraph=True)
+            self._gated, self._rotate = fused(gated), fused(_rotate)
+            self._norm, self._add_and_norm = fused(_norm), fused(_add_and_norm)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
