@@ -21,6 +21,7 @@ import zmq
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.cpu_clock import cpu_seconds
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replay
@@ -213,11 +214,6 @@ def running_store() -> Iterator[tuple[str, int]]:
     finally:
         process.kill()
         process.wait()
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU seconds of another process so far, by the clock of clock_getcpuclockid(3)."""
-    return time.clock_gettime(~pid << 3 | 2)
 
 
 def calls_of(profiler: profile, steps: int) -> list[Result]:

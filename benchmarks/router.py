@@ -1,0 +1,271 @@
+"""What the router and a client cost for each token that passes them, in CPU time.
+
+    python -m benchmarks.router
+
+A router in a process of its own, as in a server; a worker process that only speaks the worker's messages,
+and sends the tokens of a real text (SmolLM2's tokenizer) as fast as the router takes them; one client with
+all streams in a third process. A run has fewer tokens than the router holds for a client that does not read,
+so that none is dropped. The median of some runs counts.
+
+The reference is what cannot be saved: each token made text by ``tokenizers``' DecodeStream, and the same
+``Chunk`` sent by one bare socket and read by another. Beside it stands the part of it that is the
+detokenizer's.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any, NamedTuple
+
+import tokenizers
+import zmq
+import zmq.asyncio
+from tokenizers.decoders import DecodeStream
+
+from benchmarks.cpu_clock import cpu_seconds
+from benchmarks.result import Result, write
+from clo.runtime.client import AsyncClient
+from clo.runtime.config import ModelConfig, ResolvedModel, ServerConfig
+from clo.runtime.machine.process import die_with_parent
+from clo.runtime.model.files import resolve
+from clo.runtime.router import Router
+from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.wire.messages import (
+    NO_STATS,
+    Cancel,
+    Chunk,
+    Done,
+    FromWorker,
+    Ready,
+    Run,
+    Step,
+    Stepped,
+    Text,
+    ToClient,
+    ToRouter,
+    ToWorker,
+)
+from clo.runtime.wire.sockets import DealerSocket, Delivery, RouterSocket
+from examples.document import document
+
+STREAMS = (1, 16, 64)
+TOKENS = 16_000  # of a run; below ``clo.runtime.router.UNREAD_MESSAGES``
+LONGEST = 8_000  # tokens of one stream: the model's own limit is 8,192
+RUNS = 5
+SETTLED_MS = 100  # without a new request, after which the worker begins
+
+_processes = multiprocessing.get_context("spawn")
+
+
+class Costs(NamedTuple):
+    """CPU seconds of two processes for a number of messages, and how long these took to arrive."""
+
+    sender: float
+    receiver: float
+    wall: float
+
+
+class Peer:
+    """A process that runs ``main(connection, *arguments)`` and dies with this one."""
+
+    def __init__(self, main: Callable[..., None], *arguments: object) -> None:
+        self.connection, theirs = _processes.Pipe()
+        self._process = _processes.Process(
+            target=_run, args=(main, theirs, os.getpid(), *arguments), daemon=True
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _run(main: Callable[..., None], connection: Connection, parent: int, *arguments: object) -> None:
+    die_with_parent(parent)
+    main(connection, *arguments)
+
+
+def serve(connection: Connection, model: ResolvedModel) -> None:
+    """The router; sends its two addresses."""
+
+    async def run() -> None:
+        router = Router(ServerConfig(port=0), model)
+        connection.send((router.address, router.workers_endpoint))
+        await router.serve()
+
+    asyncio.run(run())
+
+
+def work(connection: Connection, endpoint: str, text: list[int]) -> None:
+    """The worker: gives every request the tokens of the text, again and again, all requests together."""
+    router: DealerSocket[FromWorker, ToWorker] = DealerSocket(zmq.Context(), endpoint, ToWorker, b"worker-0")
+    router.send(Ready(0, os.getpid(), "numa0", TOKENS))
+    while True:
+        runs, timeout = [], None
+        while (message := router.receive(timeout)) is not None:
+            timeout = SETTLED_MS
+            runs += [message] if isinstance(message, Run) else []
+        for step in range(max(run.sampling.max_tokens for run in runs)):
+            token = text[step % len(text)]
+            router.send(Stepped([Step(run.sequence, token, None) for run in runs]))
+        for run in runs:
+            router.send(Done(run.sequence, "length", NO_STATS))
+
+
+def ask(connection: Connection, address: str) -> None:
+    """The client: gets numbers of streams and of tokens of each, and answers with the seconds in between the
+    first token and the last one."""
+
+    async def run() -> None:
+        async with AsyncClient(address) as client:
+            while True:
+                streams, tokens = await asyncio.to_thread(connection.recv)
+                times: list[float] = []
+
+                async def read(tokens: int, times: list[float]) -> None:
+                    stream = client.stream([1], max_tokens=tokens, ignore_eos=True)
+                    async for _ in stream:
+                        times.append(time.perf_counter())
+                    assert stream.result.usage.completion_tokens == tokens
+
+                await asyncio.gather(*(read(tokens, times) for _ in range(streams)))
+                connection.send(max(times) - min(times))
+
+    asyncio.run(run())
+
+
+def measure(router: Peer, client: Peer, streams: int) -> Costs:
+    """One run: of router and client, for a token."""
+    tokens = min(LONGEST, TOKENS // streams)
+    began = cpu_seconds(router.pid), cpu_seconds(client.pid)
+    client.connection.send((streams, tokens))
+    wall = client.connection.recv()
+    total = streams * tokens
+    return Costs(
+        (cpu_seconds(router.pid) - began[0]) / total,
+        (cpu_seconds(client.pid) - began[1]) / total,
+        wall / total,
+    )
+
+
+def send_bare(connection: Connection, text: list[int], words: list[str]) -> None:
+    """Sends the same chunks to whoever says hello, and nothing else; each time its parent asks for it."""
+
+    async def run() -> None:
+        socket: RouterSocket[ToClient, ToRouter] = RouterSocket(
+            zmq.asyncio.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0
+        )
+        connection.send(socket.endpoint)
+        peer, _ = await socket.receive()
+        while True:
+            await asyncio.to_thread(connection.recv)
+            for step in range(TOKENS):
+                place = step % len(text)
+                chunk = Chunk("0" * 32, words[place], [text[place]], None)
+                assert socket.send(peer, chunk) is Delivery.SENT
+                if step % 64 == 0:
+                    await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def read_bare(connection: Connection, address: str) -> None:
+    """Reads chunks with a bare socket, and tells its parent when they are all there."""
+    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient)
+    server.send(Cancel("hello"))
+    for number in count(1):
+        server.receive(None)
+        if number % TOKENS == 0:
+            connection.send(None)
+
+
+def measure_bare(text: list[int], words: list[str]) -> Costs:
+    """Of a bare sender and a bare reader, for a token."""
+    sender = Peer(send_bare, text, words)
+    reader = Peer(read_bare, sender.connection.recv())
+    try:
+        runs = []
+        for _ in range(RUNS + 1):
+            began = time.perf_counter(), cpu_seconds(sender.pid), cpu_seconds(reader.pid)
+            sender.connection.send(None)
+            reader.connection.recv()
+            ended = time.perf_counter(), cpu_seconds(sender.pid), cpu_seconds(reader.pid)
+            wall, sending, reading = ((b - a) / TOKENS for a, b in zip(began, ended, strict=True))
+            runs.append(Costs(sending, reading, wall))
+        return middle(runs[1:])
+    finally:
+        reader.close()
+        sender.close()
+
+
+def middle(runs: list[Costs]) -> Costs:
+    return Costs(*(median(figures) for figures in zip(*runs, strict=True)))
+
+
+def seconds_per_token(push: Callable[[int], object], text: list[int]) -> float:
+    """CPU seconds of this process that ``push`` takes for each of ``TOKENS`` tokens."""
+    began = time.process_time()
+    for step in range(TOKENS):
+        push(text[step % len(text)])
+    return (time.process_time() - began) / TOKENS
+
+
+def main() -> None:
+    model = resolve(ModelConfig(device="cpu"))
+    tokenizer = Tokenizer(model.folder, model.vocab_size)
+    text = tokenizer.encode(Text(document("compound")), limit=10**9)
+    words = [tokenizer.decode([token]) for token in text]
+    backend: Any = tokenizers.Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+    own, theirs = [], []
+    for _ in range(RUNS):
+        stream = DecodeStream(skip_special_tokens=True)
+        own.append(seconds_per_token(Detokenizer(tokenizer, []).push, text))
+        theirs.append(seconds_per_token(partial(stream.step, backend), text))
+    detokenizer, decode_stream = median(own), median(theirs)
+    bare = measure_bare(text, words)
+    floor = decode_stream + bare.sender
+
+    router = Peer(serve, model)
+    address, endpoint = router.connection.recv()
+    worker = Peer(work, endpoint, text)
+    client = Peer(ask, address)
+    results = [
+        Result("ceiling", "bare sockets", 1 / bare.wall, "tokens/s"),
+        Result(
+            "detokenizer",
+            "CPU",
+            detokenizer * 1e6,
+            "us/token",
+            decode_stream * 1e6,
+            detokenizer / decode_stream,
+        ),
+    ]
+    try:
+        for streams in STREAMS:
+            measure(router, client, streams)
+            costs = middle([measure(router, client, streams) for _ in range(RUNS)])
+            case = f"router/{streams}"
+            results += [
+                Result(case, "router CPU", costs.sender * 1e6, "us/token", floor * 1e6, costs.sender / floor),
+                Result(
+                    case, "client CPU", costs.receiver * 1e6, "us/token", bare.receiver * 1e6,
+                    costs.receiver / bare.receiver,
+                ),
+                Result(case, "rate", 1 / costs.wall, "tokens/s", 1 / bare.wall, bare.wall / costs.wall),
+            ]  # fmt: skip
+    finally:
+        for peer in (client, worker, router):
+            peer.close()
+    write("router", results)
+
+
+if __name__ == "__main__":
+    main()
