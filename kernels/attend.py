@@ -2,12 +2,15 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import gather_tokens
+from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
@@ -81,17 +84,14 @@ def attend_resident(
              resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return state
-    known = lengths.tolist()
-    used = min(max(*known, first), resident.rows.shape[2])  # a set fills from its front
-    bias = torch.zeros(*positions.shape[:2], used)
-    for sequence, length in enumerate(known):
-        if length < first:
-            bias[sequence, :, max(length, 1) : first] = -torch.inf
-    bias[..., first:].masked_fill_(positions[..., : used - first] < 0, -torch.inf)
+    absent = np.zeros(resident.rows.shape[:3], np.bool_)
+    for sequence, length in enumerate(lengths.tolist()):
+        absent[sequence, :, max(length, 1) : first] = True
+    absent[..., first:] = positions.numpy() < 0
     if fetch_list is not None:
-        bias.scatter_(2, _places(fetch_list, first)[0], -torch.inf)
-        bias[..., 0] = 0
-    return _attend(query, resident.rows[:, :, :used], bias, scale)
+        np.put_along_axis(absent, _places(fetch_list, first)[0].numpy(), True, 2)
+        absent[..., 0] = False
+    return _attend(query, resident.rows, absent, scale)
 
 
 def merge_fetched(
@@ -119,27 +119,22 @@ def merge_fetched(
         recent=resident.recent, capacity=resident.capacity, splits=1 if query.is_cpu else _splits(resident),
     )  # fmt: skip
     if not query.is_cpu:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         _launch(
             "merge_fetched", 1, query, resident,
-            [*state, query, query.stride(0), resident.rows, lengths, *_pointers(fetch_list), lse, out,
+            [*state, query, query.stride(0), resident.rows, lengths, *_pointers(fetch_list), lse, result,
              resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
-        return out
-    out, sums, maxima = state
+        return result
     if fetch_list is not None:
         places, coming = _places(fetch_list, resident.first)
         rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
-        bias = torch.zeros(places.shape).masked_fill_(~coming, -torch.inf)
-        arrived = _attend(query, rows, bias, scale)
-        out, sums, maxima = (torch.cat(parts, dim=2) for parts in zip(state, arrived, strict=True))
-    highest = maxima.amax(2, keepdim=True)
-    weight = (maxima - highest).exp()
-    total = (sums * weight).sum(2)
-    latest = (highest.squeeze(2) + total.log()).flatten(1)
-    lse.copy_(latest.where((lengths > 0).unsqueeze(1), lse))
-    out = (out * weight.unsqueeze(-1)).sum(2) / total.unsqueeze(-1)
-    return out.flatten(1, 2).to(query.dtype)
+        arrived = _attend(query, rows, ~coming.numpy(), scale)
+        state = AttentionState(*(torch.cat(parts, dim=2) for parts in zip(state, arrived, strict=True)))
+    attended = torch.zeros(query.shape)
+    out, sums, maxima = (part.numpy() for part in state)
+    _merge(out, sums, maxima, lengths.numpy(), lse.numpy(), attended.numpy())
+    return attended.to(query.dtype)
 
 
 def _places(fetch_list: FetchList, first: int) -> tuple[Tensor, Tensor]:
@@ -150,19 +145,80 @@ def _places(fetch_list: FetchList, first: int) -> tuple[Tensor, Tensor]:
     return (fetch_list.entries[..., : len(entries)].long() + first).where(coming, 0), coming
 
 
-def _attend(query: Tensor, rows: Tensor, bias: Tensor, scale: float) -> AttentionState:
-    """Attention over the rows [B, kv_heads, R, 2, head_dim] in one part; ``bias`` [B, kv_heads, R] is 0, or
-    -inf for rows to leave out."""
-    batch, kv_heads = bias.shape[:2]
-    grouped = query.reshape(batch * kv_heads, -1, query.shape[2])
-    keys, values = rows.flatten(0, 1).unbind(2)
-    added = bias.flatten(0, 1).unsqueeze(1).to(rows.dtype)
-    scores = torch.baddbmm(added, grouped, keys.transpose(1, 2), alpha=scale).float()
-    peak = scores.amax(-1)
-    weights = scores.sub_(peak.clamp_min(-1e30).unsqueeze(-1)).exp_()
-    out = torch.bmm(weights.to(rows.dtype), values).float()
-    parts = batch, kv_heads, 1, grouped.shape[1]
-    return AttentionState(out.view(*parts, -1), weights.sum(-1).view(parts), peak.view(parts))
+def _attend(query: Tensor, rows: Tensor, absent: NDArray[np.bool_], scale: float) -> AttentionState:
+    """Attention over the rows [B, kv_heads, R, 2, head_dim] in one part, without those where ``absent``
+    [B, kv_heads, R] is true."""
+    batch, kv_heads, count = absent.shape
+    group, dim = query.shape[1] // kv_heads, query.shape[2]
+    grouped, held = floats(query.reshape(batch, kv_heads, group, dim)), floats(rows)
+    weights = np.empty((batch, kv_heads, group, count), np.float32)
+    parts = batch, kv_heads, 1, group
+    state = AttentionState(torch.empty(*parts, dim), torch.empty(parts), torch.empty(parts))
+    out, sums, maxima = (part.numpy() for part in state)
+    _scores(grouped, held, absent, scale, maxima, weights)
+    np.exp(weights, out=weights)
+    _values(weights, held, sums, out)
+    return state
+
+
+def _scores_loop(
+    query: Array, rows: Array, absent: Array, scale: float, maxima: Array, scores: Array
+) -> None:
+    batch, kv_heads, group, count = scores.shape
+    for sequence in range(batch):
+        for head in range(kv_heads):
+            peak = np.full(group, -np.inf, np.float32)
+            for row in range(count):
+                if absent[sequence, head, row]:
+                    scores[sequence, head, :, row] = -np.inf
+                    continue
+                key = rows[sequence, head, row, 0]
+                for member in range(group):
+                    product = np.float32(0)
+                    for entry in range(len(key)):
+                        product += query[sequence, head, member, entry] * key[entry]
+                    score = product * np.float32(scale)
+                    scores[sequence, head, member, row] = score
+                    peak[member] = max(peak[member], score)
+            for member in range(group):
+                maxima[sequence, head, 0, member] = peak[member]
+                scores[sequence, head, member] -= max(peak[member], np.float32(-1e30))
+
+
+def _values_loop(weights: Array, rows: Array, sums: Array, out: Array) -> None:
+    batch, kv_heads, group, count = weights.shape
+    out[:], sums[:] = 0, 0
+    for sequence in range(batch):
+        for head in range(kv_heads):
+            for row in range(count):
+                value = rows[sequence, head, row, 1]
+                for member in range(group):
+                    weight, total = weights[sequence, head, member, row], out[sequence, head, 0, member]
+                    sums[sequence, head, 0, member] += weight
+                    for entry in range(len(value)):
+                        total[entry] += weight * value[entry]
+
+
+def _merge_loop(out: Array, sums: Array, maxima: Array, lengths: Array, lse: Array, attended: Array) -> None:
+    batch, kv_heads, parts, group = sums.shape
+    for sequence in range(batch):
+        if lengths[sequence] == 0:
+            continue
+        for head in range(kv_heads):
+            for member in range(group):
+                number = head * group + member
+                peak, total = maxima[sequence, head, :, member].max(), np.float32(0)
+                for part in range(parts):
+                    weight = np.exp(maxima[sequence, head, part, member] - peak)
+                    total += sums[sequence, head, part, member] * weight
+                    attended[sequence, number] += out[sequence, head, part, member] * weight
+                attended[sequence, number] /= total
+                lse[sequence, number] = peak + np.log(total)
+
+
+_scores = compiled(_scores_loop, any_order=True)
+_values = compiled(_values_loop, any_order=True)
+_merge = compiled(_merge_loop)
 
 
 def _width(fetch_list: FetchList | None) -> int:

@@ -9,10 +9,12 @@ independent of the rest of the sequence. At 2 bits an entry, head_dim 64 takes 1
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import CODES_PER_BYTE as CODES_PER_BYTE
 
@@ -98,35 +100,58 @@ def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePag
             ELEMENT=ELEMENTS[keys.dtype], DIM=dim, BLOCK_TOKENS=pages.block_tokens,
         )  # fmt: skip
         return
+    scales = torch.empty(keys.shape[:2])
+    _encode(
+        floats(keys), lengths.numpy(), page_table.numpy(), pages.centres.numpy(), rotation.numpy(),
+        pages.codes.numpy(), scales.numpy(),
+    )  # fmt: skip
     for sequence, length in enumerate(lengths.tolist()):
-        if length == 0:
+        if length > 0:
+            number, offset = divmod(length - 1, pages.block_tokens)
+            pages.scales[int(page_table[sequence, number]), :, offset] = scales[sequence]
+
+
+def _loop(
+    keys: Array, lengths: Array, page_table: Array, centres: Array, rotation: Array, codes: Array,
+    scales: Array,
+) -> None:  # fmt: skip
+    batch, kv_heads, dim = keys.shape
+    rotated, quarter = np.empty(dim, np.float32), codes.shape[3]
+    for sequence in range(batch):
+        if lengths[sequence] == 0:
             continue
-        number, offset = divmod(length - 1, pages.block_tokens)
-        page = int(page_table[sequence, number])
-        if length == 1:
-            pages.centres[page] = keys[sequence]
-        elif offset == 0:
-            pages.centres[page] = pages.centres[int(page_table[sequence, number - 1])]
-        codes, scales = encode(keys[sequence], pages.centres[page], rotation)
-        pages.codes[page, :, offset], pages.scales[page, :, offset] = codes, scales
+        number, offset = divmod(lengths[sequence] - 1, codes.shape[2])
+        page = page_table[sequence, number]
+        for head in range(kv_heads):
+            key, centre, code = keys[sequence, head], centres[page, head], codes[page, head, offset]
+            if number == 0 and offset == 0:
+                centre[:] = key
+            elif offset == 0:
+                centre[:] = centres[page_table[sequence, number - 1], head]
+            rotated[:] = 0
+            for entry in range(dim):
+                for column in range(dim):
+                    rotated[column] += (key[entry] - centre[entry]) * rotation[entry, column]
+            squares = np.float32(0)
+            for entry in range(dim):
+                squares += rotated[entry] * rotated[entry]
+            step = max(np.sqrt(squares / np.float32(dim)), np.float32(1e-12)) * np.float32(STEP)
+            code[:] = 0
+            products = values = np.float32(0)
+            for entry in range(dim):
+                level = min(
+                    max(np.floor(rotated[entry] / step) + np.float32(2), np.float32(0)), np.float32(3)
+                )
+                value = level - np.float32(1.5)
+                products += rotated[entry] * value
+                values += value * value
+                code[entry % quarter] |= np.uint8(level) << np.uint8(2 * (entry // quarter))
+            scales[sequence, head] = products / values
+
+
+_encode = compiled(_loop, any_order=True)
 
 
 def unpack(codes: Tensor) -> Tensor:
     """Levels 0 to 3 of packed codes: [..., D/4] uint8 to [..., D] uint8."""
-    levels: Tensor = spread(codes).unflatten(-1, (-1, CODES_PER_BYTE))
-    return levels.transpose(-1, -2).flatten(-2)
-
-
-def spread(codes: Tensor) -> Tensor:
-    """Levels 0 to 3 of packed codes, byte after byte, which takes a third of the time of ``unpack``.
-
-    Args:
-        codes: [..., D/4] uint8.
-
-    Returns:
-        [..., D] uint8: entries 0, D/4, 2D/4, 3D/4, 1, 1 + D/4 and so on.
-    """
-    words = codes.int()  # no two of the terms of these products have a bit in common
-    words = words.mul_(1 + (1 << 12)).bitwise_and_(0x000F000F)
-    words = words.mul_(1 + (1 << 6)).bitwise_and_(0x03030303)
-    return words.view(torch.uint8)
+    return torch.cat([codes >> shift & 3 for shift in (0, 2, 4, 6)], -1)

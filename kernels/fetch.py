@@ -1,11 +1,10 @@
 """Fetch: rows that are selected and not yet resident, from the arena into the set."""
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from clo.kernels.arguments import HEAD_DIM, Signature
 from clo.kernels.blocks import ARENA, BLOCK_TABLE
+from clo.kernels.compiled import Array, bits, compiled
 from clo.kernels.launch import launch
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
@@ -55,10 +54,19 @@ def fetch(
             STAGES=stages, LANES=lanes,
         )  # fmt: skip
         return
-    entries, counts = (tensor.numpy() for tensor in fetch_list)
-    source, target = (part.view(torch.uint8).numpy() for part in (arena, rows))
-    batch, head, entry = np.nonzero(np.arange(entries.shape[2]) < counts[..., None])
-    row = entries[batch, head, entry]
-    position = positions.numpy()[batch, head, row]
-    block = block_table.numpy()[batch, position // arena.shape[2]]
-    target[batch, head, resident.first + row] = source[block, head, position % arena.shape[2]]
+    entries, counts = (part.numpy() for part in fetch_list)
+    _fetch(entries, counts, positions.numpy(), block_table.numpy(), bits(arena), resident.first, bits(rows))
+
+
+def _loop(
+    entries: Array, counts: Array, positions: Array, block_table: Array, arena: Array, first: int, rows: Array
+) -> None:
+    batch, kv_heads, _ = entries.shape
+    for sequence in range(batch):
+        for head in range(kv_heads):
+            for entry in entries[sequence, head, : counts[sequence, head]]:
+                number, offset = divmod(positions[sequence, head, entry], arena.shape[2])
+                rows[sequence, head, first + entry] = arena[block_table[sequence, number], head, offset]
+
+
+_fetch = compiled(_loop)

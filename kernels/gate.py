@@ -1,10 +1,11 @@
 """Gate: a head keeps its rows while its query stays similar to the query that selected them."""
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Signature
+from clo.kernels.compiled import Array, bits, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 
 _SIGNATURE = Signature(
@@ -48,11 +49,36 @@ def gate(
             ELEMENT=ELEMENTS[query.dtype], DIM=query.shape[2], GROUP=query.shape[1] // kv_heads,
         )  # fmt: skip
         return reselect
-    current = query.reshape(selection_query.shape)
-    active = (lengths > 0).unsqueeze(1)
-    cosine = cosine_similarity(current.float(), selection_query.float(), dim=-1)
-    reselect = (cosine < threshold) & active
-    selection_query.copy_(current.where(reselect.unsqueeze(-1), selection_query))
-    counters[..., 0].add_(active)
-    counters[..., 1].add_(reselect)
+    grouped = query.reshape(selection_query.shape).contiguous()
+    reselect = torch.empty(selection_query.shape[:2], dtype=torch.bool)
+    _gate(
+        floats(grouped), floats(selection_query), threshold.numpy(), lengths.numpy(), counters.numpy(),
+        reselect.numpy(), bits(grouped), bits(selection_query),
+    )  # fmt: skip
     return reselect
+
+
+def _loop(
+    query: Array, past: Array, threshold: Array, lengths: Array, counters: Array, reselect: Array,
+    bits: Array, past_bits: Array,
+) -> None:  # fmt: skip
+    batch, kv_heads, entries = query.shape
+    for sequence in range(batch):
+        for head in range(kv_heads):
+            now, then = query[sequence, head], past[sequence, head]
+            product = norm = past_norm = np.float32(0)
+            for entry in range(entries):
+                product += now[entry] * then[entry]
+                norm += now[entry] * now[entry]
+                past_norm += then[entry] * then[entry]
+            cosine = product / max(np.sqrt(norm * past_norm), np.float32(1e-30))
+            active = lengths[sequence] > 0
+            selects = active and cosine < threshold[head]
+            reselect[sequence, head] = selects
+            counters[sequence, head, 0] += active
+            counters[sequence, head, 1] += selects
+            if selects:
+                past_bits[sequence, head] = bits[sequence, head]
+
+
+_gate = compiled(_loop, any_order=True)

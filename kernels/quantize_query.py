@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import gather_blocks
+from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.encode import CENTRES, PAGE_TABLE, ROTATION, CodePages
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import GROUP_ENTRIES_MOST, quantize_parts
@@ -79,10 +80,46 @@ def quantize_query(
             BLOCK_TOKENS=pages.block_tokens, PARTS=parts,
         )  # fmt: skip
         return quantized
-    exact = query.float()
-    rotated = (exact.flatten(0, 1) @ rotation).view(query.shape)
-    steps = rotated.abs().amax(-1).clamp_min_(1e-20).div_(127)
-    centres = gather_blocks(pages.centres, page_table).transpose(1, 2)  # [B, kv_heads, max_blocks, D]
-    products = centres @ exact.view(batch, kv_heads, group, dim).transpose(-1, -2)
-    offsets = products.mul_(scale).sub_(lse.view(batch, kv_heads, 1, group)).mul_(LOG2E)
-    return QuantizedQuery(rotated.div_(steps.unsqueeze(-1)).round_().to(torch.int8), steps, offsets)
+    integers = torch.empty(query.shape, dtype=torch.int8)
+    steps = torch.empty(batch, query_heads)
+    offsets = torch.empty(batch, kv_heads, max_blocks, group)
+    quantized = QuantizedQuery(integers, steps, offsets)
+    _quantize(
+        floats(query), rotation.numpy(), pages.centres.numpy(), lse.numpy(), lengths.numpy(),
+        page_table.numpy(), pages.block_tokens, scale, *(part.numpy() for part in quantized),
+    )  # fmt: skip
+    return quantized
+
+
+def _loop(
+    query: Array, rotation: Array, centres: Array, lse: Array, lengths: Array, page_table: Array,
+    block_tokens: int, scale: float, integers: Array, steps: Array, offsets: Array,
+) -> None:  # fmt: skip
+    batch, query_heads, dim = query.shape
+    group = offsets.shape[3]
+    rotated = np.empty(dim, np.float32)
+    for sequence in range(batch):
+        for number in range(query_heads):
+            exact = query[sequence, number]
+            rotated[:] = 0
+            for entry in range(dim):
+                for column in range(dim):
+                    rotated[column] += exact[entry] * rotation[entry, column]
+            largest = np.float32(1e-20)
+            for entry in range(dim):
+                largest = max(largest, abs(rotated[entry]))
+            step = largest / np.float32(127)
+            steps[sequence, number] = step
+            for entry in range(dim):
+                integers[sequence, number, entry] = np.rint(rotated[entry] / step)
+            head, member = divmod(number, group)
+            for block in range(-(-lengths[sequence] // block_tokens)):
+                centre = centres[page_table[sequence, block], head]
+                product = np.float32(0)
+                for entry in range(dim):
+                    product += exact[entry] * centre[entry]
+                offset = product * np.float32(scale) - lse[sequence, number]
+                offsets[sequence, head, block, member] = offset * np.float32(LOG2E)
+
+
+_quantize = compiled(_loop, any_order=True)

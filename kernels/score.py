@@ -1,11 +1,16 @@
 """Score: the softmax weight of every row for a query group, from its key or from the key's 2-bit code."""
 
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import gather_blocks, gather_tokens
-from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages, spread
+from clo.kernels.blocks import gather_tokens
+from clo.kernels.compiled import Array, compiled
+from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages
 from clo.kernels.launch import launch
 from clo.kernels.limits import BLOCK_TOKENS_STEP
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
@@ -77,10 +82,6 @@ def score_products(
         ``NEVER`` for a row that is not a candidate.
     """
     weight = (products * scale - lse.view(*products.shape[:3], 1)).exp().sum(2)
-    return _rounded(weight, lengths, sinks, tail)
-
-
-def _rounded(weight: Tensor, lengths: Tensor, sinks: int, tail: int) -> Tensor:
     scores = weight.view(torch.int16)[..., 1::2].contiguous()  # the high half of each
     scores[..., :sinks] = NEVER
     for sequence, length in enumerate(lengths.tolist()):
@@ -140,14 +141,77 @@ def score_codes(
             WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return scores
-    # by page, [B, max_blocks, kv_heads, ...], as they lie in memory; the products are integers, and exact
-    rounded = integers.float().view(batch, 1, kv_heads, group, dim)
-    interleaved = rounded.unflatten(-1, (CODES_PER_BYTE, -1)).transpose(-1, -2).flatten(-2)
-    levels = spread(gather_blocks(pages.codes, page_table)).float()
-    products = interleaved @ levels.transpose(-1, -2)
-    products -= 1.5 * rounded.sum(-1, keepdim=True)
-    products *= steps.view(batch, 1, kv_heads, group, 1) * (scale * LOG2E)
-    products *= gather_blocks(pages.scales, page_table).float().unsqueeze(3)
-    products += offsets.transpose(1, 2).unsqueeze(-1)
-    weight = products.exp2_().sum(3)
-    return _rounded(weight.transpose(1, 2).flatten(2), lengths, sinks, tail)
+    codes = pages.codes.numpy(), pages.scales.view(torch.int16).numpy()
+    logarithms = np.empty((group, max_blocks * block_tokens), np.float32)
+    scores = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
+    for sequence, head in reselect.nonzero().tolist():
+        query = (part.numpy()[sequence] for part in (integers, steps, offsets[:, head]))
+        end = max(int(lengths[sequence]) - tail, 0)
+        of_head = logarithms[:, :end]
+        _logarithms(group, dim // CODES_PER_BYTE)(
+            *query, *codes, page_table.numpy()[sequence], head, scale, of_head
+        )
+        with np.errstate(over="ignore"):
+            np.exp(of_head, out=of_head)
+        _sum(of_head, sinks, scores.numpy()[sequence, head])
+    return scores
+
+
+@cache
+def _logarithms(group: int, quarter: int) -> Callable[..., None]:
+    """A loop for the logarithm of each weight [group, T]; sizes that are known in advance make it faster.
+
+    Args:
+        group: queries of a group.
+        quarter: bytes of a row's code, a quarter of its entries.
+    """
+
+    def loop(
+        integers: Array, steps: Array, offsets: Array, codes: Array, scale_bits: Array, pages: Array,
+        head: int, scale: float, logarithms: Array,
+    ) -> None:  # fmt: skip
+        count, block_tokens = logarithms.shape[1], codes.shape[2]
+        query = integers[head * group : (head + 1) * group].astype(np.int16).reshape((group, 4, quarter))
+        products, scales = np.empty(block_tokens, np.int32), np.empty(block_tokens, np.float32)
+        for block in range(-(-count // block_tokens)):
+            rows, row_bits = codes[pages[block], head], scale_bits[pages[block], head]
+            # float16 to float32: the bits of the exponent move to their new place, and it gets its new bias
+            scales.view(np.int32)[:] = (row_bits & 0x7FFF).astype(np.int32) << 13
+            scales *= np.float32(2.0**112)
+            start = block * block_tokens
+            for member in range(group):
+                first, second, third, fourth = (
+                    query[member, 0], query[member, 1], query[member, 2], query[member, 3],
+                )  # fmt: skip
+                for token in range(block_tokens):
+                    product = np.int32(0)
+                    for place in range(quarter):
+                        byte = np.int32(rows[token, place])
+                        product += (
+                            (byte & 3) * first[place]
+                            + (byte >> 2 & 3) * second[place]
+                            + (byte >> 4 & 3) * third[place]
+                            + (byte >> 6) * fourth[place]
+                        )
+                    products[token] = product
+                middle = np.float32(1.5) * np.float32(query[member].sum())
+                factor = steps[head * group + member] * np.float32(scale)
+                offset = offsets[block, member] * np.float32(1 / LOG2E)
+                for token in range(min(block_tokens, count - start)):
+                    value = (np.float32(products[token]) - middle) * factor * scales[token]
+                    logarithms[member, start + token] = value + offset
+
+    return compiled(loop)
+
+
+def _sum_loop(weights: Array, sinks: int, scores: Array) -> None:
+    group, count = weights.shape
+    total = np.zeros(count, np.float32)
+    for member in range(group):
+        total += weights[member]
+    whole = total.view(np.int32)
+    for token in range(sinks, count):
+        scores[token] = whole[token] >> 16
+
+
+_sum = compiled(_sum_loop)

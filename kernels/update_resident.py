@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import Argument, Rule, Signature
+from clo.kernels.compiled import Array, compiled
 from clo.kernels.launch import launch
 from clo.kernels.limits import update_shared_bytes
 from clo.kernels.resident import LAST_USED, POSITIONS, ResidentSet
@@ -85,30 +86,89 @@ def update_resident(
             shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
-    entries, counts = np.zeros((*reselect.shape, k), np.int32), np.zeros(reselect.shape, np.int32)
-    lower_first, lower_row_first = np.arange(span), np.arange(capacity)
-    for sequence, head in reselect.nonzero().tolist():
-        length = int(lengths[sequence])
-        if length == 0:
-            continue
-        candidates = scores.numpy()[sequence, head, : max(length - tail, 0)]
-        held, ages = positions.numpy()[sequence, head], last_used.numpy()[sequence, head]
-        order = candidates.astype(np.int64) * span - lower_first[: len(candidates)]
-        if k < len(candidates):
-            order = np.partition(order, len(candidates) - k)[len(candidates) - k :]
-        selected = np.sort(-order[order > NEVER * span] % span)
+    fetch_list = FetchList(
+        torch.empty(*reselect.shape, k, dtype=torch.int32), torch.zeros(reselect.shape, dtype=torch.int32)
+    )
+    _update(
+        scores.numpy(), reselect.numpy(), lengths.numpy(), tail, k, positions.numpy(), last_used.numpy(),
+        counters.numpy(), *(part.numpy() for part in fetch_list),
+    )  # fmt: skip
+    return fetch_list
 
-        row_of = np.full(span + 1, -1)  # by position; the last entry is what an empty row writes to
-        row_of[held] = lower_row_first
-        row_of[-1] = -1
-        rows = row_of[selected]
-        ages[rows[rows >= 0]] = length
-        missing = selected[rows < 0]
-        count = len(missing)
-        if count:
-            order = ages.astype(np.int64) * capacity + lower_row_first
-            leaving = np.sort(np.partition(order, count - 1)[:count] % capacity)
-            held[leaving], ages[leaving] = missing, length
-            entries[sequence, head, :count], counts[sequence, head] = leaving, count
-        counters.numpy()[sequence, head, 2:] += len(selected), count
-    return FetchList(torch.from_numpy(entries), torch.from_numpy(counts))
+
+def _best(scores: Array, k: int) -> tuple[int, int]:
+    """The k-th highest of the scores [T], and how many of those equal to it belong to the first k.
+
+    It counts by the high bits of a score first, and then by the low ones.
+    """
+    counts, left = np.zeros(256, np.int64), k
+    for score in scores:
+        if score != NEVER:
+            counts[score >> 7] += 1
+    high = 255
+    while high > 0 and counts[high] < left:
+        left -= counts[high]
+        high -= 1
+    if counts[high] < left:  # there are not so many
+        return 0, len(scores)
+    counts[:] = 0
+    for score in scores:
+        if score != NEVER and score >> 7 == high:
+            counts[score & 127] += 1
+    low = 127
+    while counts[low] < left:
+        left -= counts[low]
+        low -= 1
+    return high << 7 | low, left
+
+
+_best = compiled(_best)
+
+
+def _loop(
+    scores: Array, reselect: Array, lengths: Array, tail: int, k: int, positions: Array, last_used: Array,
+    counters: Array, entries: Array, counts: Array,
+) -> None:  # fmt: skip
+    batch, kv_heads, span = scores.shape
+    capacity = positions.shape[2]
+    row_of, missing = np.full(span, -1, np.int32), np.empty(k, np.int32)
+    for sequence in range(batch):
+        length = lengths[sequence]
+        for head in range(kv_heads):
+            if length == 0 or not reselect[sequence, head]:
+                continue
+            held, ages = positions[sequence, head], last_used[sequence, head]
+            for row in range(capacity):
+                if held[row] >= 0:
+                    row_of[held[row]] = row
+            candidates = scores[sequence, head, : max(length - tail, 0)]
+            bound, equal = _best(candidates, k)
+            selected = count = 0
+            for position in range(len(candidates)):
+                score = candidates[position]
+                if score < bound or score == NEVER or (score == bound and equal == 0):
+                    continue
+                if score == bound:
+                    equal -= 1
+                selected += 1
+                row = row_of[position]
+                if row >= 0:
+                    ages[row] = length
+                else:
+                    missing[count] = position
+                    count += 1
+            for row in range(capacity):
+                if held[row] >= 0:
+                    row_of[held[row]] = -1
+            if count > 0:
+                order = ages.astype(np.int64) * capacity + np.arange(capacity)
+                leaving = np.sort(np.partition(order, count - 1)[:count] % capacity)
+                for entry in range(count):
+                    held[leaving[entry]], ages[leaving[entry]] = missing[entry], length
+                    entries[sequence, head, entry] = leaving[entry]
+            counts[sequence, head] = count
+            counters[sequence, head, 2] += selected
+            counters[sequence, head, 3] += count
+
+
+_update = compiled(_loop)

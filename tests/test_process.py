@@ -47,7 +47,7 @@ def test_sigterm_ends_the_process_and_sigint_does_not() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "goes on\n", "")
 
 
-SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 
 
 @pytest.mark.parametrize(
