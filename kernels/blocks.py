@@ -21,13 +21,8 @@ def gather_tokens(pool: Tensor, block_table: Tensor) -> Tensor:
     Returns:
         [B, kv_heads, max_blocks * block_tokens, ...]; tokens past a sequence's end are undefined.
     """
-    return gather_blocks(pool, block_table).transpose(1, 2).flatten(2, 3)
-
-
-def gather_blocks(pool: Tensor, block_table: Tensor) -> Tensor:
-    """``gather_tokens`` by block, as they lie in memory: [B, max_blocks, kv_heads, block_tokens, ...]."""
     blocks: Tensor = pool.index_select(0, block_table.flatten())
-    return blocks.view(*block_table.shape, *pool.shape[1:])
+    return blocks.view(*block_table.shape, *pool.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def locate(positions: Tensor, block_table: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
