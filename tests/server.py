@@ -31,7 +31,7 @@ class Server:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", "--port", "0", *arguments],
+                [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -82,7 +82,8 @@ class Server:
 
 @contextmanager
 def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
-    """Start ``launch.py --port 0 ARGUMENTS``; at the end stop it and see that nothing of it is left.
+    """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
+    see that nothing of it is left.
 
     Args:
         ready: wait until it serves.

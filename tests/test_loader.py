@@ -79,8 +79,9 @@ def hidden_states(decoder: Decoder) -> Tensor:
     [({"max_model_len": 4097}, "4097 exceeds the 4096 positions"), ({"device": "cuda"}, "--device cpu")],
 )
 def test_options_that_the_model_or_this_version_cannot_meet(
-    tiny_model: Path, options: dict[str, Any], sentence: str
+    tiny_model: Path, options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=sentence):
         resolve(ModelConfig(model=str(tiny_model), **options))
 
