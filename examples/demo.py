@@ -13,7 +13,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -30,59 +29,15 @@ from clo.runtime.wire.errors import CLOError
 from clo.runtime.wire.messages import Text
 from examples import picture
 from examples.document import pytorch_readme
+from examples.questions import PROMPT, Question, answered_by
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = Path("demo.png")
 WIDTH = 100  # of the terminal, in characters
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 60  # an answer ends with its line, long before this, unless the model rambles
 NAMES = {"full": "Full attention", "clo": "CLO"}
 
 Report = Callable[[int, int], None]  # tokens done, of how many
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about the document.
-
-    Attributes:
-        text: what is asked.
-        passage: words of the document that hold the answer.
-        fact: words that a right answer contains.
-    """
-
-    text: str
-    passage: str
-    fact: str
-
-
-QUESTIONS = (
-    Question(
-        "Which CUDA version does the Dockerfile support?",
-        "The Dockerfile is supplied to build images with CUDA 12.1 support and cuDNN v9.",
-        "CUDA 12.1",
-    ),
-    Question(
-        "What does the PyTorch Slack host?",
-        "The PyTorch Slack hosts a primary audience of moderate to experienced PyTorch users and developers "
-        "for general chat, online discussions, collaboration, etc.",
-        "moderate to experienced PyTorch users and developers for general chat",
-    ),
-    Question(
-        "Who is PyTorch currently maintained by?",
-        "PyTorch is currently maintained by Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
-        "Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
-    ),
-)
-# The first question, with its answer from the document, shows how to answer.
-PROMPT = """{document}
-
-Questions about the text above.
-
-Question: Where can installation instructions for previous PyTorch versions be found?
-Answer: Installation instructions for previous PyTorch versions may be found on our website.
-
-Question: {question}
-Answer:"""
 
 
 def main() -> None:
@@ -91,7 +46,7 @@ def main() -> None:
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     device: Device = parser.parse_args().device
     document = pytorch_readme()
-    questions = [question for question in QUESTIONS if question.passage in document]
+    questions = answered_by(document)
     if not questions:
         sys.exit(
             f"error: The README of PyTorch {version('torch')} answers none of the demo's questions; install "
@@ -182,17 +137,27 @@ def print_answers(number: int, question: Question, document: str, full: Result, 
     start = document.index(question.passage)
     line_start, line_end = document.rfind("\n", 0, start) + 1, document.find("\n", start)
     marked = document[line_start:line_end].replace(question.passage, f"[{question.passage}]")
-    verdicts = ["right" if question.fact in result.text else "WRONG" for result in (full, clo)]
+    verdicts = ["right" if is_right(question, result) else "WRONG" for result in (full, clo)]
     same = "the same" if full.text == clo.text else "another answer"
     print(f"\n{number + 1}. {question.text}")
     for label, text in (
         (f"document, at {start / len(document):.0%}", textwrap.shorten(marked, 300, placeholder=" ...")),
-        (f"full attention: {verdicts[0]}", full.text.strip()),
-        (f"CLO: {verdicts[1]}, {same}", clo.text.strip()),
+        (f"full attention: {verdicts[0]}", shown(full)),
+        (f"CLO: {verdicts[1]}, {same}", shown(clo)),
     ):
         lines = textwrap.wrap(text, WIDTH - 30) or [""]
         for first, line in zip([label] + [""] * len(lines), lines, strict=False):
             print(f"   {first:25}  {line}")
+
+
+def is_right(question: Question, result: Result) -> bool:
+    """Whether an answer came to its end and says what the document says."""
+    return result.finish_reason == "stop" and question.accepts(result.text)
+
+
+def shown(result: Result) -> str:
+    """The text of an answer, and whether it was cut off."""
+    return result.text.strip() + (" [cut off]" if result.finish_reason == "length" else "")
 
 
 def print_savings(full: list[Result], clo: list[Result]) -> None:
