@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clo import Client
 from clo.runtime.client import Result
-from clo.runtime.config import Device, ModelConfig
+from clo.runtime.config import Device, ModelConfig, ResolvedModel
 from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.units import format_size
@@ -58,15 +58,22 @@ def main() -> None:
     )
     prompts = [PROMPT.format(document=document, question=question.text) for question in questions]
     try:
-        full = answers("full", device, prompts)
-        clo = answers("clo", device, prompts)
+        model = resolve(ModelConfig(device=device))
+        with server("full", device) as client:
+            full = [ask(client, NAMES["full"], *numbered) for numbered in enumerate(prompts, 1)]
+        with server("clo", device) as client:
+            clo = [ask(client, NAMES["clo"], *numbered) for numbered in enumerate(prompts, 1)]
+            forced = [
+                force(client, number, prompt, *pair)
+                for number, (prompt, *pair) in enumerate(zip(prompts, full, clo, strict=True), 1)
+            ]
         for number, result in enumerate(clo, 1):
             if not result.text.strip():
                 sys.exit(f"error: CLO gave an empty answer to question {number}.")
         for number, results in enumerate(zip(full, clo, strict=True)):
             print_answers(number, questions[number], document, *results)
-        print_savings(full, clo)
-        print_kept(device, questions[0], prompts[0], clo[0])
+        print_savings(full, clo, forced, on_gpu=model.device == "cuda")
+        print_kept(model, questions[0], prompts[0], clo[0])
     except CLOError as error:
         sys.exit(f"error: {error}")
     print()
@@ -81,28 +88,35 @@ def say(text: str) -> None:
     print(textwrap.fill(text, WIDTH), flush=True)
 
 
-def answers(attention: str, device: Device, prompts: list[str]) -> list[Result]:
-    """What a server answers to each prompt, alone and greedily."""
-    results = []
-    with server(attention, device) as address, Client(address) as client:
-        for number, prompt in enumerate(prompts, 1):
-            with waiting(f"{NAMES[attention]}: reading the document for question {number}") as report:
-                results.append(
-                    client.generate(
-                        prompt,
-                        temperature=0.0,
-                        max_tokens=ANSWER_TOKENS,
-                        stop=["\n"],
-                        logprobs=0,
-                        on_progress=lambda progress, report=report: report(progress.done, progress.total),
-                    )
-                )
-    return results
+def ask(client: Client, name: str, number: int, prompt: str) -> Result:
+    """The greedy answer to a prompt, to the end of its line."""
+    with waiting(f"{name}: reading the document for question {number}") as report:
+        return client.generate(
+            prompt,
+            temperature=0.0,
+            max_tokens=ANSWER_TOKENS,
+            stop=["\n"],
+            logprobs=0,
+            on_progress=lambda progress: report(progress.done, progress.total),
+        )
+
+
+def force(client: Client, number: int, prompt: str, full: Result, clo: Result) -> Result:
+    """What CLO makes of full attention's answer, token by token, whatever it would have said itself.
+
+    Where its own answer has the same tokens, that is the result; else the document must be read again.
+    """
+    if clo.tokens == full.tokens:
+        return clo
+    with waiting(f"CLO: reading the document again, with full attention's answer {number}") as report:
+        return client.score(
+            prompt, full.tokens, on_progress=lambda progress: report(progress.done, progress.total)
+        )
 
 
 @contextmanager
-def server(attention: str, device: Device) -> Iterator[str]:
-    """A server on a free port; yields its address. Ends the program where it cannot start."""
+def server(attention: str, device: Device) -> Iterator[Client]:
+    """A server on a free port; yields a client of it. Ends the program where it cannot start."""
     command = ["launch.py", "--attention", attention, "--device", device, "--kv-size", "1GiB", "--port", "0"]
     print(f"$ python {' '.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -112,7 +126,8 @@ def server(attention: str, device: Device) -> Iterator[str]:
         if not ready:  # the server has said why
             sys.exit(process.wait() or 1)
         print(ready, flush=True)
-        yield ready.split()[1]
+        with Client(ready.split()[1]) as client:
+            yield client
     finally:
         process.terminate()
         process.wait()
@@ -160,8 +175,12 @@ def shown(result: Result) -> str:
     return result.text.strip() + (" [cut off]" if result.finish_reason == "length" else "")
 
 
-def print_savings(full: list[Result], clo: list[Result]) -> None:
-    """What CLO held and read for each question, beside full attention."""
+def print_savings(full: list[Result], clo: list[Result], forced: list[Result], on_gpu: bool) -> None:
+    """What CLO held and read for each question, beside full attention.
+
+    Args:
+        forced: CLO with the answers of full attention.
+    """
 
     def line(name: str, cells: list[str]) -> None:
         print(f"{name:46}" + "".join(f"{cell:>14}" for cell in cells))
@@ -180,28 +199,27 @@ def print_savings(full: list[Result], clo: list[Result]) -> None:
     )
     line("rows fetched per step and head", [f"{cache.rows_per_step_and_head:.1f}" for cache in caches])
     line("selected rows that were resident already", [f"{cache.hit_rate:.1%}" for cache in caches])
-    pairs = [common_perplexities(*pair) for pair in zip(full, clo, strict=True)]
-    line("perplexity of the answer: full attention", [f"{pair[0]:.3f}" for pair in pairs])
-    line("                          CLO", [f"{pair[1]:.3f}" for pair in pairs])
+    line("perplexity of full attention's answer:", ["" for _ in full])
+    line("                           full attention", [f"{perplexity(result):.3f}" for result in full])
+    line("                           CLO", [f"{perplexity(result):.3f}" for result in forced])
+    say("Both read the prompt with full attention. In each step CLO also reads what it holds on the worker.")
+    if not on_gpu:
+        say("On a CPU that is the same memory, so nothing gets faster; README.md has speeds on a GPU.")
     say(
-        "Both read the prompt with full attention. In each step CLO also reads what it holds on the worker. "
-        "On a CPU that is the same memory, so nothing gets faster; README.md has speeds on a GPU."
+        "Perplexity says how surprising a text is, token by token; 1 is no surprise at all. Both were given "
+        "the same text, full attention's answer from its first token to its last; CLO was held to it also "
+        "where it would have gone on with another token."
     )
 
 
-def common_perplexities(full: Result, clo: Result) -> tuple[float, float]:
-    """Perplexity, by either, of the tokens that both answers begin with."""
-    pairs = list(zip(full.logprobs or [], clo.logprobs or [], strict=False))
-    same = next((at for at, (a, b) in enumerate(pairs) if a.token != b.token), len(pairs))
-    if not same:
-        return math.nan, math.nan
-    losses = [-sum(entry.logprob for entry in entries[:same]) / same for entries in zip(*pairs, strict=True)]
-    return math.exp(losses[0]), math.exp(losses[1])
+def perplexity(result: Result) -> float:
+    """Perplexity of all tokens of an answer, the end of its line included."""
+    assert result.logprobs is not None
+    return math.exp(-sum(entry.logprob for entry in result.logprobs) / len(result.logprobs))
 
 
-def print_kept(device: Device, question: Question, prompt: str, result: Result) -> None:
+def print_kept(model: ResolvedModel, question: Question, prompt: str, result: Result) -> None:
     """What the heads kept at the end of the answer to the first question: a few lines here, and a picture."""
-    model = resolve(ModelConfig(device=device))
     tokenizer = Tokenizer(Path(model.path), model.vocab_size)
     tokens = tokenizer.encode(Text(prompt), limit=len(prompt))
     start = prompt.index(question.passage)

@@ -1,10 +1,11 @@
-"""The demo's verdicts: what is wrong is called wrong."""
+"""The demo's verdicts: what is wrong is called wrong, and CLO is measured by what full attention said."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from clo.runtime.client import Result
+from clo.runtime.client import Client, Result
 from clo.runtime.wire.messages import NO_STATS, Logprob, Usage
 from examples import demo
 from examples.document import pytorch_readme
@@ -93,3 +94,31 @@ def test_an_answer_that_was_cut_off_is_not_right() -> None:
     answer = result([1], [0.0], "The Dockerfile supports CUDA 12.1", reason="stop")
     assert demo.is_right(CUDA, answer)
     assert not demo.is_right(CUDA, replace(answer, finish_reason="length"))
+
+
+class Scoring(Client):
+    """A client that scores without a server and remembers what it was given."""
+
+    def __init__(self, scored: Result) -> None:
+        self.scored, self.given = scored, list[object]()
+
+    def score(self, prompt: object, continuation: object, **_: object) -> Result:
+        self.given += [prompt, continuation]
+        return self.scored
+
+
+def test_perplexity_counts_the_token_at_which_the_answers_part() -> None:
+    full = result([5, 6, 7], [-0.1, -0.2, -0.3])
+    clo = result([5, 8, 9], [-0.1, -0.2, -0.2])
+    client = Scoring(result([5, 6, 7], [-0.1, -2.0, -0.3]))
+    forced = demo.force(client, 1, "prompt", full, clo)
+    assert client.given == ["prompt", full.tokens]
+    assert demo.perplexity(full) == pytest.approx(math.exp(0.2))
+    assert demo.perplexity(forced) == pytest.approx(math.exp(0.8))
+
+
+def test_the_same_answer_is_not_computed_again() -> None:
+    full, clo = result([5, 6], [-0.1, -0.2]), result([5, 6], [-0.2, -0.4])
+    client = Scoring(full)
+    assert demo.force(client, 1, "prompt", full, clo) is clo
+    assert not client.given
