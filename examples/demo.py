@@ -7,6 +7,7 @@ heads kept. Run it with ``make demo``.
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -22,12 +23,10 @@ from tqdm import tqdm
 from clo import Client
 from clo.runtime.client import Result
 from clo.runtime.config import Device, ModelConfig, ResolvedModel
-from clo.runtime.model.files import resolve
-from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.machine.process import set_threads
 from clo.runtime.units import format_size
 from clo.runtime.wire.errors import CLOError
 from clo.runtime.wire.messages import Text
-from examples import picture
 from examples.document import pytorch_readme
 from examples.questions import PROMPT, Question, answered_by
 
@@ -57,7 +56,10 @@ def main() -> None:
         "with full attention over the whole KV cache, then with CLO."
     )
     prompts = [PROMPT.format(document=document, question=question.text) for question in questions]
+    set_threads(os.environ)
     try:
+        from clo.runtime.model.files import resolve  # loads torch, which reads the above
+
         model = resolve(ModelConfig(device=device))
         with server("full", device) as client:
             full = [ask(client, NAMES["full"], *numbered) for numbered in enumerate(prompts, 1)]
@@ -220,6 +222,9 @@ def perplexity(result: Result) -> float:
 
 def print_kept(model: ResolvedModel, question: Question, prompt: str, result: Result) -> None:
     """What the heads kept at the end of the answer to the first question: a few lines here, and a picture."""
+    from clo.runtime.tokenizer import Tokenizer  # these load torch, see ``main``
+    from examples import picture
+
     tokenizer = Tokenizer(Path(model.path), model.vocab_size)
     tokens = tokenizer.encode(Text(prompt), limit=len(prompt))
     start = prompt.index(question.passage)
