@@ -7,13 +7,13 @@ heads kept. Run it with ``make demo``.
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -22,67 +22,21 @@ from tqdm import tqdm
 
 from clo import Client
 from clo.runtime.client import Result
-from clo.runtime.config import Device, ModelConfig
-from clo.runtime.model.files import resolve
-from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.config import Device, ModelConfig, ResolvedModel
+from clo.runtime.machine.process import set_threads
 from clo.runtime.units import format_size
 from clo.runtime.wire.errors import CLOError
 from clo.runtime.wire.messages import Text
-from examples import picture
 from examples.document import pytorch_readme
+from examples.questions import PROMPT, Question, answered_by
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = Path("demo.png")
 WIDTH = 100  # of the terminal, in characters
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 60  # an answer ends with its line, long before this, unless the model rambles
 NAMES = {"full": "Full attention", "clo": "CLO"}
 
 Report = Callable[[int, int], None]  # tokens done, of how many
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about the document.
-
-    Attributes:
-        text: what is asked.
-        passage: words of the document that hold the answer.
-        fact: words that a right answer contains.
-    """
-
-    text: str
-    passage: str
-    fact: str
-
-
-QUESTIONS = (
-    Question(
-        "Which CUDA version does the Dockerfile support?",
-        "The Dockerfile is supplied to build images with CUDA 12.1 support and cuDNN v9.",
-        "CUDA 12.1",
-    ),
-    Question(
-        "What does the PyTorch Slack host?",
-        "The PyTorch Slack hosts a primary audience of moderate to experienced PyTorch users and developers "
-        "for general chat, online discussions, collaboration, etc.",
-        "moderate to experienced PyTorch users and developers for general chat",
-    ),
-    Question(
-        "Who is PyTorch currently maintained by?",
-        "PyTorch is currently maintained by Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
-        "Soumith Chintala, Gregory Chanan, Dmytro Dzhulgakov, Edward Yang",
-    ),
-)
-# The first question, with its answer from the document, shows how to answer.
-PROMPT = """{document}
-
-Questions about the text above.
-
-Question: Where can installation instructions for previous PyTorch versions be found?
-Answer: Installation instructions for previous PyTorch versions may be found on our website.
-
-Question: {question}
-Answer:"""
 
 
 def main() -> None:
@@ -91,7 +45,7 @@ def main() -> None:
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     device: Device = parser.parse_args().device
     document = pytorch_readme()
-    questions = [question for question in QUESTIONS if question.passage in document]
+    questions = answered_by(document)
     if not questions:
         sys.exit(
             f"error: The README of PyTorch {version('torch')} answers none of the demo's questions; install "
@@ -102,16 +56,26 @@ def main() -> None:
         "with full attention over the whole KV cache, then with CLO."
     )
     prompts = [PROMPT.format(document=document, question=question.text) for question in questions]
+    set_threads(os.environ)
     try:
-        full = answers("full", device, prompts)
-        clo = answers("clo", device, prompts)
+        from clo.runtime.model.files import resolve  # loads torch, which reads the above
+
+        model = resolve(ModelConfig(device=device))
+        with server("full", device) as client:
+            full = [ask(client, NAMES["full"], *numbered) for numbered in enumerate(prompts, 1)]
+        with server("clo", device) as client:
+            clo = [ask(client, NAMES["clo"], *numbered) for numbered in enumerate(prompts, 1)]
+            forced = [
+                force(client, number, prompt, *pair)
+                for number, (prompt, *pair) in enumerate(zip(prompts, full, clo, strict=True), 1)
+            ]
         for number, result in enumerate(clo, 1):
             if not result.text.strip():
                 sys.exit(f"error: CLO gave an empty answer to question {number}.")
         for number, results in enumerate(zip(full, clo, strict=True)):
             print_answers(number, questions[number], document, *results)
-        print_savings(full, clo)
-        print_kept(device, questions[0], prompts[0], clo[0])
+        print_savings(full, clo, forced, on_gpu=model.device == "cuda")
+        print_kept(model, questions[0], prompts[0], clo[0])
     except CLOError as error:
         sys.exit(f"error: {error}")
     print()
@@ -126,28 +90,35 @@ def say(text: str) -> None:
     print(textwrap.fill(text, WIDTH), flush=True)
 
 
-def answers(attention: str, device: Device, prompts: list[str]) -> list[Result]:
-    """What a server answers to each prompt, alone and greedily."""
-    results = []
-    with server(attention, device) as address, Client(address) as client:
-        for number, prompt in enumerate(prompts, 1):
-            with waiting(f"{NAMES[attention]}: reading the document for question {number}") as report:
-                results.append(
-                    client.generate(
-                        prompt,
-                        temperature=0.0,
-                        max_tokens=ANSWER_TOKENS,
-                        stop=["\n"],
-                        logprobs=0,
-                        on_progress=lambda progress, report=report: report(progress.done, progress.total),
-                    )
-                )
-    return results
+def ask(client: Client, name: str, number: int, prompt: str) -> Result:
+    """The greedy answer to a prompt, to the end of its line."""
+    with waiting(f"{name}: reading the document for question {number}") as report:
+        return client.generate(
+            prompt,
+            temperature=0.0,
+            max_tokens=ANSWER_TOKENS,
+            stop=["\n"],
+            logprobs=0,
+            on_progress=lambda progress: report(progress.done, progress.total),
+        )
+
+
+def force(client: Client, number: int, prompt: str, full: Result, clo: Result) -> Result:
+    """What CLO makes of full attention's answer, token by token, whatever it would have said itself.
+
+    Where its own answer has the same tokens, that is the result; else the document must be read again.
+    """
+    if clo.tokens == full.tokens:
+        return clo
+    with waiting(f"CLO: reading the document again, with full attention's answer {number}") as report:
+        return client.score(
+            prompt, full.tokens, on_progress=lambda progress: report(progress.done, progress.total)
+        )
 
 
 @contextmanager
-def server(attention: str, device: Device) -> Iterator[str]:
-    """A server on a free port; yields its address. Ends the program where it cannot start."""
+def server(attention: str, device: Device) -> Iterator[Client]:
+    """A server on a free port; yields a client of it. Ends the program where it cannot start."""
     command = ["launch.py", "--attention", attention, "--device", device, "--kv-size", "1GiB", "--port", "0"]
     print(f"$ python {' '.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -157,7 +128,8 @@ def server(attention: str, device: Device) -> Iterator[str]:
         if not ready:  # the server has said why
             sys.exit(process.wait() or 1)
         print(ready, flush=True)
-        yield ready.split()[1]
+        with Client(ready.split()[1]) as client:
+            yield client
     finally:
         process.terminate()
         process.wait()
@@ -182,21 +154,35 @@ def print_answers(number: int, question: Question, document: str, full: Result, 
     start = document.index(question.passage)
     line_start, line_end = document.rfind("\n", 0, start) + 1, document.find("\n", start)
     marked = document[line_start:line_end].replace(question.passage, f"[{question.passage}]")
-    verdicts = ["right" if question.fact in result.text else "WRONG" for result in (full, clo)]
+    verdicts = ["right" if is_right(question, result) else "WRONG" for result in (full, clo)]
     same = "the same" if full.text == clo.text else "another answer"
     print(f"\n{number + 1}. {question.text}")
     for label, text in (
         (f"document, at {start / len(document):.0%}", textwrap.shorten(marked, 300, placeholder=" ...")),
-        (f"full attention: {verdicts[0]}", full.text.strip()),
-        (f"CLO: {verdicts[1]}, {same}", clo.text.strip()),
+        (f"full attention: {verdicts[0]}", shown(full)),
+        (f"CLO: {verdicts[1]}, {same}", shown(clo)),
     ):
         lines = textwrap.wrap(text, WIDTH - 30) or [""]
         for first, line in zip([label] + [""] * len(lines), lines, strict=False):
             print(f"   {first:25}  {line}")
 
 
-def print_savings(full: list[Result], clo: list[Result]) -> None:
-    """What CLO held and read for each question, beside full attention."""
+def is_right(question: Question, result: Result) -> bool:
+    """Whether an answer came to its end and says what the document says."""
+    return result.finish_reason == "stop" and question.accepts(result.text)
+
+
+def shown(result: Result) -> str:
+    """The text of an answer, and whether it was cut off."""
+    return result.text.strip() + (" [cut off]" if result.finish_reason == "length" else "")
+
+
+def print_savings(full: list[Result], clo: list[Result], forced: list[Result], on_gpu: bool) -> None:
+    """What CLO held and read for each question, beside full attention.
+
+    Args:
+        forced: CLO with the answers of full attention.
+    """
 
     def line(name: str, cells: list[str]) -> None:
         print(f"{name:46}" + "".join(f"{cell:>14}" for cell in cells))
@@ -215,28 +201,30 @@ def print_savings(full: list[Result], clo: list[Result]) -> None:
     )
     line("rows fetched per step and head", [f"{cache.rows_per_step_and_head:.1f}" for cache in caches])
     line("selected rows that were resident already", [f"{cache.hit_rate:.1%}" for cache in caches])
-    pairs = [common_perplexities(*pair) for pair in zip(full, clo, strict=True)]
-    line("perplexity of the answer: full attention", [f"{pair[0]:.3f}" for pair in pairs])
-    line("                          CLO", [f"{pair[1]:.3f}" for pair in pairs])
+    line("perplexity of full attention's answer:", ["" for _ in full])
+    line("                           full attention", [f"{perplexity(result):.3f}" for result in full])
+    line("                           CLO", [f"{perplexity(result):.3f}" for result in forced])
+    say("Both read the prompt with full attention. In each step CLO also reads what it holds on the worker.")
+    if not on_gpu:
+        say("On a CPU that is the same memory, so nothing gets faster; README.md has speeds on a GPU.")
     say(
-        "Both read the prompt with full attention. In each step CLO also reads what it holds on the worker. "
-        "On a CPU that is the same memory, so nothing gets faster; README.md has speeds on a GPU."
+        "Perplexity says how surprising a text is, token by token; 1 is no surprise at all. Both were given "
+        "the same text, full attention's answer from its first token to its last; CLO was held to it also "
+        "where it would have gone on with another token."
     )
 
 
-def common_perplexities(full: Result, clo: Result) -> tuple[float, float]:
-    """Perplexity, by either, of the tokens that both answers begin with."""
-    pairs = list(zip(full.logprobs or [], clo.logprobs or [], strict=False))
-    same = next((at for at, (a, b) in enumerate(pairs) if a.token != b.token), len(pairs))
-    if not same:
-        return math.nan, math.nan
-    losses = [-sum(entry.logprob for entry in entries[:same]) / same for entries in zip(*pairs, strict=True)]
-    return math.exp(losses[0]), math.exp(losses[1])
+def perplexity(result: Result) -> float:
+    """Perplexity of all tokens of an answer, the end of its line included."""
+    assert result.logprobs is not None
+    return math.exp(-sum(entry.logprob for entry in result.logprobs) / len(result.logprobs))
 
 
-def print_kept(device: Device, question: Question, prompt: str, result: Result) -> None:
+def print_kept(model: ResolvedModel, question: Question, prompt: str, result: Result) -> None:
     """What the heads kept at the end of the answer to the first question: a few lines here, and a picture."""
-    model = resolve(ModelConfig(device=device))
+    from clo.runtime.tokenizer import Tokenizer  # these load torch, see ``main``
+    from examples import picture
+
     tokenizer = Tokenizer(Path(model.path), model.vocab_size)
     tokens = tokenizer.encode(Text(prompt), limit=len(prompt))
     start = prompt.index(question.passage)
