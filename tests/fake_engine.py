@@ -25,6 +25,9 @@ class Event:
     def reached(self) -> bool:
         return self._engine.done >= self._number
 
+    def wait(self) -> None:
+        self._engine.done = max(self._engine.done, self._number)
+
 
 class FakePrefill:
     def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
@@ -137,6 +140,7 @@ class FakeEngine:
         return Event(self)
 
     def logprob(self, logits: Tensor, event: Event, token: int, top: int) -> Logprob:
+        event.wait()
         return Logprob(token, float(logits[0]), [(token, 0.0)] * top)
 
     def retire(self, slot: int) -> FakeRelease:

@@ -113,7 +113,7 @@ class World:
 
     def serve(self) -> None:
         """Store and device do at once whatever they are asked; until all is over."""
-        for _ in range(10_000):
+        for _ in range(1000):
             self.store_works()
             self.store_answers()
             self.engine.finish()
@@ -216,18 +216,23 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
     world = World()
     number = world.add(prompt, max_tokens=13, first=10)
     held: list[int] = []
+    ends: list[int] = []  # of the commits
     world.store_works()
     while world.end(number) is None:
         world.store_answers()
         world.engine.finish()
         world.scheduler.advance()
         world.asked[:] = [message for message in world.asked if not isinstance(message, Free)]
+        for message in world.asked:
+            assert isinstance(message, Commit) and message.tokens
+            ends.append(message.start + len(message.tokens))
         world.store_works()
         known = [10] * prompt + world.tokens(number)
         held = [token for block in world.pool.describe(0, number)[1] for token in block]
         assert held == known[: len(held)]
         assert not world.tokens(number) or len(held) > len(known) - 1 - BLOCK_TOKENS
     assert held[:prompt] == [10] * prompt and len(held) > prompt
+    assert ends == [prompt, *(end for end in range(prompt + 1, prompt + 13) if end % BLOCK_TOKENS == 0)]
 
 
 def test_max_tokens_of_one_takes_no_step() -> None:
@@ -638,7 +643,7 @@ def test_answers_that_are_about_nothing_change_nothing(
         }[answer]
         with caplog.at_level(logging.ERROR):
             world.scheduler.denied(message)
-        assert "It is wrong." in caplog.text
+        assert caplog.messages == [f"The KV store denied {message.answers}: It is wrong."]
     world.check()
     assert world.state(number) is REACHED[reach]
     world.serve()
