@@ -226,7 +226,7 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
     held: list[int] = []
     ends: list[int] = []  # of the commits
     world.store_works()
-    while world.end(number) is None:
+    for _ in range(30):
         world.store_answers()
         world.engine.finish()
         world.scheduler.advance()
@@ -239,6 +239,7 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
         held = [token for block in world.pool.describe(0, number)[1] for token in block]
         assert held == known[: len(held)]
         assert not world.tokens(number) or len(held) > len(known) - 1 - BLOCK_TOKENS
+    assert len(world.tokens(number)) == 13 and world.end(number) is not None
     assert held[:prompt] == [10] * prompt and len(held) > prompt
     assert ends == [prompt, *(end for end in range(prompt + 1, prompt + 13) if end % BLOCK_TOKENS == 0)]
 
@@ -306,9 +307,17 @@ def test_a_request_that_can_never_run_is_refused_at_once(prompt: int) -> None:
     world = World()
     number = world.add(prompt, max_tokens=5)
     end = world.end(number)
-    assert isinstance(end, Refused) and end.code == PromptTooLong.code
+    text = f"{prompt + 5} tokens with the prompt; the longest sequence is {MAX_TOKENS}."
+    assert end == Refused(number, PromptTooLong.code, text)
     assert world.asked == []
     world.check_over()
+
+
+def test_the_longest_request_is_not_refused() -> None:
+    world = World()
+    number = world.add(MAX_TOKENS - 5, max_tokens=5)
+    assert world.state(number) is State.ALLOCATING
+    assert world.asked == [Allocate(number, MAX_TOKENS // BLOCK_TOKENS)]
 
 
 def test_one_that_the_store_can_never_hold_is_refused_and_its_slot_goes_to_the_next() -> None:
