@@ -234,8 +234,7 @@ class Scheduler:
             run = sequence.run
             if sequence.reason is not None:  # it ended while this step was on its way
                 continue
-            complete = not sequence.committed or len(sequence.tokens) % self._block_tokens == 0
-            if complete and len(sequence.tokens) > sequence.committed:
+            if not sequence.committed or len(sequence.tokens) % self._block_tokens == 0:
                 self._commit(sequence)
             if run.forced is not None:
                 token = run.forced[sequence.generated]

@@ -25,6 +25,9 @@ class Event:
     def reached(self) -> bool:
         return self._engine.done >= self._number
 
+    def wait(self) -> None:
+        self._engine.done = max(self._engine.done, self._number)
+
 
 class FakePrefill:
     def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
@@ -74,6 +77,7 @@ class FakeEngine:
         self.tokens: dict[int, int] = {}
         self.log: list[str] = []
         self.joined = 0
+        self.activated: list[tuple[Sampling, int]] = []  # with their seeds
         self._mail: dict[int, list[int]] = {}  # work number -> drawn tokens, by slot
         self._logits = torch.zeros(SLOTS, 1)  # one buffer, as a graph has
 
@@ -100,6 +104,7 @@ class FakeEngine:
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         assert isinstance(self.owner[slot], FakePrefill) and slot not in self.lengths
         self.lengths[slot] = length
+        self.activated.append((sampling, seed))
 
     def start(self, slot: int, logits: Tensor) -> StepHandle:
         self.tokens[slot] = int(logits[0, 0])
@@ -137,6 +142,7 @@ class FakeEngine:
         return Event(self)
 
     def logprob(self, logits: Tensor, event: Event, token: int, top: int) -> Logprob:
+        event.wait()
         return Logprob(token, float(logits[0]), [(token, 0.0)] * top)
 
     def retire(self, slot: int) -> FakeRelease:

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from clo.kvstore.client import StoreClient
+from clo.kvstore.server import listen
 from clo.runtime.wire.errors import ConfigError, ProtocolError, WorkerDied
 from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
@@ -28,7 +29,7 @@ from clo.runtime.wire.messages import (
     StoreReport,
     StoreStats,
 )
-from tests.store import ARENA_BYTES, MIB, WAIT_MS, Store, ask, running_store
+from tests.store import ARENA_BYTES, MIB, WAIT_MS, Store, ask, new_endpoint, running_store
 
 BLOCKS = ARENA_BYTES // MIB
 
@@ -58,8 +59,7 @@ def test_a_sequence_from_allocation_to_freeing(store: Store) -> None:
     assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
     assert ask(client, Free(7)) == Freed(7, 2)
     assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
-    denied = ask(client, Describe(7))
-    assert isinstance(denied, Denied) and (denied.sequence, denied.code) == (7, "protocol")
+    assert ask(client, Describe(7)) == Denied("Describe", 7, "protocol", "Sequence 7 holds no blocks.")
 
 
 def test_waiting_allocations_of_two_workers_are_served_in_order(store: Store) -> None:
@@ -82,7 +82,8 @@ def test_an_allocation_that_can_never_fit_is_denied_at_once(store: Store) -> Non
     client, _ = store.worker(0)
     for blocks in (BLOCKS + 1, 2**63):
         denied = ask(client, Allocate(3, blocks))
-        assert isinstance(denied, Denied) and (denied.sequence, denied.code) == (3, "prompt_too_long")
+        assert isinstance(denied, Denied) and denied.answers == "Allocate"
+        assert (denied.sequence, denied.code) == (3, "prompt_too_long")
         assert "--kv-size" in denied.text
 
 
@@ -124,19 +125,77 @@ def test_a_restarted_worker_frees_what_its_predecessor_held(store: Store) -> Non
     assert stats(successor).free_blocks == 0
 
 
+def test_a_connection_that_attaches_again_as_another_worker_frees_what_it_held(store: Store) -> None:
+    client, _ = store.worker(1)
+    assert isinstance(ask(client, Allocate(1, BLOCKS)), Allocated)
+    client.attach(Attach(2, 2, os.getpid(), 16, MIB), WAIT_MS / 1000)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+    other, _ = store.worker(1)  # is a worker of its own: the connection is number 2 now
+    assert isinstance(ask(client, Allocate(1, 1)), Allocated)
+    assert isinstance(ask(other, Allocate(1, 1)), Allocated)
+
+
+def member(store: Store, number: int, group: int) -> StoreClient:
+    client = store.client()
+    client.attach(Attach(number, group, os.getpid(), 16, MIB), WAIT_MS / 1000)
+    return client
+
+
+def test_blocks_belong_to_a_group_and_its_first_worker_hears_of_them(store: Store) -> None:
+    second, first, other = member(store, 4, 7), member(store, 3, 7), member(store, 1, 8)
+    second.send(Allocate(1, BLOCKS))
+    allocated = first.receive(WAIT_MS)
+    assert isinstance(allocated, Allocated) and allocated.sequence == 1
+    described = ask(second, Describe(1))
+    assert isinstance(described, Described) and described.blocks == allocated.blocks
+    assert isinstance(ask(other, Describe(1)), Denied), "a sequence of another group"
+
+
+def test_a_group_that_loses_any_worker_loses_its_blocks(store: Store) -> None:
+    first, _ = member(store, 3, 7), member(store, 4, 7)
+    other = member(store, 1, 8)
+    assert isinstance(ask(first, Allocate(1, BLOCKS)), Allocated)
+    first.send(Allocate(2, 1))  # waits
+    other.send(Allocate(1, 2))
+    member(store, 4, 7)  # its predecessor is gone
+    answer = other.receive(WAIT_MS)
+    assert isinstance(answer, Allocated) and len(answer.blocks) == 2
+    assert isinstance(ask(first, Describe(1)), Denied)
+    assert stats(first) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+
+
+def test_answers_wait_for_a_worker_that_reads_none_for_long(store: Store) -> None:
+    """Far more than ZeroMQ keeps by default."""
+    client, _ = store.worker(0)
+    for sequence in range(20_000):
+        client.send(Free(sequence))
+    for sequence in range(20_000):
+        assert client.receive(WAIT_MS) == Freed(sequence, 0)
+
+
+def test_an_address_that_is_taken_is_named() -> None:
+    endpoint = new_endpoint()
+    text = f"cannot listen at {endpoint}: Address already in use"
+    with zmq.Context() as context, listen(context, endpoint), pytest.raises(ConfigError, match=text):
+        listen(context, endpoint)
+
+
 def test_workers_of_one_store_must_have_the_same_blocks(store: Store) -> None:
     client, _ = store.worker(0)
-    with pytest.raises(ConfigError, match="one model and dtype"):
-        store.worker(1, block_bytes=2 * MIB)
-    with pytest.raises(ConfigError):
-        store.client().attach(Attach(1, 1, os.getpid(), 32, MIB), WAIT_MS / 1000)
+    own = f"numa0 has 16 tokens and {MIB} bytes: use one model and dtype"
+    for tokens, size in ((16, 2 * MIB), (32, MIB)):
+        with pytest.raises(
+            ConfigError, match=f"Worker 1 has blocks of {tokens} tokens and {size} bytes, {own}"
+        ):
+            store.client().attach(Attach(1, 1, os.getpid(), tokens, size), WAIT_MS / 1000)
     assert isinstance(ask(client, Allocate(0, 1)), Allocated)
 
 
 def test_a_block_larger_than_the_arena_is_refused_and_does_not_fix_the_shape(store: Store) -> None:
-    with pytest.raises(ConfigError, match="--kv-size"):
+    text = f"takes {ARENA_BYTES + 1} bytes, numa0 has only {ARENA_BYTES}: raise --kv-size"
+    with pytest.raises(ConfigError, match=text):
         store.worker(0, block_bytes=ARENA_BYTES + 1)
-    assert store.worker(0)[1].blocks == BLOCKS
+    assert store.worker(0, block_bytes=ARENA_BYTES)[1].blocks == 1
 
 
 def test_a_process_that_is_gone_cannot_attach(store: Store) -> None:
@@ -195,7 +254,9 @@ def test_malformed_messages_are_denied_and_change_nothing(store: Store, attached
         socket.send_multipart(frames)
         assert socket.poll(WAIT_MS), f"no answer to {frames!r:.200}"
         answer = msgspec.msgpack.decode(socket.recv(), type=FromStore)
-        assert isinstance(answer, Denied) and (answer.sequence, answer.code) == (-1, "protocol"), frames
+        assert isinstance(answer, Denied), frames
+        assert (answer.answers, answer.sequence, answer.code) == ("", -1, "protocol"), frames
+        assert len(frames) == 1 or f"this one has {len(frames)}" in answer.text
     assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
 
 
@@ -204,6 +265,7 @@ def test_a_message_before_attach_is_denied(store: Store) -> None:
     for message in (Allocate(1, 1), Commit(1, 0, []), Free(1), Describe(1), GetStoreStats()):
         denied = ask(client, message)
         assert isinstance(denied, Denied) and denied.code == "protocol" and "Attach" in denied.text
+        assert (denied.answers, denied.sequence) == (type(message).__name__, getattr(message, "sequence", -1))
 
 
 def test_an_oversized_message_costs_only_its_sender_the_connection(store: Store) -> None:

@@ -34,6 +34,7 @@ def test_tensors_and_byte_offsets_are_of_one_layout() -> None:
 
 def test_what_one_layer_and_head_needs_of_all_blocks_lies_together() -> None:
     layout = ArenaLayout.of_block(layers=3, kv_heads=2, blocks=5, block_bytes=600)
+    assert layout == ArenaLayout(layers=3, kv_heads=2, blocks=5, part_bytes=100)
     for layer, head in product(range(3), range(2)):
         starts = [layout.offset(layer, head, block) for block in range(5)]
         assert starts == list(range(starts[0], starts[0] + 500, 100))

@@ -47,10 +47,10 @@ def test_withdrawing_the_head_of_the_queue_serves_those_behind_it() -> None:
 def test_a_second_allocation_of_a_sequence_is_refused_whether_it_owns_or_waits() -> None:
     pool = BlockPool(blocks=2, block_tokens=4)
     pool.allocate(0, 1, 2)
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError, match="Sequence 1 has asked for blocks before"):
         pool.allocate(0, 1, 1)
     assert granted(pool) == [(0, 1)]
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError, match="Sequence 1 has asked for blocks before"):
         pool.allocate(0, 1, 1)
     pool.allocate(1, 1, 1)  # the same number of another worker is another sequence
     assert pool.waiting == 1
@@ -61,13 +61,32 @@ def test_commits_continue_where_the_last_ended_and_stay_inside_the_blocks() -> N
     pool.allocate(0, 1, 2)
     blocks = next(pool.grants()).blocks
     pool.commit(0, 1, 0, [1, 2, 3, 4, 5])
-    for start, tokens in ((4, [6]), (6, [6]), (5, [6, 7, 8, 9])):
-        with pytest.raises(ProtocolError):
+    for start, tokens, wrong in (
+        (4, [6], "holds 5 tokens; a commit cannot start at 4"),
+        (6, [6], "holds 5 tokens; a commit cannot start at 6"),
+        (5, [6, 7, 8, 9], "has room for 8 tokens, not for 9"),
+    ):
+        with pytest.raises(ProtocolError, match=f"Sequence 1 {wrong}"):
             pool.commit(0, 1, start, tokens)
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError, match="Sequence 1 holds no blocks"):
         pool.commit(1, 1, 0, [1])
     pool.commit(0, 1, 5, [6, 7, 8])
     assert pool.describe(0, 1) == (blocks, [[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def test_the_blocks_of_a_sequence_are_those_that_it_was_granted() -> None:
+    pool = BlockPool(blocks=8, block_tokens=4)
+    for group, sequence in ((0, 1), (0, 2), (1, 1)):
+        pool.allocate(group, sequence, 2)
+    grants = list(pool.grants())
+    for grant in grants:
+        assert pool.blocks_of(grant.group, grant.sequence) == grant.blocks
+    pool.blocks_of(0, 1).clear()  # a caller's list is its own
+    assert pool.blocks_of(0, 1) == grants[0].blocks
+    pool.allocate(1, 2, 3)  # waits
+    for group, sequence in ((1, 2), (2, 1)):
+        with pytest.raises(ProtocolError, match=f"Sequence {sequence} holds no blocks"):
+            pool.blocks_of(group, sequence)
 
 
 def test_freed_blocks_forget_their_tokens() -> None:
@@ -148,8 +167,19 @@ def test_a_block_that_nobody_holds_cannot_be_shared(block: int) -> None:
     pool.check_integrity()
 
 
-@pytest.mark.parametrize("damage", ["lost", "twice", "foreign", "overfull", "idle queue"])
-def test_check_integrity_finds_damage(damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        ("lost", r"Free blocks are \[2, 3\] and listed as \[3\]"),
+        ("twice", r"Free blocks are \[2, 3\] and listed as \[0, 2, 3\]"),
+        ("foreign", r"Free blocks are \[2, 3\] and listed as \[2, 4\]"),
+        ("counted wrongly", r"held \[1, 1, 0, 0\] times and counted \[2, 1, 0, 0\] times"),
+        ("overfull", "Sequence 1 of group 0 holds 5 tokens in 2 blocks"),
+        ("holder waits", "Sequence 1 of group 0 holds blocks and waits"),
+        ("idle queue", "The queue waits although 2 blocks are free"),
+    ],
+)
+def test_check_integrity_finds_damage(damage: str, text: str) -> None:
     pool = BlockPool(blocks=4, block_tokens=2)
     pool.allocate(0, 1, 2)
     assert granted(pool) == [(0, 1)]
@@ -161,11 +191,16 @@ def test_check_integrity_finds_damage(damage: str) -> None:
             pool._free.append(holding.blocks[0])
         case "foreign":
             pool._free[0] = 4
+        case "counted wrongly":
+            pool._holders[holding.blocks[0]] += 1
         case "overfull":
             holding.tokens.extend([1] * 5)
+        case "holder waits":
+            pool.allocate(0, 2, 3)
+            pool._waiting[0, 1] = pool._waiting.pop((0, 2))
         case "idle queue":
-            pool.allocate(0, 2, 1)
-    with pytest.raises(AssertionError):
+            pool.allocate(0, 2, 2)  # just as many as are free
+    with pytest.raises(AssertionError, match=text):
         pool.check_integrity()
 
 

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable
+from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -10,11 +11,17 @@ import pytest
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.outputs import StepHandle
-from clo.gpu_worker.scheduler import PREFILL_UNITS_AHEAD, PREFILL_UNITS_PER_STEP, Scheduler
+from clo.gpu_worker.scheduler import (
+    PREFILL_UNITS_AHEAD,
+    PREFILL_UNITS_PER_STEP,
+    PROGRESS_SECONDS,
+    Scheduler,
+)
 from clo.gpu_worker.sequence import NEXT, Sequence, State
 from clo.kvstore.pool import BlockPool
 from clo.runtime.wire.errors import PromptTooLong
 from clo.runtime.wire.messages import (
+    NO_STATS,
     Abort,
     Allocate,
     Allocated,
@@ -71,7 +78,7 @@ class World:
         number = len(self.runs)
         tokens = [first] * prompt
         asked = Sampling(temperature=0.0, max_tokens=max_tokens, **sampling)
-        self.runs[number] = run = Run(number, tokens, asked, 0, [END], forced)
+        self.runs[number] = run = Run(number, tokens, asked, 100 + number, [END], forced)
         self.scheduler.add(run)
         return number
 
@@ -113,7 +120,7 @@ class World:
 
     def serve(self) -> None:
         """Store and device do at once whatever they are asked; until all is over."""
-        for _ in range(10_000):
+        for _ in range(1000):
             self.store_works()
             self.store_answers()
             self.engine.finish()
@@ -205,6 +212,7 @@ def test_a_request_from_its_prompt_to_its_last_token() -> None:
     assert isinstance(end, Done)
     assert (end.cache.steps, end.cache.kv_bytes) == (4, 10), "one step for each token but the first"
     assert Prefilled(number, 6, 6) in world.reports
+    assert world.engine.activated == [(world.runs[number].sampling, world.runs[number].seed)]
     assert world.freed == [number]
     assert (world.scheduler.steps, world.scheduler.generated) == (4, 5)
     world.check_over()
@@ -216,18 +224,24 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
     world = World()
     number = world.add(prompt, max_tokens=13, first=10)
     held: list[int] = []
+    ends: list[int] = []  # of the commits
     world.store_works()
-    while world.end(number) is None:
+    for _ in range(30):
         world.store_answers()
         world.engine.finish()
         world.scheduler.advance()
         world.asked[:] = [message for message in world.asked if not isinstance(message, Free)]
+        for message in world.asked:
+            assert isinstance(message, Commit) and message.tokens
+            ends.append(message.start + len(message.tokens))
         world.store_works()
         known = [10] * prompt + world.tokens(number)
         held = [token for block in world.pool.describe(0, number)[1] for token in block]
         assert held == known[: len(held)]
         assert not world.tokens(number) or len(held) > len(known) - 1 - BLOCK_TOKENS
+    assert len(world.tokens(number)) == 13 and world.end(number) is not None
     assert held[:prompt] == [10] * prompt and len(held) > prompt
+    assert ends == [prompt, *(end for end in range(prompt + 1, prompt + 13) if end % BLOCK_TOKENS == 0)]
 
 
 def test_max_tokens_of_one_takes_no_step() -> None:
@@ -293,9 +307,17 @@ def test_a_request_that_can_never_run_is_refused_at_once(prompt: int) -> None:
     world = World()
     number = world.add(prompt, max_tokens=5)
     end = world.end(number)
-    assert isinstance(end, Refused) and end.code == PromptTooLong.code
+    text = f"{prompt + 5} tokens with the prompt; the longest sequence is {MAX_TOKENS}."
+    assert end == Refused(number, PromptTooLong.code, text)
     assert world.asked == []
     world.check_over()
+
+
+def test_the_longest_request_is_not_refused() -> None:
+    world = World()
+    number = world.add(MAX_TOKENS - 5, max_tokens=5)
+    assert world.state(number) is State.ALLOCATING
+    assert world.asked == [Allocate(number, MAX_TOKENS // BLOCK_TOKENS)]
 
 
 def test_one_that_the_store_can_never_hold_is_refused_and_its_slot_goes_to_the_next() -> None:
@@ -392,6 +414,56 @@ def test_the_host_launches_a_few_units_of_prefill_ahead_of_the_device(
     world.check_over()
 
 
+def test_no_prefill_is_put_behind_the_steps_that_fill_the_queue() -> None:
+    """It would stand before the next step, whose turn has not come."""
+    world = World()
+    world.add(prompt=2, max_tokens=30)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: "step" in world.engine.log)
+    world.advance(2)
+    assert world.scheduler.advance() is False
+    world.add(prompt=3, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    before = list(world.engine.log)
+    assert world.scheduler.advance() is False and world.engine.log == before
+    world.serve()
+    world.check_over()
+
+
+def test_advance_says_whether_it_did_anything() -> None:
+    """Else a worker would sleep with work to do, or never."""
+    world = World()
+    for number in range(4):
+        world.add(prompt=2, max_tokens=3 + number)
+    seen = set()
+    for turn in range(300):
+        world.store_works()
+        world.store_answers()
+        if turn % 4 == 0:
+            world.engine.finish(1)
+        before = len(world.engine.log), len(world.reports)
+        moved = world.scheduler.advance()
+        assert moved is (before != (len(world.engine.log), len(world.reports)))
+        seen.add(moved)
+    assert seen == {True, False}
+    world.serve()
+    world.check_over()
+
+
+def test_the_progress_of_a_long_prefill_is_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fake_engine.UNITS", 8)
+    clock = count(1000.0, PROGRESS_SECONDS / 2)  # a unit takes half the time between two reports
+    monkeypatch.setattr("clo.gpu_worker.scheduler.time.monotonic", lambda: next(clock))
+    world = World()
+    number = world.add(prompt=16, max_tokens=1)
+    world.serve()
+    progress = [report for report in world.reports if isinstance(report, Prefilled)]
+    assert progress == [Prefilled(number, done, 16) for done in (2, 6, 10, 14, 16)]
+    world.check_over()
+
+
 def test_the_tokens_of_a_batch_are_reported_together() -> None:
     world = World()
     numbers = [world.add(prompt=2, max_tokens=6, first=100 * n) for n in range(3)]
@@ -447,7 +519,7 @@ def test_a_drift_check_hears_of_every_step() -> None:
     world.add(prompt=3, max_tokens=4)
     world.serve()
     assert recorder.lengths == [{0: 4}, {0: 5}, {0: 6}]
-    assert len(recorder.handles) == 3
+    assert [handle.rows for handle in recorder.handles] == [[0]] * 3
 
 
 # ------------------------------------------------------------------------ every message in every state
@@ -593,7 +665,7 @@ def test_abort(reach: Callable[[World], int]) -> None:
     world.check()
     assert world.state(number) in (State.RELEASING, State.GONE)
     if reach is to_waiting:
-        assert done(world, number) == ("cancelled", [])
+        assert world.end(number) == Done(number, "cancelled", NO_STATS)
     world.abort(number)  # the second time nothing happens
     world.check()
     world.serve()
@@ -638,7 +710,7 @@ def test_answers_that_are_about_nothing_change_nothing(
         }[answer]
         with caplog.at_level(logging.ERROR):
             world.scheduler.denied(message)
-        assert "It is wrong." in caplog.text
+        assert caplog.messages == [f"The KV store denied {message.answers}: It is wrong."]
     world.check()
     assert world.state(number) is REACHED[reach]
     world.serve()
