@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 import zmq
 
+from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
+from clo.kvstore.server import StoreServer, listen
+from clo.runtime.config import StoreConfig
 from clo.runtime.wire.messages import Attach, Attached, FromStore, ToStore
 
 MIB = 2**20
@@ -72,6 +75,16 @@ def running_store(node: int = 0) -> Iterator[Store]:
         if store.process.stderr is not None:
             store.process.stderr.close()
         context.destroy(linger=0)
+
+
+@contextmanager
+def own_store() -> Iterator[StoreServer]:
+    """A store of 64 MiB in this process, to which a test gives messages itself; nobody reads its answers."""
+    endpoint = new_endpoint()
+    arena = Arena.create(ARENA_BYTES)
+    with zmq.Context() as context, listen(context, endpoint) as socket:
+        yield StoreServer(StoreConfig("numa0", 0, ARENA_BYTES, endpoint), arena, socket)
+    arena.close()
 
 
 def ask(client: StoreClient, message: ToStore) -> FromStore:

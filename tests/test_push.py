@@ -18,7 +18,7 @@ from clo.kernels.flag import wait
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor
-from clo.kvstore.push import PAGE_BYTES
+from clo.kvstore.push import PAGE_BYTES, Source
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import CLOError, DeviceStuck, ProtocolError
 from clo.runtime.wire.messages import (
@@ -32,7 +32,8 @@ from clo.runtime.wire.messages import (
     OpenStaging,
     Push,
 )
-from tests.store import WAIT_MS, Store, ask, running_store
+from clo.runtime.wire.sockets import encode
+from tests.store import WAIT_MS, Store, ask, own_store, running_store
 
 SHAPE = KVShape((LayerSpec(),) * 4, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
 MOST = 4  # blocks of a request
@@ -174,7 +175,7 @@ def test_a_push_that_cannot_be_is_denied(store: Store, worker: Worker, wrong: Pu
 
 def test_what_is_no_staging_is_denied(store: Store, worker: Worker) -> None:
     worker.allocate(1, 2)
-    assert "OpenStaging" in worker.denied(Push(1, 0, 0, 1, 0, 1)).text
+    assert worker.denied(Push(1, 0, 0, 1, 0, 1)).text == "A worker has to send OpenStaging before Push."
     fd = os.memfd_create("clo-test")
     os.ftruncate(fd, PAGE_BYTES + BYTES)
     unknown = GPUMemory("0000:00:00.0", bytes(64))
@@ -190,7 +191,7 @@ def test_what_is_no_staging_is_denied(store: Store, worker: Worker) -> None:
     os.close(fd)
     with pytest.raises(ProtocolError, match="Attach"):
         store.client().open_staging(OpenStaging(0, 1, None, 1, 1), WAIT_MS / 1000)
-    assert "OpenStaging" in worker.denied(Push(1, 0, 0, 1, 0, 1)).text
+    assert worker.denied(Push(1, 0, 0, 1, 0, 1)).text == "A worker has to send OpenStaging before Push."
 
 
 def test_a_worker_that_comes_back_has_to_open_its_staging_again(store: Store, worker: Worker) -> None:
@@ -198,6 +199,30 @@ def test_a_worker_that_comes_back_has_to_open_its_staging_again(store: Store, wo
     successor = Worker(store, 0)
     successor.allocate(1, 1)
     assert "OpenStaging" in successor.denied(Push(1, 0, 0, 1, 0, 1)).text
+
+
+def test_a_staging_that_is_replaced_or_whose_worker_is_gone_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the store would hold memory of a GPU for ever."""
+    events: list[str] = []
+
+    class Recorder:
+        """A pusher that says what becomes of it."""
+
+        def __init__(self, source: Source, pid: int, message: OpenStaging, *sizes: int) -> None:
+            self._name = message.fd
+            events.append(f"open {self._name}")
+
+        def close(self) -> None:
+            events.append(f"close {self._name}")
+
+    monkeypatch.setattr("clo.kvstore.server.Pusher", Recorder)
+    with own_store() as server:
+        attach = Attach(0, 0, os.getpid(), SHAPE.block_tokens, SHAPE.block_bytes)
+        for message in (attach, OpenStaging(1, 1, None, 1, 1), OpenStaging(2, 1, None, 1, 1), attach):
+            server._answer(b"worker", encode(message))
+    assert events == ["open 1", "close 1", "open 2", "close 2"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
