@@ -13,14 +13,14 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.encode import CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
-from clo.kernels.quantize_query import quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import sample, uniform
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
 from clo.kernels.store import store, store_new
 from clo.kernels.update_resident import FetchList, update_resident
 
-SINKS, RECENT, CAPACITY = 2, 4, 8
+SINKS, RECENT, CAPACITY = 3, 4, 8
 SHAPES = [
     (64, 1, 3),
     (64, 3, 3),
@@ -162,15 +162,15 @@ def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later()
 
 
 def test_attention_over_a_large_set_without_sinks_passes_over_a_slot_not_in_use() -> None:
-    kv_heads, group, dim, held, scale = 2, 3, 64, 390, 0.2
-    resident = empty_set(2, kv_heads, dim, fill=1e4, sinks=0, capacity=400)
+    kv_heads, group, dim, held, scale = 2, 3, 64, 790, 0.2
+    resident = empty_set(2, kv_heads, dim, fill=1e4, sinks=0, capacity=800)
     rows = torch.randn(kv_heads, RECENT + held, 2, dim).bfloat16()
     resident = resident._replace(rows=resident.rows.bfloat16())
     resident.rows[1, :, : RECENT + held] = rows
     resident.positions[1, :, :held] = torch.arange(held)
     lengths, query = torch.tensor([0, 5000]), torch.randn(2, kv_heads * group, dim).bfloat16()
     entries = torch.zeros(2, kv_heads, 6, dtype=torch.int32)
-    entries[1, :, :4] = torch.tensor([0, 7, 100, 389])
+    entries[1, :, :4] = torch.tensor([0, 7, 100, 789])
     for fetch_list in (None, FetchList(entries, torch.tensor([[0, 0], [4, 0]], dtype=torch.int32))):
         lse = torch.full((2, kv_heads * group), torch.nan)
         state = attend_resident(query, resident, lengths, fetch_list, scale)
@@ -204,6 +204,7 @@ def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     found = score_codes(quantized, pages, reselect, lengths, block_table, SINKS, RECENT, scale)
     products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, block_table).transpose(-1, -2)
     expected = score_products(products, lse, lengths, SINKS, RECENT, scale)
+    assert found.dtype == expected.dtype == torch.int16
     assert torch.equal(found == NEVER, expected == NEVER)
     weights = ((scores.int() << 16).view(torch.float32) for scores in (found, expected))
     # the query loses a little in 8 bits, and the weight in 16
@@ -238,7 +239,7 @@ def test_keys_are_rounded_to_the_nearest_level_of_their_own_size(magnitude: floa
 
 @pytest.mark.parametrize("magnitude", [0.01, 1.0])
 def test_new_keys_are_indexed_as_encode_does(magnitude: float) -> None:
-    kv_heads, dim, max_blocks = 2, 32, 5
+    kv_heads, dim, max_blocks = 2, 48, 5
     keys = torch.randn(40, 2, kv_heads, dim) * magnitude
     pages, page_table = random_pages(2, max_blocks, kv_heads, dim)
     rotation = random_rotation(dim)
@@ -283,6 +284,26 @@ def test_queries_become_integers_and_products_with_the_centres(magnitude: float)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_scores_are_cut_from_the_weights_of_integers_and_codes() -> None:
+    batch, kv_heads, group, dim, scale = 2, 2, 3, 16, 0.3
+    pages, page_table = random_pages(batch, 3, kv_heads, dim)
+    integers = torch.randint(-9, 10, (batch, kv_heads * group, dim), dtype=torch.int8)
+    steps, offsets = torch.rand(batch, kv_heads * group) + 0.2, torch.randn(batch, kv_heads, 3, group)
+    lengths, reselect = torch.tensor([24, 15]), torch.ones(batch, kv_heads, dtype=torch.bool)
+    quantized = QuantizedQuery(integers, steps, offsets)
+    scores = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale)
+    rows = (unpack(pages.codes).double() - 1.5) * pages.scales.double().unsqueeze(3)
+    gathered, queries = gather_tokens(rows, page_table), integers.double() * steps.double().unsqueeze(2)
+    for b in range(batch):
+        for h in range(kv_heads):
+            candidates = slice(SINKS, int(lengths[b]) - RECENT)
+            products = queries[b].view(kv_heads, group, dim)[h] @ gathered[b, h].T * scale
+            products += offsets[b, h].repeat_interleave(BLOCK_TOKENS, 0).T.double() * math.log(2)
+            weight = products.exp().sum(0)[candidates]
+            found = (scores[b, h, candidates].int() << 16).view(torch.float32).double()
+            assert (found <= weight * 1.0001).all() and (weight <= found * (1.0001 + 2**-7)).all()
+
+
 def test_a_weight_beyond_float32_is_the_largest_score() -> None:
     pages, page_table = random_pages(1, 2, 1, 64)
     query, lse, lengths = torch.randn(1, 3, 64), torch.full((1, 3), -1000.0), torch.tensor([12])
@@ -314,30 +335,38 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
 
 
 @pytest.mark.parametrize(
-    ("sinks", "k", "start", "apart"),
-    [(SINKS, 6, 20, 1), (SINKS, 6, 20, 414), (0, 6, 1, 414), (0, CAPACITY, 1, 1), (0, 1, 1, 414)],
+    ("sinks", "tail", "k", "lowest", "apart"),
+    [
+        (SINKS, RECENT, 6, 0, 1),
+        (SINKS, RECENT, 6, 0, 414),
+        (0, RECENT, 6, 32688, 1),
+        (0, RECENT, CAPACITY, 0, 1),
+        (0, 0, 6, 0, 414),
+        (0, 0, 1, 0, 414),
+    ],
 )
 def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
-    sinks: int, k: int, start: int, apart: int
+    sinks: int, tail: int, k: int, lowest: int, apart: int
 ) -> None:
     batch, kv_heads, span = 3, 3, 64
     resident = empty_set(batch, kv_heads, 1, sinks=sinks)
     positions, last_used = resident.positions, resident.last_used
     counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
-    for step in range(start, 60):
+    for step in range(1, 60):
         lengths = torch.tensor([step, step + 3, 0])
-        scores = (torch.randint(0, 80, (batch, kv_heads, span)) * apart).to(torch.int16)  # with ties
+        ranks = torch.randint(0, 80, (batch, kv_heads, span))  # with ties
+        scores = (lowest + ranks * apart).to(torch.int16)
         scores[..., :sinks] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
-        fetch_list = update_resident(scores, reselect, lengths, RECENT, resident, counters, k)
+        fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
         assert fetch_list.entries.dtype == fetch_list.counts.dtype == torch.int32
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
                     row = scores[b, h].tolist()
-                    candidates = [p for p in range(max(0, int(lengths[b]) - RECENT)) if row[p] != NEVER]
+                    candidates = [p for p in range(max(0, int(lengths[b]) - tail)) if row[p] != NEVER]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
                     int(lengths[b]) if position >= 0 and position in best else used
