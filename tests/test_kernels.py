@@ -335,21 +335,21 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
 
 
 @pytest.mark.parametrize(
-    ("sinks", "tail", "k", "lowest", "apart"),
+    ("sinks", "tail", "k", "capacity", "lowest", "apart"),
     [
-        (SINKS, RECENT, 6, 0, 1),
-        (SINKS, RECENT, 6, 0, 414),
-        (0, RECENT, 6, 32688, 1),
-        (0, RECENT, CAPACITY, 0, 1),
-        (0, 0, 6, 0, 414),
-        (0, 0, 1, 0, 414),
+        (SINKS, RECENT, 6, 8, 0, 1),
+        (SINKS, RECENT, 6, 8, 0, 414),
+        (0, RECENT, 6, 8, 32688, 1),
+        (0, RECENT, 8, 8, 0, 1),
+        (0, 0, 6, 8, 0, 414),
+        (0, 0, 1, 600, 0, 414),
     ],
 )
 def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
-    sinks: int, tail: int, k: int, lowest: int, apart: int
+    sinks: int, tail: int, k: int, capacity: int, lowest: int, apart: int
 ) -> None:
     batch, kv_heads, span = 3, 3, 64
-    resident = empty_set(batch, kv_heads, 1, sinks=sinks)
+    resident = empty_set(batch, kv_heads, 1, sinks=sinks, capacity=capacity)
     positions, last_used = resident.positions, resident.last_used
     counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
     for step in range(1, 60):
@@ -373,7 +373,7 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
                     for position, used in zip(before[b][h], old[b][h], strict=True)
                 ]
                 missing = [p for p in best if p not in before[b][h]]
-                leaving = sorted(sorted(range(CAPACITY), key=lambda e: (ages[e], e))[: len(missing)])
+                leaving = sorted(sorted(range(capacity), key=lambda e: (ages[e], e))[: len(missing)])
                 expected = before[b][h].copy()
                 for entry, position in zip(leaving, missing, strict=True):
                     expected[entry], ages[entry] = position, int(lengths[b])
