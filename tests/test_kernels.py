@@ -55,7 +55,8 @@ def empty_set(
 
 
 def random_rotation(dim: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    rotation: Tensor = torch.linalg.qr(torch.randn(dim, dim)).Q
+    return rotation.contiguous()
 
 
 def random_pages(batch: int, max_blocks: int, kv_heads: int, dim: int) -> tuple[CodePages, Tensor]:
@@ -424,9 +425,9 @@ def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) 
         assert torch.equal(counters - counted, expected.long())
 
     query = torch.eye(16)[:1].unsqueeze(0)
-    for threshold, selects in ((1.0, False), (1.01, True)):
+    for cosine, selects in ((1.0, False), (1.01, True)):
         counters = torch.zeros(1, 1, 4, dtype=torch.int64)
-        found = gate(query, query.clone(), torch.tensor([threshold]), lengths[:1], counters)
+        found = gate(query, query.clone(), torch.tensor([cosine]), lengths[:1], counters)
         assert found.item() is selects, "a query that stays the same selects only above 1"
 
 
