@@ -124,6 +124,29 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     assert torch.equal(written[0], gather_tokens(untouched, block_table)[0])
 
 
+@pytest.mark.parametrize("length", [1, SINKS, SINKS + 1, SINKS + RECENT, SINKS + RECENT + 2, 30])
+def test_the_set_says_which_tokens_it_holds(length: int) -> None:
+    resident, history = empty_set(3, 2, 16), torch.randn(length, 3, 2, 2, 16)
+    for step in range(length):
+        append(history[step], torch.tensor([0, step + 1, 0]), resident)
+    expected = {*range(min(length, SINKS)), *range(max(SINKS, length - RECENT), length)}
+    expected |= {*range(SINKS, min(SINKS + CAPACITY, length - RECENT))}
+    tokens, rows = resident.tokens(1, length), resident.rows[1]
+    assert tokens.shape == rows.shape[:2] and tokens.dtype == torch.int64
+    for h in range(2):
+        filled = tokens[h] >= 0
+        held = tokens[h, filled]
+        assert sorted(held.tolist()) == sorted(expected)
+        assert torch.equal(rows[h, filled], history[held, 1, h])
+        assert rows[h, ~filled].isnan().all() and (tokens[h, ~filled] == -1).all()
+
+    part = resident.slots(2)
+    for name in ("rows", "positions", "last_used"):
+        found, whole = getattr(part, name), getattr(resident, name)
+        assert found.shape == whole[:2].shape and found.data_ptr() == whole.data_ptr(), "no copy"
+    assert (part.sinks, part.recent, part.capacity) == (SINKS, RECENT, CAPACITY)
+
+
 @pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 3, 4 * BLOCK_TOKENS])
 def test_store_writes_the_rows_of_a_prompt_and_nothing_else(tokens: int) -> None:
     arena, block_table = arena_layer(1, 4, 3, 16)
