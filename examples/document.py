@@ -12,9 +12,9 @@ def document(*names: str) -> str:
 
 
 def pytorch_readme() -> str:
-    """The README of the installed PyTorch from its chapter on installation to its end, as plain text.
+    """The README of the installed PyTorch from its chapter on the source code to its end, as plain text.
 
-    It has 4,700 tokens of SmolLM2. Links become their text; pictures and comments go.
+    It has 3,700 tokens of SmolLM2. Links become their text; pictures and comments go.
     """
     text = metadata("torch")["Description"]
     for pattern, replacement in (
@@ -23,4 +23,4 @@ def pytorch_readme() -> str:
         (r"\n{3,}", "\n\n"),
     ):
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
-    return text[text.find("## Installation") :].strip()
+    return text[max(text.find("#### Get the PyTorch Source"), 0) :].strip()

@@ -65,16 +65,15 @@ QUESTIONS = (
         "CUDA 12.1",
     ),
     Question(
-        "What does the PyTorch Slack host?",
-        "The PyTorch Slack hosts a primary audience of moderate to experienced PyTorch users and developers "
-        "for general chat, online discussions, collaboration, etc.",
-        "moderate to experienced PyTorch users and developers for general chat",
-    ),
-    Question(
         "Who is Hugh?",
         "This project is unrelated to hughperkins/pytorch with the same name. Hugh is a valuable contributor "
         "to the Torch community and has helped with many things Torch and PyTorch.",
         "valuable contributor to the Torch community",
+    ),
+    Question(
+        "What is the newsletter?",
+        "Newsletter: No-noise, a one-way email newsletter with important announcements about PyTorch.",
+        "one-way email newsletter with important announcements about PyTorch",
     ),
 )
 

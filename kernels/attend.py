@@ -170,7 +170,8 @@ def _scores_loop(
             peak = np.full(group, -np.inf, np.float32)
             for row in range(count):
                 if absent[sequence, head, row]:
-                    scores[sequence, head, :, row] = -np.inf
+                    for member in range(group):
+                        scores[sequence, head, member, row] = -np.inf
                     continue
                 key = rows[sequence, head, row, 0]
                 for member in range(group):
@@ -182,7 +183,9 @@ def _scores_loop(
                     peak[member] = max(peak[member], score)
             for member in range(group):
                 maxima[sequence, head, 0, member] = peak[member]
-                scores[sequence, head, member] -= max(peak[member], np.float32(-1e30))
+                zero = max(peak[member], np.float32(-1e30))  # infinity less infinity is no number
+                for row in range(count):
+                    scores[sequence, head, member, row] -= zero
 
 
 def _values_loop(weights: Array, rows: Array, sums: Array, out: Array) -> None:
@@ -206,13 +209,16 @@ def _merge_loop(out: Array, sums: Array, maxima: Array, lengths: Array, lse: Arr
             continue
         for head in range(kv_heads):
             for member in range(group):
-                number = head * group + member
-                peak, total = maxima[sequence, head, :, member].max(), np.float32(0)
+                number, peak, total = head * group + member, np.float32(-np.inf), np.float32(0)
+                for part in range(parts):
+                    peak = max(peak, maxima[sequence, head, part, member])
                 for part in range(parts):
                     weight = np.exp(maxima[sequence, head, part, member] - peak)
                     total += sums[sequence, head, part, member] * weight
-                    attended[sequence, number] += out[sequence, head, part, member] * weight
-                attended[sequence, number] /= total
+                    for entry in range(out.shape[4]):
+                        attended[sequence, number, entry] += out[sequence, head, part, member, entry] * weight
+                for entry in range(out.shape[4]):
+                    attended[sequence, number, entry] /= total
                 lse[sequence, number] = peak + np.log(total)
 
 

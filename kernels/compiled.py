@@ -21,6 +21,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 def compiled(loop: Loop, *, any_order: bool = False) -> Loop:
     """The loop as machine code, compiled at its first call and kept on disk for later processes.
 
+    Assign single elements: one assignment of a slice to a slice takes four seconds to compile.
+
     Args:
         loop: takes arrays and numbers, and writes its results to the last of the arrays.
         any_order: sums of floats may be taken in any order, so that several terms are added at a time.

@@ -124,10 +124,11 @@ def _loop(
         page = page_table[sequence, number]
         for head in range(kv_heads):
             key, centre, code = keys[sequence, head], centres[page, head], codes[page, head, offset]
-            if number == 0 and offset == 0:
-                centre[:] = key
-            elif offset == 0:
-                centre[:] = centres[page_table[sequence, number - 1], head]
+            for entry in range(dim):
+                if number == 0 and offset == 0:
+                    centre[entry] = key[entry]
+                elif offset == 0:
+                    centre[entry] = centres[page_table[sequence, number - 1], head, entry]
             rotated[:] = 0
             for entry in range(dim):
                 for column in range(dim):

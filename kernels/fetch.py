@@ -66,7 +66,13 @@ def _loop(
         for head in range(kv_heads):
             for entry in entries[sequence, head, : counts[sequence, head]]:
                 number, offset = divmod(positions[sequence, head, entry], arena.shape[2])
-                rows[sequence, head, first + entry] = arena[block_table[sequence, number], head, offset]
+                source, target = (
+                    arena[block_table[sequence, number], head, offset],
+                    rows[sequence, head, first + entry],
+                )
+                for part in range(2):
+                    for element in range(source.shape[1]):
+                        target[part, element] = source[part, element]
 
 
 _fetch = compiled(_loop)

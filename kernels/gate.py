@@ -78,7 +78,8 @@ def _loop(
             counters[sequence, head, 0] += active
             counters[sequence, head, 1] += selects
             if selects:
-                past_bits[sequence, head] = bits[sequence, head]
+                for entry in range(entries):
+                    past_bits[sequence, head, entry] = bits[sequence, head, entry]
 
 
 _gate = compiled(_loop, any_order=True)

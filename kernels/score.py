@@ -173,11 +173,13 @@ def _logarithms(group: int, quarter: int) -> Callable[..., None]:
         count, block_tokens = logarithms.shape[1], codes.shape[2]
         query = integers[head * group : (head + 1) * group].astype(np.int16).reshape((group, 4, quarter))
         products, scales = np.empty(block_tokens, np.int32), np.empty(block_tokens, np.float32)
+        whole_bits = scales.view(np.int32)
         for block in range(-(-count // block_tokens)):
             rows, row_bits = codes[pages[block], head], scale_bits[pages[block], head]
             # float16 to float32: the bits of the exponent move to their new place, and it gets its new bias
-            scales.view(np.int32)[:] = (row_bits & 0x7FFF).astype(np.int32) << 13
-            scales *= np.float32(2.0**112)
+            for token in range(block_tokens):
+                whole_bits[token] = (np.int32(row_bits[token]) & 0x7FFF) << 13
+                scales[token] *= np.float32(2.0**112)
             start = block * block_tokens
             for member in range(group):
                 first, second, third, fourth = (

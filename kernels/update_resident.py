@@ -125,6 +125,23 @@ def _best(scores: Array, k: int) -> tuple[int, int]:
 _best = compiled(_best)
 
 
+def _oldest(ages: Array, count: int) -> tuple[int, int]:
+    """The ``count``-th lowest of the ages [C], and how many of those equal to it belong to the first."""
+    low, high = -1, -1
+    for age in ages:
+        high = max(high, age)
+    while low < high:
+        middle = (low + high) // 2
+        if (ages <= middle).sum() < count:
+            low = middle + 1
+        else:
+            high = middle
+    return low, count - (ages < low).sum()
+
+
+_oldest = compiled(_oldest)
+
+
 def _loop(
     scores: Array, reselect: Array, lengths: Array, tail: int, k: int, positions: Array, last_used: Array,
     counters: Array, entries: Array, counts: Array,
@@ -160,12 +177,14 @@ def _loop(
             for row in range(capacity):
                 if held[row] >= 0:
                     row_of[held[row]] = -1
-            if count > 0:
-                order = ages.astype(np.int64) * capacity + np.arange(capacity)
-                leaving = np.sort(np.partition(order, count - 1)[:count] % capacity)
-                for entry in range(count):
-                    held[leaving[entry]], ages[leaving[entry]] = missing[entry], length
-                    entries[sequence, head, entry] = leaving[entry]
+            bound, equal = _oldest(ages, count)
+            entry = 0
+            for row in range(capacity):
+                if ages[row] < bound or (ages[row] == bound and equal > 0):
+                    equal -= ages[row] == bound
+                    held[row], ages[row] = missing[entry], length
+                    entries[sequence, head, entry] = row
+                    entry += 1
             counts[sequence, head] = count
             counters[sequence, head, 2] += selected
             counters[sequence, head, 3] += count
