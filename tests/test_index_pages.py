@@ -34,8 +34,16 @@ def test_pages_that_are_exhausted_change_nothing() -> None:
         pages.acquire([4])
 
 
-@pytest.mark.parametrize("damage", ["lost", "twice", "nobody's", "not counted"])
-def test_check_integrity_finds_damage(damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("lost", "pages free or used more than once"),
+        ("twice", "pages free or used more than once"),
+        ("nobody's", "a page belongs to a block that nobody holds$"),
+        ("not counted", "a block is held by no sequence$"),
+    ],
+)
+def test_check_integrity_names_damage(damage: str, sentence: str) -> None:
     pages = IndexPages(3)
     pages.acquire([1])
     match damage:
@@ -47,7 +55,7 @@ def test_check_integrity_finds_damage(damage: str) -> None:
             del pages._holders[1]
         case "not counted":
             pages._holders[1] = 0
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=f"^{sentence}"):
         pages.check_integrity()
 
 

@@ -1,5 +1,8 @@
 """Every operation of the decode path against a naive loop, on fresh random inputs."""
 
+import math
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +13,14 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.encode import CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
-from clo.kernels.quantize_query import quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import sample, uniform
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
-from clo.kernels.store import store_new
+from clo.kernels.store import store, store_new
 from clo.kernels.update_resident import FetchList, update_resident
 
-SINKS, RECENT, CAPACITY = 2, 4, 8
+SINKS, RECENT, CAPACITY = 3, 4, 8
 SHAPES = [
     (64, 1, 3),
     (64, 3, 3),
@@ -42,11 +45,27 @@ def arena_layer(batch: int, max_blocks: int, kv_heads: int, dim: int) -> tuple[T
     return torch.randn(blocks, kv_heads, BLOCK_TOKENS, 2, dim), block_table
 
 
-def empty_set(batch: int, kv_heads: int, dim: int, fill: float = torch.nan) -> ResidentSet:
+def empty_set(
+    batch: int, kv_heads: int, dim: int, fill: float = torch.nan, sinks: int = SINKS, capacity: int = CAPACITY
+) -> ResidentSet:
     """A resident set without any positions, whose rows are ``fill`` throughout."""
-    positions = torch.full((batch, kv_heads, CAPACITY), -1, dtype=torch.int32)
-    rows = torch.full((batch, kv_heads, SINKS + RECENT + CAPACITY, 2, dim), fill)
-    return ResidentSet(rows, positions, positions.clone(), SINKS, RECENT)
+    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    rows = torch.full((batch, kv_heads, sinks + RECENT + capacity, 2, dim), fill)
+    return ResidentSet(rows, positions, positions.clone(), sinks, RECENT)
+
+
+def random_rotation(dim: int) -> Tensor:
+    rotation: Tensor = torch.linalg.qr(torch.randn(dim, dim)).Q
+    return rotation.contiguous()
+
+
+def random_pages(batch: int, max_blocks: int, kv_heads: int, dim: int) -> tuple[CodePages, Tensor]:
+    """One layer of an index with random content, and a table of shuffled distinct pages."""
+    pages = batch * max_blocks + 3
+    page_table = torch.randperm(pages)[: batch * max_blocks].view(batch, max_blocks)
+    codes = torch.randint(0, 256, (pages, kv_heads, BLOCK_TOKENS, dim // 4), dtype=torch.uint8)
+    scales = torch.rand(pages, kv_heads, BLOCK_TOKENS).half()
+    return CodePages(codes, scales, torch.randn(pages, kv_heads, dim)), page_table
 
 
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
@@ -79,16 +98,20 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     arena, block_table = arena_layer(batch, 4, kv_heads, dim)
     resident = empty_set(batch, kv_heads, dim)
     history = torch.randn(30, batch, kv_heads, 2, dim)
-    joins = torch.tensor([0, 5, 30])  # step at which a sequence begins; the last one never does
+    joins = torch.tensor([30, 0, 5])  # step at which a sequence begins; the first one never does
+    untouched = arena.clone()
     lengths = torch.zeros(batch, dtype=torch.int64)
     for step in range(30):
         lengths += step >= joins
         append(history[step], lengths, resident)
         store_new(history[step], lengths, block_table, arena)
     written, rows = gather_tokens(arena, block_table), resident.rows
-    for b in range(2):
+    for b in range(1, 3):
         mine = history[joins[b] :, b]
         assert torch.equal(written[b, :, : len(mine)], mine.transpose(0, 1))
+        assert torch.equal(
+            written[b, :, len(mine) :], gather_tokens(untouched, block_table)[b, :, len(mine) :]
+        )
         assert torch.equal(rows[b, :, :SINKS], mine[:SINKS].transpose(0, 1))
         for position in range(len(mine) - RECENT, len(mine)):
             place = SINKS + (position - SINKS) % RECENT
@@ -96,8 +119,43 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
         for entry in range(CAPACITY):  # while there was room, the rows that left the ring entered the set
             assert (resident.positions[b, :, entry] == SINKS + entry).all()
             assert torch.equal(rows[b, :, resident.first + entry], mine[SINKS + entry])
-    assert (resident.positions[2] == -1).all()
-    assert rows[2].isnan().all()
+    assert (resident.positions[0] == -1).all()
+    assert rows[0].isnan().all()
+    assert torch.equal(written[0], gather_tokens(untouched, block_table)[0])
+
+
+@pytest.mark.parametrize("length", [1, SINKS, SINKS + 1, SINKS + RECENT, SINKS + RECENT + 2, 30])
+def test_the_set_says_which_tokens_it_holds(length: int) -> None:
+    resident, history = empty_set(3, 2, 16), torch.randn(length, 3, 2, 2, 16)
+    for step in range(length):
+        append(history[step], torch.tensor([0, step + 1, 0]), resident)
+    expected = {*range(min(length, SINKS)), *range(max(SINKS, length - RECENT), length)}
+    expected |= {*range(SINKS, min(SINKS + CAPACITY, length - RECENT))}
+    tokens, rows = resident.tokens(1, length), resident.rows[1]
+    assert tokens.shape == rows.shape[:2] and tokens.dtype == torch.int64
+    for h in range(2):
+        filled = tokens[h] >= 0
+        held = tokens[h, filled]
+        assert sorted(held.tolist()) == sorted(expected)
+        assert torch.equal(rows[h, filled], history[held, 1, h])
+        assert rows[h, ~filled].isnan().all() and (tokens[h, ~filled] == -1).all()
+
+    part = resident.slots(2)
+    for name in ("rows", "positions", "last_used"):
+        found, whole = getattr(part, name), getattr(resident, name)
+        assert found.shape == whole[:2].shape and found.data_ptr() == whole.data_ptr(), "no copy"
+    assert (part.sinks, part.recent, part.capacity) == (SINKS, RECENT, CAPACITY)
+
+
+@pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 3, 4 * BLOCK_TOKENS])
+def test_store_writes_the_rows_of_a_prompt_and_nothing_else(tokens: int) -> None:
+    arena, block_table = arena_layer(1, 4, 3, 16)
+    expected, rows = arena.clone(), torch.randn(tokens, 3, 2, 16)
+    for position in range(tokens):
+        block = block_table[0, position // BLOCK_TOKENS]
+        expected[block, :, position % BLOCK_TOKENS] = rows[position]
+    store(rows, block_table[0], arena)
+    assert torch.equal(arena, expected)
 
 
 def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later() -> None:
@@ -127,11 +185,34 @@ def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later()
             torch.testing.assert_close(lse[0, h], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_over_a_large_set_without_sinks_passes_over_a_slot_not_in_use() -> None:
+    kv_heads, group, dim, held, scale = 2, 3, 64, 790, 0.2
+    resident = empty_set(2, kv_heads, dim, fill=1e4, sinks=0, capacity=800)
+    rows = torch.randn(kv_heads, RECENT + held, 2, dim).bfloat16()
+    resident = resident._replace(rows=resident.rows.bfloat16())
+    resident.rows[1, :, : RECENT + held] = rows
+    resident.positions[1, :, :held] = torch.arange(held)
+    lengths, query = torch.tensor([0, 5000]), torch.randn(2, kv_heads * group, dim).bfloat16()
+    entries = torch.zeros(2, kv_heads, 6, dtype=torch.int32)
+    entries[1, :, :4] = torch.tensor([0, 7, 100, 789])
+    for fetch_list in (None, FetchList(entries, torch.tensor([[0, 0], [4, 0]], dtype=torch.int32))):
+        lse = torch.full((2, kv_heads * group), torch.nan)
+        state = attend_resident(query, resident, lengths, fetch_list, scale)
+        out = merge_fetched(state, query, resident, lengths, fetch_list, lse, scale)
+        assert out.dtype == query.dtype and lse[0].isnan().all()
+        for h in range(kv_heads * group):
+            keys, values = rows[h // group].unbind(1)
+            expected = softmax_attention(query[1, h], keys, values, scale)
+            torch.testing.assert_close(out[1, h].double(), expected, rtol=0.01, atol=0.01)
+            total = (keys.double() @ query[1, h].double() * scale).logsumexp(0)
+            torch.testing.assert_close(lse[1, h].double(), total, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
 def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int) -> None:
     arena, block_table = arena_layer(2, 3, kv_heads, dim)
     keys, scale = arena[:, :, :, 0], dim**-0.5
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    rotation = random_rotation(dim)
     centres = keys.mean(2)
     codes, scales = encode(keys, centres.unsqueeze(2), rotation)
     assert codes.shape == (*keys.shape[:-1], dim // 4)
@@ -147,6 +228,7 @@ def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     found = score_codes(quantized, pages, reselect, lengths, block_table, SINKS, RECENT, scale)
     products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, block_table).transpose(-1, -2)
     expected = score_products(products, lse, lengths, SINKS, RECENT, scale)
+    assert found.dtype == expected.dtype == torch.int16
     assert torch.equal(found == NEVER, expected == NEVER)
     weights = ((scores.int() << 16).view(torch.float32) for scores in (found, expected))
     # the query loses a little in 8 bits, and the weight in 16
@@ -158,28 +240,111 @@ def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     )
 
 
-def test_new_keys_are_indexed_as_encode_does() -> None:
-    kv_heads, dim, max_blocks = 2, 32, 5
-    keys = torch.randn(40, 2, kv_heads, dim)
-    page_table = torch.randperm(2 * max_blocks).view(2, max_blocks)
-    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
-    pool = (2 * max_blocks, kv_heads)
-    pages = CodePages(
-        torch.zeros(*pool, BLOCK_TOKENS, dim // 4, dtype=torch.uint8),
-        torch.zeros(*pool, BLOCK_TOKENS, dtype=torch.float16),
-        torch.zeros(*pool, dim),
+@pytest.mark.parametrize("magnitude", [0.01, 1.0, 100.0])
+def test_keys_are_rounded_to_the_nearest_level_of_their_own_size(magnitude: float) -> None:
+    dim = 64
+    keys, centre, rotation = (
+        torch.randn(50, dim) * magnitude,
+        torch.randn(dim) * magnitude,
+        random_rotation(dim),
     )
+    codes, scales = encode(keys, centre, rotation)
+    assert (codes.dtype, scales.dtype) == (torch.uint8, torch.float16)
+    rotated = (keys - centre).double() @ rotation.double()
+    step = 0.9957 * rotated.square().mean(1, keepdim=True).sqrt()
+    levels = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)
+    nearest = (rotated.unsqueeze(2) / step.unsqueeze(2) - levels).abs().argmin(2)
+    assert (unpack(codes) != nearest).sum() <= 2, "an entry between two levels may go either way"
+    values = levels[unpack(codes).long()]
+    fit = (rotated * values).sum(1) / values.square().sum(1)
+    torch.testing.assert_close(scales.double(), fit, rtol=1e-3, atol=0.0)
+    assert encode(centre, centre, rotation)[1] == 0
+
+
+@pytest.mark.parametrize("magnitude", [0.01, 1.0])
+def test_new_keys_are_indexed_as_encode_does(magnitude: float) -> None:
+    kv_heads, dim, max_blocks = 2, 48, 5
+    keys = torch.randn(40, 2, kv_heads, dim) * magnitude
+    pages, page_table = random_pages(2, max_blocks, kv_heads, dim)
+    rotation = random_rotation(dim)
+    before = CodePages(*(part.clone() for part in pages))
     for step in range(40):
-        lengths = torch.tensor([step + 1, 0])
+        lengths = torch.tensor([0, step + 1])
         encode_new(keys[step], lengths, page_table, pages, rotation)
-    expected = encode(keys[:, 0], keys[0, 0], rotation)
-    found = unpack(gather_tokens(pages.codes, page_table)[0, :, :40])
+    expected = encode(keys[:, 1], keys[0, 1], rotation)
+    found = unpack(gather_tokens(pages.codes, page_table)[1, :, :40])
     different = found != unpack(expected[0].transpose(0, 1))
     assert different.sum() <= 2, "an entry between two levels may go either way"
     torch.testing.assert_close(
-        gather_tokens(pages.scales, page_table)[0, :, :40], expected[1].transpose(0, 1), rtol=0.02, atol=1e-3
+        gather_tokens(pages.scales, page_table)[1, :, :40],
+        expected[1].transpose(0, 1),
+        rtol=0.02,
+        atol=1e-3 * magnitude,
     )
-    assert not pages.codes[page_table[1]].any(), "a slot that is not in use writes nothing"
+    others = torch.ones(len(pages.codes), dtype=torch.bool)
+    others[page_table[1]] = False
+    for part, old in zip(pages, before, strict=True):
+        assert torch.equal(part[others], old[others]), "a slot that is not in use writes nothing"
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 100.0])
+def test_queries_become_integers_and_products_with_the_centres(magnitude: float) -> None:
+    batch, kv_heads, group, dim, scale = 3, 2, 3, 16, 0.3
+    pages, page_table = random_pages(batch, 4, kv_heads, dim)
+    query, lse = torch.randn(batch, kv_heads * group, dim) * magnitude, torch.randn(batch, kv_heads * group)
+    query[1, 4] = 0
+    rotation, lengths = random_rotation(dim), torch.tensor([1, 2 * BLOCK_TOKENS + 1, 4 * BLOCK_TOKENS])
+    integers, steps, offsets = quantize_query(query, pages, rotation, lse, lengths, page_table, scale)
+    assert (integers.dtype, steps.dtype, offsets.dtype) == (torch.int8, torch.float32, torch.float32)
+    rotated = query.double() @ rotation.double()
+    torch.testing.assert_close(steps.double(), rotated.abs().amax(2) / 127, rtol=1e-4, atol=1e-20)
+    rounded = integers.double() * steps.double().unsqueeze(2)
+    assert ((rounded - rotated).abs() <= 0.501 * steps.unsqueeze(2)).all()
+    for b, held in enumerate((1, 3, 4)):
+        for h in range(kv_heads * group):
+            centres = pages.centres[page_table[b, :held], h // group].double()
+            expected = (centres @ query[b, h].double() * scale - lse[b, h]) / math.log(2)
+            found = offsets[b, h // group, :held, h % group].double()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_cut_from_the_weights_of_integers_and_codes() -> None:
+    batch, kv_heads, group, dim, scale = 2, 2, 3, 16, 0.3
+    pages, page_table = random_pages(batch, 3, kv_heads, dim)
+    integers = torch.randint(-9, 10, (batch, kv_heads * group, dim), dtype=torch.int8)
+    steps, offsets = torch.rand(batch, kv_heads * group) + 0.2, torch.randn(batch, kv_heads, 3, group)
+    lengths, reselect = torch.tensor([24, 15]), torch.ones(batch, kv_heads, dtype=torch.bool)
+    quantized = QuantizedQuery(integers, steps, offsets)
+    scores = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale)
+    rows = (unpack(pages.codes).double() - 1.5) * pages.scales.double().unsqueeze(3)
+    gathered, queries = gather_tokens(rows, page_table), integers.double() * steps.double().unsqueeze(2)
+    for b in range(batch):
+        for h in range(kv_heads):
+            candidates = slice(SINKS, int(lengths[b]) - RECENT)
+            products = queries[b].view(kv_heads, group, dim)[h] @ gathered[b, h].T * scale
+            products += offsets[b, h].repeat_interleave(BLOCK_TOKENS, 0).T.double() * math.log(2)
+            weight = products.exp().sum(0)[candidates]
+            found = (scores[b, h, candidates].int() << 16).view(torch.float32).double()
+            assert (found <= weight * 1.0001).all() and (weight <= found * (1.0001 + 2**-7)).all()
+
+
+def test_a_weight_beyond_float32_is_the_largest_score() -> None:
+    pages, page_table = random_pages(1, 2, 1, 64)
+    query, lse, lengths = torch.randn(1, 3, 64), torch.full((1, 3), -1000.0), torch.tensor([12])
+    quantized = quantize_query(query, pages, random_rotation(64), lse, lengths, page_table, 0.1)
+    selects = torch.ones(1, 1, dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = score_codes(quantized, pages, selects, lengths, page_table, SINKS, RECENT, 0.1)
+    infinite = int(torch.tensor(torch.inf).view(torch.int32)) >> 16
+    assert scores[0, 0, : 12 - RECENT].tolist() == [NEVER] * SINKS + [infinite] * (12 - RECENT - SINKS)
+
+
+def test_without_sinks_all_but_the_latest_tokens_are_candidates() -> None:
+    lengths = torch.tensor([0, 1, RECENT, RECENT + 1, 9])
+    scores = score_products(torch.randn(5, 2, 3, 16), torch.zeros(5, 6), lengths, 0, RECENT, 1.0)
+    for b, candidates in enumerate((0, 0, 0, 1, 9 - RECENT)):
+        assert (scores[b, :, :candidates] >= 0).all() and (scores[b, :, candidates:] == NEVER).all()
 
 
 def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> None:
@@ -193,32 +358,47 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
     assert (found <= weight).all() and (weight <= found * (1 + 2**-7)).all()
 
 
-def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago() -> None:
-    batch, kv_heads, span, k = 3, 3, 64, 6
-    resident = empty_set(batch, kv_heads, 1)
+@pytest.mark.parametrize(
+    ("sinks", "tail", "k", "capacity", "lowest", "apart"),
+    [
+        (SINKS, RECENT, 6, 8, 0, 1),
+        (SINKS, RECENT, 6, 8, 0, 414),
+        (0, RECENT, 6, 8, 32688, 1),
+        (0, RECENT, 8, 8, 0, 1),
+        (0, 0, 6, 8, 0, 414),
+        (0, 0, 1, 600, 0, 414),
+    ],
+)
+def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
+    sinks: int, tail: int, k: int, capacity: int, lowest: int, apart: int
+) -> None:
+    batch, kv_heads, span = 3, 3, 64
+    resident = empty_set(batch, kv_heads, 1, sinks=sinks, capacity=capacity)
     positions, last_used = resident.positions, resident.last_used
     counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
-    for step in range(20, 60):
+    for step in range(1, 60):
         lengths = torch.tensor([step, step + 3, 0])
-        scores = torch.randint(0, 80, (batch, kv_heads, span)).to(torch.int16)  # with ties
-        scores[..., :SINKS] = NEVER
+        ranks = torch.randint(0, 80, (batch, kv_heads, span))  # with ties
+        scores = (lowest + ranks * apart).to(torch.int16)
+        scores[..., :sinks] = NEVER
         scores[..., 9] = -64  # what is left of a sum that is not a number: no row, and no harm
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
-        fetch_list = update_resident(scores, reselect, lengths, RECENT, resident, counters, k)
+        fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
+        assert fetch_list.entries.dtype == fetch_list.counts.dtype == torch.int32
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
                     row = scores[b, h].tolist()
-                    candidates = [p for p in range(max(0, int(lengths[b]) - RECENT)) if row[p] >= 0]
+                    candidates = [p for p in range(max(0, int(lengths[b]) - tail)) if row[p] >= 0]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
                     int(lengths[b]) if position >= 0 and position in best else used
                     for position, used in zip(before[b][h], old[b][h], strict=True)
                 ]
                 missing = [p for p in best if p not in before[b][h]]
-                leaving = sorted(sorted(range(CAPACITY), key=lambda e: (ages[e], e))[: len(missing)])
+                leaving = sorted(sorted(range(capacity), key=lambda e: (ages[e], e))[: len(missing)])
                 expected = before[b][h].copy()
                 for entry, position in zip(leaving, missing, strict=True):
                     expected[entry], ages[entry] = position, int(lengths[b])
@@ -246,6 +426,33 @@ def test_gate_compares_with_the_query_of_the_last_selection() -> None:
     assert torch.equal(selection_query[0, 1], near[0].view(2, 48)[1])
     assert gate(-query, selection_query, threshold, lengths, counters)[0].tolist() == [True, True]
     assert counters.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0])
+def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) -> None:
+    batch, kv_heads, group, dim = 4, 3, 2, 16
+    lengths = torch.tensor([1, 0, 2, 100])
+    active = (lengths > 0).unsqueeze(1)
+    for _ in range(20):
+        past = torch.randn(batch, kv_heads, group * dim) * magnitude
+        now = 3 * past + 6 * torch.rand(batch, kv_heads, 1) * torch.randn(past.shape) * magnitude
+        threshold, counters = torch.rand(kv_heads), torch.randint(0, 99, (batch, kv_heads, 4))
+        selection_query, counted = past.clone(), counters.clone()
+        query = now.view(batch, kv_heads * group, dim)
+        found = gate(query, selection_query, threshold, lengths, counters)
+        distance = torch.cosine_similarity(now.double(), past.double(), dim=2) - threshold
+        clear = distance.abs() > 1e-4
+        assert found.dtype == torch.bool and torch.equal(found[clear], (active & (distance < 0))[clear])
+        assert torch.equal(selection_query, now.where(found.unsqueeze(2), past))
+        zeros = torch.zeros_like(found)
+        expected = torch.stack((active.expand_as(found), found, zeros, zeros), 2)
+        assert torch.equal(counters - counted, expected.long())
+
+    query = torch.eye(16)[:1].unsqueeze(0)
+    for cosine, selects in ((1.0, False), (1.01, True)):
+        counters = torch.zeros(1, 1, 4, dtype=torch.int64)
+        found = gate(query, query.clone(), torch.tensor([cosine]), lengths[:1], counters)
+        assert found.item() is selects, "a query that stays the same selects only above 1"
 
 
 def test_fetch_copies_the_rows_of_the_positions_that_came_into_the_set() -> None:

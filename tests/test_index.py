@@ -1,0 +1,132 @@
+"""The index of a layer: prompts are written page by page, and both indexes score as their operations do."""
+
+import torch
+from torch import Tensor
+
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
+from clo.kernels.encode import CodePages, encode, encode_new
+from clo.kernels.quantize_query import quantize_query
+from clo.kernels.score import score_codes, score_exact
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
+
+SHAPE = KVShape((LayerSpec(),) * 3, query_heads=6, kv_heads=2, head_dim=256, dtype=torch.float32)
+CPU = torch.device("cpu")
+BLOCK_TOKENS, KV_HEADS, DIM, SCALE = 8, 2, 16, 0.25
+SINKS, TAIL = 2, 3
+
+
+def two_bit_index(pages: int = 12) -> TwoBitIndex:
+    """An index whose pages are full of something else."""
+    codes = torch.randint(0, 256, (pages, KV_HEADS, BLOCK_TOKENS, DIM // 4), dtype=torch.uint8)
+    scales = torch.rand(pages, KV_HEADS, BLOCK_TOKENS).half()
+    memory = CodePages(codes, scales, torch.randn(pages, KV_HEADS, DIM))
+    return TwoBitIndex(memory, random_rotation(DIM, CPU), SCALE)
+
+
+def copy(pages: CodePages) -> CodePages:
+    return CodePages(*(part.clone() for part in pages))
+
+
+def random_batch() -> Batch:
+    """Two sequences and a slot not in use, whose blocks have other pages."""
+    blocks, pages = torch.randperm(12).view(3, 4), torch.randperm(12).view(3, 4)
+    return Batch(torch.tensor([19, 0, 32]), blocks, pages)
+
+
+def random_query() -> tuple[Tensor, Tensor]:
+    """A query for each slot of a batch, and the log-sum-exp of an attention."""
+    return torch.randn(3, 6, DIM), torch.randn(3, 6)
+
+
+def test_each_layer_has_its_own_pages_of_as_many_bytes_as_it_says() -> None:
+    layers = TwoBitIndex.allocate(SHAPE, 5, CPU)
+    assert len(layers) == 3
+    for codes, scales, centres in layers:
+        assert codes.shape == (5, 2, SHAPE.block_tokens, 64) and codes.dtype == torch.uint8
+        assert scales.shape == (5, 2, SHAPE.block_tokens) and scales.dtype == torch.float16
+        assert centres.shape == (5, 2, 256) and centres.dtype == torch.float32
+        for part in (codes, scales, centres):
+            assert part.is_contiguous() and part.device == CPU
+    parts = [part for layer in layers for part in layer]
+    assert len({part.data_ptr() for part in parts}) == len(parts)
+    size = sum(part.nbytes for part in parts)
+    assert TwoBitIndex.bytes_per_token(SHAPE) == size // (5 * SHAPE.block_tokens)
+
+
+def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
+    for tokens in (
+        1,
+        BLOCK_TOKENS - 1,
+        BLOCK_TOKENS,
+        BLOCK_TOKENS + 1,
+        3 * BLOCK_TOKENS,
+        4 * BLOCK_TOKENS - 2,
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            index = two_bit_index()
+            expected, page_table = copy(index.pages), torch.randperm(12)[:4]
+            keys = torch.randn(tokens, KV_HEADS, DIM).to(dtype)
+            for start in range(0, tokens, BLOCK_TOKENS):
+                page, part = (
+                    page_table[start // BLOCK_TOKENS],
+                    keys[start : start + BLOCK_TOKENS].transpose(0, 1),
+                )
+                centre = part.float().mean(1)
+                codes, scales = encode(part, centre.unsqueeze(1), random_rotation(DIM, CPU))
+                expected.centres[page] = centre
+                expected.codes[page, :, : part.shape[1]] = codes
+                expected.scales[page, :, : part.shape[1]] = scales
+            index.write_prompt(keys, page_table)
+            torch.testing.assert_close(index.pages.centres, expected.centres, rtol=1e-5, atol=1e-6)
+            different = index.pages.codes != expected.codes
+            assert different.sum() <= 2, "an entry between two levels may go either way"
+            torch.testing.assert_close(index.pages.scales, expected.scales, rtol=0.02, atol=1e-3)
+
+
+def test_two_bit_codes_are_written_and_scored_by_their_operations_through_the_page_table() -> None:
+    index, batch, rotation = two_bit_index(), random_batch(), random_rotation(DIM, CPU)
+    expected, keys = copy(index.pages), torch.randn(3, KV_HEADS, DIM)
+    index.write(keys, batch)
+    encode_new(keys, batch.lengths, batch.pages, expected, rotation)
+    for found, part in zip(index.pages, expected, strict=True):
+        assert torch.equal(found, part)
+    (query, lse), reselect = random_query(), torch.tensor([[True, False], [False, False], [True, True]])
+    prepared = index.prepare(query, lse, batch)
+    quantized = quantize_query(query, expected, rotation, lse, batch.lengths, batch.pages, SCALE)
+    assert torch.equal(prepared.integers, quantized.integers) and torch.equal(prepared.steps, quantized.steps)
+    found = index.score(prepared, reselect, batch, SINKS, TAIL)
+    wanted = score_codes(quantized, expected, reselect, batch.lengths, batch.pages, SINKS, TAIL, SCALE)
+    for b in (0, 2):
+        end = int(batch.lengths[b]) - TAIL
+        assert torch.equal(found[b, reselect[b], :end], wanted[b, reselect[b], :end])
+
+
+def test_memory_is_where_it_is_asked_for() -> None:
+    meta = torch.device("meta")
+    parts = [part for layer in TwoBitIndex.allocate(SHAPE, 5, meta) for part in layer]
+    assert all(part.device == meta for part in [*parts, random_rotation(64, meta)])
+
+
+def test_the_exact_index_scores_the_keys_in_the_arena() -> None:
+    arena, batch = torch.randn(12, KV_HEADS, BLOCK_TOKENS, 2, DIM), random_batch()
+    index, before, (query, lse) = ExactIndex(arena, SCALE), arena.clone(), random_query()
+    index.write_prompt(torch.randn(20, KV_HEADS, DIM), batch.pages[0])
+    index.write(torch.randn(3, KV_HEADS, DIM), batch)
+    assert torch.equal(arena, before), "the keys are there already"
+    found = index.score(
+        index.prepare(query, lse, batch), torch.ones(3, KV_HEADS, dtype=torch.bool), batch, SINKS, TAIL
+    )
+    wanted = score_exact(query, arena, batch.blocks, lse, batch.lengths, SINKS, TAIL, SCALE)
+    assert torch.equal(found, wanted)
+
+
+def test_the_rotation_is_orthogonal_and_always_the_same() -> None:
+    for dim in (4, 64, 80, 256):
+        rotation = random_rotation(dim, CPU)
+        error = rotation.double() @ rotation.double().T - torch.eye(dim)
+        assert error.abs().max() < 2**-23, "nothing but the rounding to float32"
+        assert rotation.dtype == torch.float32 and rotation.is_contiguous()
+        torch.randn(dim)  # which changes the state of torch's own generator
+        assert torch.equal(rotation, random_rotation(dim, CPU))
+        assert rotation.abs().max() < 1, "it mixes all entries"
