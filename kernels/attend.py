@@ -1,4 +1,4 @@
-"""Attention of one decode step: over the resident rows, or over the whole KV for reference."""
+"""Attention of a decode step over the resident rows or over the whole KV, and of a chunk of a prompt."""
 
 from typing import NamedTuple
 

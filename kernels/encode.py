@@ -102,8 +102,8 @@ def encode_new(keys: Tensor, lengths: Tensor, page_table: Tensor, pages: CodePag
         return
     scales = torch.empty(keys.shape[:2])
     _encode(
-        floats(keys), lengths.numpy(), page_table.numpy(), pages.centres.numpy(), rotation.numpy(),
-        pages.codes.numpy(), scales.numpy(),
+        floats(keys), lengths.numpy(), page_table.contiguous().numpy(), pages.centres.numpy(),
+        rotation.numpy(), pages.codes.numpy(), scales.numpy(),
     )  # fmt: skip
     for sequence, length in enumerate(lengths.tolist()):
         if length > 0:

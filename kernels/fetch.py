@@ -55,7 +55,15 @@ def fetch(
         )  # fmt: skip
         return
     entries, counts = (part.numpy() for part in fetch_list)
-    _fetch(entries, counts, positions.numpy(), block_table.numpy(), bits(arena), resident.first, bits(rows))
+    _fetch(
+        entries,
+        counts,
+        positions.numpy(),
+        block_table.contiguous().numpy(),
+        bits(arena),
+        resident.first,
+        bits(rows),
+    )
 
 
 def _loop(

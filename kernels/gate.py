@@ -60,7 +60,7 @@ def gate(
 
 def _loop(
     query: Array, past: Array, threshold: Array, lengths: Array, counters: Array, reselect: Array,
-    bits: Array, past_bits: Array,
+    query_bits: Array, past_bits: Array,
 ) -> None:  # fmt: skip
     batch, kv_heads, entries = query.shape
     for sequence in range(batch):
@@ -79,7 +79,7 @@ def _loop(
             counters[sequence, head, 1] += selects
             if selects:
                 for entry in range(entries):
-                    past_bits[sequence, head, entry] = bits[sequence, head, entry]
+                    past_bits[sequence, head, entry] = query_bits[sequence, head, entry]
 
 
 _gate = compiled(_loop, any_order=True)

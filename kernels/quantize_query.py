@@ -86,7 +86,7 @@ def quantize_query(
     quantized = QuantizedQuery(integers, steps, offsets)
     _quantize(
         floats(query), rotation.numpy(), pages.centres.numpy(), lse.numpy(), lengths.numpy(),
-        page_table.numpy(), pages.block_tokens, scale, *(part.numpy() for part in quantized),
+        page_table.contiguous().numpy(), pages.block_tokens, scale, *(part.numpy() for part in quantized),
     )  # fmt: skip
     return quantized
 

@@ -145,11 +145,13 @@ def score_codes(
     logarithms = np.empty((group, max_blocks * block_tokens), np.float32)
     scores = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
     for sequence, head in reselect.nonzero().tolist():
+        end = int(lengths[sequence]) - tail
+        if end <= sinks:
+            continue
         query = (part.numpy()[sequence] for part in (integers, steps, offsets[:, head]))
-        end = max(int(lengths[sequence]) - tail, 0)
         of_head = logarithms[:, :end]
         _logarithms(group, dim // CODES_PER_BYTE)(
-            *query, *codes, page_table.numpy()[sequence], head, scale, of_head
+            *query, *codes, page_table[sequence].contiguous().numpy(), head, scale, of_head
         )
         with np.errstate(over="ignore"):
             np.exp(of_head, out=of_head)

@@ -11,7 +11,6 @@ from clo.kernels.compiled import Array, compiled
 from clo.kernels.launch import launch
 from clo.kernels.limits import update_shared_bytes
 from clo.kernels.resident import LAST_USED, POSITIONS, ResidentSet
-from clo.kernels.score import NEVER
 
 _THREADS = 512
 _LOADS = 4  # loads of 8 scores on their way to a thread
@@ -99,11 +98,13 @@ def update_resident(
 def _best(scores: Array, k: int) -> tuple[int, int]:
     """The k-th highest of the scores [T], and how many of those equal to it belong to the first k.
 
+    Scores below 0 do not count: those of rows that are not candidates, and of numbers that are not numbers.
+
     It counts by the high bits of a score first, and then by the low ones.
     """
     counts, left = np.zeros(256, np.int64), k
     for score in scores:
-        if score != NEVER:
+        if score >= 0:
             counts[score >> 7] += 1
     high = 255
     while high > 0 and counts[high] < left:
@@ -113,10 +114,10 @@ def _best(scores: Array, k: int) -> tuple[int, int]:
         return 0, len(scores)
     counts[:] = 0
     for score in scores:
-        if score != NEVER and score >> 7 == high:
+        if score >= 0 and score >> 7 == high:
             counts[score & 127] += 1
     low = 127
-    while counts[low] < left:
+    while low > 0 and counts[low] < left:
         left -= counts[low]
         low -= 1
     return high << 7 | low, left
@@ -156,14 +157,14 @@ def _loop(
                 continue
             held, ages = positions[sequence, head], last_used[sequence, head]
             for row in range(capacity):
-                if held[row] >= 0:
+                if 0 <= held[row] < span:
                     row_of[held[row]] = row
             candidates = scores[sequence, head, : max(length - tail, 0)]
             bound, equal = _best(candidates, k)
             selected = count = 0
             for position in range(len(candidates)):
                 score = candidates[position]
-                if score < bound or score == NEVER or (score == bound and equal == 0):
+                if score < bound or (score == bound and equal == 0):
                     continue
                 if score == bound:
                     equal -= 1
@@ -175,7 +176,7 @@ def _loop(
                     missing[count] = position
                     count += 1
             for row in range(capacity):
-                if held[row] >= 0:
+                if 0 <= held[row] < span:
                     row_of[held[row]] = -1
             bound, equal = _oldest(ages, count)
             entry = 0

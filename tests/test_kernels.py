@@ -381,6 +381,7 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
         ranks = torch.randint(0, 80, (batch, kv_heads, span))  # with ties
         scores = (lowest + ranks * apart).to(torch.int16)
         scores[..., :sinks] = NEVER
+        scores[..., 9] = -64  # what is left of a sum that is not a number: no row, and no harm
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
         fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
@@ -390,7 +391,7 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
                     row = scores[b, h].tolist()
-                    candidates = [p for p in range(max(0, int(lengths[b]) - tail)) if row[p] != NEVER]
+                    candidates = [p for p in range(max(0, int(lengths[b]) - tail)) if row[p] >= 0]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
                     int(lengths[b]) if position >= 0 and position in best else used
