@@ -58,14 +58,18 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see '{self.usage and self.usage.partition(' [')[0]} --help'.")
 
 
-def _value_or_none(word: str, parse: Callable[[str], Any], text: str) -> Any:
-    """None for ``word``, which names the absence of a value, else the value."""
-    if text == word:
+def _value(option: Option, text: str) -> Any:
+    """The value of an option, None for the word that names the absence of one."""
+    assert option.parse is not None, "it is a choice"
+    if option.none and text == option.none:
         return None
     try:
-        return parse(text)
+        return option.parse(text)
+    except ConfigError as error:  # argparse puts the option's name before it
+        raise argparse.ArgumentTypeError(str(error)) from None
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor '{word}'") from None
+        also = f" or '{option.none}'" if option.none else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number{also}") from None
 
 
 def _options(config: type) -> list[tuple[Field[Any], Option]]:
@@ -98,7 +102,7 @@ def parser(command: str) -> Parser:
             shown = option.default_text or (option.none if field.default is None else field.default)
             group.add_argument(
                 name,
-                type=partial(_value_or_none, option.none, option.parse) if option.none else option.parse,
+                type=partial(_value, option),
                 default=field.default,
                 metavar=option.metavar,
                 help=f"{option.help} ({shown})",
