@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import partial
 from typing import Any, NoReturn, get_args
