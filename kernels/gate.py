@@ -32,7 +32,7 @@ def gate(
     Args:
         query: [B, query_heads, head_dim], those of a sequence contiguous.
         selection_query: [B, kv_heads, group * head_dim], query of the last selection; zeros before the first.
-        threshold: [kv_heads] float32; above 1 a head selects at every step.
+        threshold: [kv_heads] float32; above 1 a head selects at every step, at 0 never unless queries oppose.
         lengths: [B] int64; 0 for a slot not in use, which never selects.
         counters: [B, kv_heads, 4] int64; the first counts checks, the second counts selections.
 

@@ -162,7 +162,7 @@ class CacheConfig:
     gate: float | None = option(
         None,
         "a head keeps its rows while its query is at least this close to the query that selected them: lower "
-        "selects less often and is less exact; off selects in every step",
+        "selects less often and is less exact, 0 never selects; off selects in every step",
         "COSINE",
         float,
         none="off",
@@ -200,8 +200,8 @@ class CacheConfig:
                 f"--resident {resident} is below --select-k {k or 1}; "
                 "the rows selected in one step must fit into the resident set."
             )
-        if self.gate is not None and not 0.0 < self.gate <= 1.0:
-            raise ConfigError(f"--gate is {self.gate}; it is a cosine above 0 and up to 1, or 'off'.")
+        if self.gate is not None and not 0.0 <= self.gate <= 1.0:
+            raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
         if self.drift_check is not None and self.drift_check < 1:
             raise ConfigError(f"--drift-check is {self.drift_check}; it must be at least 1, or 'off'.")
         profile = self.profile

@@ -206,6 +206,4 @@ def _thresholds(config: CacheConfig, shape: KVShape, device: torch.device) -> Te
         gate = _NEVER_REUSE if config.gate is None else config.gate
         return torch.full((shape.layers, shape.kv_heads), gate, device=device)
     config.profile.check(shape.layers, shape.kv_heads, shape.head_dim)
-    thresholds = torch.tensor([layer.thresholds for layer in config.profile.layers], device=device)
-    # A query of zeros stands for none, and its cosine is 0: the first step has to select.
-    return thresholds.clamp_min_(torch.finfo(torch.float32).tiny)
+    return torch.tensor([layer.thresholds for layer in config.profile.layers], device=device)

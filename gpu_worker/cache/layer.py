@@ -102,7 +102,7 @@ class LayerCache:
         total, kv_heads = rows.shape[:2]
         keys = rows[:, :, 0]
         self.index.write_prompt(keys, page_table)
-        self.state.selection_query[slot].zero_()  # there is none, so the first decode step selects
+        self.state.selection_query[slot].zero_()  # there is none: the first step selects, at a gate above 0
         if queries is None:
             self.state.lse[slot].zero_()
         else:
