@@ -64,7 +64,10 @@ def _value(option: Option, text: str) -> Any:
         return None
     try:
         return option.parse(text)
-    except ConfigError as error:  # argparse puts the option's name before it
+    except ConfigError as error:
+        if str(error).startswith("--"):
+            raise
+        # argparse puts the option's name before it
         raise argparse.ArgumentTypeError(str(error)) from None
     except ValueError:
         also = f" or '{option.none}'" if option.none else ""
