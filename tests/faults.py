@@ -85,6 +85,9 @@ def wait_until_idle(client: Client) -> int:
     deadline = time.monotonic() + WAIT_S
     while True:
         info = client.info()
+        if not info.stores or not info.workers:  # too busy to answer in time
+            assert time.monotonic() < deadline, "no answer of store or worker"
+            continue
         (store,), (worker,) = info.stores, info.workers
         if store.free_blocks == store.blocks and not store.waiting and not worker.running + worker.waiting:
             return worker.generated_tokens
