@@ -118,9 +118,9 @@ def _loop(
     batch, kv_heads, dim = keys.shape
     rotated, quarter = np.empty(dim, np.float32), codes.shape[3]
     for sequence in range(batch):
-        if lengths[sequence] == 0:
-            continue
         number, offset = divmod(lengths[sequence] - 1, codes.shape[2])
+        if number < 0 or number >= page_table.shape[1]:  # a slot not in use, or the caller hears of it
+            continue
         page = page_table[sequence, number]
         for head in range(kv_heads):
             key, centre, code = keys[sequence, head], centres[page, head], codes[page, head, offset]

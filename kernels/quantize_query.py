@@ -113,7 +113,7 @@ def _loop(
             for entry in range(dim):
                 integers[sequence, number, entry] = np.rint(rotated[entry] / step)
             head, member = divmod(number, group)
-            for block in range(-(-lengths[sequence] // block_tokens)):
+            for block in range(min(-(-lengths[sequence] // block_tokens), page_table.shape[1])):
                 centre = centres[page_table[sequence, block], head]
                 product = np.float32(0)
                 for entry in range(dim):

@@ -145,7 +145,7 @@ def score_codes(
     logarithms = np.empty((group, max_blocks * block_tokens), np.float32)
     scores = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
     for sequence, head in reselect.nonzero().tolist():
-        end = int(lengths[sequence]) - tail
+        end = min(int(lengths[sequence]) - tail, scores.shape[2])
         if end <= sinks:
             continue
         query = (part.numpy()[sequence] for part in (integers, steps, offsets[:, head]))

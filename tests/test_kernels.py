@@ -557,3 +557,22 @@ def test_uniform_numbers_are_uniform_for_any_seed() -> None:
         assert numbers.min() >= 0 and numbers.max() < 1
         assert abs(numbers.mean() - 0.5) < 0.02
         assert abs(numbers.var() - 1 / 12) < 0.005
+
+
+def test_a_length_past_the_page_table_touches_no_foreign_memory() -> None:
+    """Loops check no bounds, so each bounds what it indexes with."""
+    dim, block_tokens = 16, 8
+    pages = CodePages(
+        torch.zeros(3, 1, block_tokens, dim // 4, dtype=torch.uint8),
+        torch.zeros(3, 1, block_tokens, dtype=torch.float16),
+        torch.zeros(3, 1, dim),
+    )
+    table, lengths, rotation = torch.tensor([[2]]), torch.tensor([10**6]), torch.eye(dim)
+    quantized = quantize_query(
+        torch.randn(1, 1, dim), pages, rotation, torch.zeros(1, 1), lengths, table, 1.0
+    )
+    everything = torch.ones(1, 1, dtype=torch.bool)
+    assert score_codes(quantized, pages, everything, lengths, table, 0, 0, 1.0).shape == (1, 1, block_tokens)
+    with pytest.raises(IndexError):
+        encode_new(torch.randn(1, 1, dim), lengths, table, pages, rotation)
+    assert not pages.codes.any() and not pages.centres.any()
