@@ -74,6 +74,8 @@ def _loop(
         for head in range(kv_heads):
             for entry in entries[sequence, head, : counts[sequence, head]]:
                 number, offset = divmod(positions[sequence, head, entry], arena.shape[2])
+                if number < 0 or number >= block_table.shape[1]:  # no row of this sequence
+                    continue
                 source, target = (
                     arena[block_table[sequence, number], head, offset],
                     rows[sequence, head, first + entry],
