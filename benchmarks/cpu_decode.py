@@ -79,7 +79,7 @@ def main() -> None:
     decoder = load_decoder(resolved)
     engines = {case: make_engine(decoder, config, 1, CONTEXT + STEPS) for case, config in CASES.items()}
     for engine in engines.values():
-        wait_for(engine, engine.start(0, prefill(engine, 0, prompt, CONTEXT + STEPS)))
+        wait_for(engine, engine.start([0], prefill(engine, 0, prompt, CONTEXT + STEPS)))
     turns = take_turns(model, engines, prompt)
 
     reference = median(turns.own)

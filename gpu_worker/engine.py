@@ -14,7 +14,8 @@ from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
 from clo.gpu_worker.prefill import Prefill
-from clo.gpu_worker.side_stream import DeviceEvent
+from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
+from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
 from clo.kernels.sample import sample
 from clo.runtime.config import CacheConfig
 from clo.runtime.wire.messages import Logprob, Sampling
@@ -37,6 +38,7 @@ class Engine:
 
     Attributes:
         depth: steps that should be on their way at a time, so that the device does not wait for the host.
+        prompt_graphs: the prefill of short prompts.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class Engine:
             sources = measure_query_sources(decoder)
         self._decode = DecodeStep(decoder, self.cache, sources, verified=config.prefetch != "predicted")
         self._graphs = DecodeGraphs(self._step, device)
+        self.prompt_graphs = PromptGraphs(decoder, self.cache, slots)
 
         self.max_blocks = -(-max_tokens // decoder.shape.block_tokens)
         self._blocks = torch.zeros(slots, self.max_blocks, dtype=torch.int64, device=device)
         self._pages = torch.zeros_like(self._blocks)
-        self._held: dict[int, list[int]] = {}  # blocks whose pages a slot holds
+        self._held: dict[int, tuple[list[int], list[int]]] = {}  # blocks of a slot, and their pages
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._temperature = torch.zeros(slots, device=device)
@@ -85,6 +88,7 @@ class Engine:
             sizes: batch sizes; those that serve all slots if None.
         """
         self._graphs.capture(graph_sizes(self.slots) if sizes is None else sizes)
+        self.prompt_graphs.capture()
         self._mailbox.reset()
         self._posted = 0
 
@@ -106,7 +110,7 @@ class Engine:
         """Give a free slot the blocks of its next sequence, and pages of the index for them."""
         self._give_back_pages(slot)
         pages = self.cache.pages.acquire(blocks)
-        self._held[slot] = blocks
+        self._held[slot] = blocks, pages
         for table, row in ((self._blocks, blocks), (self._pages, pages)):
             # pinned, or else the copy would wait for the device
             padded = torch.zeros(self.max_blocks, dtype=torch.int64, pin_memory=self._device.type == "cuda")
@@ -118,10 +122,19 @@ class Engine:
         return self._blocks[slot], self._pages[slot]
 
     @torch.inference_mode()
-    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
-        """Begin the prefill of a sequence in a free slot."""
+    def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
+        """Begin the prefill of a sequence in a free slot; ``last`` as for ``Prefill``."""
         self.place(slot, blocks)
-        return Prefill(self.decoder, self.cache, slot, tokens, *self.tables(slot))
+        return Prefill(self.decoder, self.cache, slot, tokens, *self.tables(slot), last)
+
+    @torch.inference_mode()
+    def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
+        """Prefill sequences in free slots together; see ``PromptGraphs.run``."""
+        prompts = []
+        for slot, ids, held in zip(slots, tokens, blocks, strict=True):
+            self.place(slot, held)
+            prompts.append(ShortPrompt(slot, ids, *self._held[slot]))
+        return self.prompt_graphs.run(prompts)
 
     @torch.inference_mode()
     def restore(self, slot: int, tokens: int, blocks: list[int]) -> None:
@@ -132,7 +145,7 @@ class Engine:
     @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
-        self.cache.join_prompt()
+        self.cache.join_prompts()
         # an assignment of a number would wait for the device
         self._lengths[slot].fill_(length)
         self._temperature[slot].fill_(sampling.temperature)
@@ -149,7 +162,8 @@ class Engine:
 
     def _give_back_pages(self, slot: int) -> None:
         # The device does the work on a page in the order of the calls, so its next owner may have it at once.
-        self.cache.pages.release(self._held.pop(slot, []))
+        blocks, _ = self._held.pop(slot, ([], []))
+        self.cache.pages.release(blocks)
 
     @torch.inference_mode()
     def feed(self, slots: int | slice, tokens: int | Tensor) -> None:
@@ -181,12 +195,15 @@ class Engine:
     # --------------------------------------------------------------------------------------- steps
 
     @torch.inference_mode()
-    def start(self, slot: int, logits: Tensor) -> StepHandle:
-        """Draw the first token of an activated slot from the logits [1, vocab] of its prefill."""
-        self._tokens[slot : slot + 1] = drawn = self._sample(logits, slice(slot, slot + 1))
+    def start(self, slots: list[int], logits: Tensor) -> StepHandle:
+        """Draw the first tokens of activated slots from the logits [len(slots), vocab] of their prefill."""
+        places = torch.tensor(slots, pin_memory=self._device.type == "cuda")
+        places = places.to(self._device, non_blocking=True)
+        drawn = self._sample(logits, places)
+        self._tokens.index_copy_(0, places, drawn)
         self._mailbox.post(drawn)
         self._posted += 1
-        return StepHandle(self._posted, [0], logits)
+        return StepHandle(self._posted, list(range(len(slots))), logits)
 
     @torch.inference_mode()
     def step(self, slots: list[int], longest: int) -> StepHandle:
@@ -226,7 +243,7 @@ class Engine:
         self._mailbox.post(drawn)
         return logits
 
-    def _sample(self, logits: Tensor, slots: slice) -> Tensor:
+    def _sample(self, logits: Tensor, slots: slice | Tensor) -> Tensor:
         return sample(
             logits, self._temperature[slots], self._top_p[slots], self._top_k[slots], self._seed[slots],
             self._lengths[slots],
@@ -246,6 +263,10 @@ class Engine:
     def event(self) -> DeviceEvent:
         """The end of the work so far."""
         return DeviceEvent(self._device)
+
+    def timer(self) -> DeviceTimer:
+        """Measures the work from here on."""
+        return DeviceTimer(self._device)
 
     @torch.inference_mode()
     def logprob(self, logits: Tensor, event: DeviceEvent, token: int, top: int) -> Logprob:

@@ -8,6 +8,8 @@ from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.kv_cache import index_pages
 from clo.gpu_worker.drift_check import drift_check_bytes
 from clo.gpu_worker.prefill import prefill_bytes
+from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
+from clo.gpu_worker.prompt_queue import beside_tokens
 from clo.runtime.config import CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.units import format_size
@@ -37,14 +39,16 @@ def check_gpu_memory(
     capacity = sum(sizes.resident for sizes in config.sizes(max_tokens, shape.layers))
     rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + capacity
     resident = shape.kv_heads * rows * shape.row_bytes
-    prefill = prefill_bytes(shape, max_tokens)
+    prompts = max_tokens + beside_tokens(max_tokens)
+    prefill = prefill_bytes(shape, prompts)
+    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
-    wanted = index + slots * resident + prefill + drift_check + _GRAPH_BYTES
+    wanted = index + slots * resident + prefill + drift_check + graphs
     spare = int(utilization * total) - (total - free)
     parts = (
         f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
         f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
-        f"{max_tokens} tokens, {format_size(drift_check)} drift check, {format_size(_GRAPH_BYTES)} graphs"
+        f"{prompts} tokens, {format_size(drift_check)} drift check, {format_size(graphs)} graphs"
     )
     if wanted > spare:
         raise ConfigError(

@@ -5,26 +5,27 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
+from clo.gpu_worker.cache.prompt import one_prompt
 from clo.gpu_worker.model.decoder import Decoder
-from clo.kernels.attend import attend_prompt
+from clo.kernels.attend_prompt import attend_prompt
 from clo.runtime.model.kv_shape import KVShape
 
-_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # about as long as a decode step
+CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # at most; longer ones are no faster
+LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
 
 
 def prefill_bytes(shape: KVShape, tokens: int) -> int:
     """About the most GPU memory that the prefill of a prompt takes, apart from its index pages."""
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    rows = 2 * shape.kv_heads * shape.row_bytes  # of the current layer and of the one being stored
-    ranking = PROMPT_QUERIES * shape.query_heads * 12 + shape.kv_heads * shape.head_dim * 4
-    index = shape.kv_heads * shape.head_dim * 16
+    rows = 3 * shape.kv_heads * shape.row_bytes  # of this layer, and of those being stored and indexed
+    ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
-    return tokens * (2 * width + rows + rope + max(ranking, index)) + _CHUNK_TOKENS["cuda"] * 24 * width
+    return tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
 
 
 class Prefill:
     """The prefill of one prompt, cut into units of one layer of one chunk, so that decode steps fit in
-    between.
+    between. In the last layer only the last tokens need more than their keys and values.
 
     Args:
         decoder: the model.
@@ -32,9 +33,7 @@ class Prefill:
         slot: the sequence's slot.
         tokens: the prompt, at least one token.
         block_table, page_table: [max_blocks] int64, those of the sequence.
-
-    Attributes:
-        chunk_tokens: tokens of a chunk; it may be changed before the first ``advance``.
+        last: last tokens whose logits are wanted.
     """
 
     def __init__(
@@ -45,22 +44,21 @@ class Prefill:
         tokens: list[int],
         block_table: Tensor,
         page_table: Tensor,
+        last: int = 1,
     ) -> None:
-        self._decoder, self._cache, self._slot = decoder, cache, slot
-        self._block_table, self._page_table = block_table, page_table
+        self._decoder, self._cache, self._last = decoder, cache, last
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
+        self._prompts = one_prompt(slot, self.total, block_table, page_table, shape.block_tokens)
         ids = torch.tensor(
             tokens, pin_memory=device.type == "cuda"
         )  # else the copy would wait for the device
         self._hidden = decoder.embed(ids.to(device, non_blocking=True))
         self._rope = decoder.rope(torch.arange(self.total, device=device))
-        self._rows = torch.empty(
-            self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=device
-        )
-        chunks = -(-self.total // _CHUNK_TOKENS[device.type])
-        # equal chunks: the last one holds queries enough to select with
-        self.chunk_tokens = -(-self.total // chunks)
+        self._rows = self._new_rows()
+        most = CHUNK_TOKENS[device.type]
+        self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
+        self._least = min(self._chunk, LEAST_TOKENS[device.type])
         self._layer = self._start = 0
 
     @property
@@ -68,29 +66,58 @@ class Prefill:
         """Work that is finished, as a number of prompt tokens out of ``total``."""
         return (self._layer * self.total + self._start) // self._decoder.shape.layers
 
-    def last_hidden(self, count: int) -> Tensor:
-        """Hidden states [count, hidden] of the last tokens, as they left the layers that are complete."""
-        return self._hidden[-count:]
+    @property
+    def remaining_flops(self) -> float:
+        """Arithmetic that is left, about."""
+        decoder, left = self._decoder, self._decoder.shape.layers - self._layer
+        return left * decoder.layer_flops(self.total, 0) - decoder.layer_flops(self._start, 0)
+
+    def unit(self, flops: float) -> tuple[int, float]:
+        """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
+        cost = self._decoder.layer_flops(1, self._start)
+        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
+        left = self.total - self._start
+        # the last chunk holds all queries that something is done with
+        if left - tokens < PROMPT_QUERIES + self._last:
+            tokens = left
+        return tokens, self._decoder.layer_flops(tokens, self._start)
 
     @torch.inference_mode()
-    def advance(self) -> Tensor | None:
-        """One unit of work; returns the logits [1, vocab] after the last one, else None."""
-        layer, start = self._layer, self._start
-        end = min(start + self.chunk_tokens, self.total)
-        hidden = self._hidden[start:end]
+    def advance(self, tokens: int | None = None) -> Tensor | None:
+        """One unit of work; returns the logits [last, vocab] after the last one, else None.
+
+        Args:
+            tokens: what ``unit`` returned; as many as a chunk may have if None.
+        """
+        if tokens is None:
+            tokens, _ = self.unit(torch.inf)
+        decoder, layer, start = self._decoder, self._layer, self._start
+        end = start + tokens
         cos, sin = self._rope
-        normed = self._decoder.input_norm(layer, hidden)
-        query, rows = self._decoder.qkv(layer, normed, (cos[start:end], sin[start:end]))
+        hidden = self._hidden[start:end]
+        normed = decoder.input_norm(layer, hidden)
+        query, rows = decoder.qkv(layer, normed, (cos[start:end], sin[start:end]))
         self._rows[start:end] = rows
-        attended = attend_prompt(query, self._rows[:end], self._decoder.scale)
-        hidden, normed = self._decoder.add_attention(layer, hidden, attended)
-        self._hidden[start:end], normed = self._decoder.add_mlp(layer, hidden, normed)
+        ending = end == self.total
+        final = layer == decoder.shape.layers - 1
         self._start = end
-        if end < self.total:
+        if final and not ending:
             return None
-        self._cache.take_prompt(self._slot, layer, self._rows, query, self._block_table, self._page_table)
-        self._rows = torch.empty_like(self._rows)  # the former ones may be on their way to the arena
-        self._layer, self._start = layer + 1, 0
-        if self._layer < self._decoder.shape.layers:
-            return None
-        return self._decoder.logits(normed[-1:])
+        wanted = self._last if final else tokens
+        attended, lse = attend_prompt(query[-wanted:], self._rows[:end], decoder.scale)
+        if ending:
+            self._cache.take_prompts(layer, self._rows, self._prompts, query, lse[-1:])
+            self._rows = self._new_rows()  # the former ones are being stored and indexed
+            self._layer, self._start = layer + 1, 0
+        middle, normed = decoder.add_attention(layer, hidden[-wanted:], attended)
+        left, normed = decoder.add_mlp(layer, middle, normed)
+        if final:
+            return decoder.logits(normed)
+        hidden.copy_(left)
+        return None
+
+    def _new_rows(self) -> Tensor:
+        shape = self._decoder.shape
+        return torch.empty(
+            self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=self._decoder.device
+        )

@@ -1,6 +1,7 @@
 """Continuous batching: requests join and leave between decode steps, prefill takes turns with decoding."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from torch import Tensor
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.outputs import StepHandle
+from clo.gpu_worker.pacing import Pacing
+from clo.gpu_worker.prompt_queue import PromptQueue
 from clo.gpu_worker.sequence import Sequence, State
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.runtime.wire.messages import (
@@ -33,8 +36,6 @@ from clo.runtime.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-PREFILL_UNITS_PER_STEP = 4  # a unit is one layer of one chunk; about as long as a decode step
-PREFILL_UNITS_AHEAD = 8
 PROGRESS_SECONDS = 0.25
 
 
@@ -58,6 +59,7 @@ class Scheduler:
     Args:
         engine: does the computing.
         max_tokens: longest sequence.
+        pacing: says how much prefill goes between two decode steps.
         report: takes messages for the router.
         ask_store: takes messages for the store.
         drift_check: compares some steps with full attention.
@@ -67,28 +69,29 @@ class Scheduler:
         self,
         engine: Engine,
         max_tokens: int,
+        pacing: Pacing,
         report: Callable[[FromWorker], None],
         ask_store: Callable[[ToStore], None],
         drift_check: DriftCheck | None = None,
     ) -> None:
         self._engine, self._max_tokens, self._drift_check = engine, max_tokens, drift_check
+        self._pacing = pacing
         self._block_tokens = engine.decoder.shape.block_tokens
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
         self._waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()  # the first one is being computed
+        self._prompts = PromptQueue(engine, max_tokens)
         self._decoding: dict[int, Sequence] = {}  # by slot
         self._releasing: list[Sequence] = []
         self._in_flight: deque[InFlightStep] = deque()
-        self._prefill_units: deque[DeviceEvent] = deque()  # on their way
         self.steps = 0
         self.generated = 0
 
     @property
     def busy(self) -> bool:
         """Whether ``advance`` has work to do."""
-        return bool(self._prefilling or self._decoding or self._in_flight or self._releasing)
+        return bool(self._prompts or self._decoding or self._in_flight or self._releasing)
 
     @property
     def running(self) -> int:
@@ -128,7 +131,7 @@ class Scheduler:
             return  # cancelled meanwhile; its Free is on the way
         sequence.blocks = message.blocks
         sequence.move(State.PREFILLING)
-        self._prefilling.append(sequence)
+        self._prompts.add(sequence)
 
     def denied(self, message: Denied) -> None:
         """The store refused a message. Only an ``Allocate`` is about whether a request can run."""
@@ -157,13 +160,11 @@ class Scheduler:
 
     def advance(self) -> bool:
         """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
+        self._pacing.look()
         moved = False
         room = len(self._in_flight) < self._engine.depth  # for a step
-        units = (PREFILL_UNITS_PER_STEP if room else 0) if self._decoding else 1
-        while units and self._prefilling and self._unit_may_start():
-            self._advance_prefill(self._prefilling[0])
-            units -= 1
-            moved = True
+        if self._prompts and (room or not self._decoding):
+            moved = self._prefill()
         if self._decoding and room:
             self._launch_step()
             moved = True
@@ -172,38 +173,56 @@ class Scheduler:
             moved = True
         return self._release_finished() or moved
 
-    def _unit_may_start(self) -> bool:
-        """The host stays only a few units ahead of the device, so that a decode step need not wait long."""
-        while self._prefill_units and self._prefill_units[0].reached:
-            self._prefill_units.popleft()
-        return len(self._prefill_units) < PREFILL_UNITS_AHEAD
+    def _prefill(self) -> bool:
+        """Launch what may stand before the next step or, where nothing decodes, one unit of any size; False
+        if the device has enough to do."""
+        beside = bool(self._decoding)
+        budget = self._pacing.between_steps if beside else math.inf
+        moved = False
+        while self._prompts and self._pacing.more:
+            timer = self._engine.timer()
+            unit = self._prompts.advance(budget)
+            timer.stop()
+            self._pacing.launched(timer, unit.flops)
+            self._report_progress(unit.sequences)
+            if unit.logits is not None:
+                self._start(unit.sequences, unit.logits)
+            moved = True
+            budget -= unit.flops
+            if not beside or budget <= 0:
+                break
+        return moved
 
-    def _advance_prefill(self, sequence: Sequence) -> None:
-        run = sequence.run
-        if sequence.prefill is None:  # only now, since there is memory for one prefill
-            sequence.prefill = self._engine.prefill(sequence.slot, run.tokens, sequence.blocks)
-        prefill = sequence.prefill
-        logits = prefill.advance()
-        self._prefill_units.append(self._engine.event())
+    def _report_progress(self, sequences: list[Sequence]) -> None:
         now = time.monotonic()
-        if logits is not None or now - sequence.reported >= PROGRESS_SECONDS:
-            sequence.reported = now
-            self._report(Prefilled(sequence.id, prefill.done, prefill.total))
-        if logits is None:
-            return
-        self._prefilling.popleft()
-        sequence.prefill = None
-        sequence.move(State.DECODING)
-        self._decoding[sequence.slot] = sequence
-        self._engine.activate(sequence.slot, len(run.tokens), run.sampling, run.seed)
-        self._track(self._engine.start(sequence.slot, logits), [sequence])
+        for sequence in sequences:
+            prefill, total = sequence.prefill, len(sequence.run.tokens)
+            if prefill is None:  # it is complete
+                self._report(Prefilled(sequence.id, total, total))
+            elif now - sequence.reported >= PROGRESS_SECONDS:
+                sequence.reported = now
+                self._report(Prefilled(sequence.id, prefill.done, total))
+
+    def _start(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Sequences whose prompts are complete decode from now on."""
+        for sequence in sequences:
+            run = sequence.run
+            sequence.move(State.DECODING)
+            self._decoding[sequence.slot] = sequence
+            self._engine.activate(sequence.slot, len(run.tokens), run.sampling, run.seed)
+        handle = self._engine.start([sequence.slot for sequence in sequences], logits)
+        self._track(handle, sequences)
 
     def _launch_step(self) -> None:
         sequences = [self._decoding[slot] for slot in sorted(self._decoding)]
         lengths = {sequence.slot: len(sequence.run.tokens) + sequence.launched for sequence in sequences}
         if self._drift_check is not None:
             self._drift_check.before(lengths)
+        timer = self._engine.timer() if self._prompts else None
         handle = self._engine.step(list(lengths), max(lengths.values()))
+        if timer is not None:
+            timer.stop()
+            self._pacing.launched_step(timer)
         if self._drift_check is not None:
             self._drift_check.after(handle)
         self.steps += 1
@@ -277,9 +296,8 @@ class Scheduler:
             self._report(Done(sequence.id, reason, NO_STATS))
             return
         if sequence.state is State.PREFILLING:
-            self._prefilling.remove(sequence)
-            sequence.prefill = None
-            self._engine.cache.join_prompt()  # its blocks are free only when nothing is written to them
+            self._prompts.remove(sequence)
+            self._engine.cache.join_prompts()  # its blocks are free only when nothing is written to them
         if sequence.state is not State.DRAINING:
             self._retire(sequence)
         sequence.move(State.RELEASING)
@@ -318,7 +336,7 @@ class Scheduler:
             assert sequence.slot == slot, f"slot {slot} decodes a sequence of slot {sequence.slot}"
         for state, listed in (
             (State.WAITING, self._waiting),
-            (State.PREFILLING, self._prefilling),
+            (State.PREFILLING, self._prompts),
             (State.DECODING, self._decoding.values()),
             (State.RELEASING, self._releasing),
         ):

@@ -1,5 +1,6 @@
-"""Work beside the current stream, and when it is done."""
+"""Work beside the current stream, when it is done, and how long it took."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,3 +57,31 @@ class DeviceEvent:
         """Later work on the current stream waits for the event."""
         if self._event is not None:
             self._event.wait()
+
+
+class DeviceTimer:
+    """Measures the device's work on the current stream from its construction to ``stop``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._end: torch.cuda.Event | None = None
+        self._seconds = 0.0
+        if self._begin is None:
+            self._since = time.monotonic()
+        else:
+            self._begin.record()
+
+    def stop(self) -> None:
+        """Nothing that is launched later counts."""
+        if self._begin is None:
+            self._seconds = time.monotonic() - self._since
+        else:
+            self._end = torch.cuda.Event(enable_timing=True)
+            self._end.record()
+
+    @property
+    def seconds(self) -> float | None:
+        """What it took, after ``stop``; None while the device is not through."""
+        if self._begin is None or self._end is None:
+            return self._seconds
+        return self._begin.elapsed_time(self._end) / 1e3 if self._end.query() else None

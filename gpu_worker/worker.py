@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import zmq
 
+from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.scheduler import Scheduler
 from clo.gpu_worker.startup import Started
 from clo.runtime.config import WorkerConfig
@@ -61,9 +62,13 @@ class Worker:
         self._router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
             context, config.router, ToWorker, identity=b"worker-%d" % config.worker
         )
+        decoder = self._engine.decoder
+        token_flops = decoder.shape.layers * decoder.layer_flops(1, 0)
         self.scheduler = Scheduler(
-            self._engine, config.model.max_model_len, self.report, self._store.send, self._drift_check
-        )
+            self._engine, config.model.max_model_len,
+            Pacing(config.engine.max_num_batched_tokens, token_flops), self.report, self._store.send,
+            self._drift_check,
+        )  # fmt: skip
         self._ready = Ready(config.worker, os.getpid(), started.store_name, started.capacity_tokens)
 
     def report(self, message: FromWorker) -> None:

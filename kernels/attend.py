@@ -1,4 +1,4 @@
-"""Attention of a decode step over the resident rows or over the whole KV, and of a chunk of a prompt."""
+"""Attention of a decode step over the resident rows or over the whole KV."""
 
 from typing import NamedTuple
 
@@ -278,27 +278,3 @@ def attend_all(query: Tensor, arena: Tensor, block_table: Tensor, lengths: Tenso
         grouped, rows[:, :, :, 0], rows[:, :, :, 1], attn_mask=mask[:, None, None], scale=scale
     )
     return out.flatten(1, 2)
-
-
-def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Causal attention of a chunk of a prompt over everything up to the chunk's end.
-
-    Args:
-        query: [N, query_heads, head_dim], the last N of T tokens.
-        rows: [T, kv_heads, 2, head_dim].
-
-    Returns:
-        [N, query_heads, head_dim].
-    """
-    count, total = query.shape[0], rows.shape[0]
-    keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)  # each [1, kv_heads, T, D]
-    if query.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right  # here, because it takes seconds
-
-        mask: Tensor = causal_lower_right(count, total)
-    else:  # torch's attention on the CPU does not take the bias
-        mask = torch.ones(count, total, dtype=torch.bool).tril_(total - count)
-    out = scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return out.squeeze(0).transpose(0, 1)

@@ -237,10 +237,23 @@ class EngineConfig:
     gpu_memory_utilization: float = option(
         0.9, "share of each GPU's memory that may be used, weights included", "SHARE", float
     )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "tokens of prompts that are computed between two decode steps: more brings prompts forward and makes "
+        "streams wait; auto measures how many leave them nearly half their pace",
+        "TOKENS",
+        int,
+        none="auto",
+    )
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
+            raise ConfigError(
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}; "
+                "it must be at least 1, or 'auto'."
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; "

@@ -13,6 +13,8 @@ from clo.runtime.wire.messages import CacheStats, Logprob, Sampling
 
 SLOTS, BLOCK_TOKENS, MAX_TOKENS = 3, 4, 48
 UNITS = 3  # of a prefill
+UNIT_FLOPS = 10.0  # of each unit
+SECONDS = 0.001  # that each measured piece of work takes
 
 
 class Event:
@@ -29,6 +31,29 @@ class Event:
         self._engine.done = max(self._engine.done, self._number)
 
 
+class FakeTimer:
+    """A piece of work that takes ``SECONDS``."""
+
+    def __init__(self, engine: "FakeEngine") -> None:
+        self._engine, self._number = engine, 0
+
+    def stop(self) -> None:
+        self._number = self._engine.launched
+
+    @property
+    def seconds(self) -> float | None:
+        return SECONDS if self._engine.done >= self._number else None
+
+
+class FakeGraphs:
+    """Prefill of prompts up to ``longest`` tokens; none unless a test says so."""
+
+    longest, most = 0, 2
+
+    def size(self, tokens: int) -> int | None:
+        return next((size for size in (4, 8, 16) if size >= tokens), None)
+
+
 class FakePrefill:
     def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
         self._engine, self._slot, self._tokens = engine, slot, tokens
@@ -39,12 +64,20 @@ class FakePrefill:
     def done(self) -> int:
         return self._units * self.total // UNITS
 
-    def advance(self) -> Tensor | None:
+    @property
+    def remaining_flops(self) -> float:
+        return (UNITS - self._units) * UNIT_FLOPS * self.total
+
+    def unit(self, flops: float) -> tuple[int, float]:
+        return max(1, self.total // UNITS), UNIT_FLOPS
+
+    def advance(self, tokens: int | None = None) -> Tensor | None:
         assert self._engine.owner[self._slot] is self, "the prefill of a sequence that has ended goes on"
         assert self._units < UNITS
         self._units += 1
         self._engine.launch(self._slot)
         self._engine.log.append("unit")
+        self._engine.units.append(self._slot)
         return torch.tensor([[self._tokens[-1] + 1.0]]) if self._units == UNITS else None
 
 
@@ -69,7 +102,10 @@ class FakeEngine:
     def __init__(self) -> None:
         self.slots = SLOTS
         self.decoder = self.cache = self.shape = self  # all that the scheduler looks at is here
-        self.block_tokens = BLOCK_TOKENS
+        self.block_tokens, self.layers = BLOCK_TOKENS, UNITS
+        self.prompt_graphs = FakeGraphs()
+        self.units: list[int] = []  # slots of the units of prefill, in order
+        self.together: list[list[int]] = []  # slots of each batch of short prompts
         self.launched = self.done = 0
         self.owner: dict[int, object] = {}  # slot -> its prefill, then True while it decodes
         self.last_use = [0] * SLOTS  # number of the last work that touches a slot
@@ -101,17 +137,35 @@ class FakeEngine:
         self.owner[slot] = prefill = FakePrefill(self, slot, tokens)
         return prefill
 
+    def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
+        assert sum(len(ids) for ids in tokens) <= 16 and len(slots) <= self.prompt_graphs.most
+        for slot, ids, held in zip(slots, tokens, blocks, strict=True):
+            assert len(ids) <= self.prompt_graphs.longest
+            self.prefill(slot, ids, held)
+        self.launch(*slots)
+        self.log.append("short")
+        self.together.append(slots)
+        return torch.tensor([[ids[-1] + 1.0] for ids in tokens])
+
+    def layer_flops(self, tokens: int, before: int) -> float:
+        return UNIT_FLOPS * tokens
+
+    def timer(self) -> FakeTimer:
+        return FakeTimer(self)
+
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         assert isinstance(self.owner[slot], FakePrefill) and slot not in self.lengths
         self.lengths[slot] = length
         self.activated.append((sampling, seed))
 
-    def start(self, slot: int, logits: Tensor) -> StepHandle:
-        self.tokens[slot] = int(logits[0, 0])
-        number = self.launch(slot)
-        self._mail[number] = [self.tokens[slot]]
+    def start(self, slots: list[int], logits: Tensor) -> StepHandle:
+        assert len(logits) == len(slots)
+        drawn = [int(token) for token in logits[:, 0]]
+        self.tokens.update(zip(slots, drawn, strict=True))
+        number = self.launch(*slots)
+        self._mail[number] = drawn
         self.log.append("start")
-        return StepHandle(number, [0], logits)
+        return StepHandle(number, list(range(len(slots))), logits)
 
     def step(self, slots: list[int], longest: int) -> StepHandle:
         assert slots == sorted(self.lengths), "a step takes all slots in use, and no other"
@@ -150,7 +204,7 @@ class FakeEngine:
         self.owner.pop(slot, None)
         return FakeRelease(self, slot)
 
-    def join_prompt(self) -> None:
+    def join_prompts(self) -> None:
         self.joined += 1
 
     def check_integrity(self) -> None:

@@ -38,7 +38,7 @@ def answers(engine: Engine, prompts: list[list[int]], count: int) -> list[Answer
     tokens: list[list[int]] = []
     logits: list[list[Tensor]] = []
     for slot, prompt in enumerate(prompts):
-        handle = engine.start(slot, prefill(engine, slot, prompt, longest + count))
+        handle = engine.start([slot], prefill(engine, slot, prompt, longest + count))
         tokens.append(wait_for(engine, handle))
         logits.append([handle.logits[0].cpu()])
     slots = list(range(len(prompts)))
@@ -160,7 +160,7 @@ def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.start(0, prefill(engine, 0, prompt, 705))
+        engine.start([0], prefill(engine, 0, prompt, 705))
         for step in range(1, 5):
             handle = engine.step([0], 700 + step)
         engine.feed(0, 7)

@@ -41,7 +41,7 @@ def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[in
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + count
     generated = [
-        wait_for(engine, engine.start(slot, prefill(engine, slot, prompt, total)))
+        wait_for(engine, engine.start([slot], prefill(engine, slot, prompt, total)))
         for slot, prompt in enumerate(prompts)
     ]
     slots = list(range(len(prompts)))

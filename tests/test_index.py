@@ -5,6 +5,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
+from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CodePages, encode, encode_new
 from clo.kernels.quantize_query import quantize_query
 from clo.kernels.score import score_codes, score_exact
@@ -77,7 +78,10 @@ def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
                 expected.centres[page] = centre
                 expected.codes[page, :, : part.shape[1]] = codes
                 expected.scales[page, :, : part.shape[1]] = scales
-            index.write_prompt(keys, page_table)
+            starts = torch.arange(0, tokens, BLOCK_TOKENS)
+            counts = (tokens - starts).clamp_max(BLOCK_TOKENS)
+            pages = page_table[: len(starts)]
+            index.write_prompts(keys, PromptBlocks(starts, counts, pages, pages))
             torch.testing.assert_close(index.pages.centres, expected.centres, rtol=1e-5, atol=1e-6)
             different = index.pages.codes != expected.codes
             assert different.sum() <= 2, "an entry between two levels may go either way"
@@ -111,7 +115,9 @@ def test_memory_is_where_it_is_asked_for() -> None:
 def test_the_exact_index_scores_the_keys_in_the_arena() -> None:
     arena, batch = torch.randn(12, KV_HEADS, BLOCK_TOKENS, 2, DIM), random_batch()
     index, before, (query, lse) = ExactIndex(arena, SCALE), arena.clone(), random_query()
-    index.write_prompt(torch.randn(20, KV_HEADS, DIM), batch.pages[0])
+    starts = torch.zeros(1, dtype=torch.int64)
+    parts = PromptBlocks(starts, starts + 2, starts, starts)
+    index.write_prompts(torch.randn(20, KV_HEADS, DIM), parts)
     index.write(torch.randn(3, KV_HEADS, DIM), batch)
     assert torch.equal(arena, before), "the keys are there already"
     found = index.score(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from clo.kernels.append import append
-from clo.kernels.attend import attend_all, attend_prompt, attend_resident, merge_fetched
+from clo.kernels.attend import attend_all, attend_resident, merge_fetched
+from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.encode import CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
@@ -84,10 +85,11 @@ def test_attention_over_everything_and_over_a_chunk(dim: int, kv_heads: int, gro
 
     prompt = torch.randn(10, kv_heads, 2, dim)
     queries = torch.randn(4, kv_heads * group, dim)
-    out = attend_prompt(queries, prompt, 0.3)
+    out, lse = attend_prompt(queries, prompt, 0.3)
     for i in range(4):
         for h in range(kv_heads * group):
             keys, values = prompt[: 7 + i, h // group].unbind(1)
+            torch.testing.assert_close(lse[i, h], (keys @ queries[i, h] * 0.3).logsumexp(0))
             torch.testing.assert_close(
                 out[i, h].double(), softmax_attention(queries[i, h], keys, values, 0.3), rtol=1e-4, atol=1e-5
             )

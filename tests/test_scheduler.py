@@ -11,12 +11,8 @@ import pytest
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.outputs import StepHandle
-from clo.gpu_worker.scheduler import (
-    PREFILL_UNITS_AHEAD,
-    PREFILL_UNITS_PER_STEP,
-    PROGRESS_SECONDS,
-    Scheduler,
-)
+from clo.gpu_worker.pacing import Pacing
+from clo.gpu_worker.scheduler import PROGRESS_SECONDS, Scheduler
 from clo.gpu_worker.sequence import NEXT, Sequence, State
 from clo.kvstore.pool import BlockPool
 from clo.runtime.wire.errors import PromptTooLong
@@ -37,7 +33,7 @@ from clo.runtime.wire.messages import (
     Stepped,
     ToStore,
 )
-from tests.fake_engine import BLOCK_TOKENS, MAX_TOKENS, SLOTS, UNITS, FakeEngine
+from tests.fake_engine import BLOCK_TOKENS, MAX_TOKENS, SLOTS, UNIT_FLOPS, UNITS, FakeEngine
 
 BLOCKS = 10
 END = 1000  # an end token; no other token is as large but those of `ending`
@@ -46,7 +42,7 @@ END = 1000  # an end token; no other token is as large but those of `ending`
 class World:
     """A scheduler between a router that collects reports and a store whose messages a test delivers."""
 
-    def __init__(self, drift_check: Any = None) -> None:
+    def __init__(self, drift_check: Any = None, tokens: int | None = None) -> None:
         self.engine = FakeEngine()
         self.pool = BlockPool(BLOCKS, BLOCK_TOKENS)
         self.reports: list[FromWorker] = []
@@ -57,6 +53,7 @@ class World:
         self.scheduler = Scheduler(
             cast(Engine, self.engine),
             MAX_TOKENS,
+            Pacing(tokens, UNIT_FLOPS),
             self.reports.append,
             self.asked.append,
             cast(DriftCheck, drift_check),
@@ -364,7 +361,8 @@ def test_two_steps_are_on_their_way_and_no_more() -> None:
     world.add(prompt=2, max_tokens=20)
     world.store_works()
     world.store_answers()
-    world.advance(5)  # the prefill, the first token's draw and one step
+    world.until(lambda: "start" in world.engine.log)
+    world.advance(5)
     assert world.engine.log == ["unit"] * UNITS + ["start", "step"]
     assert world.scheduler.advance() is False, "all waits for the device"
     world.engine.finish()
@@ -376,9 +374,12 @@ def test_two_steps_are_on_their_way_and_no_more() -> None:
     world.check_over()
 
 
-def test_prefill_takes_turns_with_decoding_and_stays_near_the_device() -> None:
-    world = World()
-    world.add(prompt=2, max_tokens=30)
+@pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 2)])
+def test_prefill_takes_turns_with_decoding(tokens: int | None, units: int) -> None:
+    """A unit has the work of a token. By itself the scheduler gives prompts 1.25 times the time of a step,
+    and a unit takes as long as a step."""
+    world = World(tokens=tokens)
+    world.add(prompt=2, max_tokens=20)
     world.store_works()
     world.store_answers()
     world.until(lambda: "step" in world.engine.log)
@@ -387,11 +388,12 @@ def test_prefill_takes_turns_with_decoding_and_stays_near_the_device() -> None:
     world.store_works()
     world.store_answers()
     start = len(world.engine.log)
-    world.until(lambda: len(world.engine.log) >= start + 12)
-    since = 0  # units since the last step
+    world.until(lambda: world.engine.log[start:].count("unit") == 2 * UNITS)
+    since, most = 0, 0  # units since the last step
     for name in world.engine.log[start:]:
         since = 0 if name == "step" else since + (name == "unit")
-        assert since <= PREFILL_UNITS_PER_STEP
+        most = max(most, since)
+    assert most == units
     world.serve()
     world.check_over()
 
@@ -399,18 +401,95 @@ def test_prefill_takes_turns_with_decoding_and_stays_near_the_device() -> None:
 def test_the_host_launches_a_few_units_of_prefill_ahead_of_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.fake_engine.UNITS", 3 * PREFILL_UNITS_AHEAD)
+    monkeypatch.setattr("tests.fake_engine.UNITS", 60)
     world = World()
     world.add(prompt=24, max_tokens=2)
     world.store_works()
     world.store_answers()
-    world.advance(2 * PREFILL_UNITS_AHEAD)
-    assert world.engine.log == ["unit"] * PREFILL_UNITS_AHEAD
+    world.advance(20)
+    assert world.engine.log == ["unit"] * 2, "nothing is known yet of how long they take"
     assert world.scheduler.advance() is False
-    world.engine.finish(2)  # a unit, and the mark behind it
-    world.advance(2)
-    assert world.engine.log == ["unit"] * (PREFILL_UNITS_AHEAD + 1)
+    world.engine.finish()
+    world.advance(20)
+    assert world.engine.log == ["unit"] * (2 + 8), "30 ms would hold more, but that is enough"
+    assert world.scheduler.advance() is False
+    world.engine.finish(1)
+    world.advance(20)
+    assert world.engine.log == ["unit"] * (2 + 8 + 1)
+    monkeypatch.setattr("tests.fake_engine.SECONDS", 0.01)
+    for _ in range(20):  # until the measurements are those of slow units
+        world.engine.finish(1)
+        world.advance(1)
+    count = len(world.engine.log)
+    world.engine.finish()
+    world.advance(20)
+    assert len(world.engine.log) == count + 3, "units of 10 ms, and 30 ms ahead"
     world.serve()
+    world.check_over()
+
+
+def test_short_prompts_are_computed_together() -> None:
+    world = World()
+    world.engine.prompt_graphs.longest = 8
+    numbers = [world.add(prompt=prompt, max_tokens=3, first=100 * prompt) for prompt in (5, 3, 9)]
+    world.serve()
+    assert world.engine.together == [[0, 1]] and set(world.engine.units) == {2}
+    assert [done(world, number)[1] for number in numbers] == [
+        [100 * prompt + i for i in (1, 2, 3)] for prompt in (5, 3, 9)
+    ]
+    world.check_over()
+
+
+def test_no_more_short_prompts_go_between_two_steps_than_the_pace_allows() -> None:
+    """The least graph has the work of 4 x 3 tokens in one layer, and two prompts need the next one."""
+    world = World(tokens=12)
+    world.engine.prompt_graphs.longest = 4
+    world.add(prompt=9, max_tokens=12)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: "step" in world.engine.log)
+    for _ in range(2):
+        world.add(prompt=4, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: len(world.engine.together) == 2)
+    assert world.engine.together == [[1], [2]]
+    log = world.engine.log[world.engine.log.index("short") :]
+    assert "step" in log[: log.index("short", 1)]
+    world.serve()
+    world.check_over()
+
+
+def test_a_prompt_does_not_wait_for_a_much_longer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fake_engine.UNITS", 20)
+    world = World()
+    world.add(prompt=20, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    world.advance(1)
+    world.add(prompt=4, max_tokens=1)
+    world.store_works()
+    world.store_answers()
+    world.serve()
+    units = world.engine.units
+    shorter = [place for place, slot in enumerate(units) if slot == 1]
+    assert max(shorter) < 20 * 2 + 4, "every second unit was its own"
+    longer = [slot for slot in units[min(shorter) : max(shorter)] if slot == 0]
+    assert len(longer) >= 18, "and the other one went on meanwhile"
+    world.check_over()
+
+
+def test_a_prompt_for_which_there_is_no_memory_waits_for_the_longer_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.fake_engine.UNITS", 5)
+    world = World()
+    for prompt in (MAX_TOKENS // 4 + 2, MAX_TOKENS // 4 + 1):
+        world.add(prompt=prompt, max_tokens=1)
+    world.store_works()
+    world.store_answers()
+    world.serve()
+    assert world.engine.units == [0] * 5 + [1] * 5
     world.check_over()
 
 
@@ -466,7 +545,7 @@ def test_the_progress_of_a_long_prefill_is_reported_now_and_then(monkeypatch: py
 
 def test_the_tokens_of_a_batch_are_reported_together() -> None:
     world = World()
-    numbers = [world.add(prompt=2, max_tokens=6, first=100 * n) for n in range(3)]
+    numbers = [world.add(prompt=2, max_tokens=9, first=100 * n) for n in range(3)]
     world.serve()
     full = [r for r in world.reports if isinstance(r, Stepped) and len(r.steps) == 3]
     assert len(full) >= 3
@@ -578,7 +657,8 @@ def to_half_prefilled(world: World) -> int:
 def to_decoding(world: World) -> int:
     """Decoding: its first token and a step are on their way."""
     number = to_prefilling(world)
-    world.advance(UNITS + 1)
+    world.until(lambda: "start" in world.engine.log, work=1)
+    world.advance()
     return number
 
 
@@ -827,7 +907,7 @@ def test_check_integrity_finds_damage(damage: str) -> None:
         case "not listed":
             scheduler._decoding.clear()
         case "wrong list":
-            scheduler._prefilling.append(sequence)
+            scheduler._prompts.add(sequence)
         case "wrong slot":
             scheduler._decoding[sequence.slot + 1] = scheduler._decoding.pop(sequence.slot)
     with pytest.raises(AssertionError):

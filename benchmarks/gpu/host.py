@@ -78,14 +78,21 @@ class Prefilled(Prefill):
     def done(self) -> int:
         return self.total
 
-    def advance(self) -> Tensor:
+    @property
+    def remaining_flops(self) -> float:
+        return 0.0
+
+    def unit(self, flops: float) -> tuple[int, float]:
+        return self.total, 0.0
+
+    def advance(self, tokens: int | None = None) -> Tensor:
         return self._logits
 
 
 class PrefilledEngine(Engine):
-    """Whose prompts count as prefilled, in the blocks that their slots have already."""
+    """Whose prompts count as prefilled, in the blocks that their slots have already. None is a short one."""
 
-    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> Prefill:
+    def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
         return Prefilled(len(tokens), self._logits)
 
     @cached_property

@@ -138,18 +138,18 @@ def full_logits(network: Any, item: Item) -> Tensor:
 @torch.inference_mode()
 def prefilled(engine: Engine, arena: Tensor, item: Item) -> Tensor:
     """The same by the engine's prefill, in slot 0, which must not be in use."""
-    decoder, blocks = engine.decoder, len(arena)
+    blocks = len(arena)
     own = [0, *range(blocks - engine.max_blocks + 1, blocks)]
-    work = engine.prefill(0, item.prompt + item.answer[: FORCED - 1], own)
-    while work.advance() is None:
+    work = engine.prefill(0, item.prompt + item.answer[: FORCED - 1], own, last=FORCED - 1)
+    while (logits := work.advance()) is None:
         pass
-    engine.cache.join_prompt()
-    return decoder.logits(decoder.input_norm(decoder.shape.layers, work.last_hidden(FORCED - 1)))
+    engine.cache.join_prompts()
+    return logits
 
 
 def start(engine: Engine, case: Case, slot: int, item: Item) -> None:
     """Prefill a slot, which decodes from now on."""
-    wait_for(engine, engine.start(slot, prefill(engine, slot, item.prompt, case.max_tokens)))
+    wait_for(engine, engine.start([slot], prefill(engine, slot, item.prompt, case.max_tokens)))
 
 
 @torch.inference_mode()

@@ -18,12 +18,14 @@ from benchmarks.tasks import Item
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
+from clo.gpu_worker.cache.prompt import Prompts, one_prompt
 from clo.gpu_worker.cache.query_prediction import measure_query_sources
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prefill import Prefill
 from clo.kernels.attend import attend_all
+from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.runtime.config import CacheConfig
@@ -88,7 +90,7 @@ class Reference:
             answer = item.answer[:tokens]
             self.answers[slot, : len(answer)] = torch.tensor(answer, device=device)
             self.logits[slot, : len(answer)] = self._pass(cache, slot, item.prompt + answer[:-1], len(answer))
-        cache.join_prompt()
+        cache.join_prompts()
         answers = torch.tensor([len(item.answer) for item in items], device=device)
         self._sources = measure_query_sources(decoder)
         self._ended = torch.arange(1, steps, device=device) >= answers.unsqueeze(1)  # [items, steps]
@@ -98,19 +100,18 @@ class Reference:
     def _pass(self, cache: "_Pass", slot: int, tokens: list[int], predicted: int) -> Tensor:
         """Prefill with full attention; logits [predicted, vocab] of the last tokens."""
         # Full attention has no index, so it has no pages either.
-        work = Prefill(self.decoder, cache, slot, tokens, self.table[slot], page_table=self.table[slot])
-        if work.chunk_tokens < predicted + PROMPT_QUERIES:
-            work.chunk_tokens = len(tokens)  # the last chunk has to hold the prompt's last queries
+        table = self.table[slot]
+        work = Prefill(self.decoder, cache, slot, tokens, table, page_table=table, last=predicted)
         cache.queries, cache.behind = self.queries[slot], predicted - 1
-        while work.advance() is None:
+        while (logits := work.advance()) is None:
             pass
-        normed = self.decoder.input_norm(self.decoder.shape.layers, work.last_hidden(predicted))
-        return self.decoder.logits(normed)
+        return logits
 
     @torch.inference_mode()
     def engine(self, config: CacheConfig, *, probe: bool = False) -> Engine:
         """An engine whose slots hold the prompts; with ``probe``, its layers are ``ProbeLayer``."""
         slots, layer_type = len(self.items), ProbeLayer if probe else LayerCache
+        shape = self.decoder.shape
         engine = Engine(self.decoder, self.arena, config, slots, self.max_tokens, self._sources, layer_type)
         engine.capture([slots])  # before the prompts, for it takes steps, of no sequence
         for layer in engine.cache.layers:
@@ -118,10 +119,13 @@ class Reference:
                 layer.reset()
         for slot, item in enumerate(self.items):
             engine.place(slot, self.table[slot].tolist())
+            prompts = one_prompt(slot, len(item.prompt), *engine.tables(slot), shape.block_tokens)
             for number, layer in enumerate(engine.cache.layers):
                 by_head = gather_tokens(self.arena[:, number], self.table[slot : slot + 1])[0]
                 rows = by_head.transpose(0, 1)[: len(item.prompt)].contiguous()
-                layer.take_prompt(slot, rows, self.queries[slot, number], *engine.tables(slot))
+                queries = self.queries[slot, number]
+                _, lse = attend_prompt(queries[-1:], rows, self.decoder.scale)
+                layer.take_prompts(rows, prompts, queries, lse)
             engine.activate(slot, len(item.prompt), GREEDY, 0)
         return engine
 
@@ -169,10 +173,11 @@ class _Pass(KVCache):
     queries: Tensor  # [layers, W, query_heads, head_dim]
     behind: int  # tokens of the answer that follow the prompt
 
-    def take_prompt(
-        self, slot: int, layer: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
+    def take_prompts(
+        self, layer: int, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor
     ) -> None:
-        super().take_prompt(slot, layer, rows, queries, block_table, page_table)
+        super().take_prompts(layer, rows, prompts, queries, lse)
+        assert queries is not None
         end = len(queries) - self.behind
         self.queries[layer] = queries[end - PROMPT_QUERIES : end]
 

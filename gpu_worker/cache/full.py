@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.prompt import Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_all
-from clo.kernels.store import store, store_new
+from clo.kernels.store import store_new, store_prompts
 from clo.kernels.update_resident import FetchList
 
 
@@ -21,12 +22,10 @@ class FullLayer:
     def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
         self._arena, self._storing, self._scale = arena, storing, scale
 
-    def take_prompt(
-        self, slot: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
-    ) -> None:
-        """See ``LayerCache.take_prompt``."""
+    def take_prompts(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+        """See ``LayerCache.take_prompts``."""
         with self._storing.fork(rows):
-            store(rows, block_table, self._arena)
+            store_prompts(rows, prompts.blocks, self._arena)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Nothing to do: the rows are in the arena already."""

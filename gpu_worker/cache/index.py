@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
-from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, encode_new
+from clo.kernels.blocks import PromptBlocks
+from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
+from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.score import score_codes, score_exact
 from clo.runtime.model.kv_shape import KVShape
@@ -18,8 +20,8 @@ Prepared = TypeVar("Prepared")
 class Index(Protocol[Prepared]):
     """Says what every row of a sequence is worth to a query, for one layer."""
 
-    def write_prompt(self, keys: Tensor, page_table: Tensor) -> None:
-        """Index a whole prompt. keys: [T, kv_heads, head_dim]; page_table: [max_blocks] int64."""
+    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
+        """Index whole prompts. keys: [N, kv_heads, head_dim]; blocks: which pages they fill."""
 
     def write(self, keys: Tensor, batch: Batch) -> None:
         """Index the newest key of each sequence. keys: [B, kv_heads, head_dim]."""
@@ -70,22 +72,8 @@ class TwoBitIndex:
         row = shape.head_dim // CODES_PER_BYTE + 2 + shape.head_dim * 4 / shape.block_tokens
         return int(shape.layers * shape.kv_heads * row)
 
-    def write_prompt(self, keys: Tensor, page_table: Tensor) -> None:
-        block_tokens = self.pages.block_tokens
-        whole = len(keys) // block_tokens
-        end = whole * block_tokens
-        if whole:
-            self._write_pages(keys[:end].view(whole, block_tokens, *keys.shape[1:]), page_table[:whole])
-        if end < len(keys):
-            self._write_pages(keys[end:].unsqueeze(0), page_table[whole : whole + 1])
-
-    def _write_pages(self, keys: Tensor, pages: Tensor) -> None:
-        """keys: [N, tokens, kv_heads, head_dim], up to a page of tokens each; pages: [N] int64."""
-        centres = keys.float().mean(1)
-        codes, scales = encode(keys, centres.unsqueeze(1), self._rotation)
-        self.pages.centres[pages] = centres
-        self.pages.codes[pages, :, : keys.shape[1]] = codes.transpose(1, 2)
-        self.pages.scales[pages, :, : keys.shape[1]] = scales.transpose(1, 2)
+    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
+        encode_prompts(keys, blocks, self.pages, self._rotation)
 
     def write(self, keys: Tensor, batch: Batch) -> None:
         encode_new(keys, batch.lengths, batch.pages, self.pages, self._rotation)
@@ -127,7 +115,7 @@ class ExactIndex:
     def __init__(self, arena: Tensor, scale: float) -> None:
         self._arena, self._scale = arena, scale
 
-    def write_prompt(self, keys: Tensor, page_table: Tensor) -> None:
+    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
         """Nothing to do: the keys are in the arena already."""
 
     def write(self, keys: Tensor, batch: Batch) -> None:

@@ -12,6 +12,7 @@ from clo.gpu_worker.cache.full import FullLayer
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
+from clo.gpu_worker.cache.prompt import Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
@@ -65,7 +66,7 @@ class KVCache:
     ) -> None:
         self.shape = shape
         self.pages = IndexPages(index_pages(shape, arena.shape[0], slots, max_tokens))
-        self._storing, self._recording = SideStream(device), SideStream(device)
+        self._storing, self._filling, self._recording = (SideStream(device) for _ in range(3))
         heads = (shape.layers, slots, shape.kv_heads)
         self._counters = torch.zeros(*heads, 4, dtype=torch.int64, device=device)
         self.thresholds = _thresholds(config, shape, device)
@@ -87,9 +88,9 @@ class KVCache:
         selection_query = torch.zeros(*heads, shape.group * shape.head_dim, dtype=shape.dtype, device=device)
         lse = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
         # Neighbouring layers overlap; layers two apart do not.
+        shared = self._storing, self._filling, self._recording
         streams = [
-            LayerStreams(self._storing, self._recording, SideStream(device), SideStream(device, urgent=True))
-            for _ in range(2)
+            LayerStreams(*shared, SideStream(device), SideStream(device, urgent=True)) for _ in range(2)
         ]
         for layer, (k, capacity) in enumerate(config.sizes(max_tokens, shape.layers)):
             first = config.sinks + config.recent
@@ -126,20 +127,28 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- prompt
 
-    def take_prompt(
-        self, slot: int, layer: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
+    def take_prompts(
+        self, layer: int, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor
     ) -> None:
-        """Store one layer of a prompt and choose its first resident rows; see ``LayerCache.take_prompt``."""
-        self.layers[layer].take_prompt(slot, rows, queries, block_table, page_table)
+        """Take one layer of prompts into the cache; see ``LayerCache.take_prompts``."""
+        self.layers[layer].take_prompts(rows, prompts, queries, lse)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""
         for layer in self.layers:
             layer.restore(slot, tokens, block_table, page_table)
 
-    def join_prompt(self) -> None:
-        """Later work finds the prompts' rows in the arena."""
+    def join_prompts(self) -> None:
+        """Later work finds the prompts in the arena, the index and the resident sets."""
         self._storing.join()
+        self._filling.join()
+
+    @property
+    def fitting_tokens(self) -> int | None:
+        """Tokens of the longest prompt whose rows all fit into every resident set; None for any prompt."""
+        return min(
+            (layer.resident.first + layer.resident.capacity for layer in self.sparse_layers), default=None
+        )
 
     # ------------------------------------------------------------------------------------- decode
 

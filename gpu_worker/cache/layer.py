@@ -7,23 +7,27 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import Index
+from clo.gpu_worker.cache.prompt import Prompts, one_prompt
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
 from clo.kernels.attend import attend_resident, merge_fetched
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.fetch import fetch
+from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
 from clo.kernels.resident import ResidentSet
-from clo.kernels.store import store, store_new
+from clo.kernels.store import store_new, store_prompts
 from clo.kernels.update_resident import FetchList, update_resident
 
 PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
+_RANKED_TOKENS = 32768  # that are ranked at a time
 
 
 class LayerStreams(NamedTuple):
     """Side streams for the parts of a layer's work that the rest need not wait for."""
 
     storing: SideStream  # rows of a prompt go to the arena; shared by all layers
+    filling: SideStream  # they are indexed, and the first resident ones chosen; shared by all layers
     recording: SideStream  # the new row goes to arena and index; shared by all layers
     gating: SideStream  # shared by every second layer, and so is the next one
     fetching: SideStream
@@ -68,20 +72,21 @@ class LayerCache:
 
     # ------------------------------------------------------------------------------------- prompt
 
-    def take_prompt(
-        self, slot: int, rows: Tensor, queries: Tensor, block_table: Tensor, page_table: Tensor
-    ) -> None:
-        """Store a prompt and choose its first resident rows.
+    def take_prompts(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+        """Store prompts, index them and choose their first resident rows, beside later work.
 
         Args:
-            slot: the sequence's slot.
-            rows: [T, kv_heads, 2, head_dim], the layer's whole KV.
-            queries: [W, query_heads, head_dim], those of the prompt's last W tokens.
-            block_table, page_table: [max_blocks] int64, those of the sequence.
+            rows: [N, kv_heads, 2, head_dim], the layer's whole KV.
+            prompts: where its tokens go.
+            queries: [W, query_heads, head_dim], those of the last W tokens of a single prompt, which choose
+                its set. None where every prompt fits into its set.
+            lse: [S, query_heads] float32, log-sum-exp of the attention of each prompt's last token.
         """
-        with self._streams.storing.fork(rows):
-            self.store(rows, block_table)
-        self._fill(slot, rows, queries, page_table)
+        streams = self._streams
+        with streams.storing.fork(rows):
+            self.store(rows, prompts)
+        with streams.filling.fork(rows, lse, *(() if queries is None else (queries,))):
+            self.fill(rows, prompts, queries, lse)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from rows that are in the arena already.
@@ -94,60 +99,41 @@ class LayerCache:
             tokens: its length.
             block_table, page_table: [max_blocks] int64, those of the sequence.
         """
-        rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens]
-        self._fill(slot, rows.contiguous(), None, page_table)
+        rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens].contiguous()
+        prompts = one_prompt(slot, tokens, block_table, page_table, self.arena.shape[2])
+        resident, device = self.resident, rows.device
+        chosen: Tensor | None = None
+        if tokens - resident.first > resident.capacity:
+            end = tokens - resident.recent
+            latest = torch.arange(end - 1, end - 1 - resident.capacity, -1, dtype=torch.int32, device=device)
+            chosen = latest.expand(1, resident.kv_heads, -1).contiguous()
+        self._begin(rows, prompts, chosen, self.state.lse.new_zeros(1, self.state.lse.shape[1]))
 
-    def _fill(self, slot: int, rows: Tensor, queries: Tensor | None, page_table: Tensor) -> None:
-        """Index and resident rows of a slot; ``queries`` choose the set, else it holds the latest tokens."""
-        total, kv_heads = rows.shape[:2]
-        keys = rows[:, :, 0]
-        self.index.write_prompt(keys, page_table)
-        self.state.selection_query[slot].zero_()  # there is none: the first step selects, at a gate above 0
-        if queries is None:
-            self.state.lse[slot].zero_()
-        else:
-            last = queries[-1].float().view(kv_heads, -1, rows.shape[3])
-            scores = last @ keys.float().permute(1, 2, 0) * self._scale  # [kv_heads, group, T]
-            self.state.lse[slot] = scores.logsumexp(-1).flatten()
-        resident, first, capacity = self.resident, self.resident.first, self.resident.capacity
-        held, positions, last_used = (tensor[slot] for tensor in resident[:3])
-        sinks, device = resident.sinks, rows.device
-        by_head = rows.transpose(0, 1)  # [kv_heads, T, 2, D]
-        head = min(sinks, total)
-        held[:, :head] = by_head[:, :head]
-        latest = torch.arange(max(head, total - resident.recent), total, device=device)
-        ring = sinks + torch.remainder(latest - sinks, resident.recent)
-        held[:, ring] = by_head[:, latest]
-
-        positions.fill_(-1)
-        last_used.fill_(-1)
-        candidates = total - first
-        if candidates <= 0:
-            return
-        if candidates <= capacity:  # all fit, each in the row that `append` expects
-            chosen = torch.arange(sinks, sinks + candidates, device=device).expand(kv_heads, -1)
-        elif queries is None:
-            end = total - resident.recent
-            chosen = torch.arange(end - 1, end - 1 - capacity, -1, device=device).expand(kv_heads, -1)
-        else:
-            chosen = self._rank(by_head[:, sinks : total - resident.recent, 0], queries)
-        count = chosen.shape[1]
-        positions[:, :count] = chosen.int()
-        last_used[:, :count] = torch.arange(count - 1, -1, -1, device=device).int()
-        heads = torch.arange(kv_heads, device=device).unsqueeze(1)
-        held[:, first : first + count] = by_head[heads, chosen]
+    def _begin(self, rows: Tensor, prompts: Prompts, chosen: Tensor | None, lse: Tensor) -> None:
+        """Index and resident rows of the prompts' slots; ``chosen`` as for ``fill_resident``."""
+        slots = prompts.sequences.slots
+        self.index.write_prompts(rows[:, :, 0], prompts.blocks)
+        fill_resident(rows, prompts.sequences, chosen, self.resident)
+        # there is no selection yet: the first step selects, at a gate above 0
+        self.state.selection_query.index_fill_(0, slots, 0)
+        self.state.lse.index_copy_(0, slots, lse)
 
     def _rank(self, keys: Tensor, queries: Tensor) -> Tensor:
-        """Positions [kv_heads, C] of the keys that the last queries attend to most, best first.
+        """Positions [kv_heads, C] int32 of the keys that the last queries attend to most, best first.
 
         Args:
-            keys: [kv_heads, T', head_dim], those of the candidates.
+            keys: [T', kv_heads, head_dim], those of the candidates.
+            queries: [W, query_heads, head_dim].
         """
-        kv_heads, _, head_dim = keys.shape
-        last = queries[-PROMPT_QUERIES:].float()
+        kv_heads, head_dim = keys.shape[1:]
+        last = queries[-PROMPT_QUERIES:]
         grouped = last.view(len(last), kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
-        scores = grouped @ keys.float().transpose(1, 2) * self._scale  # [kv_heads, W * group, T']
-        return scores.softmax(-1).mean(1).topk(self.resident.capacity).indices + self.resident.sinks
+        scores = [
+            _products(grouped, part.permute(1, 2, 0)).mul_(self._scale) for part in keys.split(_RANKED_TOKENS)
+        ]
+        sums = torch.stack([part.logsumexp(-1) for part in scores]).logsumexp(0).unsqueeze(-1)
+        weights = torch.cat([part.sub_(sums).exp_().mean(1) for part in scores], 1)
+        return weights.topk(self.resident.capacity).indices.int() + self.resident.sinks
 
     # ------------------------------------------------------------------------------------- decode
 
@@ -203,9 +189,17 @@ class LayerCache:
 
     # The steps below are separate methods so that benchmarks can replace one of them.
 
-    def store(self, rows: Tensor, block_table: Tensor) -> None:
-        """Write a prompt's rows to the arena; see ``clo.kernels.store.store``."""
-        store(rows, block_table, self.arena)
+    def store(self, rows: Tensor, prompts: Prompts) -> None:
+        """Write the prompts' rows to the arena; see ``clo.kernels.store.store_prompts``."""
+        store_prompts(rows, prompts.blocks, self.arena)
+
+    def fill(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+        """Index the prompts, and choose and copy their first resident rows; see ``take_prompts``."""
+        resident, chosen = self.resident, None
+        if queries is not None and len(rows) - resident.first > resident.capacity:
+            candidates = rows[resident.sinks : len(rows) - resident.recent, :, 0]
+            chosen = self._rank(candidates, queries).unsqueeze(0)
+        self._begin(rows, prompts, chosen, lse)
 
     def record(self, kv: Tensor, batch: Batch) -> None:
         """Write the new rows [B, kv_heads, 2, head_dim] to the arena, and their keys to the index."""
@@ -228,3 +222,10 @@ class LayerCache:
         """Bring the rows from the arena; see ``clo.kernels.fetch``."""
         resident = self.resident.slots(len(batch.lengths))
         fetch(fetch_list, resident, batch.blocks, self.arena, patient=patient)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix products [B, M, K] x [B, K, N] in float32; 16-bit inputs are not copied on a GPU."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clo.gpu_worker.model.decoder import Decoder
-from clo.kernels.attend import attend_prompt
+from clo.kernels.attend_prompt import attend_prompt
 from clo.runtime.config import CacheConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def measure_query_sources(decoder: Decoder) -> tuple[QuerySource, ...]:
                 found = source
                 break
         sources.append(found)
-        attended = attend_prompt(query, rows, decoder.scale)
+        attended, _ = attend_prompt(query, rows, decoder.scale)
         middle, normed = decoder.add_attention(layer, hidden, attended)
         earlier = [(QuerySource.INPUT, hidden[-_QUERIES:]), (QuerySource.MIDDLE, middle[-_QUERIES:])]
         hidden, normed = decoder.add_mlp(layer, middle, normed)

@@ -51,6 +51,14 @@ class Decoder:
             self._gated, self._rotate = fused(gated), fused(_rotate)
             self._norm, self._add_and_norm = fused(_norm), fused(_add_and_norm)
 
+    def layer_flops(self, tokens: int, before: int) -> float:
+        """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others."""
+        layer = self._weights.layers[0]
+        products = (layer.qkv, layer.output, layer.gate_up, layer.down)
+        width = self.shape.query_heads * self.shape.head_dim
+        attention = 4 * tokens * (before + tokens / 2) * width
+        return 2 * tokens * sum(linear.weight.numel() for linear in products) + attention
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
         return F.embedding(tokens, self._weights.embedding)
