@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.tasks import documents, make_item
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
-from clo.gpu_worker.cache.prompt import one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.kernels.attend_prompt import attend_prompt
 from clo.runtime.config import CacheConfig, ModelConfig, Sizes
@@ -127,13 +127,14 @@ class Bench:
         hidden = decoder.embed(torch.tensor(self._prompt, device=self._device))
         rope = decoder.rope(torch.arange(len(self._prompt), device=self._device))
         normed = decoder.input_norm(0, hidden)
-        prompts = one_prompt(0, len(self._prompt), self._table, self._table, self._shape.block_tokens)
+        table = self._table
+        prompts = one_prompt(0, len(self._prompt), table.tolist(), table, table, self._shape.block_tokens)
         for layer in range(self._shape.layers):
             query, rows = decoder.qkv(layer, normed, rope)
             rows = rows.contiguous()
             attended, lse = attend_prompt(query, rows, decoder.scale)
             for cache in (self._full, *self._caches):
-                cache.take_prompts(layer, rows, prompts, query, lse[-1:])
+                cache.take_prompts(layer, rows, prompts, lse[-1:], LastTokens(query, lse))
                 cache.join_prompts()
             hidden, normed = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
 

@@ -125,7 +125,7 @@ class Engine:
     def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
         """Begin the prefill of a sequence in a free slot; ``last`` as for ``Prefill``."""
         self.place(slot, blocks)
-        return Prefill(self.decoder, self.cache, slot, tokens, *self.tables(slot), last)
+        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *self.tables(slot), last)
 
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
-from clo.gpu_worker.cache.prompt import one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend_prompt import attend_prompt
 from clo.runtime.model.kv_shape import KVShape
@@ -32,7 +32,8 @@ class Prefill:
         cache: takes each layer's rows.
         slot: the sequence's slot.
         tokens: the prompt, at least one token.
-        block_table, page_table: [max_blocks] int64, those of the sequence.
+        blocks: those of the sequence.
+        block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
     """
 
@@ -42,6 +43,7 @@ class Prefill:
         cache: KVCache,
         slot: int,
         tokens: list[int],
+        blocks: list[int],
         block_table: Tensor,
         page_table: Tensor,
         last: int = 1,
@@ -49,7 +51,7 @@ class Prefill:
         self._decoder, self._cache, self._last = decoder, cache, last
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
-        self._prompts = one_prompt(slot, self.total, block_table, page_table, shape.block_tokens)
+        self._prompts = one_prompt(slot, self.total, blocks, block_table, page_table, shape.block_tokens)
         ids = torch.tensor(
             tokens, pin_memory=device.type == "cuda"
         )  # else the copy would wait for the device
@@ -104,12 +106,14 @@ class Prefill:
         if final and not ending:
             return None
         wanted = self._last if final else tokens
-        attended, lse = attend_prompt(query[-wanted:], self._rows[:end], decoder.scale)
+        ranking = PROMPT_QUERIES + self._last - 1  # from the first one whose logits are wanted
+        attended, lse = attend_prompt(query[-ranking:] if final else query, self._rows[:end], decoder.scale)
         if ending:
-            self._cache.take_prompts(layer, self._rows, self._prompts, query, lse[-1:])
+            last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
+            self._cache.take_prompts(layer, self._rows, self._prompts, lse[-1:], last)
             self._rows = self._new_rows()  # the former ones are being stored and indexed
             self._layer, self._start = layer + 1, 0
-        middle, normed = decoder.add_attention(layer, hidden[-wanted:], attended)
+        middle, normed = decoder.add_attention(layer, hidden[-wanted:], attended[-wanted:])
         left, normed = decoder.add_mlp(layer, middle, normed)
         if final:
             return decoder.logits(normed)

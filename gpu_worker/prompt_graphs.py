@@ -49,7 +49,7 @@ class _Inputs:
         ) = self._buffer.split(self._widths)  # fmt: skip
         lengths.fill_(1)  # of no prompt, while the graph is captured
         self.where = Prompts(
-            PromptSequences(starts, lengths, slots), PromptBlocks(first, counts, blocks, pages)
+            PromptSequences(starts, lengths, slots), PromptBlocks(first, counts, blocks, pages), None
         )
 
     def fill(self, prompts: list[ShortPrompt], block_tokens: int) -> None:
@@ -151,7 +151,7 @@ class PromptGraphs:
             query, rows = decoder.qkv(layer, normed, rope)
             rows = rows.contiguous()
             attended, lse = attend_prompts(query, rows, bounds, decoder.scale)
-            cache.take_prompts(layer, rows, inputs.where, None, lse[last])
+            cache.take_prompts(layer, rows, inputs.where, lse[last])
             if layer == layers - 1:  # no other token's output is used
                 hidden, attended = hidden[last], attended[last]
             hidden, normed = decoder.add_attention(layer, hidden, attended)

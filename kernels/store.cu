@@ -2,18 +2,6 @@
 // and walk through the chunks of all tokens.
 #include "common.cuh"
 
-extern "C" __global__ void store(
-    const uint4* rows, int64 tokens, int64 kv_heads, int64 chunks, const int64* block_table, char* arena,
-    int64 block_stride, int64 head_stride) {
-    const int64 items = tokens * kv_heads * chunks;
-    for (int64 item = (int64)blockIdx.x * blockDim.x + threadIdx.x; item < items;
-         item += (int64)gridDim.x * blockDim.x) {
-        const int64 chunk = item % chunks, row = item / chunks, head = row % kv_heads, token = row / kv_heads;
-        char* part = arena + block_table[token / BLOCK_TOKENS] * block_stride + head * head_stride;
-        ((uint4*)part)[token % BLOCK_TOKENS * chunks + chunk] = rows[item];
-    }
-}
-
 // The same for the parts of many prompts. A thread counts chunks over all parts, so that those of a part that
 // ends early go on with the next one, and its stride is never broken.
 extern "C" __global__ void store_prompts(

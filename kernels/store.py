@@ -1,5 +1,7 @@
 """Store: rows of one layer go to the arena."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,10 @@ from clo.kernels.launch import launch
 
 _BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
 
-_STORE = Signature(
-    "store",
-    (
-        Argument("rows", ELEMENT, "T kv_heads 2 head_dim", chunks=True),
-        Argument("block_table", torch.int64, "max_blocks"),
-        ARENA,
-    ),
-    (HEAD_DIM, Rule("1 <= T <= max_blocks * block_tokens", "the blocks must hold the prompt")),
+_STORE_PROMPT = Signature(
+    "store_prompt",
+    (Argument("rows", ELEMENT, "T kv_heads 2 head_dim", chunks=True), ARENA),
+    (HEAD_DIM, Rule("1 <= T <= given * block_tokens", "the blocks must hold the prompt")),
 )
 _STORE_PROMPTS = Signature(
     "store_prompts",
@@ -34,27 +32,47 @@ _STORE_NEW = Signature(
 )  # fmt: skip
 
 
-def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
-    """Write the rows of a whole prompt, in place.
+def store_prompt(rows: Tensor, blocks: Sequence[int], arena: Tensor) -> None:
+    """Write the rows of one whole prompt, in place, through the copy engine of a GPU.
+
+    It leaves the multiprocessors to the next layer, whose matrix products wait for the slowest of them.
 
     Args:
         rows: [T, kv_heads, 2, head_dim], contiguous.
-        block_table: [max_blocks] int64, the sequence's blocks.
+        blocks: the sequence's blocks, enough for T tokens.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
+
+    Raises:
+        ValueError: there are too few blocks, or an argument is not what it should be.
     """
-    _STORE.check(rows, block_table, arena)
-    total, kv_heads = rows.shape[:2]
-    block_tokens = arena.shape[2]
-    if not rows.is_cpu:
-        launch(
-            "store.cu", "store", (_BLOCKS,), _THREADS,
-            [rows, total, kv_heads, rows[0, 0].nbytes // 16, block_table, arena,
-             arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize], BLOCK_TOKENS=block_tokens,
-        )  # fmt: skip
+    _STORE_PROMPT.check(rows, arena, given=len(blocks))
+    total, block_tokens = len(rows), arena.shape[2]
+    if rows.is_cpu:
+        for start, block in zip(range(0, total, block_tokens), blocks, strict=False):
+            part = rows[start : start + block_tokens]
+            arena[block, :, : len(part)] = part.transpose(0, 1)
         return
-    for start in range(0, total, block_tokens):
-        part = rows[start : start + block_tokens]
-        arena[block_table[start // block_tokens], :, : len(part)] = part.transpose(0, 1)
+    from cupy.cuda import runtime
+
+    by_head = rows.transpose(0, 1).contiguous()
+    row_bytes, stream = rows[0, 0].nbytes, torch.cuda.current_stream().cuda_stream
+    for first, count in _runs(blocks[: -(-total // block_tokens)]):
+        start = first * block_tokens
+        width = min(count * block_tokens, total - start) * row_bytes
+        runtime.memcpy2DAsync(
+            arena[blocks[first]].data_ptr(), arena.stride(1) * arena.itemsize,
+            by_head[0, start].data_ptr(), total * row_bytes,
+            width, len(by_head), runtime.memcpyDefault, stream,
+        )  # fmt: skip
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Blocks that follow one another in memory: number of the first one in the list, and how many."""
+    first = 0
+    for number in range(1, len(blocks) + 1):
+        if number == len(blocks) or blocks[number] != blocks[number - 1] + 1:
+            yield first, number - first
+            first = number
 
 
 def store_prompts(rows: Tensor, prompt_blocks: PromptBlocks, arena: Tensor) -> None:

@@ -21,7 +21,7 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_weights
 from benchmarks.result import Result
 from clo.gpu_worker.cache.layer import LayerCache
-from clo.gpu_worker.cache.prompt import Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.model.weights import Layer
@@ -66,7 +66,8 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
     queries = torch.randn(CHUNK, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
     engine.place(0, list(range(engine.max_blocks)))
-    prompts = one_prompt(0, total, *engine.tables(0), shape.block_tokens)
+    blocks = list(range(engine.max_blocks))
+    prompts = one_prompt(0, total, blocks, *engine.tables(0), shape.block_tokens)
     layer_cache, *_ = engine.cache.sparse_layers
     rates = dict(attention_rates(queries, rows, engine.decoder.scale))
     results = [
@@ -75,8 +76,8 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     ]
     attention = max(rates.values())
     alone = seconds(lambda: layer_cache.store(rows, prompts))
-    lse = torch.zeros(1, shape.query_heads, device="cuda")
-    filled = seconds(lambda: layer_cache.fill(rows, prompts, queries, lse))
+    last = LastTokens(queries, torch.zeros(CHUNK, shape.query_heads, device="cuda"))
+    filled = seconds(lambda: layer_cache.fill(rows, prompts, last.lse[-1:], last))
 
     beside, between = layer_seconds(engine, total)
     took, tail = prefill(engine, total)

@@ -18,7 +18,7 @@ from benchmarks.tasks import Item
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
-from clo.gpu_worker.cache.prompt import Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.cache.query_prediction import measure_query_sources
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY
@@ -101,7 +101,7 @@ class Reference:
         """Prefill with full attention; logits [predicted, vocab] of the last tokens."""
         # Full attention has no index, so it has no pages either.
         table = self.table[slot]
-        work = Prefill(self.decoder, cache, slot, tokens, table, page_table=table, last=predicted)
+        work = Prefill(self.decoder, cache, slot, tokens, table.tolist(), table, table, last=predicted)
         cache.queries, cache.behind = self.queries[slot], predicted - 1
         while (logits := work.advance()) is None:
             pass
@@ -118,14 +118,15 @@ class Reference:
             if isinstance(layer, ProbeLayer):
                 layer.reset()
         for slot, item in enumerate(self.items):
-            engine.place(slot, self.table[slot].tolist())
-            prompts = one_prompt(slot, len(item.prompt), *engine.tables(slot), shape.block_tokens)
+            blocks = self.table[slot].tolist()
+            engine.place(slot, blocks)
+            prompts = one_prompt(slot, len(item.prompt), blocks, *engine.tables(slot), shape.block_tokens)
             for number, layer in enumerate(engine.cache.layers):
                 by_head = gather_tokens(self.arena[:, number], self.table[slot : slot + 1])[0]
                 rows = by_head.transpose(0, 1)[: len(item.prompt)].contiguous()
                 queries = self.queries[slot, number]
-                _, lse = attend_prompt(queries[-1:], rows, self.decoder.scale)
-                layer.take_prompts(rows, prompts, queries, lse)
+                _, lse = attend_prompt(queries, rows, self.decoder.scale)
+                layer.take_prompts(rows, prompts, lse[-1:], LastTokens(queries, lse))
             engine.activate(slot, len(item.prompt), GREEDY, 0)
         return engine
 
@@ -174,12 +175,12 @@ class _Pass(KVCache):
     behind: int  # tokens of the answer that follow the prompt
 
     def take_prompts(
-        self, layer: int, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor
+        self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
     ) -> None:
-        super().take_prompts(layer, rows, prompts, queries, lse)
-        assert queries is not None
-        end = len(queries) - self.behind
-        self.queries[layer] = queries[end - PROMPT_QUERIES : end]
+        super().take_prompts(layer, rows, prompts, lse, last)
+        assert last is not None
+        end = len(last.queries) - self.behind
+        self.queries[layer] = last.queries[end - PROMPT_QUERIES : end]
 
 
 class ProbeLayer(LayerCache):

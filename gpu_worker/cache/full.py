@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
-from clo.gpu_worker.cache.prompt import Prompts
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_all
-from clo.kernels.store import store_new, store_prompts
+from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList
 
 
@@ -22,10 +22,12 @@ class FullLayer:
     def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
         self._arena, self._storing, self._scale = arena, storing, scale
 
-    def take_prompts(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+    def take_prompts(
+        self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
+    ) -> None:
         """See ``LayerCache.take_prompts``."""
         with self._storing.fork(rows):
-            store_prompts(rows, prompts.blocks, self._arena)
+            prompts.store(rows, self._arena)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Nothing to do: the rows are in the arena already."""

@@ -12,7 +12,7 @@ from clo.gpu_worker.cache.full import FullLayer
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
-from clo.gpu_worker.cache.prompt import Prompts
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
@@ -128,10 +128,10 @@ class KVCache:
     # ------------------------------------------------------------------------------------- prompt
 
     def take_prompts(
-        self, layer: int, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor
+        self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
     ) -> None:
         """Take one layer of prompts into the cache; see ``LayerCache.take_prompts``."""
-        self.layers[layer].take_prompts(rows, prompts, queries, lse)
+        self.layers[layer].take_prompts(rows, prompts, lse, last)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""

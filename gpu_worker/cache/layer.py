@@ -1,5 +1,6 @@
 """One layer of the cache: its resident set, its index, and the order of the work on them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import Index
-from clo.gpu_worker.cache.prompt import Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
 from clo.kernels.attend import attend_resident, merge_fetched
@@ -16,7 +17,7 @@ from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
 from clo.kernels.resident import ResidentSet
-from clo.kernels.store import store_new, store_prompts
+from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList, update_resident
 
 PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
@@ -69,24 +70,29 @@ class LayerCache:
         self.arena, self.index, self.resident, self.state = arena, index, resident, state
         self.select_k = select_k
         self._threshold, self._scale, self._streams = threshold, scale, streams
+        self._mean_weights: Callable[..., Tensor] = _mean_weights
+        if arena.device.type != "cpu":  # one pass over the scores
+            self._mean_weights = torch.compile(_mean_weights, dynamic=True, fullgraph=True)
 
     # ------------------------------------------------------------------------------------- prompt
 
-    def take_prompts(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+    def take_prompts(
+        self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
+    ) -> None:
         """Store prompts, index them and choose their first resident rows, beside later work.
 
         Args:
             rows: [N, kv_heads, 2, head_dim], the layer's whole KV.
             prompts: where its tokens go.
-            queries: [W, query_heads, head_dim], those of the last W tokens of a single prompt, which choose
-                its set. None where every prompt fits into its set.
             lse: [S, query_heads] float32, log-sum-exp of the attention of each prompt's last token.
+            last: the last tokens of a single prompt, whose queries choose its set; None where every prompt
+                fits into its set.
         """
         streams = self._streams
         with streams.storing.fork(rows):
             self.store(rows, prompts)
-        with streams.filling.fork(rows, lse, *(() if queries is None else (queries,))):
-            self.fill(rows, prompts, queries, lse)
+        with streams.filling.fork(rows, lse, *(last or ())):
+            self.fill(rows, prompts, lse, last)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from rows that are in the arena already.
@@ -100,7 +106,7 @@ class LayerCache:
             block_table, page_table: [max_blocks] int64, those of the sequence.
         """
         rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens].contiguous()
-        prompts = one_prompt(slot, tokens, block_table, page_table, self.arena.shape[2])
+        prompts = one_prompt(slot, tokens, [], block_table, page_table, self.arena.shape[2])
         resident, device = self.resident, rows.device
         chosen: Tensor | None = None
         if tokens - resident.first > resident.capacity:
@@ -118,22 +124,21 @@ class LayerCache:
         self.state.selection_query.index_fill_(0, slots, 0)
         self.state.lse.index_copy_(0, slots, lse)
 
-    def _rank(self, keys: Tensor, queries: Tensor) -> Tensor:
-        """Positions [kv_heads, C] int32 of the keys that the last queries attend to most, best first.
+    def _rank(self, keys: Tensor, last: LastTokens) -> Tensor:
+        """Positions [kv_heads, C] int32 of the keys that the last tokens attend to most, best first.
 
         Args:
             keys: [T', kv_heads, head_dim], those of the candidates.
-            queries: [W, query_heads, head_dim].
         """
         kv_heads, head_dim = keys.shape[1:]
-        last = queries[-PROMPT_QUERIES:]
-        grouped = last.view(len(last), kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
-        scores = [
-            _products(grouped, part.permute(1, 2, 0)).mul_(self._scale) for part in keys.split(_RANKED_TOKENS)
+        queries, lse = (part[-PROMPT_QUERIES:] for part in last)
+        grouped = queries.view(len(queries), kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+        sums = lse.view(len(lse), kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, 1)
+        weights = [
+            self._mean_weights(_products(grouped, part.permute(1, 2, 0)), sums, self._scale)
+            for part in keys.split(_RANKED_TOKENS)
         ]
-        sums = torch.stack([part.logsumexp(-1) for part in scores]).logsumexp(0).unsqueeze(-1)
-        weights = torch.cat([part.sub_(sums).exp_().mean(1) for part in scores], 1)
-        return weights.topk(self.resident.capacity).indices.int() + self.resident.sinks
+        return torch.cat(weights, 1).topk(self.resident.capacity).indices.int() + self.resident.sinks
 
     # ------------------------------------------------------------------------------------- decode
 
@@ -190,15 +195,15 @@ class LayerCache:
     # The steps below are separate methods so that benchmarks can replace one of them.
 
     def store(self, rows: Tensor, prompts: Prompts) -> None:
-        """Write the prompts' rows to the arena; see ``clo.kernels.store.store_prompts``."""
-        store_prompts(rows, prompts.blocks, self.arena)
+        """Write the prompts' rows to the arena; see ``clo.kernels.store``."""
+        prompts.store(rows, self.arena)
 
-    def fill(self, rows: Tensor, prompts: Prompts, queries: Tensor | None, lse: Tensor) -> None:
+    def fill(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None) -> None:
         """Index the prompts, and choose and copy their first resident rows; see ``take_prompts``."""
         resident, chosen = self.resident, None
-        if queries is not None and len(rows) - resident.first > resident.capacity:
+        if last is not None and len(rows) - resident.first > resident.capacity:
             candidates = rows[resident.sinks : len(rows) - resident.recent, :, 0]
-            chosen = self._rank(candidates, queries).unsqueeze(0)
+            chosen = self._rank(candidates, last).unsqueeze(0)
         self._begin(rows, prompts, chosen, lse)
 
     def record(self, kv: Tensor, batch: Batch) -> None:
@@ -229,3 +234,8 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _mean_weights(products: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Attention weights averaged over queries: [H, T], of products [H, Q, T] and log-sum-exps [H, Q, 1]."""
+    return (products * scale - lse).exp().mean(1)

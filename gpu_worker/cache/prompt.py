@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.fill_resident import PromptSequences
+from clo.kernels.store import store_prompt, store_prompts
 
 
 class Prompts(NamedTuple):
@@ -14,15 +15,33 @@ class Prompts(NamedTuple):
 
     sequences: PromptSequences
     blocks: PromptBlocks
+    listed: list[int] | None  # the blocks of a single prompt, for the host
+
+    def store(self, rows: Tensor, arena: Tensor) -> None:
+        """Write one layer's rows [N, kv_heads, 2, head_dim] to its part of the arena."""
+        if self.listed is None:
+            store_prompts(rows, self.blocks, arena)
+        else:
+            store_prompt(rows, self.listed, arena)
 
 
-def one_prompt(slot: int, total: int, block_table: Tensor, page_table: Tensor, block_tokens: int) -> Prompts:
+class LastTokens(NamedTuple):
+    """What a layer's attention knows of the last W tokens of a prompt."""
+
+    queries: Tensor  # [W, query_heads, head_dim]
+    lse: Tensor  # [W, query_heads] float32, log-sum-exp of their scores
+
+
+def one_prompt(
+    slot: int, total: int, blocks: list[int], block_table: Tensor, page_table: Tensor, block_tokens: int
+) -> Prompts:
     """A batch of one prompt.
 
     Args:
         slot: the sequence's slot.
         total: tokens of the prompt.
-        block_table, page_table: [max_blocks] int64, those of the sequence.
+        blocks: those of the sequence.
+        block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         block_tokens: tokens of a block.
     """
     count, device = -(-total // block_tokens), block_table.device
@@ -34,4 +53,5 @@ def one_prompt(slot: int, total: int, block_table: Tensor, page_table: Tensor, b
         PromptBlocks(
             starts, (total - starts).clamp_max_(block_tokens), block_table[:count], page_table[:count]
         ),
+        blocks[:count],
     )
