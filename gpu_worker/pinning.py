@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clo.kernels.limits import REGISTERED_BYTES
 from clo.runtime.units import format_size
 from clo.runtime.wire.errors import ConfigError
 
-_CHUNK_BYTES = 2**30  # registered by one thread at a time
 _THREADS = 8
 _PORTABLE_MAPPED = 3  # flags of cudaHostRegister
 
@@ -51,7 +51,7 @@ def pin(memory: Tensor) -> Tensor:
 
     def register(start: int) -> int:
         torch.cuda.set_device(device)  # a new thread starts on device 0 and would make a context there
-        size = min(_CHUNK_BYTES, memory.nbytes - start)
+        size = min(REGISTERED_BYTES, memory.nbytes - start)
         status = int(runtime.cudaHostRegister(base + start, size, _PORTABLE_MAPPED))
         if status:
             raise ConfigError(
@@ -67,6 +67,6 @@ def pin(memory: Tensor) -> Tensor:
             total=memory.nbytes, desc="Pinning", unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as bar,
     ):
-        for size in threads.map(register, range(0, memory.nbytes, _CHUNK_BYTES)):
+        for size in threads.map(register, range(0, memory.nbytes, REGISTERED_BYTES)):
             bar.update(size)
     return device_view(memory)

@@ -10,7 +10,7 @@ from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend_prompt import attend_prompt
 from clo.runtime.model.kv_shape import KVShape
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}  # at most; longer ones are no faster
+CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
 
 
@@ -98,8 +98,7 @@ class Prefill:
         cos, sin = self._rope
         hidden = self._hidden[start:end]
         normed = decoder.input_norm(layer, hidden)
-        query, rows = decoder.qkv(layer, normed, (cos[start:end], sin[start:end]))
-        self._rows[start:end] = rows
+        query, _ = decoder.qkv(layer, normed, (cos[start:end], sin[start:end]), self._rows[start:end])
         ending = end == self.total
         final = layer == decoder.shape.layers - 1
         self._start = end
@@ -113,12 +112,10 @@ class Prefill:
             self._cache.take_prompts(layer, self._rows, self._prompts, lse[-1:], last)
             self._rows = self._new_rows()  # the former ones are being stored and indexed
             self._layer, self._start = layer + 1, 0
-        middle, normed = decoder.add_attention(layer, hidden[-wanted:], attended[-wanted:])
-        left, normed = decoder.add_mlp(layer, middle, normed)
-        if final:
-            return decoder.logits(normed)
-        hidden.copy_(left)
-        return None
+        hidden = hidden[-wanted:]
+        _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
+        _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
+        return decoder.logits(normed) if final else None
 
     def _new_rows(self) -> Tensor:
         shape = self._decoder.shape

@@ -24,7 +24,8 @@ _MOST_PROMPTS = 32  # of a graph
 
 def prompt_graph_bytes(shape: KVShape) -> int:
     """About the GPU memory of the graphs' activations."""
-    return SIZES[-1] * 24 * shape.query_heads * shape.head_dim * shape.dtype.itemsize
+    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
+    return SIZES[-1] * (24 * width + shape.token_bytes)
 
 
 class ShortPrompt(NamedTuple):
@@ -101,10 +102,8 @@ class PromptGraphs:
         shape, device = self._decoder.shape, self._decoder.device
         if device.type != "cuda" or shape.dtype == torch.float32:
             return
-        fitting = self._cache.fitting_tokens
-        sizes = [size for size in SIZES if fitting is None or size // 2 < fitting]
         stream, pool = torch.cuda.Stream(device), None
-        for size in tqdm(sizes[::-1], desc="Capturing prefill", disable=None):
+        for size in tqdm(SIZES[::-1], desc="Capturing prefill", disable=None):
             inputs = _Inputs(size, self._prompts, size // shape.block_tokens + self._prompts, device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -115,7 +114,7 @@ class PromptGraphs:
             self._graphs[size] = inputs, graph, logits
             pool = graph.pool()
         torch.cuda.synchronize()
-        self.longest = min(max(sizes, default=0), fitting or SIZES[-1])
+        self.longest = min(SIZES[-1], self._cache.fitting_tokens or SIZES[-1])
 
     def size(self, tokens: int) -> int | None:
         """Tokens of the smallest graph that takes so many, or None."""

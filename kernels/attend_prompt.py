@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MASKED = 512  # queries from which on what is not masked is attended to apart
 _MATH_BYTES = 2**28  # of the scores in float32 that are held at a time
 
 _logger = logging.getLogger(__name__)
@@ -29,47 +28,19 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Te
     Returns:
         Attended [N, query_heads, head_dim], and the log-sum-exp of the scores [N, query_heads] float32.
     """
-    if query.dtype not in (torch.bfloat16, torch.float16):
+    if query.is_cpu or query.dtype == torch.float32:
         return _math(query, rows, scale)
-    before = len(rows) - len(query)
-    if len(query) < _MASKED or not before:
-        return _flash(query, rows, scale, causal=True)
-    # A mask costs FlashAttention 4 a tenth of its speed, also where it masks nothing.
-    past = _flash(query, rows[:before], scale, causal=False)
-    return merge_attention(*past, *_flash(query, rows[before:], scale, causal=True))
-
-
-def _flash(query: Tensor, rows: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     keys, values = rows[None, :, :, 0], rows[None, :, :, 1]
     flash = flash_attention()
     if flash is not None:
-        out, lse = flash(query[None], keys, values, softmax_scale=scale, causal=causal, return_lse=True)
+        out, lse = flash(query[None], keys, values, softmax_scale=scale, causal=True, return_lse=True)
         return out[0], lse[0].t()
     # Its causal mask is aligned with the last key.
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query.transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2), 0.0, causal, False,
+        query.transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2), 0.0, True, False,
         scale=scale,
     )  # fmt: skip
     return out[0].transpose(0, 1), lse[0].t()
-
-
-def merge_attention(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: [N, H, D] and [N, H] float32 in and out."""
-    merge = _merge if a.is_cpu else _compiled_merge()
-    out, lse = merge(a, a_lse, b, b_lse)
-    return out, lse
-
-
-def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(a_lse, b_lse)
-    weights = (a_lse - lse).exp().unsqueeze(-1), (b_lse - lse).exp().unsqueeze(-1)
-    return (a.float() * weights[0] + b.float() * weights[1]).to(a.dtype), lse
-
-
-@cache
-def _compiled_merge() -> Callable[..., tuple[Tensor, Tensor]]:
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_merge, dynamic=True, fullgraph=True)
-    return compiled
 
 
 def attend_prompts(query: Tensor, rows: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:

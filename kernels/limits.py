@@ -21,6 +21,9 @@ GROUP_ENTRIES_MOST = 48 * 1024 // 4
 BLOCK_TOKENS_STEP = 64
 """Tokens that a warp scores at a time, all of one page of the index."""
 
+REGISTERED_BYTES = 2**30
+"""CPU memory is registered with CUDA in pieces of this size; no copy may go over the end of one."""
+
 CODES_PER_BYTE = 4
 """2-bit codes of the index in a byte."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import ARENA, BLOCK_TABLE, PROMPT_BLOCKS, PromptBlocks
 from clo.kernels.launch import launch
+from clo.kernels.limits import REGISTERED_BYTES
 
 _BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
 
@@ -56,14 +57,24 @@ def store_prompt(rows: Tensor, blocks: Sequence[int], arena: Tensor) -> None:
 
     by_head = rows.transpose(0, 1).contiguous()
     row_bytes, stream = rows[0, 0].nbytes, torch.cuda.current_stream().cuda_stream
+    base, source = arena.untyped_storage().data_ptr(), by_head.data_ptr()
     for first, count in _runs(blocks[: -(-total // block_tokens)]):
         start = first * block_tokens
-        width = min(count * block_tokens, total - start) * row_bytes
-        runtime.memcpy2DAsync(
-            arena[blocks[first]].data_ptr(), arena.stride(1) * arena.itemsize,
-            by_head[0, start].data_ptr(), total * row_bytes,
-            width, len(by_head), runtime.memcpyDefault, stream,
-        )  # fmt: skip
+        size = min(count * block_tokens, total - start) * row_bytes
+        target = arena[blocks[first]].data_ptr() - base
+        for head in range(len(by_head)):
+            begin = target + head * arena.stride(1) * arena.itemsize
+            rest = source + (head * total + start) * row_bytes - begin
+            for piece, end in _registered(begin, begin + size):
+                runtime.memcpyAsync(base + piece, rest + piece, end - piece, runtime.memcpyDefault, stream)
+
+
+def _registered(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """A range of bytes of the arena in pieces that CUDA copies: each is within one registered range."""
+    while begin < end:
+        piece = min(end, (begin // REGISTERED_BYTES + 1) * REGISTERED_BYTES)
+        yield begin, piece
+        begin = piece
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -69,11 +69,15 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return [int(token) for token in torch.randint(0, 512, (count,), generator=generator)]
 
 
-def greedy(engine: Engine, first: list[int], slots: list[int], longest: int, count: int) -> list[list[int]]:
-    tokens = [first]
-    for step in range(1, count):
-        tokens.append(wait_for(engine, engine.step(slots, longest + step)))
-    return tokens
+def forced(engine: Engine, slots: list[int], longest: int, tokens: Tensor) -> list[Tensor]:
+    """Logits [slots, vocab] of decode steps that read the tokens [steps, slots]."""
+    logits = []
+    for step, row in enumerate(tokens, 1):
+        engine.feed(slice(len(slots)), row)
+        handle = engine.step(slots, longest + step)
+        wait_for(engine, handle)
+        logits.append(handle.logits[: len(slots)].clone())
+    return logits
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 2, 3), (256,), (300, 63, 64, 65), (512, 511, 700, 9)])
@@ -99,7 +103,7 @@ def test_short_prompts_together_are_as_each_alone(decoder: Decoder, lengths: tup
         assert torch.equal(mine.resident.positions[used], theirs.resident.positions[used])
         assert torch.equal(mine.resident.last_used[used], theirs.resident.last_used[used])
         assert torch.equal(mine.state.selection_query[used], theirs.state.selection_query[used])
-        torch.testing.assert_close(mine.state.lse[used], theirs.state.lse[used], rtol=0.01, atol=0.02)
+        torch.testing.assert_close(mine.state.lse[used], theirs.state.lse[used], rtol=0.02, atol=0.1)
         for slot in slots:
             held = mine.resident.tokens(slot, lengths[slot]) >= 0
             assert error(mine.resident.rows[slot][held], theirs.resident.rows[slot][held]) < 0.02
@@ -107,13 +111,10 @@ def test_short_prompts_together_are_as_each_alone(decoder: Decoder, lengths: tup
                     for engine, layer in ((together, mine), (alone, theirs))]  # fmt: skip
             assert error(*rows) < 0.02
         assert isinstance(mine.index, TwoBitIndex) and isinstance(theirs.index, TwoBitIndex)
-    starts = [wait_for(engine, engine.start(slots, expected)) for engine in engines]
-    assert starts[0] == starts[1]
-    found, wanted = (
-        greedy(engine, first, slots, longest, 8) for engine, first in zip(engines, starts, strict=True)
-    )
-    same = int((torch.tensor(found) == torch.tensor(wanted)).sum())
-    assert same >= 0.8 * 8 * len(slots), "rounding alone makes them differ"
+    tokens = torch.randint(512, (8, len(slots)), device="cuda")
+    found, wanted = (forced(engine, slots, longest, tokens) for engine in engines)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert divergence(mine, theirs) < 5e-3
 
 
 def engine_rows(engine: Engine, arena: Tensor, slot: int, length: int) -> Tensor:
@@ -128,11 +129,11 @@ def test_a_graph_takes_no_more_than_it_can(decoder: Decoder) -> None:
     assert engine.prompt_graphs.longest == 0, "nothing is captured"
     engine.capture()
     assert engine.prompt_graphs.longest == 268, "such a prompt fills set, sinks and ring"
-    assert engine.prompt_graphs.size(SIZES[-1]) is None
-    with pytest.raises(ValueError, match="No graph takes"):
-        engine.prefill_short(
-            [0, 1], [[1] * 268, [1] * 268], [blocks_of(engine, slot, 268) for slot in (0, 1)]
-        )
+    assert engine.prompt_graphs.size(SIZES[-1]) == SIZES[-1]
+    assert engine.prompt_graphs.size(SIZES[-1] + 1) is None
+    slots, blocks = [0, 1, 0], [blocks_of(engine, slot, 9) for slot in (0, 1, 0)]
+    with pytest.raises(ValueError, match="No graph takes these 3"):
+        engine.prefill_short(slots, [[1] * 9] * 3, blocks)
 
 
 @pytest.mark.parametrize("last", [1, 40])

@@ -5,13 +5,12 @@ the device or has a shape that depends on data, so a CUDA graph can capture a wh
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
 from clo.gpu_worker.model.weights import Weights, load_weights
 from clo.runtime.config import ResolvedModel
@@ -44,12 +43,14 @@ class Decoder:
         self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
         self._gated: Callable[..., Tensor] = gated
         self._rotate: Callable[..., Tensor] = _rotate
+        self._rotate_into: Callable[..., Tensor] = _rotate_into
         self._norm: Callable[..., Tensor] = _norm
         self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = _add_and_norm
+        self._add_in_place: Callable[..., Tensor] = _add_in_place
         if self.device.type != "cpu":  # everything between two matrix products becomes one kernel
-            fused: Callable[[Any], Any] = partial(torch.compile, dynamic=True, fullgraph=True)
-            self._gated, self._rotate = fused(gated), fused(_rotate)
-            self._norm, self._add_and_norm = fused(_norm), fused(_add_and_norm)
+            self._gated, self._norm = fused(gated, 0), fused(_norm, 0)
+            self._rotate, self._rotate_into = fused(_rotate, 0, 1, 2), fused(_rotate_into, 0, 1, 2, 3)
+            self._add_and_norm, self._add_in_place = fused(_add_and_norm, 0, 1), fused(_add_in_place, 0, 1)
 
     def layer_flops(self, tokens: int, before: int) -> float:
         """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others."""
@@ -77,53 +78,66 @@ class Decoder:
         """Hidden states [N, hidden] as a layer's projections take them; as ``logits`` does after the last."""
         return self._norm(hidden, self._norm_of(layer), self._norm_eps)
 
-    def qkv(self, layer: int, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def qkv(
+        self, layer: int, normed: Tensor, rope: Rope, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Queries, and the rows for the cache.
 
         Args:
             layer: number of the layer.
             normed: hidden states [N, hidden] that enter the layer, after ``input_norm``.
             rope: ``rope(positions)`` of the tokens.
+            into: [N, kv_heads, 2, head_dim], contiguous, becomes the rows; new memory if None.
 
         Returns:
             Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), with RoPE
             applied to queries and keys; those of a token are contiguous.
         """
         queries, pairs = self.shape.query_heads, self.shape.kv_heads
-        heads = self._project(layer, normed, queries + 2 * pairs, rope)
-        return heads[:, :queries], heads[:, queries:].unflatten(1, (pairs, 2))
+        heads = self._project(layer, normed, queries + 2 * pairs)
+        arguments = *rope, self._weights.layers[layer].qk_norm, self._is_value, self._norm_eps
+        if into is not None:
+            return self._rotate_into(heads, *rope, into, *arguments[2:]), into
+        rotated = self._rotate(heads, *arguments)
+        return rotated[:, :queries], rotated[:, queries:].unflatten(1, (pairs, 2))
 
     def query(self, layer: int, normed: Tensor, rope: Rope) -> Tensor:
         """The queries of ``qkv`` alone: [N, query_heads, head_dim].
 
         Given the hidden states of an earlier layer, they predict the layer's real queries.
         """
-        return self._project(layer, normed, self.shape.query_heads, rope)
+        count = self.shape.query_heads
+        heads, qk_norm = self._project(layer, normed, count), self._weights.layers[layer].qk_norm
+        return self._rotate(heads, *rope, qk_norm, self._is_value[:count], self._norm_eps)
 
-    def add_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    def add_attention(
+        self, layer: int, hidden: Tensor, attended: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """From the output of a layer's attention to its MLP.
 
         Args:
             layer: number of the layer.
             hidden: hidden states [N, hidden] that entered the layer.
             attended: output of attention [N, query_heads, head_dim].
+            in_place: whether ``hidden`` itself becomes the sum.
 
         Returns:
             Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
-        projected = weights.output(attended.flatten(1))
-        return self._add_and_norm(hidden, projected, weights.mlp_norm, self._norm_eps)
+        return self._add(hidden, weights.output(attended.flatten(1)), weights.mlp_norm, in_place=in_place)
 
-    def add_mlp(self, layer: int, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """The rest of a layer, given what ``add_attention`` returned.
+    def add_mlp(
+        self, layer: int, hidden: Tensor, normed: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of a layer, given what ``add_attention`` returned; ``in_place`` as there.
 
         Returns:
             Hidden states [N, hidden] that enter the next layer, and the same after ``input_norm`` for it.
         """
         weights = self._weights.layers[layer]
         out = weights.down(self._gated(weights.gate_up(normed)))
-        return self._add_and_norm(hidden, out, self._norm_of(layer + 1), self._norm_eps)
+        return self._add(hidden, out, self._norm_of(layer + 1), in_place=in_place)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
@@ -133,13 +147,15 @@ class Decoder:
         layers = self._weights.layers
         return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _project(self, layer: int, normed: Tensor, heads: int, rope: Rope) -> Tensor:
-        """The first ``heads`` heads of the fused projection, with RoPE: [N, heads, head_dim]."""
-        weights = self._weights.layers[layer]
-        flat = weights.qkv.first(heads * self.shape.head_dim)(normed)
-        return self._rotate(
-            flat.view(len(normed), heads, -1), weights.qk_norm, *rope, self._is_value[:heads], self._norm_eps
-        )
+    def _add(self, hidden: Tensor, x: Tensor, norm: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+        if in_place:
+            return hidden, self._add_in_place(hidden, x, norm, self._norm_eps)
+        return self._add_and_norm(hidden, x, norm, self._norm_eps)
+
+    def _project(self, layer: int, normed: Tensor, heads: int) -> Tensor:
+        """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""
+        flat = self._weights.layers[layer].qkv.first(heads * self.shape.head_dim)(normed)
+        return flat.view(len(normed), heads, -1)
 
 
 def load_decoder(model: ResolvedModel) -> Decoder:
@@ -164,8 +180,13 @@ def _add_and_norm(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
     return total, F.rms_norm(total, (total.shape[-1],), weight, eps)
 
 
+def _add_in_place(total: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    total.add_(x)
+    return F.rms_norm(total, (total.shape[-1],), weight, eps)
+
+
 def _rotate(
-    heads: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, is_value: Tensor, eps: float
+    heads: Tensor, cos: Tensor, sin: Tensor, qk_norm: Tensor | None, is_value: Tensor, eps: float
 ) -> Tensor:
     """q/k norm, where the family has one, and RoPE on heads [N, any, head_dim]; those where ``is_value``
     [any, 1] bool stay as they are."""
@@ -175,3 +196,19 @@ def _rotate(
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
     return torch.where(is_value, heads, rotated)
+
+
+def _rotate_into(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor,
+    qk_norm: Tensor | None,
+    is_value: Tensor,
+    eps: float,
+) -> Tensor:
+    """``_rotate``, of which ``rows`` [N, kv_heads, 2, head_dim] become the last heads; returns the others."""
+    rotated = _rotate(heads, cos, sin, qk_norm, is_value, eps)
+    queries = heads.shape[1] - 2 * rows.shape[1]
+    rows.copy_(rotated[:, queries:].unflatten(1, (rows.shape[1], 2)))
+    return rotated[:, :queries]
