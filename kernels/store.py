@@ -58,7 +58,8 @@ def store_prompt(rows: Tensor, blocks: Sequence[int], arena: Tensor) -> None:
     by_head = rows.transpose(0, 1).contiguous()
     row_bytes, stream = rows[0, 0].nbytes, torch.cuda.current_stream().cuda_stream
     base, source = arena.untyped_storage().data_ptr(), by_head.data_ptr()
-    for first, count in _runs(blocks[: -(-total // block_tokens)]):
+    in_order = arena.stride(0) == arena[0, 0].numel()  # a head's part of the next block follows
+    for first, count in _runs(blocks[: -(-total // block_tokens)], together=in_order):
         start = first * block_tokens
         size = min(count * block_tokens, total - start) * row_bytes
         target = arena[blocks[first]].data_ptr() - base
@@ -77,11 +78,12 @@ def _registered(begin: int, end: int) -> Iterator[tuple[int, int]]:
         begin = piece
 
 
-def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Blocks that follow one another in memory: number of the first one in the list, and how many."""
+def _runs(blocks: Sequence[int], *, together: bool) -> Iterator[tuple[int, int]]:
+    """Blocks to copy together, those that follow one another if ``together``: number of the first one in the
+    list, and how many."""
     first = 0
     for number in range(1, len(blocks) + 1):
-        if number == len(blocks) or blocks[number] != blocks[number - 1] + 1:
+        if not together or number == len(blocks) or blocks[number] != blocks[number - 1] + 1:
             yield first, number - first
             first = number
 
