@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
-from clo.gpu_worker.cache.layer import LayerCache
+from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
 from clo.gpu_worker.decode import DecodeStep
 from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
@@ -91,6 +91,22 @@ class Engine:
         self.prompt_graphs.capture()
         self._mailbox.reset()
         self._posted = 0
+
+    def warm_up(self) -> None:
+        """Compile what a prompt needs on a GPU, before there is any sequence: it would take the first one ten
+        seconds. The first blocks of the arena are overwritten."""
+        if self._device.type == "cpu":
+            return
+        block_tokens = self.decoder.shape.block_tokens
+        longest = min(self.max_blocks, self.cache.pages.pages) * block_tokens
+        ranked = (self.cache.fitting_tokens or 0) + 2 * PROMPT_QUERIES  # more than a set holds
+        total = min(ranked, longest)
+        prefill = self.prefill(0, [0] * total, list(range(-(-total // block_tokens))))
+        while prefill.advance() is None:
+            pass
+        self.cache.join_prompts()
+        self.retire(0)
+        torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def captured(self, size: int) -> DecodeGraphs:

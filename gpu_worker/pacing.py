@@ -5,7 +5,7 @@ from statistics import median
 
 from clo.gpu_worker.side_stream import DeviceTimer
 
-_SHARE = 1.25  # time for prompts after each step, in decode steps: streams slow down to less than half
+_SHARE = 1.25  # time for each prompt that waits after each step, in decode steps
 _AHEAD_SECONDS = 0.03  # of prefill on its way, at most: what comes meanwhile waits for so long
 _AHEAD_UNITS = 2, 8  # at least, so that the device does not wait for the host; at most
 _SAMPLES = 15  # measurements, of which the median counts
@@ -19,7 +19,8 @@ class Pacing:
 
     Args:
         tokens: tokens between two decode steps, counted as at the start of a prompt; None for so many that
-            streams keep nearly half their pace.
+            streams keep nearly half their pace for each prompt that waits: with one prompt a step comes after
+            2.25 times the time of a step, while a burst of prompts is taken in before the streams go on.
         token_flops: floating-point operations of a token at the start of a prompt.
     """
 
@@ -47,15 +48,14 @@ class Pacing:
             self._measured.popleft()
             self._steps.append(seconds)
 
-    @property
-    def between_steps(self) -> float:
-        """Work to do before the next decode step; 0, which stands for as little as possible, while nothing
-        is known."""
+    def between_steps(self, prompts: int) -> float:
+        """Work to do before the next decode step while so many prompts wait; 0, which stands for as little as
+        possible, while nothing is known."""
         if self._fixed is not None:
             return self._fixed
         if not self._steps or not self._rates:
             return 0.0
-        return _SHARE * median(self._steps) * median(self._rates)
+        return prompts * _SHARE * median(self._steps) * median(self._rates)
 
     @property
     def more(self) -> bool:

@@ -177,7 +177,7 @@ class Scheduler:
         """Launch what may stand before the next step or, where nothing decodes, one unit of any size; False
         if the device has enough to do."""
         beside = bool(self._decoding)
-        budget = self._pacing.between_steps if beside else math.inf
+        budget = self._pacing.between_steps(len(self._prompts)) if beside else math.inf
         moved = False
         while self._prompts and self._pacing.more:
             timer = self._engine.timer()

@@ -105,6 +105,7 @@ def _engine(config: WorkerConfig, decoder: Decoder, attached: Attached) -> tuple
     arena = by_block(rows)
     engine = Engine(decoder, arena, config.cache, config.engine.max_num_seqs, max_tokens)
     engine.capture()
+    engine.warm_up()
     drift_check = None
     if config.cache.drift_check is not None:
         drift_check = DriftCheck(engine, arena, config.cache.drift_check, max_tokens)

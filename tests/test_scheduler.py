@@ -375,20 +375,22 @@ def test_two_steps_are_on_their_way_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 2)])
-def test_prefill_takes_turns_with_decoding(tokens: int | None, units: int) -> None:
-    """A unit has the work of a token. By itself the scheduler gives prompts 1.25 times the time of a step,
+def test_prefill_takes_turns_with_decoding(
+    tokens: int | None, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit has the work of a token. By itself the scheduler gives a prompt 1.25 times the time of a step,
     and a unit takes as long as a step."""
+    monkeypatch.setattr("tests.fake_engine.UNITS", 6)
     world = World(tokens=tokens)
     world.add(prompt=2, max_tokens=20)
     world.store_works()
     world.store_answers()
     world.until(lambda: "step" in world.engine.log)
     world.add(prompt=3, max_tokens=2)
-    world.add(prompt=3, max_tokens=2)
     world.store_works()
     world.store_answers()
     start = len(world.engine.log)
-    world.until(lambda: world.engine.log[start:].count("unit") == 2 * UNITS)
+    world.until(lambda: world.engine.log[start:].count("unit") == 6)
     since, most = 0, 0  # units since the last step
     for name in world.engine.log[start:]:
         since = 0 if name == "step" else since + (name == "unit")

@@ -1,9 +1,9 @@
 """prefill/32k and prefill/128k: one prompt at the Llama-3-8B shape, from its tokens to its last logits.
 
-The floor is what its matrix products and its causal attention take at the best rates that any library reaches
-in this run, in all layers; the prefill itself computes the last layer for the last token alone, which saves 3 %
-at 32 layers. How much of the copy to the arena is hidden comes from a second prefill, of which only every second
-layer is copied.
+The floor is what its matrix products and its causal attention take in all layers, at the best rates that
+any library reaches in this run. The prefill computes the last layer for the last token alone, which saves
+about 3 % of it. How much of the copy to the arena is hidden comes from a second prefill, of which only every
+second layer is copied.
 """
 
 import sys
