@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-pytest.importorskip("aiohttp", reason="the extra has it: pip install -e '.[bench]'")
+pytest.importorskip("aiohttp", reason="peers are asked with aiohttp: pip install -e '.[bench]'")
 
 from benchmarks.result import Result
 from benchmarks.serve.__main__ import measure_peer
