@@ -126,8 +126,14 @@ def config_from(argv: list[str], command: str = "python launch.py") -> ServerCon
     )
 
 
-def main(argv: list[str], command: str = "python launch.py") -> int:
-    """Run a server to its end; returns the exit code."""
+def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.gpu_worker") -> int:
+    """Run a server to its end; returns the exit code.
+
+    Args:
+        argv: the options.
+        command: how the program was called, for its help.
+        worker: module that each worker runs; benchmarks have one of their own.
+    """
     if sys.platform != "linux":
         print(f"error: CLO runs on Linux only, and this is {sys.platform}.", file=sys.stderr)
         return 1
@@ -142,7 +148,7 @@ def main(argv: list[str], command: str = "python launch.py") -> int:
     try:
         from clo.runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
 
-        return supervise(config)
+        return supervise(config, worker)
     except CLOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

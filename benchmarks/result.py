@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Result:
-    """One figure. ``ratio`` is value / reference, both measured in the same run."""
+    """One figure. ``ratio`` is value / reference, measured in the same run unless a note says otherwise."""
 
     case: str
     metric: str
@@ -34,8 +35,12 @@ def hardware() -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, results: list[Result]) -> None:
-    """Print the results and write ``benchmarks/results/NAME.json``."""
+def write(name: str, results: list[Result], notes: list[str] | None = None) -> None:
+    """Print the results and write ``benchmarks/results/NAME.json``.
+
+    Args:
+        notes: sentences without which the figures would be misread; printed and written with them.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -44,11 +49,14 @@ def write(name: str, results: list[Result]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip(),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
+        **({"notes": notes} if notes else {}),
         "results": [asdict(result) for result in results],
     }
     for result in results:
         ratio = "" if result.ratio is None else f"  ratio {result.ratio:.3f}"
         print(f"{result.case:32} {result.metric:24} {result.value:10.4g} {result.unit}{ratio}")
+    for note in notes or []:
+        print(textwrap.fill(note, 110))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

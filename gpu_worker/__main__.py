@@ -6,18 +6,20 @@ from typing import Any
 import msgspec
 import zmq
 
+from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.startup import start
 from clo.gpu_worker.worker import Worker
 from clo.runtime.config import WorkerConfig
 from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
 
 
-def main() -> None:
+def main(engine_type: type[Engine] = Engine) -> None:
+    """Serve until the process is ended; see ``clo.gpu_worker.startup.start``."""
     die_with_parent(int(sys.argv[2]))
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     configure_logging(config.log_level)
     context: zmq.Context[Any] = zmq.Context()
-    Worker(config, context, start(config, context)).serve()
+    Worker(config, context, start(config, context, engine_type)).serve()
 
 
 if __name__ == "__main__":

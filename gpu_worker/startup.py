@@ -38,8 +38,13 @@ class Started(NamedTuple):
     capacity_tokens: int  # tokens that the store holds
 
 
-def start(config: WorkerConfig, context: zmq.Context[Any]) -> Started:
+def start(config: WorkerConfig, context: zmq.Context[Any], engine_type: type[Engine] = Engine) -> Started:
     """Bring a worker up.
+
+    Args:
+        config: the configuration that the launcher passed.
+        context: ZeroMQ's context for its sockets.
+        engine_type: class of the engine; benchmarks have one of their own.
 
     Raises:
         ConfigError: the model cannot be loaded, the store cannot hold one block of it, or the GPU has too
@@ -55,7 +60,7 @@ def start(config: WorkerConfig, context: zmq.Context[Any]) -> Started:
         Attach(config.worker, config.worker, os.getpid(), shape.block_tokens, shape.block_bytes),
         ATTACH_SECONDS,
     )
-    engine, drift_check = _engine(config, decoder, attached)
+    engine, drift_check = _engine(config, decoder, attached, engine_type)
     return Started(engine, drift_check, store, attached.store, attached.blocks * shape.block_tokens)
 
 
@@ -95,7 +100,9 @@ def _check_limits(config: WorkerConfig) -> None:
             raise ConfigError(str(error)) from None
 
 
-def _engine(config: WorkerConfig, decoder: Decoder, attached: Attached) -> tuple[Engine, DriftCheck | None]:
+def _engine(
+    config: WorkerConfig, decoder: Decoder, attached: Attached, engine_type: type[Engine]
+) -> tuple[Engine, DriftCheck | None]:
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
     rows = arena_tensor(shared, shape, attached.blocks)
@@ -103,7 +110,7 @@ def _engine(config: WorkerConfig, decoder: Decoder, attached: Attached) -> tuple
         check_gpu_memory(shape, config.cache, config.engine, attached.blocks, max_tokens)
         rows = pin(rows)
     arena = by_block(rows)
-    engine = Engine(decoder, arena, config.cache, config.engine.max_num_seqs, max_tokens)
+    engine = engine_type(decoder, arena, config.cache, config.engine.max_num_seqs, max_tokens)
     engine.capture()
     engine.warm_up()
     drift_check = None

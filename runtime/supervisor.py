@@ -31,10 +31,8 @@ class Child:
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(
-        cls, name: str, package: str, config: StoreConfig | WorkerConfig, threads: int
-    ) -> "Child":
-        """Run ``python -m clo.PACKAGE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
+    async def start(cls, name: str, module: str, config: StoreConfig | WorkerConfig, threads: int) -> "Child":
+        """Run ``python -m MODULE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
 
         To be called in the main thread: a child dies with the thread that started it. What a child prints
         goes to stderr, so that stdout carries the ready line and nothing else.
@@ -42,7 +40,7 @@ class Child:
         environment = dict(os.environ)
         set_threads(environment, threads)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"clo.{package}", msgspec.json.encode(config).decode(), str(os.getpid())),
+            *(sys.executable, "-m", module, msgspec.json.encode(config).decode(), str(os.getpid())),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,
@@ -74,12 +72,16 @@ class Child:
 class Supervisor:
     """One server, from the checks to the last process.
 
+    Args:
+        config: what was asked for.
+        worker: module that each worker runs.
+
     Raises:
         ConfigError: the model, the machine's memory or the port do not allow it.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._config = config
+    def __init__(self, config: ServerConfig, worker: str) -> None:
+        self._config, self._worker = config, worker
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
         check_memory(dict.fromkeys(self._nodes, config.kv_size))
         self._model = resolve(config.model)
@@ -117,10 +119,10 @@ class Supervisor:
         endpoints = {node: f"ipc://@clo-{unique}-numa{node}" for node in self._nodes}
         for name, node in zip(config.kvstore, self._nodes, strict=True):
             store = StoreConfig(name, node, config.kv_size, endpoints[node], config.log_level)
-            self._stores.append(await Child.start(f"KV store {name}", "kvstore", store, threads=1))
+            self._stores.append(await Child.start(f"KV store {name}", "clo.kvstore", store, threads=1))
         threads = len(os.sched_getaffinity(0)) // config.workers
         for index in range(config.workers):
-            worker = WorkerConfig(
+            worker_config = WorkerConfig(
                 worker=index,
                 router=self._router.workers_endpoint,
                 stores=endpoints,
@@ -129,7 +131,8 @@ class Supervisor:
                 engine=config.engine,
                 log_level=config.log_level,
             )
-            self._workers.append(await Child.start(f"worker {index}", "gpu_worker", worker, threads))
+            child = await Child.start(f"worker {index}", self._worker, worker_config, threads)
+            self._workers.append(child)
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
@@ -177,14 +180,14 @@ class Supervisor:
             await asyncio.gather(*endings)
 
 
-def supervise(config: ServerConfig) -> int:
+def supervise(config: ServerConfig, worker: str) -> int:
     """Run a server to its end; returns the launcher's exit code.
 
-    Raises:
-        ConfigError: see ``Supervisor``.
+    Args:
+        config, worker: see ``Supervisor``, also for what is raised.
     """
 
     async def run() -> int:
-        return await Supervisor(config).run()
+        return await Supervisor(config, worker).run()
 
     return asyncio.run(run())

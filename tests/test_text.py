@@ -92,6 +92,16 @@ def test_special_tokens_give_no_text_and_do_not_part_characters(byte_level: Toke
     assert pieces_of(byte_level, [*start, *special, *end, *special]) == ["", "", "", "", "👍", "", ""]
 
 
+def test_ids_that_the_tokenizer_does_not_know_give_no_text(byte_level: Tokenizer, smollm2: Path) -> None:
+    """A model may have more tokens than its tokenizer, and may generate them."""
+    rng = random.Random(8)
+    for tokenizer, known in ((byte_level, VOCABULARY), (Tokenizer(smollm2, 128256), 49152)):
+        tokens = [rng.randrange(known if rng.random() < 0.3 else 128256) for _ in range(300)]
+        expected = tokenizer.decode([token for token in tokens if token < known])
+        assert "".join(pieces_of(tokenizer, tokens)) == expected
+        assert set(pieces_of(tokenizer, list(range(known, known + 200)))) == {""}
+
+
 def cut(text: str, stops: list[str]) -> str:
     """The text before the stop string that is complete first; of several, the longest."""
     for end in range(1, len(text) + 1):

@@ -13,9 +13,9 @@ from benchmarks.gpu.synthetic import Model
 _ROOM = 32  # tokens short of the context at the first step; less would move all KV to larger blocks of memory
 
 
-def random_network(model: Model, device: str = "cuda") -> Any:
-    """transformers' Llama in bfloat16, in the shape of a model."""
-    config = LlamaConfig(
+def llama_config(model: Model) -> LlamaConfig:
+    """transformers' configuration of a Llama in the shape of a model."""
+    return LlamaConfig(
         vocab_size=model.vocab,
         hidden_size=model.hidden,
         intermediate_size=model.intermediate,
@@ -23,13 +23,17 @@ def random_network(model: Model, device: str = "cuda") -> Any:
         num_attention_heads=model.query_heads,
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
-        max_position_embeddings=2**17,
+        max_position_embeddings=2**18,
         attention_bias=model.qkv_bias,
         tie_word_embeddings=False,
     )
+
+
+def random_network(model: Model, device: str = "cuda") -> Any:
+    """transformers' Llama in bfloat16, in the shape of a model."""
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            llama_config(model), dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
 
 

@@ -118,10 +118,14 @@ class ReplayLayer(LayerCache):
     _rows = 0
     _own: tuple[ResidentSet, ...] = ()  # the last one is in use, the others are in graphs captured before
 
-    def replay(self, rows: int) -> None:
-        """From now on a head that selects fetches ``rows`` rows, drawn anew for every step."""
+    def replay(self, rows: int, last_used: Tensor) -> None:
+        """From now on a head that selects fetches ``rows`` rows, drawn anew for every step.
+
+        Args:
+            last_used: [slots, kv_heads, capacity] int32, of the set on which the choice is made.
+        """
         self._rows = rows
-        positions, last_used = self.resident.positions.clone(), self.resident.last_used.clone()
+        positions = self.resident.positions.clone()
         self._own = (*self._own, self.resident._replace(positions=positions, last_used=last_used))
 
     def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
@@ -141,11 +145,25 @@ class ReplayLayer(LayerCache):
         return fetch_list
 
 
-def replay(engine: Engine, rows: int) -> None:
-    """Let all layers, each a ``ReplayLayer``, replay so many rows."""
-    for layer in engine.cache.layers:
+def replay(engine: Engine, rows: int) -> Tensor:
+    """Let all layers, each a ``ReplayLayer``, replay so many rows.
+
+    Returns:
+        [layers, slots, kv_heads, capacity] int32, ``last_used`` of the sets on which the layers make their
+        own choices. Where a slot gets another sequence it has to become -1, as a prefill makes that of the
+        real sets: no row was used later than now.
+    """
+    last_used = torch.stack([layer.resident.last_used for layer in engine.cache.sparse_layers])
+    for layer, own in zip(engine.cache.layers, last_used, strict=True):
         assert isinstance(layer, ReplayLayer)
-        layer.replay(rows)
+        layer.replay(rows, own)
+    return last_used
+
+
+def typical_sources(layers: int) -> tuple[QuerySource, ...]:
+    """The query that each layer selects with. Random weights predict nothing; these are the layers that fail
+    at the start of the default model, which has four more further on."""
+    return (QuerySource.OWN,) * 2 + (QuerySource.MIDDLE,) + (QuerySource.INPUT,) * (layers - 3)
 
 
 def filled_engine(
@@ -160,11 +178,7 @@ def filled_engine(
 ) -> Engine:
     """An engine in the midst of decoding: every slot holds ``length`` tokens; all state is random. ``replay``
     has to follow before its first step."""
-    # Random weights predict nothing. These are the layers that fail at the start of the default model, which
-    # has four more further on.
-    sources = (
-        (QuerySource.OWN,) * 2 + (QuerySource.MIDDLE,) + (QuerySource.INPUT,) * (decoder.shape.layers - 3)
-    )
+    sources = typical_sources(decoder.shape.layers)
     engine = engine_type(decoder, arena, config, sequences, max_tokens, sources, layer_type)
     blocks = len(arena) // sequences
     for slot in range(sequences):
