@@ -2,13 +2,20 @@
 
 from collections import deque
 from statistics import median
-
-from clo.gpu_worker.side_stream import DeviceTimer
+from typing import Protocol
 
 _SHARE = 1.25  # time for each prompt that waits after each step, in decode steps
 _AHEAD_SECONDS = 0.03  # of prefill on its way, at most: what comes meanwhile waits for so long
 _AHEAD_UNITS = 2, 8  # at least, so that the device does not wait for the host; at most
 _SAMPLES = 15  # measurements, of which the median counts
+
+
+class Timer(Protocol):
+    """Work that was measured."""
+
+    @property
+    def seconds(self) -> float | None:
+        """What it took; None while it goes on."""
 
 
 class Pacing:
@@ -28,14 +35,14 @@ class Pacing:
         self._fixed = None if tokens is None else tokens * token_flops
         self._steps: deque[float] = deque(maxlen=_SAMPLES)  # seconds
         self._rates: deque[float] = deque(maxlen=_SAMPLES)  # FLOP/s
-        self._units: deque[tuple[DeviceTimer, float]] = deque()  # on their way, and their work
-        self._measured: deque[DeviceTimer] = deque()  # steps on their way
+        self._units: deque[tuple[Timer, float]] = deque()  # on their way, and their work
+        self._measured: deque[Timer] = deque()  # steps on their way
 
-    def launched(self, timer: DeviceTimer, flops: float) -> None:
+    def launched(self, timer: Timer, flops: float) -> None:
         """A unit of prefill is on its way; ``timer`` has stopped behind it."""
         self._units.append((timer, flops))
 
-    def launched_step(self, timer: DeviceTimer) -> None:
+    def launched_step(self, timer: Timer) -> None:
         """The same of a decode step."""
         self._measured.append(timer)
 

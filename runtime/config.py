@@ -240,8 +240,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None,
         "tokens of prompts that are computed between two decode steps: more brings prompts forward and makes "
-        "streams wait; auto measures how many leave streams half their pace while one prompt waits, and takes "
-        "as many again for each further one",
+        "streams wait; auto measures how many leave streams nearly half their pace, for each prompt that "
+        "waits",
         "TOKENS",
         int,
         none="auto",

@@ -113,8 +113,8 @@ def test_short_prompts_together_are_as_each_alone(decoder: Decoder, lengths: tup
         assert isinstance(mine.index, TwoBitIndex) and isinstance(theirs.index, TwoBitIndex)
     tokens = torch.randint(512, (8, len(slots)), device="cuda")
     found, wanted = (forced(engine, slots, longest, tokens) for engine in engines)
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert divergence(mine, theirs) < 5e-3
+    for logits, reference in zip(found, wanted, strict=True):
+        assert divergence(logits, reference) < 5e-3
 
 
 def engine_rows(engine: Engine, arena: Tensor, slot: int, length: int) -> Tensor:
