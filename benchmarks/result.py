@@ -25,6 +25,10 @@ class Result:
     reference: float | None = None
     ratio: float | None = None
 
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"  ratio {self.ratio:.3f}"
+        return f"{self.case:32} {self.metric:24} {self.value:10.4g} {self.unit}{ratio}"
+
 
 def hardware() -> str:
     """The device that computes, by name."""
@@ -53,8 +57,7 @@ def write(name: str, results: list[Result], notes: list[str] | None = None) -> N
         "results": [asdict(result) for result in results],
     }
     for result in results:
-        ratio = "" if result.ratio is None else f"  ratio {result.ratio:.3f}"
-        print(f"{result.case:32} {result.metric:24} {result.value:10.4g} {result.unit}{ratio}")
+        print(result)
     for note in notes or []:
         print(textwrap.fill(note, 110))
     RESULTS.mkdir(exist_ok=True)

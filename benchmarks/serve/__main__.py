@@ -44,7 +44,9 @@ async def measure(bench: Bench, names: Iterable[str], results: list[Result]) -> 
     await bench.ask(bench.table.warm)
     for name in names:
         print(f"measuring serve/{name}", file=sys.stderr, flush=True)
-        results += await cases[name](bench)
+        found = await cases[name](bench)
+        print(*found, sep="\n", file=sys.stderr, flush=True)
+        results += found
 
 
 async def measure_server(

@@ -10,6 +10,10 @@ NEW_ROWS = 0.09
 4 to 13 % from contexts of 4K on (docs/measurements.md)."""
 
 
+PROMPTS_FIRST = "--max-num-batched-tokens 1000000"
+"""Where throughput alone counts, streams wait until all prompts are computed."""
+
+
 class Load(NamedTuple):
     """So many requests, with so many tokens in the prompt and in the answer of each."""
 
@@ -89,15 +93,21 @@ GPU = Table(
     arriving="128k",
     servers=(
         Server(
-            ("ttft/512", "ttft/32k", "ttft/128k", "long", "gaps"),
-            "--dtype bfloat16 --max-model-len 135168 --max-num-seqs 24 --select-k 256 --resident 2048 "
-            "--kv-size 98GiB",
+            ("ttft/512", "ttft/32k", "ttft/128k", "gaps"),
+            "--dtype bfloat16 --max-model-len 135168 --max-num-seqs 12 --select-k 256 --resident 2048 "
+            "--kv-size 48GiB",
+            LLAMA_8B,
+        ),
+        Server(
+            ("long",),
+            "--dtype bfloat16 --max-model-len 33280 --max-num-seqs 24 --select-k 256 --resident 2048 "
+            f"--kv-size 98GiB {PROMPTS_FIRST}",
             LLAMA_8B,
         ),
         Server(
             ("short",),
-            "--dtype bfloat16 --max-model-len 768 --max-num-seqs 256 --select-k 128 --resident 1024 "
-            "--kv-size 25GiB",
+            "--dtype bfloat16 --max-model-len 768 --max-num-seqs 256 --select-k 128 --resident 704 "
+            f"--kv-size 25GiB {PROMPTS_FIRST}",
             LLAMA_8B,
         ),
         Server(("tokens",), "--dtype bfloat16 --max-model-len 2560 --max-num-seqs 64 --kv-size 8GiB"),
