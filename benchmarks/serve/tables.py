@@ -88,14 +88,14 @@ GPU = Table(
     short=Load(256, 512, 256),
     long=Load(24, 32768, 256),
     tokens=Load(64, 512, 2048),
-    streams=Load(8, 8192, 16384),
+    streams=Load(8, 8192, 4096),
     quiet=300,
     arriving="128k",
     servers=(
         Server(
             ("ttft/512", "ttft/32k", "ttft/128k", "gaps"),
             "--dtype bfloat16 --max-model-len 135168 --max-num-seqs 12 --select-k 256 --resident 2048 "
-            "--kv-size 48GiB",
+            "--kv-size 36GiB",
             LLAMA_8B,
         ),
         Server(
