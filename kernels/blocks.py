@@ -1,4 +1,6 @@
-"""Reading one layer of a pool of blocks through a table of block ids."""
+"""Blocks of the arena: reading them through a table of block ids, and how a batch of prompts fills them."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +11,22 @@ ARENA = Argument("arena", ELEMENT, "blocks kv_heads block_tokens 2 head_dim", de
 """One layer of the arena."""
 
 BLOCK_TABLE = Argument("block_table", torch.int64, "B max_blocks", dense=1)
+
+
+class PromptBlocks(NamedTuple):
+    """Which tokens of a flat batch of prompts fill which block: P parts of up to ``block_tokens`` tokens.
+
+    The tokens of a part follow each other, and go to the first places of its block and page.
+    """
+
+    starts: Tensor  # [P] int64, first token in the batch
+    counts: Tensor  # [P] int64, tokens; 0 for a part not in use, of which nothing else is read
+    blocks: Tensor  # [P] int64, block of the arena
+    pages: Tensor  # [P] int64, page of the index
+
+
+PROMPT_BLOCKS = tuple(Argument(f"prompt_blocks.{field}", torch.int64, "P") for field in PromptBlocks._fields)
+"""``PromptBlocks`` as arguments of operations."""
 
 
 def gather_tokens(pool: Tensor, block_table: Tensor) -> Tensor:

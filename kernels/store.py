@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
-from clo.kernels.blocks import ARENA, BLOCK_TABLE
+from clo.kernels.blocks import ARENA, BLOCK_TABLE, PROMPT_BLOCKS, PromptBlocks
 from clo.kernels.launch import launch
 
 _BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
@@ -17,6 +17,11 @@ _STORE = Signature(
         ARENA,
     ),
     (HEAD_DIM, Rule("1 <= T <= max_blocks * block_tokens", "the blocks must hold the prompt")),
+)
+_STORE_PROMPTS = Signature(
+    "store_prompts",
+    (Argument("rows", ELEMENT, "N kv_heads 2 head_dim", chunks=True), *PROMPT_BLOCKS, ARENA),
+    (HEAD_DIM,),
 )
 _STORE_NEW = Signature(
     "store_new",
@@ -50,6 +55,29 @@ def store(rows: Tensor, block_table: Tensor, arena: Tensor) -> None:
     for start in range(0, total, block_tokens):
         part = rows[start : start + block_tokens]
         arena[block_table[start // block_tokens], :, : len(part)] = part.transpose(0, 1)
+
+
+def store_prompts(rows: Tensor, prompt_blocks: PromptBlocks, arena: Tensor) -> None:
+    """Write the rows of a batch of whole prompts, in place.
+
+    Args:
+        rows: [N, kv_heads, 2, head_dim], contiguous; rows of tokens that are in no part are not read.
+        prompt_blocks: which tokens go to which block of the arena.
+        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
+    """
+    _STORE_PROMPTS.check(rows, *prompt_blocks, arena)
+    starts, counts, blocks, _ = prompt_blocks
+    if not rows.is_cpu:
+        launch(
+            "store.cu", "store_prompts", (_BLOCKS,), _THREADS,
+            [rows, rows.shape[1], rows.shape[2] * rows.shape[3] * rows.itemsize // 16, starts, counts, blocks,
+             len(starts), arena, arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize],
+            BLOCK_TOKENS=arena.shape[2],
+        )  # fmt: skip
+        return
+    for start, count, block in zip(starts.tolist(), counts.tolist(), blocks.tolist(), strict=True):
+        if count > 0:
+            arena[block, :, :count] = rows[start : start + count].transpose(0, 1)
 
 
 def store_new(kv: Tensor, lengths: Tensor, block_table: Tensor, arena: Tensor) -> None:
