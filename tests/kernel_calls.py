@@ -11,6 +11,7 @@ from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
+from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.fetch import fetch
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
@@ -147,6 +148,13 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             encode_new,
             {
                 "keys": kv[:, :, 0], "lengths": lengths, "page_table": table, "pages": pages,
+                "rotation": rotation,
+            },
+        ),
+        Call(
+            encode_prompts,
+            {
+                "keys": prompts[:, :, 0], "prompt_blocks": prompt_blocks, "pages": pages,
                 "rotation": rotation,
             },
         ),
