@@ -13,6 +13,7 @@ from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.fetch import fetch
+from clo.kernels.fill_resident import PromptSequences, fill_resident
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
 from clo.kernels.mailbox import post
@@ -139,6 +140,8 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     prompt_blocks = PromptBlocks(
         parts * sizes.block_tokens, torch.full_like(parts, sizes.block_tokens), parts, parts.flip(0)
     )
+    slots = torch.arange(batch + 2, device=device) % batch  # more than there are: some are filled twice
+    sequences = PromptSequences(torch.zeros_like(slots), torch.full_like(slots, tokens), slots)
     found = [
         Call(append, {"kv": kv, "lengths": lengths, "resident": resident}),
         Call(store, {"rows": prompts, "block_table": table[0], "arena": arena}),
@@ -156,6 +159,13 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             {
                 "keys": prompts[:, :, 0], "prompt_blocks": prompt_blocks, "pages": pages,
                 "rotation": rotation,
+            },
+        ),
+        Call(
+            fill_resident,
+            {
+                "rows": prompts, "sequences": sequences,
+                "chosen": zeros(len(slots), kv_heads, capacity, dtype=torch.int32), "resident": resident,
             },
         ),
         Call(
