@@ -16,11 +16,11 @@ BLOCK_TABLE = Argument("block_table", torch.int64, "B max_blocks", dense=1)
 class PromptBlocks(NamedTuple):
     """Which tokens of a flat batch of prompts fill which block: P parts of up to ``block_tokens`` tokens.
 
-    A part holds tokens of one prompt that follow each other, and begins at the start of its block.
+    The tokens of a part follow each other, and go to the first places of its block and page.
     """
 
     starts: Tensor  # [P] int64, first token in the batch
-    counts: Tensor  # [P] int64, tokens; 0 for a part not in use
+    counts: Tensor  # [P] int64, tokens; 0 for a part not in use, of which nothing else is read
     blocks: Tensor  # [P] int64, block of the arena
     pages: Tensor  # [P] int64, page of the index
 

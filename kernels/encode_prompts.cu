@@ -47,40 +47,41 @@ __device__ inline void average(const uint4* keys, int64 token_stride, int count,
     __syncthreads();
 }
 
-// Brings the keys from `begin` on into shared memory, less their centre; zeros past the last one.
+// Brings the keys from `begin` on into shared memory, less their centre; after the last one it is that again.
 __device__ inline void bring_tile(
     const uint4* keys, int64 token_stride, int begin, int count, const float* centre) {
 #pragma unroll 4
-    for (int item = threadIdx.x; item < TOKENS * CHUNKS; item += THREADS) {
-        const int token = item / CHUNKS, chunk = item % CHUNKS;
-        float values[PER_CHUNK] = {};
-        if (begin + token < count) {
-            unpack(keys[(begin + token) * token_stride + chunk], values);
+    for (int base = 0; base < TOKENS * CHUNKS; base += THREADS) {
+        const int item = base + threadIdx.x, token = item / CHUNKS, chunk = item % CHUNKS;
+        if (TOKENS * CHUNKS % THREADS && token >= TOKENS) break;
+        float values[PER_CHUNK];
+        unpack(keys[min(begin + token, count - 1) * token_stride + chunk], values);
 #pragma unroll
-            for (int e = 0; e < PER_CHUNK; e++) values[e] -= centre[chunk * PER_CHUNK + e];
+        for (int e = 0; e < PER_CHUNK; e += 4) {
+            const float4 mean = *(const float4*)(centre + chunk * PER_CHUNK + e);
+            *(float4*)(shared + token * STRIDE + chunk * PER_CHUNK + e) = make_float4(
+                values[e] - mean.x, values[e + 1] - mean.y, values[e + 2] - mean.z, values[e + 3] - mean.w);
         }
-#pragma unroll
-        for (int e = 0; e < PER_CHUNK; e += 4)
-            *(float4*)(shared + token * STRIDE + chunk * PER_CHUNK + e) =
-                make_float4(values[e], values[e + 1], values[e + 2], values[e + 3]);
     }
 }
 
 // Asks for a slice of the rotation.
 __device__ inline void ask_slice(float* slices, const float* rotation, int slice, int stage) {
-    const float* source = rotation + slice * SLICE * DIM;
-    const uint32 target = (uint32)__cvta_generic_to_shared(slices + stage * SLICE * DIM);
-    for (int item = threadIdx.x; item < SLICE * DIM / 4; item += THREADS)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + item * 16),
-                     "l"(source + item * 4)
-                     : "memory");
+    const float* source = rotation + (slice * SLICE * DIM + threadIdx.x * 4);
+    const uint32 target = (uint32)__cvta_generic_to_shared(slices + stage * SLICE * DIM) + threadIdx.x * 16;
+#pragma unroll
+    for (int base = 0; base < SLICE * DIM / 4; base += THREADS)
+        if (base + threadIdx.x < SLICE * DIM / 4)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + base * 16),
+                         "l"(source + base * 4)
+                         : "memory");
     close_copies();
 }
 
 // Adds the products with a slice. `key` is the thread's first key from the slice's entry on, and `slice` the
 // slice from the thread's column on.
 __device__ inline void add_products(float (&rotated)[KEYS][16], const float* key, const float* slice) {
-#pragma unroll
+#pragma unroll 1
     for (int row = 0; row < SLICE; row += 4) {
         float keys[KEYS][4];
 #pragma unroll
@@ -151,26 +152,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) encode_prompts(
         __syncthreads();  // the tile may be replaced
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
-            float squares = 0.f, along = 0.f, square = 0.f;
+            float squares = 0.f;
 #pragma unroll
             for (int e = 0; e < 16; e++) squares += rotated[i][e] * rotated[i][e];
             squares = team_sum(counted ? squares : 0.f);
             const float level_step = step * fmaxf(sqrtf(squares / DIM), 1e-12f);
-            uint32 bytes = 0;
+            // Levels are 0.5 or 1.5 from zero. A bit of `positive` and `outer` is that of an entry's code.
+            uint32 positive = 0, outer = 0;
+            float all = 0.f, far = 0.f;  // sums of magnitudes, `far` of those that belong to outer levels
 #pragma unroll
             for (int e = 0; e < 16; e++) {
-                const float value = rotated[i][e];
-                const int level = (value >= -level_step) + (value >= 0.f) + (value >= level_step);
-                along += value * (level - 1.5f);
-                square += (level - 1.5f) * (level - 1.5f);
-                bytes |= level << (e % 4 * 8 + e / 4 * 2);
+                const uint32 bit = 1u << (e % 4 * 8 + e / 4 * 2);
+                const float size = fabsf(rotated[i][e]);
+                all += size;
+                if (rotated[i][e] >= 0.f) positive |= bit;
+                if (size >= level_step) outer |= bit, far += size;
             }
-            along = team_sum(counted ? along : 0.f);
-            square = team_sum(counted ? square : 0.f);
+            const float along = team_sum(counted ? 0.5f * all + far : 0.f);
+            const float square = 0.25f * DIM + 2.f * team_sum(counted ? __popc(outer) : 0);
             const int token = begin + mine + i * TEAMS;
             if (token < count && counted) {
                 const int64 place = page * BLOCK_TOKENS + token;
-                *(uint32*)(codes + place * QUARTER + entry) = bytes;
+                *(uint32*)(codes + place * QUARTER + entry) =
+                    positive << 1 | ((positive ^ ~outer) & 0x55555555);  // 2 + outer, or 1 - outer
                 if (column == 0) scales[place] = float_to_half(along / square);
             }
         }

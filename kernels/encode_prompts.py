@@ -1,5 +1,7 @@
 """Encode prompts: 2-bit codes of all keys of a batch of prompts, page by page."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
@@ -18,7 +20,7 @@ _SIGNATURE = Signature(
         Argument("keys", ELEMENT, "N kv_heads head_dim", dense=1, chunks=True),
         *PROMPT_BLOCKS, CODES, SCALES, CENTRES, ROTATION._replace(chunks=True),
     ),
-    (HEAD_DIM, PACKED, Rule("P >= 1", "a launch needs blocks", gpu=True)),
+    (HEAD_DIM, PACKED, Rule("P >= 1", "a launch needs a part, if only one that is not in use")),
 )  # fmt: skip
 
 
@@ -51,11 +53,28 @@ def encode_prompts(keys: Tensor, prompt_blocks: PromptBlocks, pages: CodePages, 
             THREADS=_THREADS, LANES=lanes, KEYS=_KEYS, SLICE=_SLICE,
         )  # fmt: skip
         return
-    for start, count, page in zip(starts.tolist(), counts.tolist(), numbers.tolist(), strict=True):
-        if count > 0:
-            part = keys[start : start + count].float()
-            centre = part.mean(0)
-            codes, scales = encode(part, centre, rotation)
-            pages.centres[page] = centre
-            pages.codes[page, :, :count] = codes.transpose(0, 1)
-            pages.scales[page, :, :count] = scales.transpose(0, 1)
+    for first, end in _runs(starts.tolist(), counts.tolist()):
+        start, count = int(starts[first]), int(counts[first])
+        run_keys = keys[start : start + (end - first) * count]
+        run = run_keys.unflatten(0, (end - first, count)).float()  # [parts, count, kv_heads, head_dim]
+        means, run_pages = run.mean(1), numbers[first:end]
+        codes, scales = encode(run, means.unsqueeze(1), rotation)
+        pages.centres[run_pages] = means
+        pages.codes[run_pages, :, :count] = codes.transpose(1, 2)
+        pages.scales[run_pages, :, :count] = scales.transpose(1, 2)
+
+
+def _runs(starts: list[int], counts: list[int]) -> Iterator[tuple[int, int]]:
+    """Parts in use that follow each other with as many tokens, as ``[first, end)``: to take them one by one
+    costs more than their work where threads have to wait for a core."""
+    first = 0
+    for part in range(1, len(starts) + 1):
+        goes_on = (
+            part < len(starts)
+            and counts[part] == counts[first]
+            and starts[part] == starts[part - 1] + counts[first]
+        )
+        if not goes_on:
+            if counts[first] > 0:
+                yield first, part
+            first = part

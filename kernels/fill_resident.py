@@ -28,7 +28,7 @@ _SIGNATURE = Signature(
         Argument("chosen", torch.int32, "S kv_heads capacity", optional=True),
         ROWS, POSITIONS, LAST_USED,
     ),
-    (HEAD_DIM, FIRST, Rule("S >= 1", "a launch needs blocks", gpu=True)),
+    (HEAD_DIM, FIRST, Rule("S >= 1", "a launch needs a sequence")),
 )  # fmt: skip
 
 

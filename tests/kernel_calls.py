@@ -9,8 +9,11 @@ from torch import Tensor
 
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
+from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
+from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.fetch import fetch
+from clo.kernels.fill_resident import PromptSequences, fill_resident
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
 from clo.kernels.mailbox import post
@@ -18,7 +21,7 @@ from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import sample
 from clo.kernels.score import score_codes
-from clo.kernels.store import store, store_new
+from clo.kernels.store import store_new, store_prompts
 from clo.kernels.update_resident import FetchList, update_resident
 
 
@@ -109,11 +112,11 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         zeros(blocks, kv_heads, sizes.block_tokens, dtype=torch.float16),
         zeros(blocks, kv_heads, head_dim, dtype=torch.float32),
     )
-    parts = *heads, 1, group  # of the reference
+    queries = *heads, 1, group  # attended in one part, as the reference does
     state = AttentionState(
-        zeros(*parts, head_dim, dtype=torch.float32),
-        zeros(*parts, dtype=torch.float32),
-        zeros(*parts, dtype=torch.float32),
+        zeros(*queries, head_dim, dtype=torch.float32),
+        zeros(*queries, dtype=torch.float32),
+        zeros(*queries, dtype=torch.float32),
     )
     quantized = QuantizedQuery(
         zeros(batch, kv_heads * group, head_dim, dtype=torch.int8),
@@ -132,15 +135,36 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     lse = zeros(batch, kv_heads * group, dtype=torch.float32)
     rotation = zeros(head_dim, head_dim, dtype=torch.float32)
     numbers, shares = zeros(batch, dtype=torch.int64), zeros(batch, dtype=torch.float32)
+    prompts = zeros(tokens, kv_heads, 2, head_dim)
+    parts = torch.arange(sizes.max_blocks, device=device)
+    prompt_blocks = PromptBlocks(
+        parts * sizes.block_tokens, torch.full_like(parts, sizes.block_tokens), parts, parts.flip(0)
+    )
+    slots = torch.arange(batch + 2, device=device) % batch  # more than there are: some are filled twice
+    sequences = PromptSequences(torch.zeros_like(slots), torch.full_like(slots, tokens), slots)
     found = [
         Call(append, {"kv": kv, "lengths": lengths, "resident": resident}),
-        Call(store, {"rows": zeros(tokens, kv_heads, 2, head_dim), "block_table": table[0], "arena": arena}),
+        Call(store_prompts, {"rows": prompts, "prompt_blocks": prompt_blocks, "arena": arena}),
         Call(store_new, {"kv": kv, "lengths": lengths, "block_table": table, "arena": arena}),
         Call(
             encode_new,
             {
                 "keys": kv[:, :, 0], "lengths": lengths, "page_table": table, "pages": pages,
                 "rotation": rotation,
+            },
+        ),
+        Call(
+            encode_prompts,
+            {
+                "keys": prompts[:, :, 0], "prompt_blocks": prompt_blocks, "pages": pages,
+                "rotation": rotation,
+            },
+        ),
+        Call(
+            fill_resident,
+            {
+                "rows": prompts, "sequences": sequences,
+                "chosen": zeros(len(slots), kv_heads, capacity, dtype=torch.int32), "resident": resident,
             },
         ),
         Call(
@@ -212,3 +236,19 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         ),
     ]  # fmt: skip
     return {call.function.__name__: call for call in found}
+
+
+def prompt_blocks_of(lengths: list[int], block_tokens: int) -> PromptBlocks:
+    """How prompts that lie behind each other fill blocks and pages, of which there are 3 more than parts.
+
+    There are a part between them and one at the end that are not in use; what these say besides is wrong.
+    """
+    parts, start = [], 0
+    for length in lengths:
+        firsts = range(start, start + length, block_tokens)
+        parts += [(first, min(block_tokens, start + length - first)) for first in firsts]
+        start += length
+    parts = [*parts[:1], (2**40, 0), *parts[1:], (2**40, 0)]
+    starts, counts = torch.tensor(parts).T.contiguous()
+    blocks, pages = (torch.randperm(len(parts) + 3)[: len(parts)].where(counts > 0, 2**40) for _ in range(2))
+    return PromptBlocks(starts, counts, blocks, pages)

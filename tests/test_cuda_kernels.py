@@ -1,14 +1,9 @@
 """Every CUDA kernel against its reference on the CPU, on fresh random inputs and with poisoned outputs."""
 
-import mmap
-from functools import cache
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from clo.gpu_worker.pinning import pin
 from clo.kernels import fetch as fetch_module
 from clo.kernels.append import append
 from clo.kernels.attend import attend_resident, merge_fetched
@@ -18,62 +13,21 @@ from clo.kernels.gate import gate
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import UPDATE_STATIC_BYTES, update_shared_bytes
 from clo.kernels.quantize_query import quantize_query
-from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes
-from clo.kernels.store import store, store_new
+from clo.kernels.store import store_new, store_prompt
 from clo.kernels.update_resident import FetchList, update_resident
+from tests.cuda_tensors import RECENT, SINKS, inner, mapped, on_gpu, resident_set, same
 from tests.kernel_calls import SHAPES
 
 pytestmark = pytest.mark.gpu
 
-SINKS, RECENT = 4, 64
 BLOCK_TOKENS = 64
 shapes = pytest.mark.parametrize(("dim", "kv_heads", "group", "dtype"), SHAPES)
-
-
-@cache
-def pinned() -> tuple[Tensor, Tensor]:
-    """256 MiB of CPU memory that the GPU reads in place, and the GPU's view of it."""
-    memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 2**28), np.uint8))
-    return memory, pin(memory)
-
-
-def mapped(like: Tensor) -> Tensor:
-    """The GPU's view of a copy of a CPU tensor in pinned CPU memory; there is one at a time."""
-    memory, view = pinned()
-    memory[: like.nbytes].view(like.dtype).view(like.shape).copy_(like)
-    return view[: like.nbytes].view(like.dtype).view(like.shape)
-
-
-def inner(tensor: Tensor) -> Tensor:
-    """The same values as part of a wider tensor, as queries and rows are of one projection."""
-    wide = torch.full((len(tensor), tensor[0].numel() + 32), torch.nan, dtype=tensor.dtype)
-    wide[:, 16:-16] = tensor.flatten(1)
-    part = wide.cuda()[:, 16:-16]
-    return part.view(tensor.shape)
-
-
-def on_gpu(resident: ResidentSet) -> ResidentSet:
-    """A copy of the set on the GPU."""
-    rows, positions, last_used = (tensor.cuda() for tensor in resident[:3])
-    return resident._replace(rows=rows, positions=positions, last_used=last_used)
 
 
 def table_of(batch: int, max_blocks: int) -> Tensor:
     """Distinct blocks in random order, out of a few more than needed."""
     return torch.randperm(batch * max_blocks + 3)[: batch * max_blocks].view(batch, max_blocks)
-
-
-def resident_set(batch: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> ResidentSet:
-    """A resident set without any positions, whose rows are random."""
-    positions = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
-    rows = torch.randn(batch, kv_heads, SINKS + RECENT + capacity, 2, dim).to(dtype)
-    return ResidentSet(rows, positions, positions.clone(), SINKS, RECENT)
-
-
-def same(*pairs: tuple[Tensor, Tensor]) -> None:
-    for expected, found in pairs:
-        assert torch.equal(expected, found.cpu())
 
 
 @shapes
@@ -96,15 +50,23 @@ def test_append_and_store_new(dim: int, kv_heads: int, group: int, dtype: torch.
 
 
 @shapes
-def test_store(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
-    block_table = table_of(1, 4)[0]
+@pytest.mark.parametrize("in_order", [False, True])
+def test_store(
+    dim: int, kv_heads: int, group: int, dtype: torch.dtype, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both layouts of an arena; no copy goes over the end of a registered range, of 10,000 bytes here."""
+    monkeypatch.setattr("clo.kernels.store.REGISTERED_BYTES", 10_000)
     arena = torch.randn(7, kv_heads, BLOCK_TOKENS, 2, dim).to(dtype)
-    arena_gpu = mapped(arena)
+    if in_order:
+        arena = arena.transpose(0, 1).contiguous().transpose(0, 1)
+    arena_gpu = mapped(arena.transpose(0, 1)).transpose(0, 1) if in_order else mapped(arena)
+    assert arena_gpu.stride() == arena.stride()
     for total in (1, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7):
-        rows = torch.randn(total, kv_heads, 2, dim).to(dtype)
-        store(rows, block_table, arena)
-        store(rows.cuda(), block_table.cuda(), arena_gpu)
-        same((arena, arena_gpu))
+        for blocks in ([2, 3, 4, 5], [6, 0, 1, 3]):
+            rows = torch.randn(total, kv_heads, 2, dim).to(dtype)
+            store_prompt(rows, blocks, arena)
+            store_prompt(rows.cuda(), blocks, arena_gpu)
+            same((arena, arena_gpu))
 
 
 @shapes

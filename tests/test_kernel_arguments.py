@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from clo.kernels.arguments import ELEMENT, Argument, Signature
+from clo.kernels.blocks import PromptBlocks
 from clo.kernels.launch import recorded
 from tests.kernel_calls import SHAPES, Call, Shape, Sizes, calls
 
 SHAPE = Shape(head_dim=16, kv_heads=2, group=11, dtype=torch.float32)  # with `Sizes`, no two sizes are equal
 CALLS = calls(SHAPE, "cpu")
+NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def signature_of(call: Call) -> Signature:
@@ -124,6 +126,7 @@ def test_gaps_are_refused_where_the_kernel_reads_in_order(operation: str, argume
         ("score_codes", "sinks", -1, "sinks >= 0"),
         ("store", "rows", torch.zeros(321, 2, 2, 16), "1 <= T <= max_blocks \\* block_tokens"),
         ("store", "rows", torch.zeros(0, 2, 2, 16), "1 <= T"),
+        ("encode_prompts", "prompt_blocks", PromptBlocks(*4 * [NONE]), "P >= 1"),
         ("sample", "logits", torch.zeros(3, 0), "1 <= vocab"),
         ("post", "mailbox", torch.zeros(4, 3, dtype=torch.int64), "width > N"),
         ("wait", "number", 0, "number >= 1"),

@@ -18,7 +18,7 @@ from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import sample, uniform
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
-from clo.kernels.store import store, store_new
+from clo.kernels.store import store_new, store_prompt
 from clo.kernels.update_resident import FetchList, update_resident
 
 SINKS, RECENT, CAPACITY = 3, 4, 8
@@ -156,8 +156,14 @@ def test_store_writes_the_rows_of_a_prompt_and_nothing_else(tokens: int) -> None
     for position in range(tokens):
         block = block_table[0, position // BLOCK_TOKENS]
         expected[block, :, position % BLOCK_TOKENS] = rows[position]
-    store(rows, block_table[0], arena)
+    store_prompt(rows, block_table[0].tolist(), arena)
     assert torch.equal(arena, expected)
+
+
+def test_a_prompt_needs_blocks_enough() -> None:
+    arena, _ = arena_layer(1, 4, 3, 16)
+    with pytest.raises(ValueError, match="the blocks must hold the prompt"):
+        store_prompt(torch.randn(BLOCK_TOKENS + 1, 3, 2, 16), [2], arena)
 
 
 def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later() -> None:
