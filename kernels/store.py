@@ -112,28 +112,6 @@ def store_prompts(rows: Tensor, prompt_blocks: PromptBlocks, arena: Tensor) -> N
         )  # fmt: skip
         return
     for start, count, block in zip(starts.tolist(), counts.tolist(), blocks.tolist(), strict=True):
-        arena[block, :, :count] = rows[start : start + count].transpose(0, 1)
-
-
-def store_prompts(rows: Tensor, prompt_blocks: PromptBlocks, arena: Tensor) -> None:
-    """Write the rows of a batch of whole prompts, in place.
-
-    Args:
-        rows: [N, kv_heads, 2, head_dim], contiguous; rows of tokens that are in no part are not read.
-        prompt_blocks: which tokens go to which block of the arena.
-        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
-    """
-    _STORE_PROMPTS.check(rows, *prompt_blocks, arena)
-    starts, counts, blocks, _ = prompt_blocks
-    if not rows.is_cpu:
-        launch(
-            "store.cu", "store_prompts", (_BLOCKS,), _THREADS,
-            [rows, rows.shape[1], rows.shape[2] * rows.shape[3] * rows.itemsize // 16, starts, counts, blocks,
-             len(starts), arena, arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize],
-            BLOCK_TOKENS=arena.shape[2],
-        )  # fmt: skip
-        return
-    for start, count, block in zip(starts.tolist(), counts.tolist(), blocks.tolist(), strict=True):
         if count > 0:
             arena[block, :, :count] = rows[start : start + count].transpose(0, 1)
 

@@ -124,8 +124,6 @@ def test_gaps_are_refused_where_the_kernel_reads_in_order(operation: str, argume
         ("update_resident", "tail", -1, "tail >= 0"),
         ("append", "resident.recent", 0, "resident.rows has the shape"),
         ("score_codes", "sinks", -1, "sinks >= 0"),
-        ("store", "rows", torch.zeros(321, 2, 2, 16), "1 <= T <= max_blocks \\* block_tokens"),
-        ("store", "rows", torch.zeros(0, 2, 2, 16), "1 <= T"),
         ("encode_prompts", "prompt_blocks", PromptBlocks(*4 * [NONE]), "P >= 1"),
         ("sample", "logits", torch.zeros(3, 0), "1 <= vocab"),
         ("post", "mailbox", torch.zeros(4, 3, dtype=torch.int64), "width > N"),
