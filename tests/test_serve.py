@@ -212,11 +212,14 @@ def test_the_tables_fit_their_servers(table: Table) -> None:
             assert together <= int(options["--max-num-seqs"])
             shape = server.model.shape
             held = [
-                sum(load.requests * (load.prompt + load.output) for load in loads[case])
+                sum(
+                    load.requests * -(-(load.prompt + load.output) // shape.block_tokens)
+                    for load in loads[case]
+                )
                 for case in server.cases
                 if "/" not in case
             ]
-            assert max(held) * shape.token_bytes <= int(options["--kv-size"].removesuffix("GiB")) * 2**30
+            assert max(held) * shape.block_bytes <= int(options["--kv-size"].removesuffix("GiB")) * 2**30
 
 
 def test_cases_are_chosen_by_name_and_by_group() -> None:

@@ -107,7 +107,7 @@ GPU = Table(
         Server(
             ("short",),
             "--dtype bfloat16 --max-model-len 768 --max-num-seqs 256 --select-k 128 --resident 704 "
-            f"--kv-size 25GiB {PROMPTS_FIRST}",
+            f"--kv-size 36GiB {PROMPTS_FIRST}",
             LLAMA_8B,
         ),
         Server(("tokens",), "--dtype bfloat16 --max-model-len 2560 --max-num-seqs 64 --kv-size 8GiB"),
