@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AutoTokenizer
+import tokenizers
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
@@ -25,6 +27,8 @@ class Tokenizer:
 
     Attributes:
         eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
+        backend: decodes as this tokenizer does; None where it decodes in a way of its own.
+        spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
@@ -38,10 +42,15 @@ class Tokenizer:
             raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
         self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
         self._vocab_size = vocab_size
-        self._longest = max(map(len, self._tokenizer.get_vocab()))
+        vocabulary = self._tokenizer.get_vocab()
+        self._longest = max(map(len, vocabulary))
         self.eos = _eos_of(self._tokenizer, folder)
+        fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
+        plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
+        self.backend: tokenizers.Tokenizer | None = self._tokenizer.backend_tokenizer if plain else None
         added = self._tokenizer.added_tokens_decoder
-        self.silent = {token for token, entry in added.items() if entry.special} | set(self.eos)
+        special = {token for token, entry in added.items() if entry.special}
+        self.spoken = set(vocabulary.values()) - special - set(self.eos)
 
     def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, at least one.
@@ -125,53 +134,27 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []  # the latest tokens
-        self._cut = 0  # place in the window where a character ends; the window may begin there later
-        self._given = 0  # characters of the window's text that were passed on
-        self._pending = 0  # tokens since all of the window's text was passed on
+        self._spoken = tokenizer.spoken
+        self._pieces: _Stream | _Window = _Window(tokenizer, [])
+        if tokenizer.backend is not None:
+            self._pieces = _Stream(tokenizer, tokenizer.backend)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
         """New text, often empty."""
-        if self.stopped or token in self._tokenizer.silent:
+        if self.stopped or token not in self._spoken:
             return ""
-        self._window.append(token)
-        self._pending += 1
-        text = self._tokenizer.decode(self._window)
-        stable = len(text)
-        if text.endswith("\ufffd"):  # perhaps an incomplete character
-            # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
-            stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
-        else:
-            self._pending = 0
-        new = text[self._given : stable]
-        self._given = max(self._given, stable)
-        if not self._pending and len(self._window) - self._cut >= _CONTEXT:
-            # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
-            self._shorten(self._cut, 0)
-            self._cut = len(self._window)
-        elif len(self._window) == _WINDOW:  # no valid UTF-8 for a long time
-            self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
-            self._cut = 0
-        return self._until_stop(new)
+        new = self._pieces.push(token)
+        return self._until_stop(new) if self._stops else new
 
     def flush(self) -> str:
         """The rest, at the end of the sequence."""
         if self.stopped:
             return ""
-        rest = self._until_stop(self._tokenizer.decode(self._window)[self._given :])
+        rest = self._until_stop(self._pieces.flush())
         return rest + self._held  # nothing is held back behind a stop string
-
-    def _shorten(self, first: int, open_characters: int) -> None:
-        """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
-
-        Only the beginning of the text depends on the tokens before it, so the count is from its end.
-        """
-        self._window = self._window[first:]
-        self._given = len(self._tokenizer.decode(self._window)) - open_characters
 
     def _until_stop(self, new: str) -> str:
         """The part of the text held back and ``new`` that cannot belong to a stop string."""
@@ -185,3 +168,104 @@ class Detokenizer:
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]
+
+
+class _Stream:
+    """Text by ``DecodeStream``, which is cheap, wherever it is right.
+
+    It gives nothing while the text ends with U+FFFD, which may be an incomplete character. Where that lasts
+    longer than a character can, or the text of earlier tokens changes, a ``_Window`` takes over until it has
+    given all of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, backend: tokenizers.Tokenizer) -> None:
+        self._tokenizer, self._backend = tokenizer, backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._before: list[int] = []  # those that gave the latest text
+        self._pending: list[int] = []  # those since then
+        self._window: _Window | None = None
+
+    def push(self, token: int) -> str:
+        if self._window is not None:
+            return self._from_window(self._window, token)
+        self._pending.append(token)
+        try:
+            text = self._stream.step(self._backend, token)
+        except Exception:  # the library has no narrower one: the text of earlier tokens is another now
+            return self._go_over()
+        if text is not None:
+            self._before, self._pending = self._pending, []
+            return text
+        return self._go_over() if len(self._pending) == _CHARACTER_TOKENS else ""
+
+    def flush(self) -> str:
+        text = self._go_over() if self._pending else ""
+        return text if self._window is None else text + self._window.flush()
+
+    def _go_over(self) -> str:
+        self._window = _Window(self._tokenizer, self._before)
+        pending, self._pending = self._pending, []
+        return "".join([self._window.push(token) for token in pending])
+
+    def _from_window(self, window: "_Window", token: int) -> str:
+        text = window.push(token)
+        if window.complete:
+            self._before = window.tokens
+            self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+            self._window = None
+        return text
+
+
+class _Window:
+    """Text by decoding the latest tokens again with each new one.
+
+    Args:
+        before: tokens whose text was given already; at their end a character ends.
+
+    Attributes:
+        tokens: the latest ones.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = list(before)
+        self._cut = 0  # place in the window where a character ends; the window may begin there later
+        self._given = len(tokenizer.decode(before))  # characters of the window's text that were passed on
+        self._pending = 0  # tokens since all of the window's text was passed on
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the text was passed on."""
+        return self._pending == 0
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        self._pending += 1
+        text = self._tokenizer.decode(self.tokens)
+        stable = len(text)
+        if text.endswith("\ufffd"):  # perhaps an incomplete character
+            # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
+            stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
+        else:
+            self._pending = 0
+        new = text[self._given : stable]
+        self._given = max(self._given, stable)
+        if not self._pending and len(self.tokens) - self._cut >= _CONTEXT:
+            # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
+            self._shorten(self._cut, 0)
+            self._cut = len(self.tokens)
+        elif len(self.tokens) == _WINDOW:  # no valid UTF-8 for a long time
+            self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
+            self._cut = 0
+        return new
+
+    def flush(self) -> str:
+        return self._tokenizer.decode(self.tokens)[self._given :]
+
+    def _shorten(self, first: int, open_characters: int) -> None:
+        """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
+
+        Only the beginning of the text depends on the tokens before it, so the count is from its end.
+        """
+        self.tokens = self.tokens[first:]
+        self._given = len(self._tokenizer.decode(self.tokens)) - open_characters

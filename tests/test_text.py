@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
@@ -16,6 +16,7 @@ from clo.runtime.wire.messages import Chat, Text, Tokens, Turn
 from tests.conftest import SPECIAL, VOCABULARY
 
 LIMIT = 100
+UNKNOWN = 5  # ids at the end of the model's vocabulary that the tokenizer lacks
 HELLO = Chat([Turn("system", "be brief"), Turn("user", "hé 你好 <b>&amp;</b>\n ")])
 TEXTS = (
     "",
@@ -32,7 +33,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def byte_level(tiny_model: Path) -> Tokenizer:
     """Any bytes are possible, so also invalid UTF-8."""
-    return Tokenizer(tiny_model, VOCABULARY)
+    return Tokenizer(tiny_model, VOCABULARY + UNKNOWN)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,31 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(folder, len(tokens))
 
 
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As of newer SentencePiece models: '▁' for a space; the first token's is dropped."""
+    tokens = ["<s>", "▁▁", "▁a", "b▁", *"▁abc,é€你👍\u0301\u200d\n"]
+    tokenizer = FastTokenizer(models.Unigram([(token, -float(len(token))) for token in tokens], 0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    folder = tmp_path_factory.mktemp("metaspace")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>").save_pretrained(folder)
+    return Tokenizer(folder, VOCABULARY + UNKNOWN)
+
+
+@pytest.fixture(scope="module")
+def default_model(smollm2: Path) -> Tokenizer:
+    return Tokenizer(smollm2, 49_152)
+
+
+@pytest.fixture(scope="module")
+def decoded_again(tiny_model: Path) -> Tokenizer:
+    """Without ``DecodeStream``, as a tokenizer that decodes in a way of its own."""
+    tokenizer = Tokenizer(tiny_model, VOCABULARY + UNKNOWN)
+    tokenizer.backend = None
+    return tokenizer
+
+
 def pieces_of(tokenizer: Tokenizer, tokens: list[int], stop: list[str] | None = None) -> list[str]:
     detokenizer = Detokenizer(tokenizer, stop or [])
     return [detokenizer.push(token) for token in tokens] + [detokenizer.flush()]
@@ -58,16 +84,45 @@ def random_text(rng: random.Random) -> str:
     return "".join(rng.choices("ab ,é€你👍\u0301\u200d\n", k=rng.randrange(80)))
 
 
-@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize(
+    "name", ["byte_level", "byte_fallback", "metaspace", "default_model", "decoded_again"]
+)
 @pytest.mark.parametrize("seed", range(30))
 def test_the_pieces_are_the_text(name: str, seed: int, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
     rng = random.Random(seed)
-    text = TEXTS[seed] if seed < len(TEXTS) else random_text(rng)
-    tokens = tokenizer.encode(Text("x" + text), 1000)
+    text = TEXTS[seed] if seed < len(TEXTS) and name != "metaspace" else random_text(rng)
+    tokens = tokenizer.encode(Text("a" + text), 1000)
     pieces = pieces_of(tokenizer, tokens)
     assert "".join(pieces) == tokenizer.decode(tokens)
     assert "".join(pieces).endswith(text)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "metaspace", "default_model", "decoded_again"])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_pieces_of_random_tokens_are_the_text(
+    name: str, seed: int, request: pytest.FixtureRequest
+) -> None:
+    """Words and parts of characters in any order, special tokens, and ids that the tokenizer does not know.
+    Some sequences have only a few different tokens, which they repeat."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    rng = random.Random(seed)
+    ids = range(49_152 if name == "default_model" else VOCABULARY + UNKNOWN)
+    pool = rng.sample(ids, 3) if seed % 4 == 0 else ids
+    tokens = rng.choices(pool, k=300)
+    assert "".join(pieces_of(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_between_words_that_are_no_characters(byte_fallback: Tokenizer, seed: int) -> None:
+    """Replacement characters may differ from those of the whole text; words and spaces do not."""
+    rng = random.Random(seed)
+    words = [byte_fallback.encode(Text("a"), 10)[-1], *byte_fallback.encode(Text("b c"), 10)]
+    pools = (range(129, 257), words, byte_fallback.encode(Text("€"), 10)[1:])  # 129 is byte 128
+    tokens = [words[0], *(rng.choice(pool) for pool in rng.choices(pools, k=300))]
+    found = "".join(pieces_of(byte_fallback, tokens))
+    plain = [token for token in tokens if token in words]
+    assert "".join(character for character in found if character in "abc ") == byte_fallback.decode(plain)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -160,7 +215,7 @@ def test_a_stop_string_may_end_with_the_sequence(byte_level: Tokenizer) -> None:
         (Text(""), InvalidRequest, "prompt is empty"),
         (Tokens([]), InvalidRequest, "prompt is empty"),
         (Chat([]), InvalidRequest, "chat is empty"),
-        (Tokens([0, VOCABULARY]), InvalidRequest, "Token id 512 is not in the vocabulary; ids go up to 511"),
+        (Tokens([0, 517]), InvalidRequest, "Token id 517 is not in the vocabulary; ids go up to 516"),
         (Text("x" * 100_000), PromptTooLong, "100000 characters cannot fit into the model length of 100"),
         (Chat([Turn("user", "x" * 100_000)]), PromptTooLong, "cannot fit"),
     ],
