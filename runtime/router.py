@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.request import Request, State
@@ -29,6 +28,7 @@ from clo.runtime.wire.messages import (
     Cancel,
     Chat,
     Chunk,
+    Chunks,
     Done,
     Failed,
     Finished,
@@ -42,7 +42,6 @@ from clo.runtime.wire.messages import (
     Ready,
     Refused,
     Run,
-    Step,
     Stepped,
     Text,
     ToClient,
@@ -54,7 +53,7 @@ from clo.runtime.wire.messages import (
 )
 from clo.runtime.wire.sockets import Delivery, RouterSocket
 
-UNREAD_MESSAGES = 20_000  # that a client may leave unread before its requests are dropped
+UNREAD_MESSAGES = 5_000  # that a client may leave unread before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 INFO_S = 2.0
@@ -83,7 +82,7 @@ class Router:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
                 self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES
@@ -122,8 +121,8 @@ class Router:
     async def serve(self) -> None:
         """Serve until cancelled. Requests that come before the workers are ready wait for them."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive(self._clients))
-            group.create_task(self._receive(self._workers))
+            group.create_task(self._hear_clients())
+            group.create_task(self._hear_workers())
             group.create_task(self._keep_in_touch())
 
     def fail_all(self, error: CLOError) -> None:
@@ -136,18 +135,24 @@ class Router:
         """Close the sockets, after ``serve`` has ended. What was sent gets up to a second to leave."""
         for task in self._tasks:
             task.cancel()
-        self._context.destroy(linger=FLUSH_MS)
+        for peers in (self._clients, self._workers):
+            peers.close(FLUSH_MS)
+        self._context.term()
 
-    async def _receive(self, peers: RouterSocket[Any, Any]) -> None:
-        while True:
-            peer, message = await peers.receive()
-            if not isinstance(message, ProtocolError):
-                self._handlers[type(message)](self, peer, message)
-            elif peers is self._clients:
-                self._send(peer, Failed("", message.code, str(message)))
+    async def _hear_clients(self) -> None:
+        async for client, message in self._clients.messages():
+            if isinstance(message, ProtocolError):
+                self._send(client, Failed("", message.code, str(message)))
             else:
-                _logger.error("%s sent what cannot be read: %s", peer.decode(errors="replace"), message)
-            await asyncio.sleep(0)  # a receive that does not have to wait would not let the other tasks run
+                self._handlers[type(message)](self, client, message)
+            await asyncio.sleep(0)  # its task begins before the next message, perhaps its Cancel, is read
+
+    async def _hear_workers(self) -> None:
+        async for worker, message in self._workers.messages():
+            if isinstance(message, ProtocolError):
+                _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
+            else:
+                self._handlers[type(message)](self, worker, message)
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -266,22 +271,26 @@ class Router:
             self._tell(request, Progress(request.name, "prefill", message.done, message.total))
 
     def on_stepped(self, worker: bytes, message: Stepped) -> None:
+        """The new tokens of a step, as text: one message to each client."""
+        now = asyncio.get_running_loop().time()
+        chunks: dict[bytes, list[Chunk]] = {}
         for step in message.steps:
             request = self._running.get(step.sequence)
-            if request is not None:
-                self._pass_on(request, step)
-
-    def _pass_on(self, request: Request, step: Step) -> None:
-        """One new token of a request, as text."""
-        assert request.text is not None
-        if request.state is not State.ASSIGNED:  # the worker has not read the Abort yet
-            return
-        request.generated += 1
-        text = request.text.push(step.token)
-        logprobs = None if step.logprob is None else [step.logprob]
-        self._tell(request, Chunk(request.name, text, [step.token], logprobs))
-        if request.text.stopped and request.open:
-            self._stop(request, "stop")
+            if (
+                request is None or request.state is not State.ASSIGNED
+            ):  # the worker has not read the Abort yet
+                continue
+            assert request.text is not None
+            text = request.text.push(step.token)
+            if request.text.stopped:
+                self._stop(request, "stop")
+            request.generated += 1
+            request.heard = now
+            logprobs = None if step.logprob is None else [step.logprob]
+            chunk = Chunk(request.name, text, [step.token], logprobs)
+            chunks.setdefault(request.client, []).append(chunk)
+        for client, new in chunks.items():
+            self._send(client, Chunks(new))
 
     def on_done(self, worker: bytes, message: Done) -> None:
         request = self._running.pop(message.sequence, None)
@@ -289,7 +298,7 @@ class Router:
             return
         assert request.text is not None
         if rest := request.text.flush():
-            self._tell(request, Chunk(request.name, rest, [], None))
+            self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
         usage = Usage(request.prompt_tokens, request.generated)
         reason = "stop" if request.text.stopped else request.reason or message.reason
         self._end(request, Finished(request.name, reason, usage, message.cache))

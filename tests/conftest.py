@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clo.runtime import client
+from clo.runtime import connection
 from tests import server
 
 VOCABULARY = 512
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 
 
-client.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still for longer than 5 s
+connection.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still for longer than 5 s
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import zmq
 
 from clo.runtime.client import Client
 from clo.runtime.wire.errors import CLOError
-from clo.runtime.wire.messages import Failed, Message, ToClient
+from clo.runtime.wire.messages import Failed, Finished, Message, ToClient
 from clo.runtime.wire.sockets import configure, encode
 from tests.server import Server
 
@@ -40,7 +40,7 @@ class Raw:
         """What ends ``request``; everything else until then is dropped."""
         while True:
             message = self.receive()
-            if message.request == request and type(message).__name__ in ("Finished", "Failed"):
+            if isinstance(message, Finished | Failed) and message.request == request:
                 return message
 
     def refusal(self) -> Failed:

@@ -1,6 +1,7 @@
 """A router in the event loop of a test, and clients and workers that say what the test says."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -12,6 +13,8 @@ import zmq.asyncio
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
 from clo.runtime.wire.messages import (
+    Chunk,
+    Chunks,
     DriftStats,
     Failed,
     Finished,
@@ -47,28 +50,40 @@ class Peer:
     def send(self, message: Message) -> None:
         self.socket.send(encode(message))
 
-    async def next(self) -> Any:
+    async def message(self) -> Any:
+        """The next message, as it came."""
         return self._decoder.decode(await asyncio.wait_for(self.socket.recv(), WAIT_S))
 
 
 class Client(Peer):
+    """A client; ``next`` gives the chunks of a message one by one."""
+
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, **options: Any) -> None:
         super().__init__(context, endpoint, ToClient, **options)
         self._questions = 0
+        self._chunks: deque[Chunk] = deque()
 
-    async def info(self) -> tuple[Info | Failed, list[ToClient]]:
+    async def next(self) -> Any:
+        while not self._chunks:
+            message = await self.message()
+            if not isinstance(message, Chunks):
+                return message
+            self._chunks.extend(message.chunks)
+        return self._chunks.popleft()
+
+    async def info(self) -> tuple[Info | Failed, list[Any]]:
         """The answer to ``GetInfo``, and what came before it."""
         self._questions += 1
         name = f"question {self._questions}"
         self.send(GetInfo(name))
-        before: list[ToClient] = []
+        before: list[Any] = []
         while (message := await self.next()).request != name:
             before.append(message)
         return message, before
 
-    async def to_end(self, name: str) -> list[ToClient]:
+    async def to_end(self, name: str) -> list[Any]:
         """All that comes for a request, to its end; there is nothing else."""
-        messages: list[ToClient] = []
+        messages: list[Any] = []
         while not messages or not isinstance(messages[-1], Finished | Failed):
             messages.append(await self.next())
             assert messages[-1].request == name

@@ -2,28 +2,38 @@
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import zmq
 
-from clo.runtime import client as client_module
+from clo.runtime import connection
 from clo.runtime.client import AsyncClient, Client
-from clo.runtime.wire.errors import CLOError, ProtocolError, ServerUnreachable
+from clo.runtime.stream import AsyncStream
+from clo.runtime.wire.errors import CLOError, ProtocolError, RequestTimeout, ServerUnreachable
 from clo.runtime.wire.messages import (
     NO_STATS,
     Cancel,
     Chunk,
+    Chunks,
     Failed,
     Finished,
     Generate,
+    Info,
+    Logprob,
     Message,
+    Progress,
     ToRouter,
     Usage,
 )
 from clo.runtime.wire.sockets import Decoder, configure, encode
 from tests.faults import WAIT_S, error_of
+from tests.server import ROOT
 
 
 class FakeServer:
@@ -63,7 +73,7 @@ def test_an_address_that_is_none(address: str) -> None:
 
 def test_no_server_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error after 5 s of silence, here 0.3 s."""
-    monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 0.3)
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # it does not listen
         address = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
@@ -115,7 +125,7 @@ def test_leaving_a_stream_early_cancels_it(server: FakeServer) -> None:
         request = server.receive().request
         with pytest.raises(RuntimeError, match="has not ended"):
             _ = stream.result
-        server.send(Chunk(request, "x", [1], None))
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
         for chunk in stream:
             assert chunk.text == "x"
             break
@@ -165,8 +175,281 @@ def test_threads_share_a_client(server: FakeServer) -> None:
         requests = [server.receive() for _ in threads]
         for request in reversed(requests):
             assert isinstance(request, Generate)
-            server.send(Chunk(request.request, f"answer to {request.prompt.text}", [1], None))  # type: ignore[union-attr]
+            chunk = Chunk(request.request, f"answer to {request.prompt.text}", [1], None)  # type: ignore[union-attr]
+            server.send(Chunks([chunk]))
             server.send(Finished(request.request, "stop", Usage(1, 1), NO_STATS))
         for thread in threads:
             thread.join(WAIT_S)
     assert results == {str(number): f"answer to {number}" for number in range(8)}
+
+
+# ------------------------------------------------------------------------------------ pieces
+
+
+def scored(request: str, text: str, token: int) -> Chunk:
+    return Chunk(request, text, [token], [Logprob(token, -float(token), [])])
+
+
+def test_what_arrives_together_is_one_piece_and_nothing_is_lost(server: FakeServer) -> None:
+    """For a stream of each kind, however the tokens come."""
+
+    async def read(client: AsyncClient) -> None:
+        stream = client.stream("a")
+        request = (await asyncio.to_thread(server.receive)).request
+        server.send(Chunks([scored(request, "x", 1), scored("somebody else", "?", 9)]))
+        pieces = aiter(stream)
+        assert await anext(pieces) == scored(request, "x", 1)
+        server.send(Chunks([scored(request, "y", 2), scored(request, "", 3)]))
+        server.send(Chunks([scored(request, "z", 4)]))
+        server.send(Finished(request, "stop", Usage(1, 4), NO_STATS))
+        rest = [piece async for piece in pieces]
+        assert "".join(piece.text for piece in rest) == "yz"
+        assert [token for piece in rest for token in piece.tokens] == [2, 3, 4]
+        assert [entry.token for piece in rest for entry in piece.logprobs or ()] == [2, 3, 4]
+        assert (stream.result.text, stream.result.tokens) == ("xyz", [1, 2, 3, 4])
+        assert stream.result.logprobs is not None
+        assert [entry.logprob for entry in stream.result.logprobs] == [-1.0, -2.0, -3.0, -4.0]
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            await read(client)
+
+    asyncio.run(run())
+    with Client(server.address) as client:
+        stream = client.stream("a")
+        request = server.receive().request
+        for token in range(1, 200):
+            server.send(Chunks([Chunk(request, f"{token} ", [token], None)]))
+        server.send(Chunks([Chunk(request, "end", [], None)]))
+        server.send(Finished(request, "length", Usage(1, 199), NO_STATS))
+        pieces = list(stream)
+        expected = "".join(f"{token} " for token in range(1, 200)) + "end"
+        assert "".join(piece.text for piece in pieces) == stream.result.text == expected
+        assert [token for piece in pieces for token in piece.tokens] == list(range(1, 200))
+        assert stream.result.tokens == list(range(1, 200)) and stream.result.logprobs is None
+
+
+def test_a_stream_that_was_read_gives_nothing_more(server: FakeServer) -> None:
+    """Its result stays; the error of one that failed is raised again."""
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            stream = client.stream("a")
+            server.send(
+                Finished((await asyncio.to_thread(server.receive)).request, "stop", Usage(1, 0), NO_STATS)
+            )
+            for _ in range(2):
+                assert [piece async for piece in stream] == []
+                assert stream.result.finish_reason == "stop"
+
+    asyncio.run(run())
+    with Client(server.address) as client:
+        stream, failing = client.stream("a"), client.stream("b")
+        requests = [server.receive().request for _ in range(2)]
+        server.send(Chunks([Chunk(requests[0], "x", [1], None)]))
+        server.send(Finished(requests[0], "stop", Usage(1, 1), NO_STATS))
+        server.send(Failed(requests[1], "internal", "No."))
+        assert [piece.text for piece in stream] == ["x"]
+        assert list(stream) == []
+        assert stream.result.text == "x"
+        for _ in range(2):
+            assert str(error_of(failing)) == "No."
+
+
+def test_a_stream_that_was_left_can_be_read_to_its_end(server: FakeServer) -> None:
+    with Client(server.address) as client:
+        stream = client.stream("a")
+        request = server.receive().request
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
+        assert next(iter(stream)).text == "x"
+        assert server.receive() == Cancel(request)
+        server.send(Chunks([Chunk(request, "y", [2], None)]))
+        server.send(Finished(request, "cancelled", Usage(1, 2), NO_STATS))
+        assert [piece.text for piece in stream] == ["y"]
+        assert (stream.result.text, stream.result.finish_reason) == ("xy", "cancelled")
+
+
+def test_a_server_that_ends_a_request_with_something_else(server: FakeServer) -> None:
+    info = Info("", "tiny", 1, 1, "clo", [], [])
+    with Client(server.address) as client:
+        stream = client.stream("a")
+        server.send(msgspec.structs.replace(info, request=server.receive().request))
+        assert type(error_of(stream)) is ProtocolError
+        errors: list[CLOError] = []
+
+        def ask() -> None:
+            with pytest.raises(ProtocolError) as caught:
+                client.info()
+            errors.append(caught.value)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.send(Finished(server.receive().request, "stop", Usage(1, 0), NO_STATS))
+        asking.join(WAIT_S)
+        assert "GetInfo with Finished" in str(errors[0])
+
+
+def test_two_tasks_cannot_read_one_stream(server: FakeServer) -> None:
+    """The second is told; the first goes on."""
+
+    async def read(stream: AsyncStream) -> list[str]:
+        return [piece.text async for piece in stream]
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            stream = client.stream("a")
+            request = (await asyncio.to_thread(server.receive)).request
+            first = asyncio.create_task(read(stream))
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="read already"):
+                await read(stream)
+            server.send(Chunks([Chunk(request, "x", [1], None)]))
+            server.send(Finished(request, "stop", Usage(1, 1), NO_STATS))
+            assert "".join(await first) == "x"
+
+    asyncio.run(run())
+
+
+# -------------------------------------------------------------------------- progress, silence, time
+
+
+def test_progress_goes_to_whoever_wants_it(server: FakeServer) -> None:
+    """Before the pieces that come after it, also for those who want the whole answer. An error of theirs ends
+    the request."""
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            heard: list[Progress] = []
+            asked = asyncio.create_task(client.generate("a", on_progress=heard.append))
+            request = (await asyncio.to_thread(server.receive)).request
+            progress = [Progress(request, "queued", 0, 5), Progress(request, "prefill", 5, 5)]
+            for message in progress:
+                server.send(message)
+            while heard != progress:
+                await asyncio.sleep(0.01)
+            server.send(Chunks([Chunk(request, "x", [1], None), Chunk(request, "y", [2], None)]))
+            server.send(Finished(request, "stop", Usage(5, 2), NO_STATS))
+            assert (await asked).text == "xy"
+
+            def refuse(_: Progress) -> None:
+                raise KeyError("not that")
+
+            asked = asyncio.create_task(client.generate("a", on_progress=refuse))
+            request = (await asyncio.to_thread(server.receive)).request
+            server.send(Progress(request, "queued", 0, 5))
+            with pytest.raises(KeyError):
+                await asked
+            assert await asyncio.to_thread(server.receive) == Cancel(request)
+
+    asyncio.run(run())
+    told: list[str] = []
+
+    def refuse_first(progress: Progress) -> None:
+        told.append(progress.stage)
+        if len(told) == 1:
+            raise KeyError("not yet")
+
+    with Client(server.address) as client:
+        stream = client.stream("a", on_progress=refuse_first)
+        request = server.receive().request
+        server.send(Progress(request, "queued", 0, 5))
+        with pytest.raises(KeyError):
+            next(iter(stream))
+        assert server.receive() == Cancel(request)
+        server.send(Progress(request, "prefill", 5, 5))
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
+        server.send(Finished(request, "cancelled", Usage(5, 1), NO_STATS))
+        assert [piece.text for piece in stream] == ["x"]
+        assert (stream.result.text, told) == ("x", ["queued", "prefill"])
+
+
+def test_a_request_of_which_nothing_is_heard_fails_alone(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes on about another one."""
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 1.0)
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            heard = asyncio.create_task(client.generate("a"))
+            request = (await asyncio.to_thread(server.receive)).request
+            silent = asyncio.create_task(client.generate("b"))
+            forgotten = (await asyncio.to_thread(server.receive)).request
+            while not silent.done():
+                server.send(Chunks([Chunk(request, "", [1], None)]))
+                await asyncio.sleep(0.05)
+            with pytest.raises(ServerUnreachable, match="for 1 s"):
+                await silent
+            assert await asyncio.to_thread(server.receive) == Cancel(forgotten)
+            server.send(Finished(request, "stop", Usage(1, 1), NO_STATS))
+            assert (await heard).finish_reason == "stop"
+
+    asyncio.run(run())
+
+
+def test_a_client_that_is_busy_for_long_does_not_blame_the_server(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has arrived meanwhile is read before anything is said about silence."""
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 0.3)
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            for busy in (0.31, 0.5, 2.0):
+                asked = asyncio.create_task(client.generate("a"))
+                await asyncio.sleep(0)
+                request = server.receive().request
+                time.sleep(busy / 2)
+                server.send(Progress(request, "queued", 0, 5))
+                time.sleep(busy / 2)
+                server.send(Finished(request, "stop", Usage(1, 0), NO_STATS))
+                assert (await asked).finish_reason == "stop"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_takes_too_long_is_cancelled(server: FakeServer) -> None:
+    """Whatever the server says, and also where nobody reads the stream; what comes in time counts."""
+    with Client(server.address, timeout=WAIT_S) as client:
+        stream = client.stream("a", timeout=0.3)
+        request = server.receive().request
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
+        assert server.receive() == Cancel(request)
+        pieces = iter(stream)
+        assert next(pieces).text == "x"
+        with pytest.raises(RequestTimeout, match=r"No answer within 0\.3 s"):
+            next(pieces)
+        stream = client.stream("a", timeout=1.0)
+        server.send(Finished(server.receive().request, "stop", Usage(1, 0), NO_STATS))
+        time.sleep(1.1)
+        assert list(stream) == [] and stream.result.finish_reason == "stop"
+
+
+def test_a_closed_client_says_so(server: FakeServer) -> None:
+    async def run() -> None:
+        client = AsyncClient(server.address)
+        await client.close()
+        await client.close()
+        for work in (client.generate("a"), client.info()):
+            with pytest.raises(ServerUnreachable, match="closed"):
+                await work
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("use", ["list(iter(client.stream('a')))", "client.stream('a')", "client.info()"])
+def test_a_process_ends_though_its_client_was_not_closed(server: FakeServer, use: str) -> None:
+    """With a thread that is in the middle of something."""
+    code = f"""
+import threading
+from clo.runtime.client import Client
+client = Client({server.address!r})
+threading.Thread(target=lambda: {use}, daemon=True).start()
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE) as process:
+        server.receive()
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(WAIT_S) == 0

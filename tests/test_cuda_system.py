@@ -29,7 +29,7 @@ import torch
 from clo.runtime.client import AsyncClient, Client, Result
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import WorkerDied
-from clo.runtime.wire.messages import Chunk, Generate, Progress, Sampling, Text, Tokens
+from clo.runtime.wire.messages import Chunks, Generate, Progress, Sampling, Text, Tokens
 from examples.document import document
 from tests.faults import WAIT_S, assert_serves, error_of, raw, wait_until_idle
 from tests.server import Server
@@ -121,9 +121,9 @@ async def run(address: str, order: Order, alone: Result, gap: float) -> Outcome:
         if order.fate == "cancel at once":
             await stream.cancel()
         count = 0
-        async for _ in stream:
-            count += 1
-            if count == order.tokens:
+        async for chunk in stream:
+            count += len(chunk.tokens)
+            if count >= order.tokens:
                 await stream.cancel()
         result = stream.result
         fate = order.fate if result.finish_reason == "cancelled" else "cancel too late"
@@ -134,7 +134,7 @@ def vanish(address: str, order: Order) -> None:
     """A client that is gone in mid-stream and says nothing."""
     with raw(address) as client:
         client.send(Generate("r", Tokens(order.prompt), Sampling(**GREEDY, max_tokens=900)))
-        while not isinstance(client.receive(), Chunk):
+        while not isinstance(client.receive(), Chunks):
             pass
 
 

@@ -19,7 +19,7 @@ from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, Pro
 from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     Cancel,
-    Chunk,
+    Chunks,
     Generate,
     Progress,
     Sampling,
@@ -218,9 +218,9 @@ def test_a_request_cancelled_while_it_is_tokenised(server: Server) -> None:
         client.send(Cancel("r"))
         assert client.last("r").reason == "cancelled"
         client.send(Generate("r", Text("a"), Sampling(**ENDLESS)))
-        chunks = 0
-        while chunks < 50:  # by then the first is tokenised
-            chunks += isinstance(client.receive(), Chunk)
+        steps = 0
+        while steps < 50:  # by then the first is tokenised
+            steps += isinstance(client.receive(), Chunks)
         client.send(Cancel("r"))
         assert client.last("r").reason == "cancelled"
 

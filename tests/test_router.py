@@ -596,7 +596,7 @@ async def test_two_clients_may_use_the_same_name(model: ResolvedModel) -> None:
 
 
 @in_loop
-async def test_tokens_of_one_step_go_to_their_clients(model: ResolvedModel) -> None:
+async def test_tokens_of_one_step_go_to_their_clients_in_one_message_each(model: ResolvedModel) -> None:
     async with running(model) as wire:
         client, other, (worker,) = wire.client(), wire.client(), wire.workers
         for peer in (client, other):
@@ -604,10 +604,36 @@ async def test_tokens_of_one_step_go_to_their_clients(model: ResolvedModel) -> N
                 peer.send(ask(name))
                 await peer.info()
         runs = [await worker.order() for _ in range(4)]
-        worker.send(Stepped([Step(run.sequence, 65 + run.sequence, None) for run in runs]))
+        for _ in range(2):
+            worker.send(Stepped([Step(run.sequence, 65 + run.sequence, None) for run in runs]))
         for peer, first in ((client, 65), (other, 67)):
-            found = [await peer.next(), await peer.next()]
-            assert [(chunk.request, chunk.tokens) for chunk in found] == [("a", [first]), ("b", [first + 1])]
+            for _ in range(2):
+                (a, b) = (await peer.message()).chunks
+                assert (a.request, a.tokens, b.request, b.tokens) == ("a", [first], "b", [first + 1])
+
+
+@in_loop
+async def test_a_stop_string_in_a_step_ends_its_request_alone(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """Also where the step brings another token of the same request, which is dropped."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask("a", sampling=Sampling(max_tokens=50, stop=["!"])))
+        client.send(ask("b"))
+        a, b = [(await worker.order()).sequence for _ in range(2)]
+        one, end = ids_of(tokenizer, "1!")
+        worker.send(Stepped([Step(a, one, None), Step(b, one, None), Step(a, end, None), Step(a, one, None)]))
+        assert (await client.message()).chunks == [
+            Chunk("a", "1", [one], None),
+            Chunk("b", "1", [one], None),
+            Chunk("a", "", [end], None),
+        ]
+        assert await worker.order() == Abort(a)
+        worker.send(Done(a, "cancelled", STATS))
+        assert await client.next() == Finished("a", "stop", Usage(5, 2), STATS)
+        worker.step(b, end)
+        assert await client.next() == Chunk("b", "!", [end], None)
 
 
 @in_loop
@@ -704,8 +730,9 @@ async def test_what_is_not_a_message(model: ResolvedModel, caplog: pytest.LogCap
         with caplog.at_level(logging.ERROR):
             worker.socket.send(b"\xc1")
             worker.socket.send(encode(GetInfo("x")))
+            worker.step(0, 2**40)
             await client.info()
-        assert caplog.text.count("worker-0 sent what cannot be read") == 2
+        assert caplog.text.count("worker-0 sent what cannot be read") == 3
         client.send(ask())
         assert isinstance(await worker.order(), Run)
 

@@ -179,13 +179,20 @@ class Progress(Message, frozen=True):
     total: int
 
 
-class Chunk(Message, frozen=True):
-    """New text. ``text`` may be empty while a stop string or a character is incomplete."""
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """New text of one request, and the tokens that brought it: one token as it is sent, and more where a
+    client reads late. ``text`` may be empty while a stop string or a character is incomplete."""
 
     request: str
     text: str
     tokens: list[int]
     logprobs: list[Logprob] | None
+
+
+class Chunks(Message, frozen=True):
+    """What one decode step brought for the requests of one client, all together."""
+
+    chunks: list[Chunk]
 
 
 class Finished(Message, frozen=True):
@@ -213,7 +220,7 @@ class Info(Message, frozen=True):
     stores: list[StoreStats]
 
 
-ToClient = Progress | Chunk | Finished | Failed | Info
+ToClient = Progress | Chunks | Finished | Failed | Info
 
 
 # ---------------------------------------------------------------------- router -> worker (ipc, DEALER)
@@ -253,11 +260,11 @@ class Ready(Message, frozen=True):
     capacity_tokens: int  # tokens that its store holds
 
 
-class Step(msgspec.Struct, frozen=True, array_like=True):
+class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One new token of one sequence."""
 
     sequence: int
-    token: int
+    token: TokenId
     logprob: Logprob | None
 
 

@@ -1,14 +1,18 @@
 """Typed ZeroMQ sockets: messages go in and out, and are checked on receipt."""
 
+import asyncio
+import time
+from collections.abc import AsyncIterator
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
+
+TURN_S = 0.002  # that messages of one socket are handled before the event loop's other tasks have their turn
 
 Sent = TypeVar("Sent", bound=Message)
 Received = TypeVar("Received", bound=Message)
@@ -44,6 +48,66 @@ def configure(socket: zmq.Socket[Any]) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 3_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+
+
+def has_message(socket: zmq.Socket[Any]) -> bool:
+    """Whether a message can be received at once."""
+    events: Any = socket.get(zmq.EVENTS)
+    return bool(events & zmq.POLLIN)
+
+
+class Arrivals:
+    """What arrives at a plain socket, in an event loop. A wake-up covers all messages that are there, where
+    ``zmq.asyncio`` makes several futures for each one.
+
+    ZeroMQ's descriptor becomes readable when something has happened to the socket, and stops being so once
+    the socket was asked or used, be it for sending. So it is looked at after each of these.
+    """
+
+    def __init__(self, socket: zmq.Socket[Any]) -> None:
+        self._socket = socket
+        self._descriptor: Any = socket.get(zmq.FD)
+        self._loop: asyncio.AbstractEventLoop | None = None  # known once somebody listens
+        self._waiting: asyncio.Future[None] | None = None
+        self._will_look = False
+
+    async def messages(self) -> AsyncIterator[list[bytes]]:
+        """The frames of each message, for one listener. Other tasks have their turn every ``TURN_S`` seconds
+        and whenever no message is left."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._descriptor, self._look)
+        while True:
+            turn_ends = time.monotonic() + TURN_S
+            while arrived := has_message(self._socket):
+                yield self._socket.recv_multipart(zmq.NOBLOCK)
+                if time.monotonic() >= turn_ends:
+                    break
+            if arrived:
+                await asyncio.sleep(0)
+            else:
+                self._waiting = self._loop.create_future()
+                await self._waiting
+
+    def after_send(self) -> None:
+        """To be called when something was sent, which may have taken the descriptor's sign of an arrival."""
+        if self._loop is not None and not self._will_look:
+            self._will_look = True
+            self._loop.call_soon(self._look)
+
+    def close(self) -> None:
+        """Stop listening, before the socket is closed."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._descriptor)
+            self._loop = None
+
+    def _look(self) -> None:
+        self._will_look = False
+        if self._loop is None:  # closed meanwhile
+            return
+        arrived = has_message(self._socket)  # asked in any case, or the descriptor would stay readable
+        if arrived and self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class DealerSocket(Generic[Sent, Received]):
@@ -87,7 +151,7 @@ class Delivery(Enum):
 
 
 class RouterSocket(Generic[Sent, Received]):
-    """A ROUTER that sends ``Sent`` to its peers and receives ``Received`` from them.
+    """A ROUTER that sends ``Sent`` to its peers and receives ``Received`` from them, in one event loop.
 
     Args:
         endpoint: address to bind.
@@ -101,33 +165,45 @@ class RouterSocket(Generic[Sent, Received]):
         zmq.ZMQError: the address cannot be bound.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, received: Any, queue: int) -> None:
+    def __init__(self, context: zmq.Context[Any], endpoint: str, received: Any, queue: int) -> None:
         self._decode: Decoder[Received] = Decoder(received)
-        self._socket = context.socket(zmq.ROUTER)
+        self._socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
         configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.bind(endpoint)
+        self._arrivals = Arrivals(self._socket)
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    async def receive(self) -> tuple[bytes, Received | ProtocolError]:
-        """The next message and the name of the peer that sent it, or an error if it is not valid."""
-        peer, *frames = await self._socket.recv_multipart()
-        if len(frames) != 1:
-            return peer, ProtocolError(f"A message has one frame, not {len(frames)}.")
-        try:
-            return peer, self._decode(frames[0])
-        except ProtocolError as error:
-            return peer, error
+    async def messages(self) -> AsyncIterator[tuple[bytes, Received | ProtocolError]]:
+        """Each message, or an error if it is not valid, with the name of the peer that sent it; see
+        ``Arrivals.messages``."""
+        async for peer, *frames in self._arrivals.messages():
+            if len(frames) != 1:
+                yield peer, ProtocolError(f"A message has one frame, not {len(frames)}.")
+                continue
+            try:
+                message: Received | ProtocolError = self._decode(frames[0])
+            except ProtocolError as error:
+                message = error
+            yield peer, message
 
     def send(self, peer: bytes, message: Sent) -> Delivery:
-        # A second, plain socket would not do: it would take the wake-up that a waiting receive needs.
-        sent: Any = self._socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)  # always done already
-        error = sent.exception()
-        if error is None:
-            return Delivery.SENT
-        if isinstance(error, zmq.Again):
+        data = encode(message)
+        try:
+            self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
             return Delivery.FULL
-        if isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH:
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
             return Delivery.GONE
-        raise error
+        finally:
+            self._arrivals.after_send()
+        return Delivery.SENT
+
+    def close(self, linger_ms: int) -> None:
+        """What was sent gets up to ``linger_ms`` to leave, for which the end of the context waits."""
+        self._arrivals.close()
+        self._socket.close(linger_ms)
