@@ -3,13 +3,13 @@
     python -m benchmarks.router
 
 A router in a process of its own, as in a server; a worker process that only speaks the worker's messages,
-and sends the tokens of a real text (SmolLM2's tokenizer) as fast as the router takes them; one client with
-all streams in a third process. A run has fewer tokens than the router holds for a client that does not read,
-so that none is dropped. The median of some runs counts.
+and sends the tokens of a real text (SmolLM2's tokenizer), as fast as the router takes them or at the pace of
+a GPU; one client with all streams in a third process. A run has fewer steps than the router holds for a
+client that does not read, so that none is dropped. The median of some runs counts.
 
 The reference is what cannot be saved: each token made text by ``tokenizers``' DecodeStream, and the same
-``Chunk`` sent by one bare socket and read by another. Beside it stands the part of it that is the
-detokenizer's.
+``Chunks`` sent by one bare socket and read by another at the same pace. Beside it stands the part of it
+that is the detokenizer's.
 """
 
 import asyncio
@@ -18,14 +18,12 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any, NamedTuple
 
 import tokenizers
 import zmq
-import zmq.asyncio
 from tokenizers.decoders import DecodeStream
 
 from benchmarks.cpu_clock import cpu_seconds
@@ -38,8 +36,8 @@ from clo.runtime.router import Router
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.messages import (
     NO_STATS,
-    Cancel,
     Chunk,
+    Chunks,
     Done,
     FromWorker,
     Ready,
@@ -54,9 +52,10 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import DealerSocket, Delivery, RouterSocket
 from examples.document import document
 
-STREAMS = (1, 16, 64)
-TOKENS = 16_000  # of a run; below ``clo.runtime.router.UNREAD_MESSAGES``
-LONGEST = 8_000  # tokens of one stream: the model's own limit is 8,192
+CASES = ((1, 2_000, 0.0), (16, 2_000, 0.0), (64, 2_000, 0.0), (64, 500, 0.004))
+"""Streams, steps and seconds from one step to the next. There are fewer steps than
+``clo.runtime.router.UNREAD_MESSAGES``. A step of 64 streams of a small model on a GPU takes about 4 ms."""
+TOKENS = 16_000  # for the detokenizer
 RUNS = 5
 SETTLED_MS = 100  # without a new request, after which the worker begins
 
@@ -105,15 +104,20 @@ def serve(connection: Connection, model: ResolvedModel) -> None:
 
 
 def work(connection: Connection, endpoint: str, text: list[int]) -> None:
-    """The worker: gives every request the tokens of the text, again and again, all requests together."""
+    """The worker: gives every request the tokens of the text, again and again, all requests together. It
+    gets the seconds from one step to the next through ``connection``."""
     router: DealerSocket[FromWorker, ToWorker] = DealerSocket(zmq.Context(), endpoint, ToWorker, b"worker-0")
-    router.send(Ready(0, os.getpid(), "numa0", TOKENS))
+    router.send(Ready(0, os.getpid(), "numa0", 10**6))
     while True:
+        pace = connection.recv()
         runs, timeout = [], None
         while (message := router.receive(timeout)) is not None:
             timeout = SETTLED_MS
             runs += [message] if isinstance(message, Run) else []
+        began = time.perf_counter()
         for step in range(max(run.sampling.max_tokens for run in runs)):
+            if pace:
+                time.sleep(max(0.0, began + pace * step - time.perf_counter()))
             token = text[step % len(text)]
             router.send(Stepped([Step(run.sequence, token, None) for run in runs]))
         for run in runs:
@@ -122,7 +126,7 @@ def work(connection: Connection, endpoint: str, text: list[int]) -> None:
 
 def ask(connection: Connection, address: str) -> None:
     """The client: gets numbers of streams and of tokens of each, and answers with the seconds in between the
-    first token and the last one."""
+    first piece and the last one."""
 
     async def run() -> None:
         async with AsyncClient(address) as client:
@@ -142,13 +146,13 @@ def ask(connection: Connection, address: str) -> None:
     asyncio.run(run())
 
 
-def measure(router: Peer, client: Peer, streams: int) -> Costs:
+def measure(router: Peer, worker: Peer, client: Peer, streams: int, steps: int, pace: float) -> Costs:
     """One run: of router and client, for a token."""
-    tokens = min(LONGEST, TOKENS // streams)
+    worker.connection.send(pace)
     began = cpu_seconds(router.pid), cpu_seconds(client.pid)
-    client.connection.send((streams, tokens))
+    client.connection.send((streams, steps))
     wall = client.connection.recv()
-    total = streams * tokens
+    total = streams * steps
     return Costs(
         (cpu_seconds(router.pid) - began[0]) / total,
         (cpu_seconds(client.pid) - began[1]) / total,
@@ -156,41 +160,41 @@ def measure(router: Peer, client: Peer, streams: int) -> Costs:
     )
 
 
-def send_bare(connection: Connection, text: list[int], words: list[str]) -> None:
-    """Sends the same chunks to whoever says hello, and nothing else; each time its parent asks for it."""
+def send_bare(
+    connection: Connection, streams: int, steps: int, pace: float, text: list[int], words: list[str]
+) -> None:
+    """Sends the same chunks to ``reader``, and nothing else; each time its parent asks for it."""
+    socket: RouterSocket[ToClient, ToRouter] = RouterSocket(
+        zmq.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0
+    )
+    connection.send(socket.endpoint)
+    names = [f"{number:032x}" for number in range(streams)]
+    while True:
+        connection.recv()
+        began = time.perf_counter()
+        for step in range(steps):
+            if pace:
+                time.sleep(max(0.0, began + pace * step - time.perf_counter()))
+            place = step % len(text)
+            chunks = [Chunk(name, words[place], [text[place]], None) for name in names]
+            while socket.send(b"reader", Chunks(chunks)) is Delivery.GONE:
+                time.sleep(0.01)
 
-    async def run() -> None:
-        socket: RouterSocket[ToClient, ToRouter] = RouterSocket(
-            zmq.asyncio.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0
-        )
-        connection.send(socket.endpoint)
-        peer, _ = await socket.receive()
-        while True:
-            await asyncio.to_thread(connection.recv)
-            for step in range(TOKENS):
-                place = step % len(text)
-                chunk = Chunk("0" * 32, words[place], [text[place]], None)
-                assert socket.send(peer, chunk) is Delivery.SENT
-                if step % 64 == 0:
-                    await asyncio.sleep(0)
 
-    asyncio.run(run())
-
-
-def read_bare(connection: Connection, address: str) -> None:
+def read_bare(connection: Connection, address: str, steps: int) -> None:
     """Reads chunks with a bare socket, and tells its parent when they are all there."""
-    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient)
-    server.send(Cancel("hello"))
-    for number in count(1):
-        server.receive(None)
-        if number % TOKENS == 0:
-            connection.send(None)
+    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient, b"reader")
+    while True:
+        for _ in range(steps):
+            server.receive(None)
+        connection.send(None)
 
 
-def measure_bare(text: list[int], words: list[str]) -> Costs:
+def measure_bare(streams: int, steps: int, pace: float, text: list[int], words: list[str]) -> Costs:
     """Of a bare sender and a bare reader, for a token."""
-    sender = Peer(send_bare, text, words)
-    reader = Peer(read_bare, sender.connection.recv())
+    sender = Peer(send_bare, streams, steps, pace, text, words)
+    reader = Peer(read_bare, sender.connection.recv(), steps)
+    tokens = steps * streams
     try:
         runs = []
         for _ in range(RUNS + 1):
@@ -198,7 +202,7 @@ def measure_bare(text: list[int], words: list[str]) -> Costs:
             sender.connection.send(None)
             reader.connection.recv()
             ended = time.perf_counter(), cpu_seconds(sender.pid), cpu_seconds(reader.pid)
-            wall, sending, reading = ((b - a) / TOKENS for a, b in zip(began, ended, strict=True))
+            wall, sending, reading = ((b - a) / tokens for a, b in zip(began, ended, strict=True))
             runs.append(Costs(sending, reading, wall))
         return middle(runs[1:])
     finally:
@@ -230,15 +234,12 @@ def main() -> None:
         own.append(seconds_per_token(Detokenizer(tokenizer, []).push, text))
         theirs.append(seconds_per_token(partial(stream.step, backend), text))
     detokenizer, decode_stream = median(own), median(theirs)
-    bare = measure_bare(text, words)
-    floor = decode_stream + bare.sender
 
     router = Peer(serve, model)
     address, endpoint = router.connection.recv()
     worker = Peer(work, endpoint, text)
     client = Peer(ask, address)
     results = [
-        Result("ceiling", "bare sockets", 1 / bare.wall, "tokens/s"),
         Result(
             "detokenizer",
             "CPU",
@@ -249,10 +250,13 @@ def main() -> None:
         ),
     ]
     try:
-        for streams in STREAMS:
-            measure(router, client, streams)
-            costs = middle([measure(router, client, streams) for _ in range(RUNS)])
-            case = f"router/{streams}"
+        for streams, steps, pace in CASES:
+            case = f"router/{streams}/paced" if pace else f"router/{streams}"
+            bare = measure_bare(streams, steps, pace, text, words)
+            floor = decode_stream + bare.sender
+            run = partial(measure, router, worker, client, streams, steps, pace)
+            run()
+            costs = middle([run() for _ in range(RUNS)])
             results += [
                 Result(case, "router CPU", costs.sender * 1e6, "us/token", floor * 1e6, costs.sender / floor),
                 Result(
