@@ -39,8 +39,8 @@ def check_gpu_memory(
     capacity = sum(sizes.resident for sizes in config.sizes(max_tokens, shape.layers))
     rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + capacity
     resident = shape.kv_heads * rows * shape.row_bytes
-    prompts = max_tokens + beside_tokens(max_tokens)
-    prefill = prefill_bytes(shape, prompts)
+    beside = beside_tokens(max_tokens)
+    prefill = prefill_bytes(shape, max_tokens + beside)
     graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
     wanted = index + slots * resident + prefill + drift_check + graphs
@@ -48,7 +48,7 @@ def check_gpu_memory(
     parts = (
         f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
         f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
-        f"{prompts} tokens, {format_size(drift_check)} drift check, {format_size(graphs)} graphs"
+        f"{max_tokens} tokens and {beside} beside them, {format_size(drift_check)} drift check, {format_size(graphs)} graphs"
     )
     if wanted > spare:
         raise ConfigError(

@@ -28,8 +28,7 @@ class Tokenizer:
     Attributes:
         eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
         backend: decodes as this tokenizer does; None where it decodes in a way of its own.
-        silent: ids that give no text: special ones, those that end a text, and those of the model's
-            vocabulary that the tokenizer does not know.
+        spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
@@ -50,8 +49,8 @@ class Tokenizer:
         plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
         self.backend: tokenizers.Tokenizer | None = self._tokenizer.backend_tokenizer if plain else None
         added = self._tokenizer.added_tokens_decoder
-        self.silent = {token for token, entry in added.items() if entry.special} | set(self.eos)
-        self.silent |= set(range(vocab_size)).difference(vocabulary.values())
+        special = {token for token, entry in added.items() if entry.special}
+        self.spoken = set(vocabulary.values()) - special - set(self.eos)
 
     def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, at least one.
@@ -135,7 +134,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
-        self._silent = tokenizer.silent
+        self._spoken = tokenizer.spoken
         self._pieces: _Stream | _Window = _Window(tokenizer, [])
         if tokenizer.backend is not None:
             self._pieces = _Stream(tokenizer, tokenizer.backend)
@@ -145,7 +144,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """New text, often empty."""
-        if self.stopped or token in self._silent:
+        if self.stopped or token not in self._spoken:
             return ""
         new = self._pieces.push(token)
         return self._until_stop(new) if self._stops else new

@@ -121,9 +121,9 @@ async def run(address: str, order: Order, alone: Result, gap: float) -> Outcome:
         if order.fate == "cancel at once":
             await stream.cancel()
         count = 0
-        async for _ in stream:
-            count += 1
-            if count == order.tokens:
+        async for chunk in stream:
+            count += len(chunk.tokens)
+            if count >= order.tokens:
                 await stream.cancel()
         result = stream.result
         fate = order.fate if result.finish_reason == "cancelled" else "cancel too late"

@@ -180,7 +180,8 @@ class Progress(Message, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New text of one request. ``text`` may be empty while a stop string or a character is incomplete."""
+    """New text of one request, and the tokens that brought it: one token as it is sent, and more where a
+    client reads late. ``text`` may be empty while a stop string or a character is incomplete."""
 
     request: str
     text: str
