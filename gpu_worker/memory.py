@@ -48,7 +48,8 @@ def check_gpu_memory(
     parts = (
         f"{format_size(total - free)} in use with the weights, {format_size(index)} index of {tokens} "
         f"tokens, {slots} x {format_size(resident)} resident rows, {format_size(prefill)} prefill of "
-        f"{max_tokens} tokens and {beside} beside them, {format_size(drift_check)} drift check, {format_size(graphs)} graphs"
+        f"{max_tokens} tokens and {beside} beside them, {format_size(drift_check)} drift check, "
+        f"{format_size(graphs)} graphs"
     )
     if wanted > spare:
         raise ConfigError(
