@@ -1,7 +1,8 @@
 """Attention of prompts: of a chunk over everything up to its end, and of several short prompts at once.
 
 Nothing here is a kernel of this project. On a GPU it is FlashAttention 4 (package flash-attn-4), the fastest
-there is on the GPUs that it supports, or else the FlashAttention 2 that comes with torch.
+there is on the GPUs that it supports, or else the FlashAttention 2 that comes with torch; on the CPU it is the
+flash attention of torch.
 """
 
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SQUARE = 256  # tokens, on the CPU
 _MATH_BYTES = 2**28  # of the scores in float32 that are held at a time
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +30,9 @@ def attend_prompt(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Te
     Returns:
         Attended [N, query_heads, head_dim], and the log-sum-exp of the scores [N, query_heads] float32.
     """
-    if query.is_cpu or query.dtype == torch.float32:
+    if query.is_cpu:
+        return _on_cpu(query, rows, scale)
+    if query.dtype == torch.float32:
         return _math(query, rows, scale)
     keys, values = rows[None, :, :, 0], rows[None, :, :, 1]
     flash = flash_attention()
@@ -80,8 +84,58 @@ def flash_attention() -> Callable[..., Any] | None:
     return function
 
 
+def _on_cpu(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Torch's flash attention, but never with a mask as an argument: it would read the mask once for each head,
+    and compute all that is masked."""
+    before = len(rows) - len(query)
+    out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
+    _attend_square(query, rows[before:], scale, out, lse)
+    if before:
+        _add_past(query, rows[:before], scale, out, lse)
+    return out.to(query.dtype), lse
+
+
+def _attend_square(query: Tensor, rows: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Causal attention of N tokens to themselves, into ``out`` [N, query_heads, D] and ``lse``, both float32.
+
+    Flash attention computes blocks of keys as a whole and then masks what is later than the query, in a
+    small square nearly half of it. So a square is two of half the size and the past of the second one.
+    """
+    if len(query) <= _SQUARE:
+        attended, sums = _flash_on_cpu(query.transpose(0, 1), rows, scale, causal=True)
+        out.copy_(attended.transpose(0, 1))
+        lse.copy_(sums.t())
+        return
+    middle = len(query) // 2
+    for part in (slice(middle), slice(middle, None)):
+        _attend_square(query[part], rows[part], scale, out[part], lse[part])
+    _add_past(query[middle:], rows[:middle], scale, out[middle:], lse[middle:])
+
+
+def _add_past(query: Tensor, rows: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Add rows that all queries may attend to, to what is in ``out`` and ``lse`` already."""
+    count, kv_heads = len(query), rows.shape[1]
+    # Without a mask queries may come in any order, and those of a group share each read of their KV head.
+    grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    attended, sums = _flash_on_cpu(grouped, rows, scale, causal=False)
+    attended = attended.unflatten(1, (-1, count)).permute(2, 0, 1, 3)  # [N, kv_heads, group, D]
+    sums = sums.unflatten(1, (-1, count)).permute(2, 0, 1)
+    total = lse.unflatten(1, (kv_heads, -1))
+    out.unflatten(1, (kv_heads, -1)).lerp_(attended.float(), torch.sigmoid(sums - total).unsqueeze(-1))
+    torch.logaddexp(total, sums, out=total)
+
+
+def _flash_on_cpu(query: Tensor, rows: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of queries [heads, N, D] to rows [T, kv_heads, 2, D]: as ``attend_prompt``, by head."""
+    keys, values = rows.permute(2, 1, 0, 3).unsqueeze(1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.unsqueeze(0), keys, values, is_causal=causal, scale=scale
+    )
+    return out[0], lse[0]
+
+
 def _math(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Plain matrix products, some queries at a time."""
+    """Plain matrix products in float32, which no flash attention on a GPU takes, some queries at a time."""
     count, heads, dim = query.shape
     total, kv_heads = rows.shape[:2]
     keys, values = rows.float().permute(2, 1, 0, 3)  # each [kv_heads, T, D]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clo.gpu_worker.model import eager
 from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
 from clo.gpu_worker.model.weights import Weights, load_weights
@@ -42,11 +43,11 @@ class Decoder:
         query = torch.zeros(shape.query_heads, dtype=torch.bool, device=self.device)
         self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
         self._gated: Callable[..., Tensor] = gated
-        self._rotate: Callable[..., Tensor] = _rotate
-        self._rotate_into: Callable[..., Tensor] = _rotate_into
-        self._norm: Callable[..., Tensor] = _norm
-        self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = _add_and_norm
-        self._add_in_place: Callable[..., Tensor] = _add_in_place
+        self._rotate: Callable[..., Tensor] = eager.rotate
+        self._rotate_into: Callable[..., Tensor] = eager.rotate_into
+        self._norm: Callable[..., Tensor] = eager.norm
+        self._add_and_norm: Callable[..., tuple[Tensor, Tensor]] = eager.add_and_norm
+        self._add_in_place: Callable[..., Tensor] = eager.add_in_place
         if self.device.type != "cpu":  # everything between two matrix products becomes one kernel
             self._gated, self._norm = fused(gated, 0), fused(_norm, 0)
             self._rotate, self._rotate_into = fused(_rotate, 0, 1, 2), fused(_rotate_into, 0, 1, 2, 3)
