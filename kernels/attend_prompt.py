@@ -1,8 +1,8 @@
 """Attention of prompts: of a chunk over everything up to its end, and of several short prompts at once.
 
 Nothing here is a kernel of this project. On a GPU it is FlashAttention 4 (package flash-attn-4), the fastest
-there is on the GPUs that it supports, or else the FlashAttention 2 that comes with torch; on the CPU it is the
-flash attention of torch.
+there is on the GPUs that it supports, or else the FlashAttention 2 that comes with torch. On the CPU it is
+torch's flash attention.
 """
 
 import logging
@@ -85,8 +85,8 @@ def flash_attention() -> Callable[..., Any] | None:
 
 
 def _on_cpu(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Torch's flash attention, but never with a mask as an argument: it would read the mask once for each head,
-    and compute all that is masked."""
+    """Torch's flash attention, but never with a mask as an argument: it would read the mask once for each
+    head, and compute all that is masked."""
     before = len(rows) - len(query)
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
     _attend_square(query, rows[before:], scale, out, lse)
