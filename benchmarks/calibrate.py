@@ -85,6 +85,7 @@ class Bench:
     """
 
     def __init__(self, decoder: Decoder, sizes: Sizes, prompt: list[int], continuation: list[int]) -> None:
+        decoder.differentiate()
         self._decoder, self._prompt, self._continuation = decoder, prompt, continuation
         self._shape, self._device = decoder.shape, decoder.device
         shape = self._shape

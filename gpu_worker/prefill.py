@@ -110,7 +110,8 @@ class Prefill:
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
             self._cache.take_prompts(layer, self._rows, self._prompts, lse[-1:], last)
-            self._rows = self._new_rows()  # the former ones are being stored and indexed
+            if not self._rows.is_cpu:
+                self._rows = self._new_rows()  # the former ones are being stored and indexed
             self._layer, self._start = layer + 1, 0
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)

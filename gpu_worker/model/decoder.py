@@ -42,7 +42,7 @@ class Decoder:
         pair = torch.arange(2 * shape.kv_heads, device=self.device) % 2 == 1
         query = torch.zeros(shape.query_heads, dtype=torch.bool, device=self.device)
         self._is_value = torch.cat((query, pair)).unsqueeze(1)  # [heads, 1], in the order of ``qkv``
-        self._gated: Callable[..., Tensor] = gated
+        self._gated: Callable[..., Tensor] = eager.gated
         self._rotate: Callable[..., Tensor] = eager.rotate
         self._rotate_into: Callable[..., Tensor] = eager.rotate_into
         self._norm: Callable[..., Tensor] = eager.norm
@@ -52,6 +52,12 @@ class Decoder:
             self._gated, self._norm = fused(gated, 0), fused(_norm, 0)
             self._rotate, self._rotate_into = fused(_rotate, 0, 1, 2), fused(_rotate_into, 0, 1, 2, 3)
             self._add_and_norm, self._add_in_place = fused(_add_and_norm, 0, 1), fused(_add_in_place, 0, 1)
+
+    def differentiate(self) -> None:
+        """Let gradients flow from now on, on the CPU without operations in place."""
+        if self.device.type == "cpu":
+            self._gated, self._rotate, self._norm = gated, _rotate, _norm
+            self._add_and_norm = _add_and_norm
 
     def layer_flops(self, tokens: int, before: int) -> float:
         """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others."""

@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def gated(gate_up: Tensor) -> Tensor:
+    """SwiGLU: [N, 2 * intermediate] to [N, intermediate]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of [N, any]."""
     lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

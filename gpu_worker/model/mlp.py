@@ -7,4 +7,4 @@ from torch import Tensor
 def gated(gate_up: Tensor) -> Tensor:
     """SwiGLU: [N, 2 * intermediate] to [N, intermediate]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return F.silu(gate) * up
