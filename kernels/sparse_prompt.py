@@ -95,7 +95,8 @@ def weigh_blocks(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> 
     shares = (lses - total).exp_().to(query.dtype).unsqueeze(-1)
     weights = torch.stack([out for out, _ in parts]).mul_(shares)
     mean = weights.unflatten(1, (blocks, SAMPLED)).mean(2, dtype=torch.float32)  # [segments, Q, heads, D]
-    return mean.permute(2, 1, 0, 3).flatten(2)[..., : len(keys) // BLOCK]
+    by_block: Tensor = mean.permute(2, 1, 0, 3).flatten(2)[..., : len(keys) // BLOCK]
+    return by_block
 
 
 def choose_blocks(weights: Tensor, least_weight: float) -> ChosenBlocks:
@@ -195,7 +196,8 @@ def _attend_masked(query: Tensor, rows: Tensor, chosen: ChosenBlocks, scale: flo
 def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Of queries [N, query_heads, D] and keys [T, kv_heads, D]: [kv_heads, group, N, T] float32."""
     grouped = query.float().unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)
-    return grouped @ _by_head(keys).transpose(2, 3) * scale
+    scores: Tensor = grouped @ _by_head(keys).transpose(2, 3) * scale
+    return scores
 
 
 def _by_head(tensor: Tensor) -> Tensor:

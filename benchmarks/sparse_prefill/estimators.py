@@ -128,7 +128,8 @@ def _mean_lse(own: Tensor) -> Tensor:
 
 
 def _block_means(keys: Tensor) -> Tensor:
-    return keys.float().unflatten(0, (-1, BLOCK)).mean(1)
+    means: Tensor = keys.float().unflatten(0, (-1, BLOCK)).mean(1)
+    return means
 
 
 def _weights(queries: Tensor, own: Tensor, keys: Tensor, scale: float, tokens: int = 1) -> Tensor:
@@ -147,4 +148,5 @@ def _weights(queries: Tensor, own: Tensor, keys: Tensor, scale: float, tokens: i
     scores = scores.flatten(0, 1)  # [query_heads, Q * any, any]
     total = torch.logaddexp(scores.logsumexp(-1), own.flatten(0, 1).T)
     shares = scores.sub_(total.unsqueeze(-1)).exp_().unflatten(2, (-1, BLOCK // tokens)).sum(3)
-    return shares.unflatten(1, (blocks, per_block)).mean(2)
+    means: Tensor = shares.unflatten(1, (blocks, per_block)).mean(2)
+    return means
