@@ -135,7 +135,8 @@ class Bench:
             rows = rows.contiguous()
             attended, lse = attend_prompt(query, rows, decoder.scale)
             for cache in (self._full, *self._caches):
-                cache.take_prompts(layer, rows, prompts, lse[-1:], LastTokens(query, lse))
+                cache.take_rows(layer, rows, prompts)
+                cache.start_sets(layer, rows, prompts, lse[-1:], LastTokens(query, lse))
                 cache.join_prompts()
             hidden, normed = decoder.add_mlp(layer, *decoder.add_attention(layer, hidden, attended))
 

@@ -1,6 +1,8 @@
 """CUDA graphs of the decode step: which batch sizes there are, capture, replay, destroy."""
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 def graph_sizes(slots: int) -> list[int]:
     """Batch sizes whose graphs serve up to ``slots`` sequences, ascending."""
     return [size for size in _SIZES if size < slots] + [slots]
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Capture what the body launches, in the memory of ``pool``, or in its own if that is None.
+
+    The garbage collector waits until the end: were it to destroy a graph or an event of something that is no
+    longer used, CUDA would give the capture up.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    finally:
+        gc.enable()
 
 
 class DecodeGraphs:
@@ -46,7 +64,7 @@ class DecodeGraphs:
             with torch.cuda.stream(self._stream):
                 self._step(size)  # compiles what is not yet compiled
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with capturing(graph, self._pool, self._stream):
                 self._logits[size] = self._step(size)
             self._graphs[size] = graph
             self._pool = graph.pool()

@@ -4,7 +4,7 @@ from collections import deque
 from statistics import median
 from typing import Protocol
 
-_SHARE = 1.25  # time for each prompt that waits after each step, in decode steps
+_SHARE = 1.0  # time for each prompt that waits after each step, in decode steps
 _AHEAD_SECONDS = 0.03  # of prefill on its way, at most: what comes meanwhile waits for so long
 _AHEAD_UNITS = 2, 8  # at least, so that the device does not wait for the host; at most
 _SAMPLES = 15  # measurements, of which the median counts
@@ -26,8 +26,8 @@ class Pacing:
 
     Args:
         tokens: tokens between two decode steps, counted as at the start of a prompt; None for so many that
-            streams keep nearly half their pace for each prompt that waits: with one prompt a step comes after
-            2.25 times the time of a step, while a burst of prompts is taken in before the streams go on.
+            streams keep half their pace beside one prompt: a step comes after twice its time, and after more
+            where several wait, so that a burst of prompts is taken in before the streams go on.
         token_flops: floating-point operations of a token at the start of a prompt.
     """
 

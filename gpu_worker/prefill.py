@@ -61,7 +61,7 @@ class Prefill:
         most = CHUNK_TOKENS[device.type]
         self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
-        self._layer = self._start = 0
+        self._layer = self._start = self._taken = 0
 
     @property
     def done(self) -> int:
@@ -102,6 +102,7 @@ class Prefill:
         ending = end == self.total
         final = layer == decoder.shape.layers - 1
         self._start = end
+        self._take_blocks()
         if final and not ending:
             return None
         wanted = self._last if final else tokens
@@ -109,14 +110,24 @@ class Prefill:
         attended, lse = attend_prompt(query[-ranking:] if final else query, self._rows[:end], decoder.scale)
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
-            self._cache.take_prompts(layer, self._rows, self._prompts, lse[-1:], last)
+            self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)
             if not self._rows.is_cpu:
                 self._rows = self._new_rows()  # the former ones are being stored and indexed
-            self._layer, self._start = layer + 1, 0
+            self._layer, self._start, self._taken = layer + 1, 0, 0
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
         _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
         return decoder.logits(normed) if final else None
+
+    def _take_blocks(self) -> None:
+        """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share
+        the device's link with these copies."""
+        size = self._decoder.shape.block_tokens
+        end = self._start if self._start == self.total else self._start // size * size
+        if end > self._taken:
+            part = self._prompts.part(self._taken // size, -(-end // size))
+            self._cache.take_rows(self._layer, self._rows[self._taken : end], part)
+            self._taken = end
 
     def _new_rows(self) -> Tensor:
         shape = self._decoder.shape

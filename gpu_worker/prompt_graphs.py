@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.prompt import Prompts
+from clo.gpu_worker.graphs import capturing
 from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend_prompt import attend_prompts
 from clo.kernels.blocks import PromptBlocks
@@ -109,7 +110,7 @@ class PromptGraphs:
             with torch.cuda.stream(stream):
                 self._forward(inputs)  # compiles what is not yet compiled
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with capturing(graph, pool, stream):
                 logits = self._forward(inputs)
             self._graphs[size] = inputs, graph, logits
             pool = graph.pool()
@@ -150,7 +151,8 @@ class PromptGraphs:
             query, rows = decoder.qkv(layer, normed, rope)
             rows = rows.contiguous()
             attended, lse = attend_prompts(query, rows, bounds, decoder.scale)
-            cache.take_prompts(layer, rows, inputs.where, lse[last])
+            cache.take_rows(layer, rows, inputs.where)
+            cache.start_sets(layer, rows, inputs.where, lse[last])
             if layer == layers - 1:  # no other token's output is used
                 hidden, attended = hidden[last], attended[last]
             hidden, normed = decoder.add_attention(layer, hidden, attended)

@@ -85,6 +85,7 @@ class Scheduler:
         self._decoding: dict[int, Sequence] = {}  # by slot
         self._releasing: list[Sequence] = []
         self._in_flight: deque[InFlightStep] = deque()
+        self._owed = 0.0  # floating-point operations of prompts to launch before the next step
         self.steps = 0
         self.generated = 0
 
@@ -165,8 +166,9 @@ class Scheduler:
         room = len(self._in_flight) < self._engine.depth  # for a step
         if self._prompts and (room or not self._decoding):
             moved = self._prefill()
-        if self._decoding and room:
+        if self._decoding and room and not (self._prompts and self._owed > 0):
             self._launch_step()
+            self._owed = self._pacing.between_steps(len(self._prompts))
             moved = True
         while self._in_flight and (tokens := self._engine.read(self._in_flight[0].handle)) is not None:
             self._process_output(self._in_flight.popleft(), tokens)
@@ -174,22 +176,21 @@ class Scheduler:
         return self._release_finished() or moved
 
     def _prefill(self) -> bool:
-        """Launch what may stand before the next step or, where nothing decodes, one unit of any size; False
-        if the device has enough to do."""
+        """Launch what is owed before the next step or, where nothing decodes, one unit of any size; False if
+        the device has enough to do. What it has no time for now stays owed."""
         beside = bool(self._decoding)
-        budget = self._pacing.between_steps(len(self._prompts)) if beside else math.inf
         moved = False
         while self._prompts and self._pacing.more:
             timer = self._engine.timer()
-            unit = self._prompts.advance(budget)
+            unit = self._prompts.advance(self._owed if beside else math.inf)
             timer.stop()
             self._pacing.launched(timer, unit.flops)
             self._report_progress(unit.sequences)
             if unit.logits is not None:
                 self._start(unit.sequences, unit.logits)
             moved = True
-            budget -= unit.flops
-            if not beside or budget <= 0:
+            self._owed -= unit.flops
+            if not beside or self._owed <= 0:
                 break
         return moved
 

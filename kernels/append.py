@@ -22,8 +22,8 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
     """Write one new row per sequence and KV head, in place.
 
     The token that the new one displaces from the ring moves into the set while the set still has room for the
-    whole context (into row ``position - sinks``); later it is left to the selection, since its row is in the
-    arena.
+    whole context (into row ``position - sinks``), so that rows 0 to length - 1 are those in use; later it is
+    left to the selection, since its row is in the arena.
 
     Args:
         kv: [B, kv_heads, 2, head_dim], the new rows; those of a sequence contiguous.

@@ -314,7 +314,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
     const int start = split * ROWS, length = (int)lengths[blockIdx.z];
     if (length <= 0) return;
     const int coming = counts ? counts[line] : 0;
-    const int count = min(ROWS, (int)(first + capacity) - start);
+    // while all of a sequence is resident its rows are the first ones
+    const int count = min(ROWS, min(length, (int)(first + capacity)) - start);
     const char* rows = resident_rows + (line * (first + capacity) + start) * ROW_BYTES;
     const auto row_of = [](int i) { return i; };
     uint4* ring = lane_ring(rings);

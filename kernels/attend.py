@@ -55,7 +55,7 @@ def attend_resident(
 
     Args:
         query: [B, query_heads, head_dim]; those of a sequence contiguous, also below.
-        resident: of the B sequences.
+        resident: of the B sequences; rows from a sequence's length on do not count.
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
         fetch_list: the rows to leave out; None where all have arrived.
         scale: factor of the scores.
@@ -85,9 +85,9 @@ def attend_resident(
         )  # fmt: skip
         return state
     absent = np.zeros(resident.rows.shape[:3], np.bool_)
-    for sequence, length in enumerate(lengths.tolist()):
-        absent[sequence, :, max(length, 1) : first] = True
     absent[..., first:] = positions.numpy() < 0
+    for sequence, length in enumerate(lengths.tolist()):
+        absent[sequence, :, max(length, 1) :] = True
     if fetch_list is not None:
         np.put_along_axis(absent, _places(fetch_list, first)[0].numpy(), True, 2)
         absent[..., 0] = False

@@ -3,11 +3,11 @@
 
 extern "C" __global__ void gate(
     const Element* query, int64 query_stride, Element* selection_query, const float* threshold,
-    const int64* lengths, int64* counters, uint8* reselect) {
+    const int64* lengths, int64 whole, int64* counters, uint8* reselect) {
     __shared__ float room[32];
     const int head = blockIdx.x, batch = blockIdx.y, kv_heads = gridDim.x;
     const int64 line = (int64)batch * kv_heads + head;
-    if (lengths[batch] <= 0) {
+    if (lengths[batch] <= whole) {
         if (threadIdx.x == 0) reselect[line] = 0;
         return;
     }

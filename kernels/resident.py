@@ -31,6 +31,11 @@ class ResidentSet(NamedTuple):
         return self.positions.shape[2]
 
     @property
+    def whole(self) -> int:
+        """Tokens of the longest sequence whose rows are all resident: ``append`` keeps them so."""
+        return self.first + self.capacity
+
+    @property
     def kv_heads(self) -> int:
         return self.positions.shape[1]
 

@@ -171,7 +171,8 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             gate,
             {
                 "query": query, "selection_query": zeros(*heads, group * head_dim),
-                "threshold": zeros(kv_heads, dtype=torch.float32), "lengths": lengths, "counters": counters,
+                "threshold": zeros(kv_heads, dtype=torch.float32), "lengths": lengths, "whole": 0,
+                "counters": counters,
             },
         ),
         Call(

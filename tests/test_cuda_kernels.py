@@ -60,7 +60,7 @@ def test_store(
     if in_order:
         arena = arena.transpose(0, 1).contiguous().transpose(0, 1)
     arena_gpu = mapped(arena.transpose(0, 1)).transpose(0, 1) if in_order else mapped(arena)
-    assert arena_gpu.stride() == arena.stride()
+    assert arena_gpu[:, 0].stride() == arena[:, 0].stride()
     for total in (1, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7):
         for blocks in ([2, 3, 4, 5], [6, 0, 1, 3]):
             rows = torch.randn(total, kv_heads, 2, dim).to(dtype)
@@ -102,11 +102,11 @@ def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     ).to(dtype)
     query = query.view(batch, kv_heads * group, dim)
     threshold = torch.rand(kv_heads) * 0.4 + 0.6
-    lengths = torch.tensor([9, 1, 5, 0, 7])
+    lengths, whole = torch.tensor([9, 4, 5, 0, 7]), 4
     counters = torch.randint(0, 99, (batch, kv_heads, 4))
     selection_gpu, counters_gpu = selection_query.cuda(), counters.cuda()
-    found = gate(inner(query), selection_gpu, threshold.cuda(), lengths.cuda(), counters_gpu)
-    reselect = gate(query, selection_query, threshold, lengths, counters)
+    found = gate(inner(query), selection_gpu, threshold.cuda(), lengths.cuda(), whole, counters_gpu)
+    reselect = gate(query, selection_query, threshold, lengths, whole, counters)
     same((reselect, found), (selection_query, selection_gpu), (counters, counters_gpu))
 
 

@@ -74,7 +74,7 @@ def test_a_server_that_does_not_fit_into_the_gpu_says_so(
 @pytest.mark.gpu
 def test_pinned_memory_is_one_for_both_sides_and_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In several pieces, the last one short. What CUDA refuses is a sentence, and CUDA goes on."""
-    monkeypatch.setattr(pinning, "_CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(pinning, "REGISTERED_BYTES", 2**20)
     memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 9 * 2**19), np.uint8)).view(torch.int32)
     memory.fill_(1)
     view = pin(memory)

@@ -1,9 +1,12 @@
 """The decode path on a tiny random model: exact where nothing is dropped, and the algorithm where it is."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import (
@@ -91,6 +94,37 @@ def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     window = make_engine(decoder, CacheConfig(select_k=1, resident=1, recent=16), 1, 450)
     dropped = divergence(teacher_force(window, prompt, continuation), full)
     assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
+
+
+@pytest.mark.parametrize("length", [70, 1018, 1536])
+def test_a_prompt_in_units_of_any_size_is_as_one_in_whole_chunks(decoder: Decoder, length: int) -> None:
+    """Rows, codes and resident sets, and the logits, though no unit ends where a block does."""
+    prompt, config = random_tokens(decoder, length), CacheConfig(select_k=8, resident=48)
+    whole, cut = (make_engine(decoder, config, 1, 1600) for _ in range(2))
+    expected = prefill(whole, 0, prompt, 1600)
+    work = cut.prefill(0, prompt, blocks_of(cut, 0, 1600))
+    units = itertools.cycle((97, 64, 230))
+    logits: Tensor | None = None
+    while logits is None:
+        tokens, _ = work.unit(next(units) * decoder.layer_flops(1, 0))
+        logits = work.advance(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    blocks = torch.tensor([blocks_of(cut, 0, length)])
+    for mine, its in zip(cut.cache.sparse_layers, whole.cache.sparse_layers, strict=True):
+        rows = (gather_tokens(layer.arena, blocks)[0, :, :length] for layer in (mine, its))
+        torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
+        assert isinstance(mine.index, TwoBitIndex) and isinstance(its.index, TwoBitIndex)
+        pages = (
+            [gather_tokens(part, layer_pages)[0] for part in (index.pages.codes, index.pages.scales)]
+            for index, layer_pages in (
+                (mine.index, cut.tables(0)[1].unsqueeze(0)), (its.index, whole.tables(0)[1].unsqueeze(0)),
+            )
+        )  # fmt: skip
+        (codes, scales), (other_codes, other_scales) = pages
+        differing = codes[:, :length] != other_codes[:, :length]
+        assert differing.float().mean() < 1e-3, "an entry between two levels may go either way"
+        torch.testing.assert_close(scales[:, :length], other_scales[:, :length], rtol=0.02, atol=1e-3)
+        assert torch.equal(mine.resident.positions.sort(-1)[0], its.resident.positions.sort(-1)[0])
 
 
 @pytest.mark.parametrize("prompt_length", [2, 10, 40, 300])

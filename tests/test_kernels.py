@@ -423,31 +423,31 @@ def test_gate_compares_with_the_query_of_the_last_selection() -> None:
     lengths = torch.tensor([5, 0])
     counters = torch.zeros(2, 2, 4, dtype=torch.int64)
     query = torch.randn(2, 6, 16)
-    first = gate(query, selection_query, threshold, lengths, counters)
+    first = gate(query, selection_query, threshold, lengths, 0, counters)
     assert first.tolist() == [[True, True], [False, False]]
     assert torch.equal(selection_query[0], query[0].view(2, 48))
     near = query + 0.05 * torch.randn_like(query)
     before = selection_query.clone()
-    second = gate(near, selection_query, threshold, lengths, counters)
+    second = gate(near, selection_query, threshold, lengths, 0, counters)
     assert second.tolist() == [[False, True], [False, False]]
     assert torch.equal(selection_query[0, 0], before[0, 0]), "a reuse keeps it, so that drift adds up"
     assert torch.equal(selection_query[0, 1], near[0].view(2, 48)[1])
-    assert gate(-query, selection_query, threshold, lengths, counters)[0].tolist() == [True, True]
+    assert gate(-query, selection_query, threshold, lengths, 0, counters)[0].tolist() == [True, True]
     assert counters.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0])
 def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) -> None:
     batch, kv_heads, group, dim = 4, 3, 2, 16
-    lengths = torch.tensor([1, 0, 2, 100])
-    active = (lengths > 0).unsqueeze(1)
+    lengths, whole = torch.tensor([5, 0, 4, 100]), 4
+    active = (lengths > whole).unsqueeze(1)
     for _ in range(20):
         past = torch.randn(batch, kv_heads, group * dim) * magnitude
         now = 3 * past + 6 * torch.rand(batch, kv_heads, 1) * torch.randn(past.shape) * magnitude
         threshold, counters = torch.rand(kv_heads), torch.randint(0, 99, (batch, kv_heads, 4))
         selection_query, counted = past.clone(), counters.clone()
         query = now.view(batch, kv_heads * group, dim)
-        found = gate(query, selection_query, threshold, lengths, counters)
+        found = gate(query, selection_query, threshold, lengths, whole, counters)
         distance = torch.cosine_similarity(now.double(), past.double(), dim=2) - threshold
         clear = distance.abs() > 1e-4
         assert found.dtype == torch.bool and torch.equal(found[clear], (active & (distance < 0))[clear])
@@ -459,7 +459,7 @@ def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) 
     query = torch.eye(16)[:1].unsqueeze(0)
     for cosine, selects in ((1.0, False), (1.01, True)):
         counters = torch.zeros(1, 1, 4, dtype=torch.int64)
-        found = gate(query, query.clone(), torch.tensor([cosine]), lengths[:1], counters)
+        found = gate(query, query.clone(), torch.tensor([cosine]), lengths[:1], 0, counters)
         assert found.item() is selects, "a query that stays the same selects only above 1"
 
 

@@ -374,12 +374,12 @@ def test_two_steps_are_on_their_way_and_no_more() -> None:
     world.check_over()
 
 
-@pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 2)])
+@pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 1)])
 def test_prefill_takes_turns_with_decoding(
     tokens: int | None, units: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A unit has the work of a token. By itself the scheduler gives a prompt 1.25 times the time of a step,
-    and a unit takes as long as a step."""
+    """A unit has the work of a token. By itself the scheduler gives a prompt the time of a step, and a unit
+    takes as long as a step."""
     monkeypatch.setattr("tests.fake_engine.UNITS", 6)
     world = World(tokens=tokens)
     world.add(prompt=2, max_tokens=20)
@@ -396,6 +396,26 @@ def test_prefill_takes_turns_with_decoding(
         since = 0 if name == "step" else since + (name == "unit")
         most = max(most, since)
     assert most == units
+    world.serve()
+    world.check_over()
+
+
+def test_no_step_comes_before_what_is_owed_to_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the device takes only a few units ahead, and the host has to come back for the others."""
+    monkeypatch.setattr("tests.fake_engine.UNITS", 40)
+    world = World(tokens=1000)
+    world.add(prompt=2, max_tokens=20)
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: "step" in world.engine.log)
+    world.add(prompt=3, max_tokens=2)
+    world.store_works()
+    world.store_answers()
+    start = len(world.engine.log)
+    world.until(lambda: world.engine.log[start:].count("unit") == 40, work=1)
+    names = world.engine.log[start:]
+    first, last = names.index("unit"), len(names) - 1 - names[::-1].index("unit")
+    assert "step" not in names[first + 1 : last]
     world.serve()
     world.check_over()
 

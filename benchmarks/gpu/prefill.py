@@ -2,15 +2,11 @@
 
 The floor is what its matrix products and its causal attention take in all layers, at the best rates that
 any library reaches in this run. The prefill computes the last layer for the last token alone, which saves
-about 3 % of it. How much of the copy to the arena is hidden comes from a second prefill, of which only every
-second layer is copied.
+about 3 % of it. How much of the copy to the arena is hidden comes from a second prefill, which does not copy.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
-from statistics import median
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,12 +32,12 @@ _SUSTAINED = (200, 40)  # repeats of products and of attention: half a second or
 
 
 class WatchedLayer(LayerCache):
-    """Which copies a prompt to the arena where ``copies`` says so, on the branch of the copy."""
+    """Which copies prompts to the arena while ``copies`` says so."""
 
-    copies: Callable[[], bool] = staticmethod(lambda: True)
+    copies = True
 
     def store(self, rows: Tensor, prompts: Prompts) -> None:
-        if self.copies():
+        if WatchedLayer.copies:
             super().store(rows, prompts)
 
 
@@ -78,64 +74,39 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     attention = max(rates.values())
     alone = seconds(lambda: layer_cache.store(rows, prompts))
     last = LastTokens(queries, torch.zeros(CHUNK, shape.query_heads, device="cuda"))
+    indexed = seconds(lambda: layer_cache.index.write_prompts(rows[:, :, 0], prompts.blocks))
     filled = seconds(lambda: layer_cache.fill(rows, prompts, last.lse[-1:], last))
 
-    beside, between = layer_seconds(engine, total)
-    took, tail = prefill(engine, total)
-    layer = sum(outputs * inputs for outputs, inputs in model.matrices.values())
+    took = prefill(engine, total)
+    WatchedLayer.copies = False
+    without = prefill(engine, total)
+    WatchedLayer.copies = True
+    entries = sum(outputs * inputs for outputs, inputs in model.matrices.values())
     width = shape.query_heads * shape.head_dim
-    floor = model.layers * (2 * total * layer / gemm + 2 * total**2 * width / attention)
-    shown = (model.layers - 1) * (beside - between) + tail  # of the copies, the last one beside nothing
-    rate = rows.nbytes / alone
+    floor = model.layers * (2 * total * entries / gemm + 2 * total**2 * width / attention)
+    rate, layer = rows.nbytes / alone, took / model.layers
     return [
         *results,
         Result(case, "time", took, "s", floor, took / floor),
         Result(case, "copy alone", rate / 1e9, "GB/s", machine.to_cpu / 1e9, rate / machine.to_cpu),
-        Result(case, "copy hidden", 100 * (1 - shown / (model.layers * alone)), "%"),
-        Result(case, "index and first set", filled * 1e3, "ms/layer", between * 1e3, filled / between),
+        Result(case, "copy hidden", 100 * (1 - (took - without) / (model.layers * alone)), "%"),
+        Result(case, "index", indexed * 1e3, "ms/layer", layer * 1e3, indexed / layer),
+        Result(case, "first set", filled * 1e3, "ms/layer", layer * 1e3, filled / layer),
     ]
 
 
-def prefill(engine: Engine, total: int) -> tuple[float, float]:
-    """Seconds of a prefill, and of these the last ones, in which only the copy went on."""
+def prefill(engine: Engine, total: int) -> float:
+    """Seconds of a prefill, until all of it lies in the arena."""
     tokens = torch.randint(0, engine.decoder.vocab, (total,)).tolist()
-    begin, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work = engine.prefill(0, tokens, list(range(-(-total // engine.decoder.shape.block_tokens))))
     while work.advance() is None:
         pass
-    computed.record()
     engine.cache.join_prompts()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3, computed.elapsed_time(end) / 1e3
-
-
-def layer_seconds(engine: Engine, total: int) -> tuple[float, float]:
-    """Median seconds of a layer of one prefill, of those beside a copy and of those between them."""
-    complete: list[torch.cuda.Event] = []
-
-    def every_second() -> bool:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # on the copy's branch, which begins where the layer is complete
-        complete.append(event)
-        return len(complete) % 2 == 1
-
-    with copying(engine, every_second):
-        prefill(engine, total)
-    times = [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(complete)]
-    return median(times[::2]), median(times[1::2])
-
-
-@contextmanager
-def copying(engine: Engine, copies: Callable[[], bool]) -> Iterator[None]:
-    """Within, ``copies`` says of each layer of a prompt whether it is copied to the arena."""
-    layers = [layer for layer in engine.cache.layers if isinstance(layer, WatchedLayer)]
-    for layer in layers:
-        layer.copies = copies
-    yield
-    for layer in layers:
-        del layer.copies
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def gemm_rate(layer: Layer) -> float:

@@ -126,7 +126,8 @@ class Reference:
                 rows = by_head.transpose(0, 1)[: len(item.prompt)].contiguous()
                 queries = self.queries[slot, number]
                 _, lse = attend_prompt(queries, rows, self.decoder.scale)
-                layer.take_prompts(rows, prompts, lse[-1:], LastTokens(queries, lse))
+                layer.take_rows(rows, prompts)
+                layer.start_sets(rows, prompts, lse[-1:], LastTokens(queries, lse))
             engine.activate(slot, len(item.prompt), GREEDY, 0)
         return engine
 
@@ -174,10 +175,10 @@ class _Pass(KVCache):
     queries: Tensor  # [layers, W, query_heads, head_dim]
     behind: int  # tokens of the answer that follow the prompt
 
-    def take_prompts(
+    def start_sets(
         self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
     ) -> None:
-        super().take_prompts(layer, rows, prompts, lse, last)
+        super().start_sets(layer, rows, prompts, lse, last)
         assert last is not None
         end = len(last.queries) - self.behind
         self.queries[layer] = last.queries[end - PROMPT_QUERIES : end]

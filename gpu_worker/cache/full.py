@@ -22,12 +22,13 @@ class FullLayer:
     def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
         self._arena, self._storing, self._scale = arena, storing, scale
 
-    def take_prompts(
-        self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
-    ) -> None:
-        """See ``LayerCache.take_prompts``."""
+    def take_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """See ``LayerCache.take_rows``; nothing is indexed."""
         with self._storing.fork(rows):
             prompts.store(rows, self._arena)
+
+    def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
+        """Nothing to do: there are no resident rows."""
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Nothing to do: the rows are in the arena already."""

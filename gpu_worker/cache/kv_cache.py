@@ -127,11 +127,15 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- prompt
 
-    def take_prompts(
+    def take_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
+        """Take rows of prompts into one layer; see ``LayerCache.take_rows``."""
+        self.layers[layer].take_rows(rows, prompts)
+
+    def start_sets(
         self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
     ) -> None:
-        """Take one layer of prompts into the cache; see ``LayerCache.take_prompts``."""
-        self.layers[layer].take_prompts(rows, prompts, lse, last)
+        """After all rows of a layer; see ``LayerCache.start_sets``."""
+        self.layers[layer].start_sets(rows, prompts, lse, last)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""
@@ -146,9 +150,7 @@ class KVCache:
     @property
     def fitting_tokens(self) -> int | None:
         """Tokens of the longest prompt whose rows all fit into every resident set; None for any prompt."""
-        return min(
-            (layer.resident.first + layer.resident.capacity for layer in self.sparse_layers), default=None
-        )
+        return min((layer.resident.whole for layer in self.sparse_layers), default=None)
 
     # ------------------------------------------------------------------------------------- decode
 

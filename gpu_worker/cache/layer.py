@@ -76,10 +76,20 @@ class LayerCache:
 
     # ------------------------------------------------------------------------------------- prompt
 
-    def take_prompts(
-        self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
-    ) -> None:
-        """Store prompts, index them and choose their first resident rows, beside later work.
+    def take_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """Store and index rows of prompts, beside later work.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], of whole prompts or of whole blocks of one.
+            prompts: where they go.
+        """
+        with self._streams.storing.fork(rows):
+            self.store(rows, prompts)
+        with self._streams.filling.fork(rows):
+            self.index.write_prompts(rows[:, :, 0], prompts.blocks)
+
+    def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
+        """Choose and copy the first resident rows of prompts that ``take_rows`` has taken, beside later work.
 
         Args:
             rows: [N, kv_heads, 2, head_dim], the layer's whole KV.
@@ -88,10 +98,7 @@ class LayerCache:
             last: the last tokens of a single prompt, whose queries choose its set; None where every prompt
                 fits into its set.
         """
-        streams = self._streams
-        with streams.storing.fork(rows):
-            self.store(rows, prompts)
-        with streams.filling.fork(rows, lse, *(last or ())):
+        with self._streams.filling.fork(rows, lse, *(last or ())):
             self.fill(rows, prompts, lse, last)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
@@ -109,16 +116,16 @@ class LayerCache:
         prompts = one_prompt(slot, tokens, [], block_table, page_table, self.arena.shape[2])
         resident, device = self.resident, rows.device
         chosen: Tensor | None = None
-        if tokens - resident.first > resident.capacity:
+        if tokens > resident.whole:
             end = tokens - resident.recent
             latest = torch.arange(end - 1, end - 1 - resident.capacity, -1, dtype=torch.int32, device=device)
             chosen = latest.expand(1, resident.kv_heads, -1).contiguous()
+        self.index.write_prompts(rows[:, :, 0], prompts.blocks)
         self._begin(rows, prompts, chosen, self.state.lse.new_zeros(1, self.state.lse.shape[1]))
 
     def _begin(self, rows: Tensor, prompts: Prompts, chosen: Tensor | None, lse: Tensor) -> None:
-        """Index and resident rows of the prompts' slots; ``chosen`` as for ``fill_resident``."""
+        """Resident rows and state of the prompts' slots; ``chosen`` as for ``fill_resident``."""
         slots = prompts.sequences.slots
-        self.index.write_prompts(rows[:, :, 0], prompts.blocks)
         fill_resident(rows, prompts.sequences, chosen, self.resident)
         # there is no selection yet: the first step selects, at a gate above 0
         self.state.selection_query.index_fill_(0, slots, 0)
@@ -195,13 +202,13 @@ class LayerCache:
     # The steps below are separate methods so that benchmarks can replace one of them.
 
     def store(self, rows: Tensor, prompts: Prompts) -> None:
-        """Write the prompts' rows to the arena; see ``clo.kernels.store``."""
+        """Write rows of prompts to the arena; see ``clo.kernels.store``."""
         prompts.store(rows, self.arena)
 
     def fill(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None) -> None:
-        """Index the prompts, and choose and copy their first resident rows; see ``take_prompts``."""
+        """See ``start_sets``."""
         resident, chosen = self.resident, None
-        if last is not None and len(rows) - resident.first > resident.capacity:
+        if last is not None and len(rows) > resident.whole:
             candidates = rows[resident.sinks : len(rows) - resident.recent, :, 0]
             chosen = self._rank(candidates, last).unsqueeze(0)
         self._begin(rows, prompts, chosen, lse)
@@ -215,7 +222,7 @@ class LayerCache:
         """[B, kv_heads] bool, the heads that select; see ``clo.kernels.gate``."""
         lengths, count = batch.lengths, len(batch.lengths)
         selection_query, counters = self.state.selection_query[:count], self.state.counters[:count]
-        return gate(query, selection_query, self._threshold, lengths, counters)
+        return gate(query, selection_query, self._threshold, lengths, self.resident.whole, counters)
 
     def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
         """Choose rows and say which have to be fetched; see ``clo.kernels.update_resident``."""

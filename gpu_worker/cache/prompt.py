@@ -24,6 +24,13 @@ class Prompts(NamedTuple):
         else:
             store_prompt(rows, self.listed, arena)
 
+    def part(self, first: int, last: int) -> "Prompts":
+        """Blocks ``first`` to ``last`` - 1 of a single prompt, for rows of which the first one is theirs."""
+        assert self.listed is not None, "there are several prompts"
+        starts, *others = self.blocks
+        blocks = PromptBlocks(starts[: last - first], *(part[first:last] for part in others))
+        return self._replace(blocks=blocks, listed=self.listed[first:last])
+
 
 class LastTokens(NamedTuple):
     """What a layer's attention knows of the last W tokens of a prompt."""
