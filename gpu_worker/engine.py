@@ -16,7 +16,9 @@ from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
 from clo.gpu_worker.prefill import Prefill
 from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
 from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
+from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sample import sample
+from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.runtime.config import CacheConfig
 from clo.runtime.wire.messages import Logprob, Sampling
 
@@ -55,6 +57,7 @@ class Engine:
         self.slots = slots
         self._device = device = decoder.device
         self.depth = 2 if device.type == "cuda" else 1
+        self._attend = attend_prompt_sparse if config.prefill_attention == "sparse" else attend_prompt
         self.cache = KVCache(
             decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type
         )
@@ -141,7 +144,8 @@ class Engine:
     def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
         """Begin the prefill of a sequence in a free slot; ``last`` as for ``Prefill``."""
         self.place(slot, blocks)
-        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *self.tables(slot), last)
+        tables = self.tables(slot)
+        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attend)
 
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:

@@ -40,7 +40,7 @@ def check_gpu_memory(
     rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + capacity
     resident = shape.kv_heads * rows * shape.row_bytes
     beside = beside_tokens(max_tokens)
-    prefill = prefill_bytes(shape, max_tokens + beside)
+    prefill = prefill_bytes(shape, max_tokens + beside, sparse=config.prefill_attention == "sparse")
     graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
     wanted = index + slots * resident + prefill + drift_check + graphs

@@ -1,5 +1,7 @@
 """Prefill, layer by layer: only one layer's KV is on the worker at a time; each row leaves it once."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,19 +10,28 @@ from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend_prompt import attend_prompt
+from clo.kernels.sparse_prompt import chosen_bytes
 from clo.runtime.model.kv_shape import KVShape
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
 
+AttendPrompt = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""What ``attend_prompt`` does, exactly or nearly."""
 
-def prefill_bytes(shape: KVShape, tokens: int) -> int:
-    """About the most GPU memory that the prefill of a prompt takes, apart from its index pages."""
+
+def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
+    """About the most GPU memory that the prefill of a prompt takes, apart from its index pages.
+
+    Args:
+        sparse: whether it attends to chosen blocks.
+    """
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
     rows = 3 * shape.kv_heads * shape.row_bytes  # of this layer, and of those being stored and indexed
     ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
-    return tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
+    whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
+    return whole + sparse * chosen_bytes(shape.query_heads, CHUNK_TOKENS["cuda"], tokens)
 
 
 class Prefill:
@@ -35,6 +46,7 @@ class Prefill:
         blocks: those of the sequence.
         block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
+        attend: attention of a chunk; that of the last layer, which is for a few tokens alone, is exact.
     """
 
     def __init__(
@@ -47,8 +59,9 @@ class Prefill:
         block_table: Tensor,
         page_table: Tensor,
         last: int = 1,
+        attend: AttendPrompt = attend_prompt,
     ) -> None:
-        self._decoder, self._cache, self._last = decoder, cache, last
+        self._decoder, self._cache, self._last, self._attend = decoder, cache, last, attend
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
         self._prompts = one_prompt(slot, self.total, blocks, block_table, page_table, shape.block_tokens)
@@ -107,7 +120,10 @@ class Prefill:
             return None
         wanted = self._last if final else tokens
         ranking = PROMPT_QUERIES + self._last - 1  # from the first one whose logits are wanted
-        attended, lse = attend_prompt(query[-ranking:] if final else query, self._rows[:end], decoder.scale)
+        if final:
+            attended, lse = attend_prompt(query[-ranking:], self._rows[:end], decoder.scale)
+        else:
+            attended, lse = self._attend(query, self._rows[:end], decoder.scale)
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
             self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)

@@ -14,10 +14,11 @@ from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import SHARED_BYTES, check_limits
+from clo.kernels.sparse_prompt import block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor, by_block
-from clo.runtime.config import WorkerConfig
+from clo.runtime.config import ResolvedModel, WorkerConfig
 from clo.runtime.machine.numa import bind, device_node
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
@@ -98,6 +99,23 @@ def _check_limits(config: WorkerConfig) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if config.cache.prefill_attention == "sparse":
+        _check_sparse_prefill(model)
+
+
+def _check_sparse_prefill(model: ResolvedModel) -> None:
+    if model.device != "cuda" or model.dtype == "float32" or torch.cuda.get_device_capability() < (9, 0):
+        raise ConfigError(
+            "--prefill-attention sparse needs a 16-bit --dtype on a GPU from Hopper (H100) on; "
+            "use --prefill-attention dense."
+        )
+    try:
+        block_sparse_attention()
+    except ImportError:
+        raise ConfigError(
+            "--prefill-attention sparse needs the package nvidia-cudnn-frontend: "
+            "pip install 'nvidia-cudnn-frontend>=1.32', or use --prefill-attention dense."
+        ) from None
 
 
 def _engine(

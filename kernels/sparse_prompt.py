@@ -1,15 +1,15 @@
 """Attention of a chunk of a prompt to those blocks of earlier keys that matter to it, and to all of its own.
 
 For each block of queries and each head some of its queries attend to every key. The blocks of keys that have
-weight with them are attended by all queries of the block, the others by none. Blocks of queries and of keys
-that are chosen for each other, and a budget that follows the estimated weight, are those of FlexPrefill (Lai
-et al. 2025) and XAttention (Xu et al. 2025). Both estimate weights from pooled or summed keys and queries,
-and so does FlashPrefill (Fan et al. 2026); real queries and keys find more, as SALE (Ji et al. 2025) says of
-a scan of all keys: ``benchmarks.sparse_prefill`` compares them.
-
-No server uses it yet.
+the most weight with one of them are attended by all queries of the block, the others by none; a head whose
+attention is spread out takes more of a layer's budget than one that looks at little. Blocks of queries and of
+keys that are chosen for each other, and budgets that follow the estimated weight, are those of FlexPrefill
+(Lai et al. 2025) and XAttention (Xu et al. 2025). Both estimate weights from pooled or summed keys and
+queries, and so does FlashPrefill (Fan et al. 2026); real queries and keys find more, as SALE (Ji et al. 2025)
+says of a scan of all keys: ``benchmarks.sparse_prefill`` compares them.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,11 +22,20 @@ from clo.kernels.attend_prompt import attend_prompt, flash_attention
 
 BLOCK = 64  # keys, and queries, that are chosen together
 SAMPLED = 4  # queries of a block that choose for it
-LEAST_WEIGHT = 0.002  # of a block that is attended
-
+DENSE_TOKENS = 16384  # before a chunk: up to so many are all attended, since choosing would cost more
+_BUDGET = 2.5
+_SORTED = 2**21  # weights, about, that decide how much a chosen block weighs
 
 Weigh = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Estimates what each block of keys is worth to each block of queries, as ``weigh_blocks`` does."""
+
+Budget = Callable[[int], float]
+"""How many blocks of so many a block of queries attends to, averaged over blocks and heads."""
+
+
+def default_budget(blocks: int) -> float:
+    """Twice as many for four times as many tokens: 8 % of 64K tokens, 2 % of a million."""
+    return _BUDGET * math.sqrt(blocks)
 
 
 class ChosenBlocks(NamedTuple):
@@ -37,7 +46,12 @@ class ChosenBlocks(NamedTuple):
 
 
 def attend_prompt_sparse(
-    query: Tensor, rows: Tensor, least_weight: float, scale: float, weigh: Weigh | None = None
+    query: Tensor,
+    rows: Tensor,
+    scale: float,
+    budget: Budget = default_budget,
+    weigh: Weigh | None = None,
+    dense_tokens: int = DENSE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a chunk of a prompt over its own rows and over chosen blocks of those before it.
 
@@ -46,28 +60,30 @@ def attend_prompt_sparse(
     Args:
         query: [N, query_heads, head_dim], the last N of T tokens.
         rows: [T, kv_heads, 2, head_dim].
-        least_weight: see ``choose_blocks``.
         scale: factor of the scores.
+        budget: how many blocks are chosen.
         weigh: in place of ``weigh_blocks``, to compare with.
+        dense_tokens: with at most so many tokens before the chunk, all of them are attended.
 
     Returns:
         Attended [N, query_heads, head_dim], and the log-sum-exp of the scores of all attended rows
         [N, query_heads] float32.
     """
-    blocks = (len(rows) - len(query)) // BLOCK
-    past = rows[: blocks * BLOCK]
+    before = len(rows) - len(query)
+    if before <= max(dense_tokens, BLOCK - 1):
+        return attend_prompt(query, rows, scale)
+    past = rows[: before // BLOCK * BLOCK]
     own, own_lse = attend_prompt(query, rows[len(past) :], scale)
-    if blocks == 0:
-        return own, own_lse
     weights = (weigh or weigh_blocks)(query, past[:, :, 0], own_lse, scale)
-    chosen = choose_blocks(weights, least_weight)
+    chosen = choose_blocks(weights, budget(before // BLOCK))
     out, lse = attend_chosen(query, past, chosen, scale)
     share = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(out.dtype)
     return torch.lerp(own, out, share), torch.logaddexp(own_lse, lse)
 
 
 def weigh_blocks(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> Tensor:
-    """The share of attention that each block of keys has, averaged over some queries of a block of queries.
+    """The share of attention that each block of keys has with some queries of a block of queries: the largest
+    of them, which loses less than their mean.
 
     Args:
         query: [N, query_heads, head_dim].
@@ -85,40 +101,49 @@ def weigh_blocks(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> 
     samples, own = query[places], own_lse[places]
     # Attention to values that say which block a key is of gives the weights of as many blocks as a value has
     # entries, without ever holding the scores.
-    ones = torch.eye(dim, dtype=query.dtype, device=query.device).repeat_interleave(
-        BLOCK, 0
-    )  # [D * BLOCK, D]
-    marks = ones.unsqueeze(1).expand(-1, keys.shape[1], -1).contiguous()
+    marks = _marks(dim, keys.shape[1], query.dtype, query.device)
     parts = [_attend(samples, part, marks[: len(part)], scale) for part in keys.split(dim * BLOCK)]
     lses = torch.stack([lse for _, lse in parts])  # [segments, Q * SAMPLED, query_heads]
     total = torch.logaddexp(lses.logsumexp(0), own)
     shares = (lses - total).exp_().to(query.dtype).unsqueeze(-1)
     weights = torch.stack([out for out, _ in parts]).mul_(shares)
-    mean = weights.unflatten(1, (blocks, SAMPLED)).mean(2, dtype=torch.float32)  # [segments, Q, heads, D]
-    by_block: Tensor = mean.permute(2, 1, 0, 3).flatten(2)[..., : len(keys) // BLOCK]
+    most = weights.unflatten(1, (blocks, SAMPLED)).amax(2)  # [segments, Q, heads, D]
+    by_block: Tensor = most.permute(2, 1, 0, 3).flatten(2)[..., : len(keys) // BLOCK]
     return by_block
 
 
-def choose_blocks(weights: Tensor, least_weight: float) -> ChosenBlocks:
-    """The blocks of at least so much weight, the first block and the last one.
+@cache
+def _marks(dim: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[dim * BLOCK, kv_heads, dim], whose entry d is 1 for the tokens of block d, else 0."""
+    marks = torch.eye(dim, dtype=dtype, device=device).repeat_interleave(BLOCK, 0)
+    return marks.unsqueeze(1).expand(-1, kv_heads, -1).contiguous()
 
-    For a given number of blocks over all heads and queries, those with the most weight lose the least of it:
-    heads that look at little take few. As the weights of a row sum up to 1, none takes more than
-    1 / ``least_weight``, however long the prompt.
+
+def choose_blocks(weights: Tensor, count: float) -> ChosenBlocks:
+    """The blocks with the most weight of all heads and queries, the first block and the last one.
+
+    A threshold decides, and where there are many lines of weights, some of them decide on the threshold.
 
     Args:
         weights: [query_heads, Q, K], as from ``weigh_blocks``.
-        least_weight: a share of attention.
+        count: blocks for each head and block of queries, on average; fewer where no more have any weight.
     """
-    blocks = weights.shape[2]
-    chosen = weights >= least_weight
+    heads, lines, blocks = weights.shape
+    some = weights[:, :: min(lines, -(-weights.numel() // _SORTED))].flatten()
+    rank = min(len(some), max(1, round(count / blocks * len(some))))
+    chosen = (weights >= some.sort(descending=True).values[rank - 1]) & (weights > 0)
     chosen[..., 0] = chosen[..., -1] = True  # attention sinks, and what is nearest
     order = chosen.cumsum(-1, dtype=torch.int32)
-    numbers = torch.empty(*weights.shape[:2], blocks + 1, dtype=torch.int32, device=weights.device)
+    numbers = torch.empty(heads, lines, blocks + 1, dtype=torch.int32, device=weights.device)
     # those that are not chosen all go behind the others' last place
     places = torch.where(chosen, order - 1, blocks).long()
     every = torch.arange(blocks, dtype=torch.int32, device=weights.device).expand_as(places)
     return ChosenBlocks(numbers.scatter_(2, places, every), order[..., -1].contiguous())
+
+
+def chosen_bytes(query_heads: int, queries: int, tokens: int) -> int:
+    """About the most GPU memory that choosing blocks of so many tokens for a chunk of queries takes."""
+    return query_heads * -(-queries // BLOCK) * -(-tokens // BLOCK) * 40
 
 
 def attend_chosen(query: Tensor, rows: Tensor, chosen: ChosenBlocks, scale: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from clo.runtime.wire.errors import ConfigError
 
 Attention = Literal["clo", "topk", "full"]
 Prefetch = Literal["off", "verified", "predicted"]
+PrefillAttention = Literal["auto", "dense", "sparse"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -132,7 +133,8 @@ class CacheConfig:
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
     ``predicted`` does not. Layers whose query cannot be predicted do without it
-    (``clo.gpu_worker.cache.query_prediction``).
+    (``clo.gpu_worker.cache.query_prediction``). ``prefill_attention`` is about prompts alone
+    (``clo.kernels.sparse_prompt``).
 
     ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` is the
     number of decode steps of a sequence from one comparison with full attention to the next.
@@ -171,6 +173,11 @@ class CacheConfig:
         "predicted",
         "fetch for a layer while the one before computes, with a predicted query, in all layers where that "
         "predicts well: verified selects again with the real one, predicted does not, which is fastest",
+    )
+    prefill_attention: PrefillAttention = option(
+        "auto",
+        "what the tokens of a prompt attend to: dense is all tokens before them; sparse leaves out blocks of "
+        "little weight, which is much faster from 64K tokens on and loses a little; auto is dense",
     )
     sinks: int = 4
     recent: int = 64

@@ -1,6 +1,7 @@
 """The decode path on a tiny random model: exact where nothing is dropped, and the algorithm where it is."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from clo.gpu_worker.in_process import (
     wait_for,
 )
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.gpu_worker.prefill import Prefill
 from clo.kernels.blocks import gather_tokens
+from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from tests.reference import load_transformers, transformers_greedy
@@ -125,6 +128,18 @@ def test_a_prompt_in_units_of_any_size_is_as_one_in_whole_chunks(decoder: Decode
         assert differing.float().mean() < 1e-3, "an entry between two levels may go either way"
         torch.testing.assert_close(scales[:, :length], other_scales[:, :length], rtol=0.02, atol=1e-3)
         assert torch.equal(mine.resident.positions.sort(-1)[0], its.resident.positions.sort(-1)[0])
+
+
+def test_a_prompt_that_attends_to_all_blocks_is_as_a_dense_one(decoder: Decoder) -> None:
+    prompt = random_tokens(decoder, 1300)
+    dense, sparse = (make_engine(decoder, CacheConfig(resident=1400), 1, 1400) for _ in range(2))
+    expected = prefill(dense, 0, prompt, 1400)
+    blocks, attend = blocks_of(sparse, 0, 1400), partial(attend_prompt_sparse, budget=float, dense_tokens=0)
+    sparse.place(0, blocks)
+    work = Prefill(decoder, sparse.cache, 0, prompt, blocks, *sparse.tables(0), attend=attend)
+    while (logits := work.advance()) is None:
+        pass
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt_length", [2, 10, 40, 300])

@@ -8,6 +8,7 @@ from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import (
     BLOCK,
     SAMPLED,
+    Budget,
     ChosenBlocks,
     attend_chosen,
     attend_prompt_sparse,
@@ -18,6 +19,10 @@ from clo.kernels.sparse_prompt import (
 SCALE = 0.2
 shapes = pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 1, 64), (2, 4, 128), (1, 8, 64)])
 NUMBERS = [[0, 2, 3, 9], [4, 9, 9, 9], [0, 1, 2, 3]]  # of which 9 is none
+
+
+def exactly(count: float) -> Budget:
+    return lambda blocks: count
 
 
 def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -37,14 +42,22 @@ def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -
 )
 def test_all_blocks_are_exact(kv_heads: int, group: int, dim: int, count: int, total: int) -> None:
     query, rows = random_prompt(count, total, kv_heads, group, dim)
-    found, found_lse = attend_prompt_sparse(query, rows, 0.0, SCALE)
+    found, found_lse = attend_prompt_sparse(query, rows, SCALE, float, dense_tokens=0)
     expected, lse = attend_prompt(query, rows, SCALE)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found_lse, lse)
 
 
+def test_what_little_comes_before_a_chunk_is_all_attended() -> None:
+    query, rows = random_prompt(64, 64 + 5 * BLOCK, 2, 2, 16)
+    expected, _ = attend_prompt(query, rows, SCALE)
+    for dense_tokens, exact in ((5 * BLOCK, True), (5 * BLOCK - 1, False)):
+        found, _ = attend_prompt_sparse(query, rows, SCALE, exactly(1), dense_tokens=dense_tokens)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5) is exact
+
+
 @pytest.mark.parametrize("count", [64, 100])
-def test_weights_are_the_mean_shares_of_attention_of_sampled_queries(count: int) -> None:
+def test_weights_are_the_largest_shares_of_attention_of_sampled_queries(count: int) -> None:
     kv_heads, group, dim, blocks = 2, 3, 16, 2 * 16 + 3  # a segment is as many blocks as a head has entries
     query, rows = random_prompt(count, blocks * BLOCK + count, kv_heads, group, dim)
     keys, own = rows[: blocks * BLOCK, :, 0], rows[blocks * BLOCK :]
@@ -61,23 +74,41 @@ def test_weights_are_the_mean_shares_of_attention_of_sampled_queries(count: int)
                 after = (own[: sample + 1, head // group, 0] @ query[sample, head]).double() * SCALE
                 softmax = torch.cat((before, after)).softmax(0)
                 shares.append(softmax[: blocks * BLOCK].view(blocks, BLOCK).sum(1))
-            expected = torch.stack(shares).mean(0).float()
+            expected = torch.stack(shares).amax(0).float()
             torch.testing.assert_close(weights[head, number], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_blocks_of_enough_weight_are_chosen_and_the_first_and_last_one() -> None:
-    weights = torch.rand(5, 3, 40) * 0.1
+@pytest.mark.parametrize(("count", "sorted_weights"), [(0.5, 2**21), (7.0, 2**21), (7.0, 100)])
+def test_the_blocks_of_most_weight_are_chosen_and_the_first_and_last_one(
+    count: float, sorted_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all heads and queries together: a head whose weights are larger takes more."""
+    monkeypatch.setattr("clo.kernels.sparse_prompt._SORTED", sorted_weights)
+    weights = torch.rand(5, 3, 40) * torch.tensor([1.0, 2.0, 1.0, 1.0, 0.1])[:, None, None]
     weights[0, 0] = 0.0  # all of its attention is elsewhere
-    numbers, counts = choose_blocks(weights, 0.07)
+    numbers, counts = choose_blocks(weights, count)
     assert numbers.dtype == counts.dtype == torch.int32
+    lines = 3 if sorted_weights > weights.numel() else 1
+    decisive = weights[:, ::3] if lines == 1 else weights
+    rank = round(count / 40 * decisive.numel())
+    least = decisive.flatten().sort(descending=True).values[rank - 1]
     for head in range(5):
         for row in range(3):
-            expected = {0, 39} | set((weights[head, row] >= 0.07).nonzero().flatten().tolist())
+            expected = {0, 39} | set((weights[head, row] >= least).nonzero().flatten().tolist())
             assert numbers[head, row, : counts[head, row]].tolist() == sorted(expected)
-    assert counts[0, 0] == 2
-    everything = choose_blocks(weights, 0.0)
-    assert (everything.counts == 40).all()
-    only = choose_blocks(weights[..., :1], 1.0)
+    assert counts[0, 0] == 2 and counts[1].sum() > counts[4].sum() + 2
+    if lines == 3:
+        assert abs(int((weights >= least).sum()) - count * 15) <= 1
+
+
+def test_no_block_without_weight_is_chosen() -> None:
+    weights = torch.zeros(2, 3, 10)
+    weights[0, 1, 4] = 1.0
+    numbers, counts = choose_blocks(weights, 8.0)
+    assert counts.tolist() == [[2, 3, 2], [2, 2, 2]] and numbers[0, 1, :3].tolist() == [0, 4, 9]
+    everything = choose_blocks(torch.rand(2, 3, 10) + 0.1, 10.0)
+    assert (everything.counts == 10).all()
+    only = choose_blocks(torch.rand(2, 3, 1), 1.0)
     assert (only.counts == 1).all() and (only.numbers[..., 0] == 0).all()
 
 
@@ -110,10 +141,10 @@ def test_what_a_prompt_repeats_is_found_and_little_else() -> None:
         found = rows[passage : passage + BLOCK, :, 0].repeat_interleave(group, 1)
         query[start : start + BLOCK] = found * 100
     _, own_lse = attend_prompt(query, rows[blocks * BLOCK :], SCALE)
-    chosen = choose_blocks(weigh_blocks(query, rows[: blocks * BLOCK, :, 0], own_lse, SCALE), 0.01)
+    chosen = choose_blocks(weigh_blocks(query, rows[: blocks * BLOCK, :, 0], own_lse, SCALE), 2.0)
     for number, blocks_of in enumerate(([0, 7, 8, 23], [0, 15, 16, 23])):
         for head in range(kv_heads * group):
             assert chosen.numbers[head, number, : chosen.counts[head, number]].tolist() == blocks_of
-    found, _ = attend_prompt_sparse(query, rows, 0.01, SCALE)
+    found, _ = attend_prompt_sparse(query, rows, SCALE, exactly(2.0), dense_tokens=0)
     expected, _ = attend_prompt(query, rows, SCALE)
     assert (found - expected).norm() < 0.01 * expected.norm()

@@ -1,12 +1,18 @@
-"""prefill/32k and prefill/128k: one prompt at the Llama-3-8B shape, from its tokens to its last logits.
+"""prefill/32k and prefill/128k: one prompt at the Llama-3-8B shape, from its tokens to its last logits;
+prefill/128k/sparse and prefill/1m: prompts that attend to chosen blocks.
 
 The floor is what its matrix products and its causal attention take in all layers, at the best rates that
 any library reaches in this run. The prefill computes the last layer for the last token alone, which saves
 about 3 % of it. How much of the copy to the arena is hidden comes from a second prefill, which does not copy.
+
+Random queries look everywhere alike: which blocks are chosen means nothing, but they are as many as those of
+a real prompt. A million tokens are computed in one layer, whose time is multiplied with the layers.
 """
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,17 +21,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.synthetic import LLAMA_8B, Model, arena_of, random_weights
+from benchmarks.gpu.synthetic import LLAMA_8B, QWEN_7B, Model, arena_of, random_decoder, random_weights
 from benchmarks.result import Result
 from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.model.weights import Layer
-from clo.kernels.attend_prompt import flash_attention
+from clo.gpu_worker.prefill import CHUNK_TOKENS, AttendPrompt, Prefill
+from clo.kernels.attend_prompt import attend_prompt, flash_attention
+from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.runtime.config import CacheConfig
 
 LENGTHS = (32768, 131072)
+MILLION = 2**20
 ARENA_GIB = 17
 CHUNK = 4096  # tokens of a prompt that are computed at a time
 _SUSTAINED = (200, 40)  # repeats of products and of attention: half a second or more, so that clocks settle
@@ -54,7 +63,47 @@ def measure(machine: Machine) -> list[Result]:
     results = [Result("ceiling", "GEMMs of a prompt", gemm / 1e12, "TFLOP/s")]
     for total in LENGTHS:
         results += measure_prompt(machine, engine, model, total, gemm)
-    return results
+    took = next(result.value for result in reversed(results) if result.metric == "time")
+    results += measure_sparse(engine, model, max(LENGTHS), took)
+    del engine, decoder, weights
+    torch.cuda.empty_cache()
+    return results + measure_million(machine)
+
+
+def measure_sparse(engine: Engine, model: Model, total: int, dense: float) -> list[Result]:
+    """One length with sparse attention. dense: seconds without it."""
+    shape, scale = model.shape, engine.decoder.scale
+    prefill(engine, total, attend_prompt_sparse)  # compiles
+    took = prefill(engine, total, attend_prompt_sparse)
+    rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
+    size = CHUNK_TOKENS["cuda"]
+    query = torch.randn(size, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
+    spent = [
+        sum(seconds(partial(attend, query, rows[:end], scale), 3) for end in range(size, total + 1, size))
+        for attend in (attend_prompt, attend_prompt_sparse)
+    ]
+    case = f"prefill/{total // 1024}k/sparse"
+    return [
+        Result(case, "time", took, "s", dense, took / dense),
+        Result(case, "attention", spent[1] * 1e3, "ms/layer", spent[0] * 1e3, spent[1] / spent[0]),
+    ]
+
+
+def measure_million(machine: Machine) -> list[Result]:
+    """A million tokens at the Qwen2.5-7B shape, dense and sparse."""
+    model, room = replace(QWEN_7B, layers=2), MILLION + 512
+    decoder = random_decoder(model, room)
+    arena = arena_of(machine.memory, model.shape, 1, room)
+    engine = Engine(decoder, arena, CacheConfig(select_k=256, resident=2048), 1, room)
+    prefill(engine, LENGTHS[0], attend_prompt_sparse)  # compiles
+    dense, sparse = (
+        QWEN_7B.layers * layer_seconds(engine, MILLION, attend)
+        for attend in (attend_prompt, attend_prompt_sparse)
+    )
+    return [
+        Result("prefill/1m", "time, dense, all layers like the first", dense, "s"),
+        Result("prefill/1m", "time, sparse, all layers like the first", sparse, "s", dense, sparse / dense),
+    ]
 
 
 def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, gemm: float) -> list[Result]:
@@ -95,18 +144,39 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     ]
 
 
-def prefill(engine: Engine, total: int) -> float:
+def prefill(engine: Engine, total: int, attend: AttendPrompt = attend_prompt) -> float:
     """Seconds of a prefill, until all of it lies in the arena."""
-    tokens = torch.randint(0, engine.decoder.vocab, (total,)).tolist()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    work = engine.prefill(0, tokens, list(range(-(-total // engine.decoder.shape.block_tokens))))
+    work = begun(engine, total, attend)
     while work.advance() is None:
         pass
     engine.cache.join_prompts()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def layer_seconds(engine: Engine, total: int, attend: AttendPrompt) -> float:
+    """Seconds of the first layer of a prefill."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work = begun(engine, total, attend)
+    begin.record()
+    while work.done < total // engine.decoder.shape.layers:
+        work.advance()
+    engine.cache.join_prompts()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def begun(engine: Engine, total: int, attend: AttendPrompt) -> Prefill:
+    """A prefill of random tokens in slot 0."""
+    decoder = engine.decoder
+    tokens = torch.randint(0, decoder.vocab, (total,)).tolist()
+    blocks = list(range(-(-total // decoder.shape.block_tokens)))
+    engine.place(0, blocks)
+    return Prefill(decoder, engine.cache, 0, tokens, blocks, *engine.tables(0), attend=attend)
 
 
 def gemm_rate(layer: Layer) -> float:

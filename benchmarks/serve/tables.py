@@ -120,7 +120,7 @@ for ``long`` the KV cache in fp8."""
 REFERENCE_NOTE = (
     "The references of serve/ttft, serve/short and serve/long are not of this run: vLLM 0.23.0 with the same "
     "shape on one H100 80 GB, 2026-11-26, in bfloat16; for serve/long with its KV cache in fp8 (in bfloat16 "
-    "it took 40.6 s), and from the first token on, where this run counts from sending."
+    "it took 40.6 s), from the first token to the last one."
 )
 
 CPU = Table(

@@ -21,9 +21,8 @@ from benchmarks.quality.__main__ import TASKS, items_of
 from benchmarks.result import Result, write
 from benchmarks.sparse_prefill import recall, speed
 from benchmarks.sparse_prefill.closeness import (
+    BY_BUDGET,
     BY_ESTIMATOR,
-    BY_SHARE,
-    BY_WEIGHT,
     DEFAULT,
     Comparison,
     Method,
@@ -62,9 +61,7 @@ def main() -> None:
             items = [cut(item) for item in make(kind, length - ANSWER, options.items * options.documents)]
             results += measure_task(decoder, context, f"{kind}/{length}", items, options.chunks)
         results += measure_recall(decoder, context, length, texts[:2], min(options.chunks))
-    write(
-        options.name, results, [f"The default is '{DEFAULT.name}'; chunks are served with {longest} tokens."]
-    )
+    write(options.name, results, [f"Chunks are served with {longest} tokens."])
 
 
 def measure_texts(
@@ -77,14 +74,14 @@ def measure_texts(
         item = continued(context, text, first, tokens)
         full = context.forced(first, item.answer)
         for chunk in chunks:
-            methods = BY_WEIGHT + BY_SHARE + (BY_ESTIMATOR if chunk == min(chunks) else ())
+            methods = BY_BUDGET + (BY_ESTIMATOR if chunk == min(chunks) else ())
             every = compared(decoder, context, item, chunk, methods, full)
             for method, comparison in zip(methods, every, strict=True):
                 found.setdefault((chunk, method), []).append(comparison)
     results = []
     for (chunk, method), comparisons in found.items():
         case = f"text/{length}/chunks of {chunk}/{method.name}"
-        results += text_results(case, comparisons, layers=method in BY_WEIGHT)
+        results += text_results(case, comparisons)
         shown(results, "KL(dense || sparse prefill)")
     return results
 

@@ -1,7 +1,7 @@
 """Dense and sparse prefills of the same prompts, and what follows them with full attention."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from statistics import mean
 from typing import NamedTuple
 
 import numpy
@@ -12,56 +12,80 @@ from benchmarks.quality.forcing import Numbers
 from benchmarks.quality.metrics import Estimate, blocks, estimate, share_right
 from benchmarks.result import Result
 from benchmarks.sparse_prefill.context import Attend, Context, divergence
-from benchmarks.sparse_prefill.estimators import ESTIMATORS, counted, densest
+from benchmarks.sparse_prefill.estimators import ESTIMATORS
 from benchmarks.tasks import Item
 from clo.gpu_worker.model.decoder import Decoder
-from clo.kernels.sparse_prompt import LEAST_WEIGHT, Weigh, attend_prompt_sparse, weigh_blocks
+from clo.kernels.sparse_prompt import (
+    DENSE_TOKENS,
+    Budget,
+    Weigh,
+    attend_prompt_sparse,
+    default_budget,
+    weigh_blocks,
+)
 
-LEAST_WEIGHTS = (0.0005, 0.001, 0.002, 0.004, 0.008)
 SHARES = (0.1, 0.2, 0.3)
+_DENSITY_UNIT = "of earlier chunks', where blocks are chosen"
 COMPARED = 0.2  # of the blocks, for all estimators
 
 
 class Method(NamedTuple):
-    """A sparse prefill: the blocks to which ``weigh`` gives at least so much weight."""
+    """A sparse prefill; see ``attend_prompt_sparse``."""
 
     name: str
-    weigh: Weigh
-    least_weight: float
+    budget: Budget
+    weigh: Weigh = weigh_blocks
+    dense_tokens: int = 0
 
 
-DEFAULT = Method(f"weight {LEAST_WEIGHT:g}", weigh_blocks, LEAST_WEIGHT)
-BY_WEIGHT = tuple(Method(f"weight {least:g}", weigh_blocks, least) for least in LEAST_WEIGHTS)
-BY_SHARE = tuple(Method(f"{share:.0%} of blocks", densest(share, weigh_blocks), 0.5) for share in SHARES)
+def share_of(share: float) -> Budget:
+    """The same share of any number of blocks."""
+    return lambda blocks: share * blocks
+
+
+def times(factor: float) -> Budget:
+    """So many times the default budget."""
+    return lambda blocks: factor * default_budget(blocks)
+
+
+DEFAULT = Method("default", default_budget, dense_tokens=DENSE_TOKENS)
+BY_BUDGET = (
+    DEFAULT,
+    Method("default, at all lengths", default_budget),
+    *(Method(f"{factor:g} x the blocks", times(factor), dense_tokens=DENSE_TOKENS) for factor in (0.7, 1.4)),
+    *(Method(f"{share:.0%} of blocks", share_of(share)) for share in SHARES),
+)
 BY_ESTIMATOR = tuple(
-    Method(f"{COMPARED:.0%} of blocks, {name}", densest(COMPARED, weigh), 0.5)
+    Method(f"{COMPARED:.0%} of blocks, {name}", share_of(COMPARED), weigh)
     for name, weigh in ESTIMATORS.items()
 )
 
 
 class Density:
-    """The share of the blocks of earlier chunks that was attended, for each layer."""
+    """The share of the blocks of earlier chunks that a method may attend to."""
 
-    def __init__(self, layers: int) -> None:
-        self._chosen: list[Tensor | float] = [0.0] * layers
-        self._all = [0] * layers
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._chosen = self._all = 0.0
 
-    def add(self, layer: int, chosen: Tensor) -> None:
-        """chosen: [query_heads, Q, K] bool."""
-        self._chosen[layer] = self._chosen[layer] + chosen.sum()
-        self._all[layer] += chosen.numel()
+    def budget(self, blocks: int) -> float:
+        """That of the method, noted."""
+        count = self._method.budget(blocks)
+        self._chosen += count
+        self._all += blocks
+        return count
 
-    def by_layer(self) -> list[float]:
-        pairs = zip(self._chosen, self._all, strict=True)
-        return [float(chosen) / every if every else 1.0 for chosen, every in pairs]
+    @property
+    def share(self) -> float:
+        """Where the method chooses at all; 1 where it never does."""
+        return self._chosen / self._all if self._all else 1.0
 
 
 def sparse(method: Method, scale: float, density: Density) -> Attend:
     """The method as an ``Attend`` that notes what it attends to."""
 
     def attend(layer: int, query: Tensor, rows: Tensor) -> Tensor:
-        weigh = counted(method.weigh, method.least_weight, partial(density.add, layer))
-        return attend_prompt_sparse(query, rows, method.least_weight, scale, weigh)[0]
+        return attend_prompt_sparse(query, rows, scale, density.budget, method.weigh, method.dense_tokens)[0]
 
     return attend
 
@@ -71,7 +95,7 @@ class Comparison(NamedTuple):
 
     full: Tensor  # [N, vocab] log-probabilities at the answer's tokens after a dense prefill
     other: Tensor  # [N, vocab], after the method's
-    density: list[float]  # of each layer
+    density: float  # share of the earlier blocks that was attended
 
 
 def compared(
@@ -79,25 +103,19 @@ def compared(
 ) -> Iterator[Comparison]:
     """What each method says about the answer of an item. full: what the dense prefill says."""
     for method in methods:
-        density = Density(decoder.shape.layers)
+        density = Density(method)
         first = context.prefill(item.prompt, chunk, sparse(method, decoder.scale, density))
-        yield Comparison(full, context.forced(first, item.answer), density.by_layer())
+        yield Comparison(full, context.forced(first, item.answer), density.share)
 
 
-def text_results(case: str, comparisons: list[Comparison], *, layers: bool) -> list[Result]:
-    """KL and density of one method over several texts; with ``layers`` the density of each layer too."""
+def text_results(case: str, comparisons: list[Comparison]) -> list[Result]:
+    """KL and density of one method over several texts."""
     kl = blocks(_stacked([divergence(full, other) for full, other, _ in comparisons]))
     agree = [(full.argmax(-1) == other.argmax(-1)).float() for full, other, _ in comparisons]
-    density = torch.tensor([each.density for each in comparisons]).mean(0)
-    by_layer = [
-        Result(case, f"blocks attended, layer {number}", share, "of earlier chunks'")
-        for number, share in enumerate(density.tolist())
-    ]
     return [
         *_interval(case, "KL(dense || sparse prefill)", estimate(kl), "nats"),
         Result(case, "same top token", float(torch.cat(agree).mean()), "of tokens"),
-        Result(case, "blocks attended", float(density.mean()), "of earlier chunks'"),
-        *(by_layer if layers else []),
+        Result(case, "blocks attended", mean(each.density for each in comparisons), _DENSITY_UNIT),
     ]
 
 
@@ -113,12 +131,11 @@ def task_results(case: str, items: list[Item], comparisons: list[Comparison]) ->
 
     full, found = shares(lambda each: each.full), shares(lambda each: each.other)
     own, gap = estimate(full), estimate(found - full)
-    density = torch.tensor([each.density for each in comparisons]).mean()
     return [
         Result(case, "right", float(found.mean()), "of answer tokens", own.value),
         *_interval(case, "dense prefill's right", own, "of answer tokens"),
         *_interval(case, "right - dense prefill's", gap, "of answer tokens"),
-        Result(case, "blocks attended", float(density), "of earlier chunks'"),
+        Result(case, "blocks attended", mean(each.density for each in comparisons), _DENSITY_UNIT),
     ]
 
 

@@ -5,7 +5,6 @@ written to be compared, with all scores in memory, not to be fast.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.index import random_rotation
 from clo.kernels.encode import encode, unpack
-from clo.kernels.sparse_prompt import BLOCK, Weigh
+from clo.kernels.sparse_prompt import BLOCK, Weigh, weigh_blocks
 
 _PAGE = 64  # keys that share a centre
 
 
 def exact(per_block: int, query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> Tensor:
-    """So many real queries of a block attend to all keys; as ``weigh_blocks`` with 4, and with ``BLOCK`` the
-    truth that the others estimate.
+    """So many real queries of a block attend to all keys, and each block of keys has its mean share; with
+    ``BLOCK`` that is the truth which the others estimate.
 
     Args:
         per_block: queries, evenly spaced; the last one of a block is one of them.
@@ -78,6 +77,7 @@ def codes(per_block: int, query: Tensor, keys: Tensor, own_lse: Tensor, scale: f
 
 
 ESTIMATORS: dict[str, Weigh] = {
+    "most of 4 queries, keys": weigh_blocks,
     "all queries, keys": partial(exact, BLOCK),
     "8 queries, keys": partial(exact, 8),
     "4 queries, keys": partial(exact, 4),
@@ -90,30 +90,6 @@ ESTIMATORS: dict[str, Weigh] = {
     "antidiagonals of 8": partial(antidiagonal, 8),
     "antidiagonals of 16": partial(antidiagonal, 16),
 }
-
-
-def densest(share: float, weigh: Weigh) -> Weigh:
-    """Of all blocks of a layer and a chunk the given share that ``weigh`` gives the most weight, as weights
-    of 1 and 0."""
-
-    def marked(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> Tensor:
-        weights = weigh(query, keys, own_lse, scale)
-        place = weights.numel() - max(1, round(share * weights.numel())) + 1
-        return (weights >= weights.flatten().kthvalue(place).values).float()
-
-    return marked
-
-
-def counted(weigh: Weigh, least_weight: float, count: Callable[[Tensor], None]) -> Weigh:
-    """``weigh``, which also tells ``count`` which blocks have at least so much weight, [query_heads, Q, K]
-    bool."""
-
-    def watched(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> Tensor:
-        weights = weigh(query, keys, own_lse, scale)
-        count(weights >= least_weight)
-        return weights
-
-    return watched
 
 
 def in_blocks(query: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:

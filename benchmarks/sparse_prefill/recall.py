@@ -7,9 +7,9 @@ from torch import Tensor
 
 from benchmarks.result import Result
 from benchmarks.sparse_prefill.context import Context
-from benchmarks.sparse_prefill.estimators import ESTIMATORS, densest
+from benchmarks.sparse_prefill.estimators import ESTIMATORS
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.sparse_prompt import BLOCK
+from clo.kernels.sparse_prompt import BLOCK, ChosenBlocks, choose_blocks
 
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of the blocks of a layer
 _JUDGED = 6  # blocks of queries of a chunk
@@ -66,7 +66,8 @@ class Judge:
         by_block = weights.unflatten(2, (_JUDGED, BLOCK)).unflatten(4, (-1, BLOCK))
         for name, weigh in ESTIMATORS.items():
             for share in SHARES:
-                marks = densest(share, weigh)(query, past[:, :, 0], own_lse, self._scale)
+                estimated = weigh(query, past[:, :, 0], own_lse, self._scale)
+                marks = _marked(choose_blocks(estimated, share * estimated.shape[2]), estimated.shape)
                 marks = marks.view(*scores.shape[:2], _JUDGED, 1, -1, 1)
                 chosen = (by_block * marks).view(scores.shape)
                 mass = chosen.sum(-1, keepdim=True)
@@ -74,6 +75,15 @@ class Judge:
                 error = ((out - full).square().sum((2, 3)) / size).mean()
                 recall = (mass.sum((2, 3)) / everything).mean()
                 self.found.setdefault((name, share), []).append(Chosen(float(recall), float(error)))
+
+
+def _marked(chosen: ChosenBlocks, shape: torch.Size) -> Tensor:
+    """[query_heads, Q, K] float32, 1 for the chosen blocks, else 0."""
+    numbers, counts = chosen
+    listed = torch.arange(numbers.shape[2], device=numbers.device) < counts.unsqueeze(2)
+    marks = torch.zeros(*shape[:2], shape[2] + 1, device=numbers.device)
+    marks.scatter_(2, torch.where(listed, numbers, shape[2]).long(), 1.0)
+    return marks[..., : shape[2]]
 
 
 def results_of(length: int, judges: list[Judge]) -> list[Result]:

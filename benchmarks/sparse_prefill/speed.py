@@ -1,9 +1,10 @@
-"""Sparse and dense attention of a chunk at the Llama-3-8B shape, on random queries and rows.
+"""Sparse and dense attention of the last chunk of a prompt at the Llama-3-8B shape.
 
-Random queries look everywhere alike, so the blocks that are attended are drawn at random too, in a given
-number; what choosing them costs does not depend on what is chosen.
+SYNTHETIC: queries and rows are random. Which blocks are chosen means nothing then, but they are as many as
+those of a real prompt.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,11 +13,17 @@ from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.synthetic import LLAMA_8B
 from benchmarks.result import Result
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.sparse_prompt import BLOCK, ChosenBlocks, attend_chosen, choose_blocks, weigh_blocks
+from clo.kernels.sparse_prompt import (
+    BLOCK,
+    attend_chosen,
+    attend_prompt_sparse,
+    choose_blocks,
+    default_budget,
+    weigh_blocks,
+)
 
 CHUNK = 8192
 LENGTHS = (32768, 131072, 1048576)
-SHARES = (0.05, 0.1, 0.2)
 
 
 @torch.inference_mode()
@@ -32,38 +39,29 @@ def measure_length(total: int) -> list[Result]:
     """The last chunk of a prompt of so many tokens."""
     shape = LLAMA_8B.shape
     scale = shape.head_dim**-0.5
-    rows = torch.empty(
-        total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda"
-    ).normal_()  # fmt: skip
+    size = total, shape.kv_heads, 2, shape.head_dim
+    rows = torch.empty(size, dtype=shape.dtype, device="cuda").normal_()
     query = torch.randn(CHUNK, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
-    past = rows[:-CHUNK]
-    _, own_lse = attend_prompt(query, rows[-CHUNK:], scale)
+    past, own = rows[:-CHUNK], rows[-CHUNK:]
+    budget = default_budget(len(past) // BLOCK)
+    _, own_lse = attend_prompt(query, own, scale)
     weights = weigh_blocks(query, past[:, :, 0], own_lse, scale)
+    chosen = choose_blocks(weights, budget)
     dense = seconds(partial(attend_prompt, query, rows, scale), 5)
-    own = seconds(partial(attend_prompt, query, rows[-CHUNK:], scale))
-    weigh = seconds(partial(weigh_blocks, query, past[:, :, 0], own_lse, scale))
-    choose = seconds(partial(choose_blocks, weights, 0.5))
+    sparse = seconds(partial(attend_prompt_sparse, query, rows, scale))
+    parts: dict[str, Callable[[], object]] = {
+        "own square": partial(attend_prompt, query, own, scale),
+        "weighing blocks": partial(weigh_blocks, query, past[:, :, 0], own_lse, scale),
+        "choosing blocks": partial(choose_blocks, weights, budget),
+        "chosen blocks": partial(attend_chosen, query, past, chosen, scale),
+    }
     case = f"speed/{total // 1024}k"
-    results = [
+    return [
         Result(case, "dense", dense * 1e3, "ms"),
-        Result(case, "own square", own * 1e3, "ms", dense * 1e3, own / dense),
-        Result(case, "weighing blocks", weigh * 1e3, "ms", dense * 1e3, weigh / dense),
-        Result(case, "listing blocks", choose * 1e3, "ms", dense * 1e3, choose / dense),
+        Result(case, "sparse", sparse * 1e3, "ms", dense * 1e3, sparse / dense),
+        *(
+            Result(case, name, took * 1e3, "ms", dense * 1e3, took / dense)
+            for name, took in ((name, seconds(part)) for name, part in parts.items())
+        ),
+        Result(case, "blocks attended", float(chosen.counts.float().mean()) * BLOCK / len(past), "of all"),
     ]
-    for share in SHARES:
-        chosen = drawn(len(past) // BLOCK, share)
-        sparse = seconds(partial(attend_chosen, query, past, chosen, scale))
-        took = own + weigh + choose + sparse
-        results += [
-            Result(case, f"chosen {share:.0%}", sparse * 1e3, "ms", dense * 1e3, sparse / dense),
-            Result(case, f"dense / all with {share:.0%}", dense / took, "times faster"),
-        ]
-    return results
-
-
-def drawn(blocks: int, share: float) -> ChosenBlocks:
-    """Random lists of so large a share of the blocks, in rising order."""
-    heads, per_chunk, count = LLAMA_8B.query_heads, CHUNK // BLOCK, round(share * blocks)
-    numbers = torch.rand(heads, per_chunk, blocks, device="cuda").topk(count).indices.sort(-1).values.int()
-    counts = torch.full((heads, per_chunk), count, dtype=torch.int32, device="cuda")
-    return ChosenBlocks(numbers, counts)
