@@ -247,8 +247,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None,
         "tokens of prompts that are computed between two decode steps: more brings prompts forward and makes "
-        "streams wait; auto measures how many leave streams half their pace beside one prompt, and takes more "
-        "where several wait",
+        "streams wait; auto measures how many leave streams half their pace beside one prompt, and takes "
+        "more where several wait",
         "TOKENS",
         int,
         none="auto",
