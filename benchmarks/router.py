@@ -48,6 +48,7 @@ from clo.runtime.wire.messages import (
     ToClient,
     ToRouter,
     ToWorker,
+    worker_identity,
 )
 from clo.runtime.wire.sockets import DealerSocket, Delivery, RouterSocket
 from examples.document import document
@@ -55,6 +56,8 @@ from examples.document import document
 CASES = ((1, 2_000, 0.0), (16, 2_000, 0.0), (64, 2_000, 0.0), (64, 500, 0.004))
 """Streams, steps and seconds from one step to the next. There are fewer steps than
 ``clo.runtime.router.UNREAD_MESSAGES``. A step of 64 streams of a small model on a GPU takes about 4 ms."""
+ENDPOINT = f"ipc://@clo-benchmark-{os.getpid()}"
+KEY = "the key of the benchmark"
 TOKENS = 16_000  # for the detokenizer
 RUNS = 5
 SETTLED_MS = 100  # without a new request, after which the worker begins
@@ -93,20 +96,23 @@ def _run(main: Callable[..., None], connection: Connection, parent: int, *argume
 
 
 def serve(connection: Connection, model: ResolvedModel) -> None:
-    """The router; sends its two addresses."""
+    """The router; sends its address, and gets the pid of its worker."""
 
     async def run() -> None:
-        router = Router(ServerConfig(port=0), model)
-        connection.send((router.address, router.workers_endpoint))
+        router = Router(ServerConfig(port=0), model, ENDPOINT, KEY)
+        connection.send(router.address)
+        router.expect(worker_identity(0), connection.recv())
         await router.serve()
 
     asyncio.run(run())
 
 
-def work(connection: Connection, endpoint: str, text: list[int]) -> None:
+def work(connection: Connection, text: list[int]) -> None:
     """The worker: gives every request the tokens of the text, again and again, all requests together. It
     gets the seconds from one step to the next through ``connection``."""
-    router: DealerSocket[FromWorker, ToWorker] = DealerSocket(zmq.Context(), endpoint, ToWorker, b"worker-0")
+    router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
+        zmq.Context(), ENDPOINT, ToWorker, KEY, worker_identity(0)
+    )
     router.send(Ready(0, os.getpid(), "numa0", 10**6))
     while True:
         pace = connection.recv()
@@ -165,7 +171,7 @@ def send_bare(
 ) -> None:
     """Sends the same chunks to ``reader``, and nothing else; each time its parent asks for it."""
     socket: RouterSocket[ToClient, ToRouter] = RouterSocket(
-        zmq.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0
+        zmq.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0, key=None
     )
     connection.send(socket.endpoint)
     names = [f"{number:032x}" for number in range(streams)]
@@ -183,7 +189,7 @@ def send_bare(
 
 def read_bare(connection: Connection, address: str, steps: int) -> None:
     """Reads chunks with a bare socket, and tells its parent when they are all there."""
-    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient, b"reader")
+    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient, None, b"reader")
     while True:
         for _ in range(steps):
             server.receive(None)
@@ -236,8 +242,9 @@ def main() -> None:
     detokenizer, decode_stream = median(own), median(theirs)
 
     router = Peer(serve, model)
-    address, endpoint = router.connection.recv()
-    worker = Peer(work, endpoint, text)
+    address = router.connection.recv()
+    worker = Peer(work, text)
+    router.connection.send(worker.pid)
     client = Peer(ask, address)
     results = [
         Result(

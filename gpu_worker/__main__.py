@@ -1,4 +1,7 @@
-"""``python -m clo.gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher."""
+"""``python -m clo.gpu_worker CONFIG PARENT``: a ``WorkerConfig`` as JSON, and the pid of the launcher.
+
+The key of the server's sockets comes through stdin.
+"""
 
 import sys
 from typing import Any
@@ -10,7 +13,7 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.startup import start
 from clo.gpu_worker.worker import Worker
 from clo.runtime.config import WorkerConfig
-from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
+from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
 
 
 def main(engine_type: type[Engine] = Engine) -> None:
@@ -18,8 +21,9 @@ def main(engine_type: type[Engine] = Engine) -> None:
     die_with_parent(int(sys.argv[2]))
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     configure_logging(config.log_level)
+    key = read_key()
     context: zmq.Context[Any] = zmq.Context()
-    Worker(config, context, start(config, context, engine_type)).serve()
+    Worker(config, context, key, start(config, context, key, engine_type)).serve()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from clo.runtime.wire.messages import (
     Free,
     FromWorker,
     Prefilled,
+    Reason,
     Refused,
     Run,
     Step,
@@ -287,7 +288,7 @@ class Scheduler:
         self._decoding.pop(sequence.slot, None)
         sequence.release = self._engine.retire(sequence.slot)
 
-    def _finish(self, sequence: Sequence, reason: str) -> None:
+    def _finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence; its slot and blocks are free once the device has left them."""
         sequence.reason = reason
         if sequence.state is State.WAITING:

@@ -4,7 +4,7 @@ from enum import Enum
 
 from clo.gpu_worker.outputs import SlotRelease
 from clo.gpu_worker.prefill import Prefill
-from clo.runtime.wire.messages import Run
+from clo.runtime.wire.messages import Reason, Run
 
 
 class State(Enum):
@@ -60,7 +60,7 @@ class Sequence:
         self.prefill: Prefill | None = None
         self.launched = self.steps = self.committed = 0
         self.reported = 0.0
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self.release: SlotRelease | None = None
 
     @property

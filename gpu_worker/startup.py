@@ -39,30 +39,29 @@ class Started(NamedTuple):
     capacity_tokens: int  # tokens that the store holds
 
 
-def start(config: WorkerConfig, context: zmq.Context[Any], engine_type: type[Engine] = Engine) -> Started:
+def start(
+    config: WorkerConfig, context: zmq.Context[Any], key: str, engine_type: type[Engine] = Engine
+) -> Started:
     """Bring a worker up.
 
     Args:
         config: the configuration that the launcher passed.
         context: ZeroMQ's context for its sockets.
+        key: of the server's sockets.
         engine_type: class of the engine; benchmarks have one of their own.
 
     Raises:
-        ConfigError: the model cannot be loaded, the store cannot hold one block of it, or the GPU has too
-            little memory.
+        ConfigError: the model cannot be loaded, or the GPU has too little memory.
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
     _check_limits(config)
     decoder = load_decoder(config.model)
-    store = StoreClient(context, endpoint)
-    shape = decoder.shape
-    attached = store.attach(
-        Attach(config.worker, config.worker, os.getpid(), shape.block_tokens, shape.block_bytes),
-        ATTACH_SECONDS,
-    )
+    store = StoreClient(context, endpoint, key)
+    attached = store.attach(Attach(config.worker, os.getpid()), ATTACH_SECONDS)
     engine, drift_check = _engine(config, decoder, attached, engine_type)
-    return Started(engine, drift_check, store, attached.store, attached.blocks * shape.block_tokens)
+    capacity = attached.blocks * decoder.shape.block_tokens
+    return Started(engine, drift_check, store, attached.store, capacity)
 
 
 def _choose_store(config: WorkerConfig) -> str:

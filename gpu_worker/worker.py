@@ -28,6 +28,7 @@ from clo.runtime.wire.messages import (
     ToWorker,
     WorkerReport,
     WorkerStats,
+    worker_identity,
 )
 from clo.runtime.wire.sockets import DealerSocket
 
@@ -50,17 +51,18 @@ class Worker:
     Args:
         config: the configuration that the launcher passed.
         context: ZeroMQ's context for its sockets.
+        key: of the server's sockets.
         started: engine and store that it serves with.
 
     Attributes:
         scheduler: decides what its requests do next.
     """
 
-    def __init__(self, config: WorkerConfig, context: zmq.Context[Any], started: Started) -> None:
+    def __init__(self, config: WorkerConfig, context: zmq.Context[Any], key: str, started: Started) -> None:
         self._config = config
         self._engine, self._drift_check, self._store = started.engine, started.drift_check, started.store
         self._router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
-            context, config.router, ToWorker, identity=b"worker-%d" % config.worker
+            context, config.router, ToWorker, key, identity=worker_identity(config.worker)
         )
         decoder = self._engine.decoder
         token_flops = decoder.shape.layers * decoder.layer_flops(1, 0)

@@ -1,4 +1,7 @@
-"""One KV store: ``python -m clo.kvstore CONFIG PARENT``, a ``StoreConfig`` as JSON and the launcher's pid."""
+"""One KV store: ``python -m clo.kvstore CONFIG PARENT``, a ``StoreConfig`` as JSON and the launcher's pid.
+
+The key of the server's sockets comes through stdin.
+"""
 
 import sys
 
@@ -6,11 +9,13 @@ import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.pool import BlockPool
 from clo.kvstore.server import StoreServer, listen
 from clo.runtime.config import StoreConfig
 from clo.runtime.machine import numa
 from clo.runtime.machine.host_memory import check_memory
-from clo.runtime.machine.process import configure_logging, die_with_parent, run_process
+from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
+from clo.runtime.wire.errors import ConfigError
 
 
 def main() -> None:
@@ -18,9 +23,16 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[1], type=StoreConfig)
     configure_logging(config.log_level)
     numa.bind(config.node)
-    with zmq.Context() as context, listen(context, config.endpoint) as socket:
+    blocks = config.arena_bytes // config.block.bytes
+    if blocks == 0:
+        raise ConfigError(
+            f"One block of the KV cache takes {config.block.bytes} bytes, {config.name} has only "
+            f"{config.arena_bytes}: raise --kv-size."
+        )
+    with zmq.Context() as context, listen(context, config.endpoint, read_key()) as socket:
         check_memory({config.node: config.arena_bytes})
-        StoreServer(config, Arena.create(config.arena_bytes), socket).run()
+        pool = BlockPool(blocks, config.block.tokens)
+        StoreServer(config, Arena.create(config.arena_bytes), pool, socket).run()
 
 
 if __name__ == "__main__":

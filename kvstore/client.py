@@ -22,15 +22,15 @@ _Answer = TypeVar("_Answer", Attached, StagingOpened)
 class StoreClient(DealerSocket[ToStore, FromStore]):
     """A ``DealerSocket`` that knows how a worker begins; all else is ``send`` and ``receive``."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, endpoint, FromStore)
+    def __init__(self, context: zmq.Context[Any], endpoint: str, key: str) -> None:
+        super().__init__(context, endpoint, FromStore, key)
 
     def attach(self, message: Attach, timeout_s: float) -> Attached:
         """Make this worker known to the store and wait for the answer, which comes once the store has touched
         its whole arena.
 
         Raises:
-            CLOError: the store denies it, such as ``ConfigError`` where the blocks do not fit.
+            CLOError: the store denies it.
             WorkerDied: nothing answers within ``timeout_s``.
         """
         return self._ask(message, Attached, timeout_s)

@@ -47,6 +47,21 @@ class Source:
     def memory(self) -> _Bytes:
         return _map(self._arena.fd, self._arena.size)
 
+    def open_other(self, pid: int, fd: int, size: int) -> _Bytes:
+        """Memory that process ``pid`` holds as ``fd``. Raises ``ProtocolError``, also where it is the arena,
+        which pushes must not write."""
+        try:
+            own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ProtocolError(f"File descriptor {fd} of process {pid} cannot be opened: {error}.") from None
+        try:
+            found = os.fstat(own)
+            if found.st_size != size or os.path.samestat(found, os.fstat(self._arena.fd)):
+                raise ProtocolError(f"File descriptor {fd} of process {pid} is no memory of {size} bytes.")
+            return _map(own, size)
+        finally:
+            os.close(own)
+
     def register(self, device: int) -> None:
         """Register the arena with CUDA, for all devices, unless it is. Raises ``RuntimeError``."""
         if self._registered:
@@ -142,21 +157,16 @@ class Pusher:
         source: the arena, [layer][kv_head][block][token][K|V][head_dim].
         pid: the worker's process.
         message: where its staging is.
-        blocks: number of blocks in the arena.
-        block_bytes: size of a block with all its layers and heads.
+        layout: of the arena.
 
     Raises:
-        ProtocolError: the worker has no such memory, or the numbers do not fit together.
+        ProtocolError: the worker has no such memory.
         ConfigError: CUDA refuses.
     """
 
-    def __init__(self, source: Source, pid: int, message: OpenStaging, blocks: int, block_bytes: int) -> None:
-        self._bytes = message.bytes
-        try:
-            self._layout = ArenaLayout.of_block(message.layers, message.kv_heads, blocks, block_bytes)
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
-        memory = _open(pid, message.fd, PAGE_BYTES + (0 if message.gpu else self._bytes))
+    def __init__(self, source: Source, pid: int, message: OpenStaging, layout: ArenaLayout) -> None:
+        self._bytes, self._layout = message.bytes, layout
+        memory = source.open_other(pid, message.fd, PAGE_BYTES + (0 if message.gpu else self._bytes))
         self._page = memory[:PAGE_BYTES].view(np.int64)
         self._last = 0
         self._staging: _SharedStaging | _GPUStaging
@@ -221,20 +231,6 @@ def _runs(blocks: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def _map(fd: int, size: int) -> _Bytes:
     return np.frombuffer(mmap.mmap(fd, size), np.uint8)
-
-
-def _open(pid: int, fd: int, size: int) -> _Bytes:
-    """Memory that another process holds as ``fd``."""
-    try:
-        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise ProtocolError(f"File descriptor {fd} of process {pid} cannot be opened: {error}.") from None
-    try:
-        if os.fstat(own).st_size != size:
-            raise ProtocolError(f"File descriptor {fd} of process {pid} is no memory of {size} bytes.")
-        return _map(own, size)
-    finally:
-        os.close(own)
 
 
 @contextmanager

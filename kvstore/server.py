@@ -8,6 +8,7 @@ import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.layout import ArenaLayout
 from clo.kvstore.pool import BlockPool
 from clo.kvstore.push import Pusher, Source
 from clo.runtime.config import StoreConfig
@@ -48,14 +49,14 @@ class _Worker(msgspec.Struct, frozen=True):
     pidfd: int
 
 
-def listen(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
-    """The socket to which workers connect.
+def listen(context: zmq.Context[Any], endpoint: str, key: str) -> zmq.Socket[bytes]:
+    """The socket to which workers connect that know ``key``.
 
     Raises:
         ConfigError: ``endpoint`` cannot be used.
     """
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    configure(socket)
+    configure(socket, key, listens=True)
     socket.setsockopt(zmq.SNDHWM, 0)  # answers must not be dropped; workers bound them by what they ask
     try:
         socket.bind(endpoint)
@@ -68,15 +69,14 @@ def listen(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
 class StoreServer:
     """Serves one arena over one ROUTER socket. It sleeps in ``poll`` and has no timers."""
 
-    def __init__(self, config: StoreConfig, arena: Arena, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, config: StoreConfig, arena: Arena, pool: BlockPool, socket: zmq.Socket[bytes]) -> None:
         self._config = config
         self._arena = arena
+        self._pool = pool
         self._socket = socket
         self._decode: Decoder[ToStore] = Decoder(ToStore)
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._pool: BlockPool | None = None  # made when the first worker gives the shape of its blocks
-        self._block_bytes = 0
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._source = Source(arena)
@@ -106,42 +106,46 @@ class StoreServer:
             self._send(identity, Denied(answers, sequence, error.code, str(error)))
 
     def on_attach(self, identity: bytes, message: Attach) -> None:
-        pool = self._pool_for(message)
+        started = self._config.workers.get(message.worker)
+        if started is None or started.pid != message.pid:
+            _logger.error("Process %d may not attach as worker %d.", message.pid, message.worker)
+            raise ProtocolError(f"Process {message.pid} is not worker {message.worker} of this server.")
         try:
             pidfd = os.pidfd_open(message.pid)
-        except (OSError, OverflowError):
+        except OSError:
             raise ProtocolError(f"There is no process {message.pid} that could attach.") from None
         for former in (self._by_number.get(message.worker), self._by_identity.get(identity)):
             if former is not None and former.number in self._by_number:
                 self._forget(former)
-        worker = _Worker(message.worker, message.group, identity, message.pid, pidfd)
+        worker = _Worker(message.worker, started.group, identity, message.pid, pidfd)
         self._by_number[message.worker] = self._by_identity[identity] = worker
         self._poller.register(pidfd, zmq.POLLIN)
         self._send(
             identity,
-            Attached(self._config.name, os.getpid(), self._arena.fd, self._arena.size, pool.blocks),
+            Attached(self._config.name, os.getpid(), self._arena.fd, self._arena.size, self._pool.blocks),
         )
 
     def on_allocate(self, identity: bytes, message: Allocate) -> None:
-        pool, worker = self._attached(identity)
-        pool.allocate(worker.group, message.sequence, message.blocks)
-        self._grant(pool)
+        worker = self._attached(identity)
+        self._pool.allocate(worker.group, message.sequence, message.blocks)
+        self._grant()
 
     def on_commit(self, identity: bytes, message: Commit) -> None:
-        pool, worker = self._attached(identity)
-        pool.commit(worker.group, message.sequence, message.start, message.tokens)
+        worker = self._attached(identity)
+        self._pool.commit(worker.group, message.sequence, message.start, message.tokens)
 
     def on_free(self, identity: bytes, message: Free) -> None:
-        pool, worker = self._attached(identity)
-        self._send(identity, Freed(message.sequence, pool.free(worker.group, message.sequence)))
-        self._grant(pool)
+        worker = self._attached(identity)
+        self._send(identity, Freed(message.sequence, self._pool.free(worker.group, message.sequence)))
+        self._grant()
 
     def on_get_stats(self, identity: bytes, message: GetStoreStats) -> None:
-        pool, _ = self._attached(identity)
+        self._attached(identity)
+        pool = self._pool
         stats = StoreStats(
             store=self._config.name,
             arena_bytes=self._arena.size,
-            block_bytes=self._block_bytes,
+            block_bytes=self._config.block.bytes,
             blocks=pool.blocks,
             free_blocks=pool.free_blocks,
             sequences=pool.sequences,
@@ -150,50 +154,31 @@ class StoreServer:
         self._send(identity, StoreReport(stats))
 
     def on_describe(self, identity: bytes, message: Describe) -> None:
-        pool, worker = self._attached(identity)
-        self._send(identity, Described(message.sequence, *pool.describe(worker.group, message.sequence)))
+        worker = self._attached(identity)
+        described = self._pool.describe(worker.group, message.sequence)
+        self._send(identity, Described(message.sequence, *described))
 
     def on_open_staging(self, identity: bytes, message: OpenStaging) -> None:
-        pool, worker = self._attached(identity)
+        worker = self._attached(identity)
         self._close_pusher(worker.number)
-        self._pushers[worker.number] = Pusher(
-            self._source, worker.pid, message, pool.blocks, self._block_bytes
-        )
+        block = self._config.block
+        layout = ArenaLayout.of_block(block.layers, block.kv_heads, self._pool.blocks, block.bytes)
+        self._pushers[worker.number] = Pusher(self._source, worker.pid, message, layout)
         self._send(identity, StagingOpened())
 
     def on_push(self, identity: bytes, message: Push) -> None:
-        pool, worker = self._attached(identity)
-        blocks = pool.blocks_of(worker.group, message.sequence)
+        worker = self._attached(identity)
+        blocks = self._pool.blocks_of(worker.group, message.sequence)
         if worker.number not in self._pushers:
             raise ProtocolError("A worker has to send OpenStaging before Push.")
         self._pushers[worker.number].push(message, blocks)
 
-    def _pool_for(self, message: Attach) -> BlockPool:
-        """The pool, made by the first worker. Raises ``ConfigError`` where the worker's blocks do not fit."""
-        if self._pool is None:
-            blocks = self._arena.size // message.block_bytes
-            if blocks == 0:
-                raise ConfigError(
-                    f"One block of the KV cache takes {message.block_bytes} bytes, {self._config.name} has "
-                    f"only {self._arena.size}: raise --kv-size."
-                )
-            self._pool = BlockPool(blocks, message.block_tokens)
-            self._block_bytes = message.block_bytes
-        own = (self._pool.block_tokens, self._block_bytes)
-        if own != (message.block_tokens, message.block_bytes):
-            raise ConfigError(
-                f"Worker {message.worker} has blocks of {message.block_tokens} tokens and "
-                f"{message.block_bytes} bytes, {self._config.name} has {own[0]} tokens and {own[1]} bytes: "
-                "use one model and dtype for all workers of a store."
-            )
-        return self._pool
-
-    def _attached(self, identity: bytes) -> tuple[BlockPool, _Worker]:
-        """The pool and the worker that asks."""
+    def _attached(self, identity: bytes) -> _Worker:
+        """The worker that asks."""
         worker = self._by_identity.get(identity)
-        if worker is None or self._pool is None:
+        if worker is None:
             raise ProtocolError("A worker's first message has to be Attach.")
-        return self._pool, worker
+        return worker
 
     def _forget(self, worker: _Worker) -> None:
         """Free all that a worker's group held, since it cannot go on, and serve those that wait."""
@@ -201,19 +186,18 @@ class StoreServer:
         self._poller.unregister(worker.pidfd)
         os.close(worker.pidfd)
         self._close_pusher(worker.number)
-        if self._pool is not None:
-            self._pool.free_group(worker.group)
-            self._grant(self._pool)
+        self._pool.free_group(worker.group)
+        self._grant()
 
     def _close_pusher(self, worker: int) -> None:
         if worker in self._pushers:
             self._pushers.pop(worker).close()
 
-    def _grant(self, pool: BlockPool) -> None:
-        for grant in pool.grants():
+    def _grant(self) -> None:
+        for grant in self._pool.grants():
             self._send(self._leader(grant.group).identity, Allocated(grant.sequence, grant.blocks))
-        if pool.sequences == 0:
-            pool.check_integrity()  # nobody is waiting, so this delays no one
+        if self._pool.sequences == 0:
+            self._pool.check_integrity()  # nobody is waiting, so this delays no one
 
     def _leader(self, group: int) -> _Worker:
         """The worker of a group that asks for all of them."""

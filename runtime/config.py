@@ -312,13 +312,35 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class BlockConfig:
+    """What a block of the KV cache holds: the model's shape as a store has to know it."""
+
+    layers: int
+    kv_heads: int
+    tokens: int
+    bytes: int  # with all layers and heads
+
+
+@dataclass(frozen=True)
+class StartedWorker:
+    """A worker that the launcher has started. Blocks belong to a group: the workers that serve the same
+    sequences together."""
+
+    pid: int
+    group: int
+
+
+@dataclass(frozen=True)
 class StoreConfig:
-    """One KV store: its name (``numa0``), NUMA node, arena size in bytes and control address."""
+    """One KV store: its name (``numa0``), NUMA node, arena size in bytes, control address, blocks, and the
+    workers, by number, that may attach."""
 
     name: str
     node: int
     arena_bytes: int
     endpoint: str
+    block: BlockConfig
+    workers: dict[int, StartedWorker]
     log_level: LogLevel = "warning"
 
 

@@ -3,6 +3,7 @@
 from enum import Enum
 
 from clo.runtime.tokenizer import Detokenizer
+from clo.runtime.wire.messages import Reason
 
 
 class State(Enum):
@@ -44,7 +45,7 @@ class Request:
     def __init__(self, client: bytes, name: str, now: float) -> None:
         self.client, self.name, self.heard = client, name, now
         self.state = State.ADMITTING
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self.prompt_tokens = self.max_tokens = self.generated = 0
         self.prefilled: int | None = None
         self.sequence = -1

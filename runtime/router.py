@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import secrets
-import uuid
 from collections.abc import Coroutine
 from typing import Any
 
@@ -40,6 +39,7 @@ from clo.runtime.wire.messages import (
     Prefilled,
     Progress,
     Ready,
+    Reason,
     Refused,
     Run,
     Stepped,
@@ -69,23 +69,24 @@ class Router:
     Args:
         config: host, port, number of workers, attention.
         model: the model that is served.
+        endpoint: where workers connect, see ``worker_identity``.
+        key: that they have to know.
 
     Attributes:
         address: where clients connect.
-        workers_endpoint: where workers connect, each under the identity ``worker-N``.
 
     Raises:
         ConfigError: the port cannot be used, or the model has no tokenizer.
     """
 
-    def __init__(self, config: ServerConfig, model: ResolvedModel) -> None:
+    def __init__(self, config: ServerConfig, model: ResolvedModel, endpoint: str, key: str) -> None:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
-                self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES
+                self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES, key=None
             )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
@@ -94,12 +95,12 @@ class Router:
                 f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port."
             ) from None
         self.address = self._clients.endpoint
-        self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"
         self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
-            self._context, self.workers_endpoint, FromWorker, queue=0
+            self._context, endpoint, FromWorker, queue=0, key=key
         )
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
-        self._running: dict[int, Request] = {}  # by sequence; CLOSED ones too
+        self._pids: dict[bytes, int] = {}  # of the workers that were started, by connection
+        self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
         self._all_ready = asyncio.Event()
@@ -112,6 +113,11 @@ class Router:
     def capacity_tokens(self) -> int:
         """Tokens that all stores hold together."""
         return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
+
+    def expect(self, worker: bytes, pid: int) -> None:
+        """A worker was started, and may say that it is ready; nobody else may say anything."""
+        self._pids[worker] = pid
+        self._running[worker] = {}
 
     async def ready(self) -> int:
         """Wait until all workers are ready; returns ``capacity_tokens``."""
@@ -151,8 +157,10 @@ class Router:
         async for worker, message in self._workers.messages():
             if isinstance(message, ProtocolError):
                 _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-            else:
+            elif worker in self._ready_workers or isinstance(message, Ready):
                 self._handlers[type(message)](self, worker, message)
+            else:
+                _logger.error("%s speaks before it is ready.", worker.decode(errors="replace"))
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -212,7 +220,7 @@ class Router:
         request.worker = min(self._ready_workers, key=self._load)
         request.sequence = self._sequences
         self._sequences += 1
-        self._running[request.sequence] = request
+        self._running[request.worker][request.sequence] = request
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
@@ -230,7 +238,7 @@ class Router:
         return await asyncio.to_thread(self._tokenizer.encode, *arguments)
 
     def _load(self, worker: bytes) -> int:
-        return sum(request.outstanding for request in self._running.values() if request.worker == worker)
+        return sum(request.outstanding for request in self._running[worker].values())
 
     async def _inform(self, client: bytes, name: str) -> None:
         """Answer ``GetInfo``, with the reports of the workers that give one within 2 s."""
@@ -260,12 +268,15 @@ class Router:
     # ------------------------------------------------------------------------------ from workers
 
     def on_ready(self, worker: bytes, message: Ready) -> None:
+        if self._pids.get(worker) != message.pid:
+            _logger.error("Process %d is not %s.", message.pid, worker.decode(errors="replace"))
+            return
         self._ready_workers[worker] = message
         if len(self._ready_workers) == self._config.workers:
             self._all_ready.set()
 
     def on_prefilled(self, worker: bytes, message: Prefilled) -> None:
-        request = self._running.get(message.sequence)
+        request = self._running[worker].get(message.sequence)
         if request is not None:
             request.prefilled = message.done
             self._tell(request, Progress(request.name, "prefill", message.done, message.total))
@@ -274,8 +285,9 @@ class Router:
         """The new tokens of a step, as text: one message to each client."""
         now = asyncio.get_running_loop().time()
         chunks: dict[bytes, list[Chunk]] = {}
+        running = self._running[worker]
         for step in message.steps:
-            request = self._running.get(step.sequence)
+            request = running.get(step.sequence)
             if (
                 request is None or request.state is not State.ASSIGNED
             ):  # the worker has not read the Abort yet
@@ -293,7 +305,7 @@ class Router:
             self._send(client, Chunks(new))
 
     def on_done(self, worker: bytes, message: Done) -> None:
-        request = self._running.pop(message.sequence, None)
+        request = self._running[worker].pop(message.sequence, None)
         if request is None or not request.open:
             return
         assert request.text is not None
@@ -304,7 +316,7 @@ class Router:
         self._end(request, Finished(request.name, reason, usage, message.cache))
 
     def on_refused(self, worker: bytes, message: Refused) -> None:
-        request = self._running.pop(message.sequence, None)
+        request = self._running[worker].pop(message.sequence, None)
         if request is not None:
             self._end(request, Failed(request.name, message.code, message.text))
 
@@ -347,7 +359,7 @@ class Router:
         request.move(State.CLOSED)
         del self._open[request.client, request.name]
 
-    def _stop(self, request: Request, reason: str) -> None:
+    def _stop(self, request: Request, reason: Reason) -> None:
         """Have the worker end a request for a reason that the worker does not know."""
         request.reason = reason
         request.move(State.STOPPING)

@@ -3,20 +3,24 @@
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
-from clo.runtime.config import ServerConfig, StoreConfig, WorkerConfig
+from clo.runtime.config import BlockConfig, ServerConfig, StartedWorker, StoreConfig, WorkerConfig
 from clo.runtime.machine.host_memory import check_memory
+from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
+from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
+from clo.runtime.wire.messages import worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
 
@@ -31,21 +35,27 @@ class Child:
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, name: str, module: str, config: StoreConfig | WorkerConfig, threads: int) -> "Child":
+    async def start(
+        cls, name: str, module: str, config: StoreConfig | WorkerConfig, key: str, threads: int
+    ) -> "Child":
         """Run ``python -m MODULE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
 
-        To be called in the main thread: a child dies with the thread that started it. What a child prints
-        goes to stderr, so that stdout carries the ready line and nothing else.
+        The child reads ``key`` from its stdin. What it prints goes to stderr, so that stdout carries the
+        ready line and nothing else. To be called in the main thread: a child dies with the thread that
+        started it.
         """
         environment = dict(os.environ)
         set_threads(environment, threads)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, msgspec.json.encode(config).decode(), str(os.getpid())),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=sys.stderr,
             start_new_session=True,
             env=environment,
         )
+        assert process.stdin is not None
+        process.stdin.write(key.encode())
+        process.stdin.close()
         _logger.info("Started %s as process %d.", name, process.pid)
         return cls(name, process)
 
@@ -75,17 +85,21 @@ class Supervisor:
     Args:
         config: what was asked for.
         worker: module that each worker runs.
+        folder: for the sockets between the processes. It is removed once they are connected, so that nobody
+            can connect to them any more, and nothing is left behind where this process is killed.
 
     Raises:
         ConfigError: the model, the machine's memory or the port do not allow it.
     """
 
-    def __init__(self, config: ServerConfig, worker: str) -> None:
-        self._config, self._worker = config, worker
+    def __init__(self, config: ServerConfig, worker: str, folder: PrivateFolder) -> None:
+        self._config, self._worker, self._folder = config, worker, folder
+        self._key = secrets.token_hex(32)
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
         check_memory(dict.fromkeys(self._nodes, config.kv_size))
         self._model = resolve(config.model)
-        self._router = Router(config, self._model)
+        self._router_endpoint = f"ipc://{folder.path}/router"
+        self._router = Router(config, self._model, self._router_endpoint, self._key)
         self._stores: list[Child] = []
         self._workers: list[Child] = []
         self._stopping = asyncio.Event()
@@ -114,25 +128,32 @@ class Supervisor:
         self._stopping.set()
 
     async def _start_children(self) -> None:
+        """Workers first, as stores have to know which processes they are."""
         config = self._config
-        unique = uuid.uuid4()
-        endpoints = {node: f"ipc://@clo-{unique}-numa{node}" for node in self._nodes}
-        for name, node in zip(config.kvstore, self._nodes, strict=True):
-            store = StoreConfig(name, node, config.kv_size, endpoints[node], config.log_level)
-            self._stores.append(await Child.start(f"KV store {name}", "clo.kvstore", store, threads=1))
+        endpoints = {node: f"ipc://{self._folder.path}/numa{node}" for node in self._nodes}
         threads = len(os.sched_getaffinity(0)) // config.workers
         for index in range(config.workers):
             worker_config = WorkerConfig(
                 worker=index,
-                router=self._router.workers_endpoint,
+                router=self._router_endpoint,
                 stores=endpoints,
                 model=self._model,
                 cache=config.cache,
                 engine=config.engine,
                 log_level=config.log_level,
             )
-            child = await Child.start(f"worker {index}", self._worker, worker_config, threads)
+            child = await Child.start(f"worker {index}", self._worker, worker_config, self._key, threads)
             self._workers.append(child)
+            self._router.expect(worker_identity(index), child.process.pid)
+        workers = {
+            index: StartedWorker(child.process.pid, index) for index, child in enumerate(self._workers)
+        }
+        shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
+        block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
+        for name, node in zip(config.kvstore, self._nodes, strict=True):
+            store = StoreConfig(name, node, config.kv_size, endpoints[node], block, workers, config.log_level)
+            child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
+            self._stores.append(child)
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
@@ -163,6 +184,7 @@ class Supervisor:
 
     async def _announce(self) -> None:
         capacity = await self._router.ready()
+        self._folder.remove()
         name = self._config.model.model
         print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
 
@@ -187,7 +209,8 @@ def supervise(config: ServerConfig, worker: str) -> int:
         config, worker: see ``Supervisor``, also for what is raised.
     """
 
-    async def run() -> int:
-        return await Supervisor(config, worker).run()
+    async def run(folder: PrivateFolder) -> int:
+        return await Supervisor(config, worker, folder).run()
 
-    return asyncio.run(run())
+    with PrivateFolder() as folder:
+        return asyncio.run(run(folder))

@@ -31,17 +31,21 @@ from clo.runtime.wire.messages import (
     ToWorker,
     WorkerReport,
     WorkerStats,
+    worker_identity,
 )
 from clo.runtime.wire.sockets import configure, encode
 from tests.faults import WAIT_S
+from tests.store import KEY, new_endpoint
 
 
 class Peer:
     """One end of a connection to the router; what it hears is kept until somebody asks for it."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, union: Any, **options: Any) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, endpoint: str, union: Any, key: str | None, **options: Any
+    ) -> None:
         self.socket = context.socket(zmq.DEALER)
-        configure(self.socket)
+        configure(self.socket, key)
         for name, value in options.items():
             self.socket.setsockopt(getattr(zmq, name), value)
         self.socket.connect(endpoint)
@@ -59,7 +63,7 @@ class Client(Peer):
     """A client; ``next`` gives the chunks of a message one by one."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, **options: Any) -> None:
-        super().__init__(context, endpoint, ToClient, **options)
+        super().__init__(context, endpoint, ToClient, None, **options)
         self._questions = 0
         self._chunks: deque[Chunk] = deque()
 
@@ -93,8 +97,8 @@ class Client(Peer):
 class Worker(Peer):
     """A worker that reports its statistics by itself, unless it is ``silent``."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, number: int) -> None:
-        super().__init__(context, endpoint, ToWorker, IDENTITY=b"worker-%d" % number)
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, key: str | None, number: int) -> None:
+        super().__init__(context, endpoint, ToWorker, key, IDENTITY=worker_identity(number))
         self.number, self.silent = number, False
         self.asked = 0  # times that it was asked for statistics
         self.heard: list[ToWorker] = []
@@ -118,7 +122,7 @@ class Worker(Peer):
         return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
 
     def ready(self) -> None:
-        self.send(Ready(self.number, 1234, f"numa{self.number % 2}", 1000))
+        self.send(Ready(self.number, 1000 + self.number, f"numa{self.number % 2}", 1000))
 
     async def order(self) -> Any:
         """The next order."""
@@ -137,9 +141,15 @@ class Worker(Peer):
 class Wire:
     """A running router, its workers, and a way to make clients."""
 
-    def __init__(self, router: Router, context: zmq.asyncio.Context, workers: list[Worker]) -> None:
+    def __init__(
+        self, router: Router, context: zmq.asyncio.Context, endpoint: str, workers: list[Worker]
+    ) -> None:
         self.router, self.workers = router, workers
-        self._context = context
+        self._context, self._endpoint = context, endpoint
+
+    def stranger(self, number: int, key: str | None = KEY) -> Worker:
+        """Somebody who says to be a worker of this number."""
+        return Worker(self._context, self._endpoint, key, number)
 
     def client(self, **options: Any) -> Client:
         return Client(self._context, self.router.address, **options)
@@ -147,16 +157,19 @@ class Wire:
 
 @asynccontextmanager
 async def running(model: ResolvedModel, workers: int = 1, ready: bool = True) -> AsyncIterator[Wire]:
-    router = Router(ServerConfig(port=0, workers=workers), model)
+    endpoint = new_endpoint()
+    router = Router(ServerConfig(port=0, workers=workers), model, endpoint, KEY)
     context = zmq.asyncio.Context()
     serving = asyncio.create_task(router.serve())
-    peers = [Worker(context, router.workers_endpoint, number) for number in range(workers)]
+    for number in range(workers):
+        router.expect(worker_identity(number), 1000 + number)
+    peers = [Worker(context, endpoint, KEY, number) for number in range(workers)]
     try:
         if ready:
             for worker in peers:
                 worker.ready()
             await asyncio.wait_for(router.ready(), WAIT_S)
-        yield Wire(router, context, peers)
+        yield Wire(router, context, endpoint, peers)
         assert not serving.done(), "the router has failed"
     finally:
         for task in (serving, *(worker.task for worker in peers)):

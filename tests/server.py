@@ -1,6 +1,6 @@
 """A real server for tests: ``launch.py`` with its children, started, observed and cleared away."""
 
-import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,11 +24,18 @@ class Server:
         process: the launcher.
         stdout, stderr: files that collect its output and its children's.
         address: where clients connect; empty until the server is ready.
-        endpoints: addresses of the control channels of store and worker; known once the server is ready.
+        runtime: folder in which it makes one for its sockets.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, arguments: tuple[str, ...], folder: Path, user: int) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.runtime = folder / "runtime"
+        self.runtime.mkdir(mode=0o700)
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(self.runtime)}
+        if user != os.getuid():
+            folder.chmod(0o755)
+            os.chown(self.runtime, user, user)
+            environment["HOME"] = str(self.runtime)
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments],
@@ -36,9 +43,12 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                env=environment,
+                user=user,
+                group=os.getgid() if user == os.getuid() else user,
+                extra_groups=None if user == os.getuid() else [],
             )
         self.address = ""
-        self.endpoints: list[str] = []
 
     def wait_ready(self) -> None:
         """Wait for the ready line; ``AssertionError`` where the launcher ends or is too slow."""
@@ -48,9 +58,6 @@ class Server:
             assert time.monotonic() < deadline, f"not ready in {READY_S} s: {self.stderr.read_text()}"
             time.sleep(0.02)
         self.address = line.split()[1]
-        for child in self.children():
-            config = json.loads(child.cmdline()[3])
-            self.endpoints.append(config["endpoint"] if "endpoint" in config else config["router"])
 
     def children(self, package: str = "") -> list[psutil.Process]:
         """Its stores (``package`` "kvstore"), workers ("gpu_worker") or both, by their command lines, so that
@@ -73,23 +80,22 @@ class Server:
         while left := self.children():
             assert time.monotonic() < deadline, f"left behind: {[process.cmdline() for process in left]}"
             time.sleep(0.02)
-        sockets = Path("/proc/net/unix").read_text()
-        assert not [endpoint for endpoint in self.endpoints if endpoint.removeprefix("ipc://") in sockets]
-        files = [path for folder in (ROOT, Path("/dev/shm")) for path in folder.glob("*clo-*")]
+        files = [path for folder in (ROOT, Path("/dev/shm"), self.runtime) for path in folder.glob("*clo-*")]
         assert not files, f"left behind: {files}"
         return code
 
 
 @contextmanager
-def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
+def launch(*arguments: str, ready: bool = True, user: int | None = None) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
 
     Args:
         ready: wait until it serves.
+        user: whose processes they are; only root can choose another one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder))
+        server = Server(arguments, Path(folder), os.getuid() if user is None else user)
         try:
             if ready:
                 server.wait_ready()

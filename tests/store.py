@@ -1,36 +1,55 @@
 """A real KV store process for tests."""
 
-import json
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
+import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
+from clo.kvstore.pool import BlockPool
 from clo.kvstore.server import StoreServer, listen
-from clo.runtime.config import StoreConfig
+from clo.runtime.config import BlockConfig, StartedWorker, StoreConfig
 from clo.runtime.wire.messages import Attach, Attached, FromStore, ToStore
+from clo.runtime.wire.sockets import configure
 
 MIB = 2**20
 ARENA_BYTES = 64 * MIB
+BLOCK = BlockConfig(layers=4, kv_heads=2, tokens=16, bytes=MIB)
+KEY = "the key of all stores in tests"
 WAIT_MS = 120_000  # only a failure takes as long
-
-
-def command(
-    endpoint: str, arena_bytes: int = ARENA_BYTES, node: int = 0, parent: int | None = None
-) -> list[str]:
-    """Command line of a store whose parent is this process, or ``parent``."""
-    config = {"name": f"numa{node}", "node": node, "arena_bytes": arena_bytes, "endpoint": endpoint}
-    return [sys.executable, "-m", "clo.kvstore", json.dumps(config), str(parent or os.getpid())]
 
 
 def new_endpoint() -> str:
     return f"ipc://@clo-test-{uuid.uuid4().hex}"
+
+
+def store_config(endpoint: str, **others: Any) -> StoreConfig:
+    """A store with ``ARENA_BYTES`` for workers 0 to 9, each of which is this process and a group of its own;
+    ``others`` are fields that differ."""
+    workers = {number: StartedWorker(os.getpid(), number) for number in range(10)}
+    return replace(StoreConfig("numa0", 0, ARENA_BYTES, endpoint, BLOCK, workers), **others)
+
+
+def start(config: StoreConfig, parent: int | None = None) -> subprocess.Popen[str]:
+    """A store whose parent is this process, or says to be ``parent``; its stderr is a pipe."""
+    process = subprocess.Popen(
+        command(config, parent or os.getpid()), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    print(KEY, file=process.stdin, flush=True)
+    return process
+
+
+def command(config: StoreConfig, parent: int) -> list[str]:
+    return [sys.executable, "-m", "clo.kvstore", msgspec.json.encode(config).decode(), str(parent)]
 
 
 class Store:
@@ -41,49 +60,48 @@ class Store:
         endpoint: its control address.
     """
 
-    def __init__(self, context: zmq.Context, node: int) -> None:
-        self.endpoint = new_endpoint()
-        self.process = subprocess.Popen(command(self.endpoint, node=node), stderr=subprocess.PIPE, text=True)
+    def __init__(self, context: zmq.Context, config: StoreConfig) -> None:
+        self.endpoint = config.endpoint
+        self.process = start(config)
         self._context = context
 
     def client(self) -> StoreClient:
         """A client that has not attached."""
-        return StoreClient(self._context, self.endpoint)
+        return StoreClient(self._context, self.endpoint, KEY)
 
-    def worker(self, number: int, block_bytes: int = MIB) -> tuple[StoreClient, Attached]:
-        """A client that has attached from this process, with blocks of 16 tokens."""
+    def worker(self, number: int) -> tuple[StoreClient, Attached]:
+        """A client that has attached from this process."""
         client = self.client()
-        return client, client.attach(Attach(number, number, os.getpid(), 16, block_bytes), WAIT_MS / 1000)
+        return client, client.attach(Attach(number, os.getpid()), WAIT_MS / 1000)
 
-    def raw(self) -> zmq.Socket[bytes]:
+    def raw(self, key: str | None = KEY) -> zmq.Socket[bytes]:
         """A socket that sends what it likes."""
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        configure(socket, key)
         socket.connect(self.endpoint)
         return socket
 
 
 @contextmanager
-def running_store(node: int = 0) -> Iterator[Store]:
-    """A store with an arena of 64 MiB; at the end it and its clients are gone."""
+def running_store(**others: Any) -> Iterator[Store]:
+    """A store with a configuration as of ``store_config``; at the end it and its clients are gone."""
     context: zmq.Context = zmq.Context()
-    store = Store(context, node)
+    store = Store(context, store_config(new_endpoint(), **others))
     try:
         yield store
     finally:
         store.process.kill()
-        store.process.wait()
-        if store.process.stderr is not None:
-            store.process.stderr.close()
+        store.process.communicate()
         context.destroy(linger=0)
 
 
 @contextmanager
 def own_store() -> Iterator[StoreServer]:
-    """A store of 64 MiB in this process, to which a test gives messages itself; nobody reads its answers."""
-    endpoint = new_endpoint()
+    """A store in this process, to which a test gives messages itself; nobody reads its answers."""
+    config = store_config(new_endpoint())
     arena = Arena.create(ARENA_BYTES)
-    with zmq.Context() as context, listen(context, endpoint) as socket:
-        yield StoreServer(StoreConfig("numa0", 0, ARENA_BYTES, endpoint), arena, socket)
+    with zmq.Context() as context, listen(context, config.endpoint, KEY) as socket:
+        yield StoreServer(config, arena, BlockPool(ARENA_BYTES // BLOCK.bytes, BLOCK.tokens), socket)
     arena.close()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from clo.kvstore.arena import Arena
 from clo.runtime.wire.errors import WorkerDied
-from tests.store import ARENA_BYTES, WAIT_MS, command, new_endpoint, running_store
+from tests.store import ARENA_BYTES, MIB, WAIT_MS, command, new_endpoint, running_store, start, store_config
 
 EXIT_EXPLAINED = 3
 
@@ -117,11 +117,12 @@ def test_the_store_dies_with_a_killed_parent() -> None:
     endpoint = new_endpoint()
     code = """
 import os, signal, subprocess, sys
-store = subprocess.Popen([*sys.argv[1:], str(os.getpid())])
+store = subprocess.Popen([*sys.argv[1:], str(os.getpid())], stdin=subprocess.PIPE)
+store.stdin.close()
 print(store.pid, flush=True)
 signal.pause()
 """
-    arguments = command(endpoint)[:-1]
+    arguments = command(store_config(endpoint), 0)[:-1]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
     ) as parent:
@@ -137,23 +138,27 @@ signal.pause()
 
 
 def test_a_store_whose_parent_is_gone_already_does_not_start() -> None:
-    other = os.getppid()
-    done = subprocess.run(command(new_endpoint(), parent=other), stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (1, b"")
+    process = start(store_config(new_endpoint()), parent=os.getppid())
+    assert (process.communicate()[1], process.returncode) == ("", 1)
 
 
 @pytest.mark.parametrize(
     ("endpoint", "arena_bytes", "expected"),
     [
         (None, 2**60, "error: The KV cache wants 1048576.0 TiB of memory but only "),
+        (
+            None,
+            MIB - 1,
+            "error: One block of the KV cache takes 1048576 bytes, numa0 has only 1048575: raise ",
+        ),
         ("ipc:///nowhere/at/all", ARENA_BYTES, "error: The KV store cannot listen at ipc:///nowhere/at/all"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_sentence(
     endpoint: str | None, arena_bytes: int, expected: str
 ) -> None:
-    line = command(endpoint or new_endpoint(), arena_bytes)
-    done = subprocess.run(line, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == EXIT_EXPLAINED
-    assert done.stderr.startswith(expected)
-    assert done.stderr.count("\n") == 1
+    process = start(store_config(endpoint or new_endpoint(), arena_bytes=arena_bytes))
+    text = process.communicate()[1]
+    assert process.returncode == EXIT_EXPLAINED
+    assert text.startswith(expected)
+    assert text.count("\n") == 1

@@ -125,23 +125,6 @@ def test_bytes_that_are_no_zeromq(server: Server, data: bytes) -> None:
         assert_serves(server)
 
 
-def test_random_bytes_on_the_internal_sockets(server: Server, client: Client) -> None:
-    """Worker, store and router ignore them while a stream goes on; the router's log shows them."""
-    chunks = iter(client.stream("a", **ENDLESS))
-    next(chunks)
-    for endpoint in server.endpoints:
-        with raw(endpoint) as stranger:
-            for data in garbage():
-                stranger.send(data)
-            stranger.socket.send_multipart([b"", b""])
-            stranger.send({"type": "Done", "sequence": 999, "reason": "stop", "cache": {}})
-            stranger.send({"type": "Stepped", "steps": [[999, 1, None]]})
-            for _ in range(3):
-                next(chunks)
-    assert "sent what cannot be read" in server.stderr.read_text()
-    assert len(server.children()) == 2
-
-
 def test_an_oversized_message_costs_only_its_sender_the_connection(server: Server, client: Client) -> None:
     chunks = iter(client.stream("a", **ENDLESS))
     next(chunks)

@@ -12,6 +12,7 @@ import zmq
 
 from clo.kvstore.client import StoreClient
 from clo.kvstore.server import listen
+from clo.runtime.config import StartedWorker
 from clo.runtime.wire.errors import ConfigError, ProtocolError, WorkerDied
 from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
@@ -30,7 +31,7 @@ from clo.runtime.wire.messages import (
     StoreStats,
 )
 from clo.runtime.wire.sockets import encode
-from tests.store import ARENA_BYTES, MIB, WAIT_MS, Store, ask, new_endpoint, own_store, running_store
+from tests.store import ARENA_BYTES, KEY, MIB, WAIT_MS, Store, ask, new_endpoint, own_store, running_store
 
 BLOCKS = ARENA_BYTES // MIB
 
@@ -88,13 +89,13 @@ def test_an_allocation_that_can_never_fit_is_denied_at_once(store: Store) -> Non
         assert "--kv-size" in denied.text
 
 
-def test_a_killed_worker_gives_its_blocks_to_one_that_waits(store: Store) -> None:
+def test_a_killed_worker_gives_its_blocks_to_one_that_waits() -> None:
     code = f"""
-import os, signal, zmq
+import os, signal, sys, zmq
 from clo.kvstore.client import StoreClient
 from clo.runtime.wire.messages import Allocate, Attach, GetStoreStats
-client = StoreClient(zmq.Context(), {store.endpoint!r})
-client.attach(Attach(1, 1, os.getpid(), 16, {MIB}), {WAIT_MS / 1000})
+client = StoreClient(zmq.Context(), sys.stdin.readline().strip(), {KEY!r})
+client.attach(Attach(1, os.getpid()), {WAIT_MS / 1000})
 client.send(Allocate(1, {BLOCKS}))
 assert len(client.receive({WAIT_MS}).blocks) == {BLOCKS}
 client.send(Allocate(2, {BLOCKS}))  # waits, and must not be served once this process is dead
@@ -103,17 +104,22 @@ assert client.receive({WAIT_MS}).stats.waiting == 1
 print("holds", flush=True)
 signal.pause()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
-        try:
-            assert worker.stdout is not None and worker.stdout.readline() == "holds\n"
-            client, _ = store.worker(2)
-            client.send(Allocate(1, 3))
-            assert stats(client).waiting == 2
-        finally:
-            worker.kill()
-        answer = client.receive(WAIT_MS)
-    assert isinstance(answer, Allocated) and len(answer.blocks) == 3
-    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 3, 1, 0)
+    line = [sys.executable, "-c", code]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        workers = {1: StartedWorker(worker.pid, 1), 2: StartedWorker(os.getpid(), 2)}
+        with running_store(workers=workers) as store:
+            try:
+                assert worker.stdin is not None and worker.stdout is not None
+                print(store.endpoint, file=worker.stdin, flush=True)
+                assert worker.stdout.readline() == "holds\n"
+                client, _ = store.worker(2)
+                client.send(Allocate(1, 3))
+                assert stats(client).waiting == 2
+            finally:
+                worker.kill()
+            answer = client.receive(WAIT_MS)
+            assert isinstance(answer, Allocated) and len(answer.blocks) == 3
+            assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 3, 1, 0)
 
 
 def test_a_restarted_worker_frees_what_its_predecessor_held(store: Store) -> None:
@@ -129,21 +135,24 @@ def test_a_restarted_worker_frees_what_its_predecessor_held(store: Store) -> Non
 def test_a_connection_that_attaches_again_as_another_worker_frees_what_it_held(store: Store) -> None:
     client, _ = store.worker(1)
     assert isinstance(ask(client, Allocate(1, BLOCKS)), Allocated)
-    client.attach(Attach(2, 2, os.getpid(), 16, MIB), WAIT_MS / 1000)
+    client.attach(Attach(2, os.getpid()), WAIT_MS / 1000)
     assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
     other, _ = store.worker(1)  # is a worker of its own: the connection is number 2 now
     assert isinstance(ask(client, Allocate(1, 1)), Allocated)
     assert isinstance(ask(other, Allocate(1, 1)), Allocated)
 
 
-def member(store: Store, number: int, group: int) -> StoreClient:
-    client = store.client()
-    client.attach(Attach(number, group, os.getpid(), 16, MIB), WAIT_MS / 1000)
-    return client
+@pytest.fixture
+def grouped() -> Iterator[Store]:
+    """Workers 3 and 4 are a group, and worker 1 another one."""
+    groups = {3: 7, 4: 7, 1: 8}
+    workers = {number: StartedWorker(os.getpid(), group) for number, group in groups.items()}
+    with running_store(workers=workers) as store:
+        yield store
 
 
-def test_blocks_belong_to_a_group_and_its_first_worker_hears_of_them(store: Store) -> None:
-    second, first, other = member(store, 4, 7), member(store, 3, 7), member(store, 1, 8)
+def test_blocks_belong_to_a_group_and_its_first_worker_hears_of_them(grouped: Store) -> None:
+    second, first, other = (grouped.worker(number)[0] for number in (4, 3, 1))
     second.send(Allocate(1, BLOCKS))
     allocated = first.receive(WAIT_MS)
     assert isinstance(allocated, Allocated) and allocated.sequence == 1
@@ -152,13 +161,12 @@ def test_blocks_belong_to_a_group_and_its_first_worker_hears_of_them(store: Stor
     assert isinstance(ask(other, Describe(1)), Denied), "a sequence of another group"
 
 
-def test_a_group_that_loses_any_worker_loses_its_blocks(store: Store) -> None:
-    first, _ = member(store, 3, 7), member(store, 4, 7)
-    other = member(store, 1, 8)
+def test_a_group_that_loses_any_worker_loses_its_blocks(grouped: Store) -> None:
+    first, _, other = (grouped.worker(number)[0] for number in (3, 4, 1))
     assert isinstance(ask(first, Allocate(1, BLOCKS)), Allocated)
     first.send(Allocate(2, 1))  # waits
     other.send(Allocate(1, 2))
-    member(store, 4, 7)  # its predecessor is gone
+    grouped.worker(4)  # its predecessor is gone
     answer = other.receive(WAIT_MS)
     assert isinstance(answer, Allocated) and len(answer.blocks) == 2
     assert isinstance(ask(first, Describe(1)), Denied)
@@ -177,7 +185,7 @@ def test_answers_wait_for_a_worker_that_reads_none_for_long(store: Store) -> Non
 def test_a_store_whose_books_are_wrong_stops_when_it_is_idle() -> None:
     """Blocks that are lost would be missed much later, by requests that have nothing to do with it."""
     with own_store() as server:
-        for message in (Attach(0, 0, os.getpid(), 16, MIB), Allocate(1, 2), Allocate(2, 2)):
+        for message in (Attach(0, os.getpid()), Allocate(1, 2), Allocate(2, 2)):
             server._answer(b"worker", encode(message))
         assert server._pool is not None
         server._pool._free.pop()
@@ -189,41 +197,69 @@ def test_a_store_whose_books_are_wrong_stops_when_it_is_idle() -> None:
 def test_an_address_that_is_taken_is_named() -> None:
     endpoint = new_endpoint()
     text = f"cannot listen at {endpoint}: Address already in use"
-    with zmq.Context() as context, listen(context, endpoint), pytest.raises(ConfigError, match=text):
-        listen(context, endpoint)
+    with zmq.Context() as context, listen(context, endpoint, KEY), pytest.raises(ConfigError, match=text):
+        listen(context, endpoint, KEY)
 
 
-def test_workers_of_one_store_must_have_the_same_blocks(store: Store) -> None:
-    client, _ = store.worker(0)
-    own = f"numa0 has 16 tokens and {MIB} bytes: use one model and dtype"
-    for tokens, size in ((16, 2 * MIB), (32, MIB)):
-        with pytest.raises(
-            ConfigError, match=f"Worker 1 has blocks of {tokens} tokens and {size} bytes, {own}"
-        ):
-            store.client().attach(Attach(1, 1, os.getpid(), tokens, size), WAIT_MS / 1000)
-    assert isinstance(ask(client, Allocate(0, 1)), Allocated)
-
-
-def test_a_block_larger_than_the_arena_is_refused_and_does_not_fix_the_shape(store: Store) -> None:
-    text = f"takes {ARENA_BYTES + 1} bytes, numa0 has only {ARENA_BYTES}: raise --kv-size"
-    with pytest.raises(ConfigError, match=text):
-        store.worker(0, block_bytes=ARENA_BYTES + 1)
-    assert store.worker(0, block_bytes=ARENA_BYTES)[1].blocks == 1
-
-
-def test_a_process_that_is_gone_cannot_attach(store: Store) -> None:
+def test_only_workers_that_the_launcher_has_started_attach() -> None:
+    """Another process, another number and a process that is gone are refused, and evict nobody."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for pid in (gone.pid, -1, 0, 2**40):
-        with pytest.raises(ProtocolError, match="no process"):
-            store.client().attach(Attach(0, 0, pid, 16, MIB), WAIT_MS / 1000)
+    workers = {0: StartedWorker(os.getpid(), 0), 1: StartedWorker(gone.pid, 1)}
+    with running_store(workers=workers) as store:
+        for worker, pid in ((0, os.getppid()), (0, 0), (0, 2**62), (2, os.getpid()), (1, gone.pid)):
+            with pytest.raises(ProtocolError, match=r"is not worker|no process"):
+                store.client().attach(Attach(worker, pid), WAIT_MS / 1000)
+        client, _ = store.worker(0)
+        assert isinstance(ask(client, Allocate(1, BLOCKS)), Allocated)
+        with pytest.raises(ProtocolError, match="is not worker 0"):
+            store.client().attach(Attach(0, 1), WAIT_MS / 1000)
+        assert stats(client).free_blocks == 0
+        store.process.kill()
+        assert store.process.communicate()[1].count("may not attach as worker") == 5
+
+
+def test_without_the_key_nothing_reaches_the_store(store: Store) -> None:
+    """Neither before nor after its workers have attached."""
+    strangers = [store.raw(key) for key in (None, "another key")]
+    for stranger in strangers:
+        stranger.send(encode(Attach(0, os.getpid())))
+    client, _ = store.worker(0)
+    assert isinstance(ask(client, Allocate(1, 2)), Allocated)
+    strangers += [store.raw(key) for key in (None, "another key")]
+    for stranger in strangers:
+        stranger.send(encode(Attach(0, os.getpid())))
+        stranger.send(encode(Free(1)))
+    for _ in range(20):
+        assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+    assert not any(stranger.poll(0) for stranger in strangers)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_who_knows_the_key_reaches_nothing(store: Store) -> None:
+    """The kernel says whose process connects."""
+    code = f"""
+import os, zmq
+from clo.kvstore.client import StoreClient
+from clo.runtime.wire.errors import WorkerDied
+from clo.runtime.wire.messages import Attach
+os.setresuid(65534, 65534, 65534)
+client = StoreClient(zmq.Context(), {store.endpoint!r}, {KEY!r})
+try:
+    client.attach(Attach(0, {os.getpid()}), 1.0)
+except WorkerDied:
+    print("no answer")
+"""
+    store.worker(0)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "no answer\n", done.stderr
 
 
 def test_without_a_store_attach_ends_with_an_error() -> None:
     with zmq.Context() as context:
-        client = StoreClient(context, "ipc://@clo-test-nobody")
+        client = StoreClient(context, "ipc://@clo-test-nobody", KEY)
         with pytest.raises(WorkerDied, match="did not answer"):
-            client.attach(Attach(0, 0, os.getpid(), 16, MIB), timeout_s=0.05)
+            client.attach(Attach(0, os.getpid()), timeout_s=0.05)
         client.close()
 
 
@@ -260,7 +296,7 @@ def test_malformed_messages_are_denied_and_change_nothing(store: Store, attached
     client, _ = store.worker(0)
     socket = store.raw()
     if attached:
-        socket.send(msgspec.msgpack.encode(Attach(1, 1, os.getpid(), 16, MIB)))
+        socket.send(encode(Attach(1, os.getpid())))
         assert socket.poll(WAIT_MS)
         socket.recv()
     for frames in malformed():

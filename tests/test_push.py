@@ -19,6 +19,7 @@ from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor
 from clo.kvstore.push import PAGE_BYTES, Source
+from clo.runtime.config import BlockConfig
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import CLOError, DeviceStuck, ProtocolError
 from clo.runtime.wire.messages import (
@@ -46,8 +47,7 @@ class Worker:
 
     def __init__(self, store: Store, number: int) -> None:
         self.client: StoreClient = store.client()
-        attach = Attach(number, number, os.getpid(), SHAPE.block_tokens, SHAPE.block_bytes)
-        attached = self.client.attach(attach, WAIT_MS / 1000)
+        attached = self.client.attach(Attach(number, os.getpid()), WAIT_MS / 1000)
         shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
         self.arena = arena_tensor(shared, SHAPE, attached.blocks)
 
@@ -67,7 +67,8 @@ class Worker:
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    with running_store() as store:
+    block = BlockConfig(SHAPE.layers, SHAPE.kv_heads, SHAPE.block_tokens, SHAPE.block_bytes)
+    with running_store(block=block) as store:
         yield store
 
 
@@ -154,9 +155,9 @@ def test_pushes_on_the_cpu_load_neither_cuda_nor_torch(store: Store, worker: Wor
     [
         Push(1, 4, 0, 1, 0, 1),  # layer
         Push(1, 0, 1, 2, 0, 1),  # beyond the sequence
-        Push(1, 0, 2**63, 2**63, 0, 1),
+        Push(1, 0, 2**63 - 1, 2**63 - 1, 0, 1),
         Push(1, 0, 0, 2, BYTES - 1, 1),  # beyond the staging
-        Push(1, 0, 0, 2, 2**63, 1),
+        Push(1, 0, 0, 2, 2**63 - 1, 1),
         Push(2, 0, 0, 1, 0, 1),  # the sequence of another worker
         Push(3, 0, 0, 1, 0, 1),  # of nobody
         Push(1, 0, 0, 1, 0, 2**63 - 1),  # more than may be on their way
@@ -180,17 +181,16 @@ def test_what_is_no_staging_is_denied(store: Store, worker: Worker) -> None:
     os.ftruncate(fd, PAGE_BYTES + BYTES)
     unknown = GPUMemory("0000:00:00.0", bytes(64))
     for message, code in (
-        (OpenStaging(2**31, BYTES, None, 4, 2), "protocol"),  # no such descriptor
-        (OpenStaging(fd, BYTES + 8, None, 4, 2), "protocol"),  # smaller than it says
-        (OpenStaging(fd, BYTES, None, 7, 2), "protocol"),  # parts of a block that it does not have
-        (OpenStaging(fd, BYTES, unknown, 4, 2), "protocol"),  # a page, and rows behind it
+        (OpenStaging(2**31, BYTES, None), "protocol"),  # no such descriptor
+        (OpenStaging(fd, BYTES + 8, None), "protocol"),  # smaller than it says
+        (OpenStaging(fd, BYTES, unknown), "protocol"),  # a page, and rows behind it
     ):
         assert worker.denied(message).code == code, message
     os.ftruncate(fd, PAGE_BYTES)
-    assert worker.denied(OpenStaging(fd, BYTES, unknown, 4, 2)).code == "config"  # unknown handle
+    assert worker.denied(OpenStaging(fd, BYTES, unknown)).code == "config"  # unknown handle
     os.close(fd)
     with pytest.raises(ProtocolError, match="Attach"):
-        store.client().open_staging(OpenStaging(0, 1, None, 1, 1), WAIT_MS / 1000)
+        store.client().open_staging(OpenStaging(0, 1, None), WAIT_MS / 1000)
     assert worker.denied(Push(1, 0, 0, 1, 0, 1)).text == "A worker has to send OpenStaging before Push."
 
 
@@ -210,7 +210,7 @@ def test_a_staging_that_is_replaced_or_whose_worker_is_gone_is_closed(
     class Recorder:
         """A pusher that says what becomes of it."""
 
-        def __init__(self, source: Source, pid: int, message: OpenStaging, *sizes: int) -> None:
+        def __init__(self, source: Source, pid: int, message: OpenStaging, *_: object) -> None:
             self._name = message.fd
             events.append(f"open {self._name}")
 
@@ -219,8 +219,8 @@ def test_a_staging_that_is_replaced_or_whose_worker_is_gone_is_closed(
 
     monkeypatch.setattr("clo.kvstore.server.Pusher", Recorder)
     with own_store() as server:
-        attach = Attach(0, 0, os.getpid(), SHAPE.block_tokens, SHAPE.block_bytes)
-        for message in (attach, OpenStaging(1, 1, None, 1, 1), OpenStaging(2, 1, None, 1, 1), attach):
+        attach = Attach(0, os.getpid())
+        for message in (attach, OpenStaging(1, 1, None), OpenStaging(2, 1, None), attach):
             server._answer(b"worker", encode(message))
     assert events == ["open 1", "close 1", "open 2", "close 2"]
 
@@ -288,7 +288,7 @@ def test_memory_that_is_not_shared_is_denied_and_the_store_goes_on(worker: Worke
     os.ftruncate(fd, PAGE_BYTES)
     bus = runtime.deviceGetPCIBusId(torch.cuda.current_device())
     with pytest.raises(CLOError, match="KV store cannot push"):
-        worker.client.open_staging(OpenStaging(fd, BYTES, GPUMemory(bus, bytes(64)), 4, 2), WAIT_MS / 1000)
+        worker.client.open_staging(OpenStaging(fd, BYTES, GPUMemory(bus, bytes(64))), WAIT_MS / 1000)
     os.close(fd)
     opened = Staging(worker.client, SHAPE, MOST, torch.device("cuda"))
     opened.begin(1, 0, 2)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import msgspec
 import pytest
 
 from clo.runtime import router as router_module
@@ -31,6 +32,8 @@ from clo.runtime.wire.messages import (
     Logprob,
     Prefilled,
     Progress,
+    Ready,
+    Reason,
     Refused,
     Run,
     Sampling,
@@ -44,6 +47,7 @@ from clo.runtime.wire.sockets import encode
 from tests.conftest import VOCABULARY
 from tests.faults import WAIT_S
 from tests.peers import Client, Wire, Worker, running
+from tests.store import KEY, new_endpoint
 
 MODEL_LENGTH = 100
 STATS = CacheStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
@@ -84,6 +88,10 @@ def model(tiny_model: Path, tokenizer: Tokenizer) -> ResolvedModel:
 
 def model_in(folder: Path) -> ResolvedModel:
     return ResolvedModel("tiny", str(folder), VOCABULARY, MODEL_LENGTH, "float32", "cpu", "auto", 0)
+
+
+def router_of(port: int, folder: Path) -> Router:
+    return Router(ServerConfig(port=port), model_in(folder), new_endpoint(), KEY)
 
 
 def ask(name: str = "r", tokens: int = 5, sampling: Sampling = SEVEN) -> Generate:
@@ -357,10 +365,12 @@ GENERATED: dict[Reach, int] = {
     to_cancelled: 1,
     to_stopped: 1 + len(STOP),
 }
-REASONS: dict[Reach, str] = {to_cancelled: "cancelled", to_stopped: "stop"}  # whatever the worker says
+REASONS: dict[Reach, Reason] = {to_cancelled: "cancelled", to_stopped: "stop"}  # whatever the worker says
 
 
-async def assert_ends_once(reach: Reach, reached: Reached, answer: Done, reason: str, extra: int = 0) -> None:
+async def assert_ends_once(
+    reach: Reach, reached: Reached, answer: Done, reason: Reason, extra: int = 0
+) -> None:
     """Once its worker says so, the request ends with ``reason``, and nothing follows."""
     client, worker, sequence = reached
     worker.send(answer)
@@ -402,7 +412,7 @@ async def test_its_client_cancels(model: ResolvedModel, reach: Reach) -> None:
         if not told:
             assert await worker.order() == Abort(sequence)
         worker.step(sequence, 66)  # the worker had not read it
-        reason = "stop" if reach is to_stopped else "cancelled"
+        reason: Reason = "stop" if reach is to_stopped else "cancelled"
         await assert_ends_once(reach, reached, Done(sequence, "cancelled", STATS), reason)
 
 
@@ -744,7 +754,7 @@ async def test_what_is_not_a_message(model: ResolvedModel, caplog: pytest.LogCap
 async def test_reports_of_unknown_sequences_are_ignored(model: ResolvedModel) -> None:
     async with running(model) as wire:
         client, worker, sequence = await to_decoding(wire)
-        for number in (sequence + 1, 99, 2**40, -1):
+        for number in (sequence + 1, 99, 2**40, 2**63 - 1):
             worker.send(Prefilled(number, 1, 5))
             worker.send(Stepped([Step(number, 1, None), Step(sequence, 66, None)]))
             worker.send(Done(number, "stop", STATS))
@@ -753,6 +763,75 @@ async def test_reports_of_unknown_sequences_are_ignored(model: ResolvedModel) ->
         _, messages = await client.info()
         assert [message.tokens for message in messages if isinstance(message, Chunk)] == [[66]] * 4
         assert len(messages) == 4
+
+
+@in_loop
+async def test_nobody_speaks_for_a_worker(model: ResolvedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever does not know the key, is no process that was started, or is not ready; also before the real
+    worker is there. And a worker speaks of its own sequences alone."""
+    async with running(model, workers=2, ready=False) as wire:
+        client, workers = wire.client(), wire.workers
+        strangers = [wire.stranger(number, key) for number in (0, 9) for key in (None, "another key")]
+        for stranger in [*strangers, known := wire.stranger(9)]:
+            stranger.ready()
+            stranger.step(0, 65)
+        workers[0].send(Ready(0, 4321, "numa0", 10**9))  # another process
+        workers[0].step(0, 65)
+        client.send(ask())
+        _, before = await client.info()
+        assert before == [] and wire.router.capacity_tokens == 0
+        for worker in workers:
+            worker.ready()
+        await wire.router.ready()
+        while not any(worker.heard for worker in workers):
+            await client.info()
+        (own,) = (worker for worker in workers if worker.heard)
+        (other,) = (worker for worker in workers if not worker.heard)
+        sequence = own.heard[0].sequence  # type: ignore[union-attr]
+        for stranger in (*strangers, known, other):
+            stranger.send(Prefilled(sequence, 1, 5))
+            stranger.step(sequence, 66)
+            stranger.send(Done(sequence, "stop", STATS))
+            stranger.send(Refused(sequence, "internal", "No."))
+        await client.info()
+        own.step(sequence, 65)
+        own.send(Done(sequence, "length", STATS))
+        assert [type(message) for message in await client.to_end("r")] == [Chunk, Finished]
+        assert [stranger.heard for stranger in (*strangers, known, other)] == [[]] * 6
+        for stranger in (*strangers, known):
+            stranger.task.cancel()
+    assert caplog.text.count("is not worker-9") == 1 and "Process 4321 is not worker-0" in caplog.text
+    assert "worker-0 speaks before it is ready" in caplog.text
+
+
+WRONG_NUMBERS = [
+    {"type": "Ready", "worker": -1, "pid": 1000, "store": "numa0", "capacity_tokens": 1},
+    {"type": "Ready", "worker": 0, "pid": 1000, "store": "numa0", "capacity_tokens": 2**63},
+    {"type": "Stepped", "steps": [[0, 2**40, None]]},
+    {"type": "Stepped", "steps": [[0, -1, None]]},
+    {"type": "Stepped", "steps": [[-1, 1, None]]},
+    {"type": "Stepped", "steps": [[0, 1, {"token": 2**40, "logprob": 0.0, "top": []}]]},
+    {"type": "Stepped", "steps": [[0, 1, {"token": 1, "logprob": 0.0, "top": [[-1, 0.0]]}]]},
+    {"type": "Prefilled", "sequence": 0, "done": -1, "total": 5},
+    {"type": "Prefilled", "sequence": 0, "done": 1, "total": 2**64 - 1},
+    {"type": "Done", "sequence": 0, "reason": "because", "cache": msgspec.to_builtins(STATS)},
+    {"type": "Done", "sequence": 0, "reason": "stop", "cache": msgspec.to_builtins(STATS) | {"steps": -1}},
+    {"type": "Refused", "sequence": 2**63, "code": "internal", "text": ""},
+]
+
+
+@in_loop
+async def test_every_number_of_a_worker_is_checked(
+    model: ResolvedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(model) as wire:
+        client, worker, sequence = await to_decoding(wire)
+        assert sequence == 0
+        for number in WRONG_NUMBERS:
+            worker.socket.send(msgspec.msgpack.encode(number))
+        worker.step(sequence, 66)
+        assert await client.next() == Chunk("r", "c", [66], None)
+    assert caplog.text.count("worker-0 sent what cannot be read") == len(WRONG_NUMBERS)
 
 
 @in_loop
@@ -797,14 +876,14 @@ def test_what_a_router_cannot_start_with(
     monkeypatch.setattr(router_module, "Tokenizer", Tokenizer)
 
     async def run() -> None:
-        first = Router(ServerConfig(port=0), model_in(tiny_model))
+        first = router_of(0, tiny_model)
         port = int(first.address.rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"Port {port} of 127.0.0.1 cannot be used"):
-            Router(ServerConfig(port=port), model_in(tiny_model))
+            router_of(port, tiny_model)
         first.close()
         with pytest.raises(ConfigError, match="tokenizer"):
-            Router(ServerConfig(port=port), model_in(tmp_path))
-        Router(ServerConfig(port=port), model_in(tiny_model)).close()
+            router_of(port, tmp_path)
+        router_of(port, tiny_model).close()
 
     asyncio.run(run())
 

@@ -13,6 +13,7 @@ from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import Failed, GetInfo, ToClient, ToRouter
 from clo.runtime.wire.sockets import Arrivals, DealerSocket, Delivery, RouterSocket, encode
 from tests.faults import WAIT_S
+from tests.store import KEY
 
 Router = RouterSocket[Failed, ToRouter]
 Dealer = DealerSocket[GetInfo, ToClient]
@@ -26,8 +27,8 @@ def answer(request: str, text: str = "") -> Failed:
 async def connected(*names: bytes, queue: int = 0) -> AsyncIterator[tuple[Router, list[Dealer]]]:
     """A router and peers of these names, which it knows."""
     context: zmq.Context = zmq.Context()
-    router = Router(context, "tcp://127.0.0.1:0", ToRouter, queue)
-    peers = [Dealer(context, router.endpoint, ToClient, name) for name in names]
+    router = Router(context, "tcp://127.0.0.1:0", ToRouter, queue, KEY)
+    peers = [Dealer(context, router.endpoint, ToClient, KEY, name) for name in names]
     try:
         for peer in peers:
             peer.send(GetInfo("hello"))

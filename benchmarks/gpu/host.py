@@ -32,12 +32,20 @@ from clo.gpu_worker.startup import Started
 from clo.gpu_worker.worker import Worker
 from clo.kvstore.client import StoreClient
 from clo.kvstore.server import listen
-from clo.runtime.config import CacheConfig, ResolvedModel, StoreConfig, WorkerConfig
+from clo.runtime.config import (
+    BlockConfig,
+    CacheConfig,
+    ResolvedModel,
+    StartedWorker,
+    StoreConfig,
+    WorkerConfig,
+)
 from clo.runtime.wire.messages import Attach, Done, FromWorker, Run, Sampling, Stepped
 
 CONTEXT, SEQUENCES = 32768, 24
 ARENA_GIB = 98
 STORE_BYTES = 64 * 2**20  # of the KV store's own arena, which holds no rows
+KEY = "the key of the benchmark"
 ROWS = 23  # new ones a step and head: 9 % of k
 _LONGEST = 512  # tokens that a request generates: more than there are steps
 _WARM, _STEPS, _PROFILED = 20, 400, 50
@@ -117,7 +125,7 @@ class ObservedWorker(Worker):
         prompts: list[int],
         store: int,
     ) -> None:
-        super().__init__(config, context, started)
+        super().__init__(config, context, KEY, started)
         self.figures: list[Served] = []
         self._numbers, self._store_pid, self._replacement = count(), store, prompts[-1]
         self._script = self._observe()
@@ -195,13 +203,16 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
     router = f"ipc://@clo-benchmark-{uuid.uuid4()}"
     model = ResolvedModel("", "", engine.decoder.vocab, max_tokens, "bfloat16", "cuda", "dummy", seed=0)
     context: zmq.Context[Any] = zmq.Context()
-    with running_store() as (endpoint, pid):
+    with running_store(BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, block_bytes)) as (
+        endpoint,
+        pid,
+    ):
         try:
-            store = StoreClient(context, endpoint)
-            store.attach(Attach(0, 0, os.getpid(), shape.block_tokens, block_bytes), 20.0)
+            store = StoreClient(context, endpoint, KEY)
+            store.attach(Attach(0, os.getpid()), 20.0)
             started = Started(engine, None, store, "numa0", len(prompts) * max_tokens)
             config = WorkerConfig(0, router, {0: endpoint}, model)
-            with listen(context, router):  # where nobody reads
+            with listen(context, router, KEY):  # where nobody reads
                 worker = ObservedWorker(config, context, started, prompts, pid)
                 with suppress(StopIteration):
                     worker.serve()
@@ -211,11 +222,15 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
 
 
 @contextmanager
-def running_store() -> Iterator[tuple[str, int]]:
+def running_store(block: BlockConfig) -> Iterator[tuple[str, int]]:
     """A KV store process; yields its address and pid."""
     endpoint = f"ipc://@clo-benchmark-{uuid.uuid4()}"
-    config = msgspec.json.encode(StoreConfig("numa0", 0, STORE_BYTES, endpoint)).decode()
-    process = subprocess.Popen([sys.executable, "-m", "clo.kvstore", config, str(os.getpid())])
+    config = StoreConfig("numa0", 0, STORE_BYTES, endpoint, block, {0: StartedWorker(os.getpid(), 0)})
+    line = [sys.executable, "-m", "clo.kvstore", msgspec.json.encode(config).decode(), str(os.getpid())]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(KEY)
+    process.stdin.close()
     try:
         yield endpoint, process.pid
     finally:

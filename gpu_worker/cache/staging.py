@@ -57,7 +57,7 @@ class Staging:
                 self._rows, gpu = _gpu_memory(size)
                 page = self._register(page)
             self._flag, self._device_status = page[FLAG : FLAG + 1], page[STATUS : STATUS + 1]
-            store.open_staging(OpenStaging(fd, size, gpu, shape.layers, shape.kv_heads), _OPEN_SECONDS)
+            store.open_staging(OpenStaging(fd, size, gpu), _OPEN_SECONDS)
         finally:
             os.close(fd)
         self._sequence = self._first = self._blocks = 0

@@ -35,6 +35,12 @@ def die_with_parent(parent: int) -> None:
         sys.exit(EXIT_UNEXPECTED)
 
 
+def read_key() -> str:
+    """The key of the server's sockets, which the parent writes to this process's stdin: neither command lines
+    nor files show it."""
+    return sys.stdin.readline().strip()
+
+
 def configure_logging(level: str) -> None:
     """Log to stderr from ``level`` (such as "warning") on, each line with its process id."""
     logging.basicConfig(

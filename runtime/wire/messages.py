@@ -4,7 +4,7 @@ The wire format is MessagePack. A message is a map with its class name under ``t
 name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -14,7 +14,9 @@ MAX_LOGPROBS = 20
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Reason = Literal["stop", "length", "cancelled"]
+"""Why a request ended that did not fail."""
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=True, forbid_unknown_fields=True):
@@ -68,31 +70,29 @@ class Logprob(msgspec.Struct, frozen=True):
     """Natural log-probabilities at one position: the token's own, and the most likely tokens' by falling
     probability."""
 
-    token: int
+    token: TokenId
     logprob: float
-    top: list[tuple[int, float]]
+    top: list[tuple[TokenId, float]]
 
 
 class Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: Count
+    completion_tokens: Count
 
 
 class CacheStats(msgspec.Struct, frozen=True):
     """What the cache did for one request, summed over its decode steps, layers and KV heads."""
 
-    steps: int  # decode steps
-    head_steps: int  # steps x layers x KV heads: denominator of rates per step and head
-    gate_checks: (
-        int  # times that a head's query met the gate: once a head_step, twice where a prefetch did too
-    )
-    selections: int  # how many of these checks led to a new selection
-    selected_rows: int  # rows that those selections chose
-    fetched_rows: int  # how many of these were not resident and came from CPU memory
-    fetched_bytes: int
-    resident_bytes: int  # rows held on the worker for this request
-    index_bytes: int  # codes held on the worker for this request
-    kv_bytes: int  # the whole KV of this request, in the store
+    steps: Count  # decode steps
+    head_steps: Count  # steps x layers x KV heads: denominator of rates per step and head
+    gate_checks: Count  # times that a head's query met the gate: twice a head_step where a prefetch did too
+    selections: Count  # how many of these checks led to a new selection
+    selected_rows: Count  # rows that those selections chose
+    fetched_rows: Count  # how many of these were not resident and came from CPU memory
+    fetched_bytes: Count
+    resident_bytes: Count  # rows held on the worker for this request
+    index_bytes: Count  # codes held on the worker for this request
+    kv_bytes: Count  # the whole KV of this request, in the store
 
     @property
     def hit_rate(self) -> float:
@@ -114,32 +114,32 @@ NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # for a request that never 
 
 class StoreStats(msgspec.Struct, frozen=True):
     store: str
-    arena_bytes: int
-    block_bytes: int  # 0 until a worker has attached
-    blocks: int
-    free_blocks: int
-    sequences: int
-    waiting: int  # allocations that wait for blocks
+    arena_bytes: Count
+    block_bytes: Count
+    blocks: Count
+    free_blocks: Count
+    sequences: Count
+    waiting: Count  # allocations that wait for blocks
 
 
 class DriftStats(msgspec.Struct, frozen=True):
     """Decode steps compared with full attention since the worker's start."""
 
-    checks: int
+    checks: Count
     mean_kl: float  # from full attention's next token to the step's, in nats
     agreement: float  # share of checks with the same most likely token
 
 
 class WorkerStats(msgspec.Struct, frozen=True):
-    worker: int
-    running: int
-    waiting: int
-    steps: int
-    generated_tokens: int
-    resident_bytes: int  # allocated for all slots
-    index_bytes: int
-    private_bytes: int  # memory of the worker process that is not the arena (RssAnon)
-    gpu_bytes: int  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
+    worker: Count
+    running: Count
+    waiting: Count
+    steps: Count
+    generated_tokens: Count
+    resident_bytes: Count  # allocated for all slots
+    index_bytes: Count
+    private_bytes: Count  # memory of the worker process that is not the arena (RssAnon)
+    gpu_bytes: Count  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
     drift_check: DriftStats | None  # None without --drift-check
 
 
@@ -197,7 +197,7 @@ class Chunks(Message, frozen=True):
 
 class Finished(Message, frozen=True):
     request: str
-    reason: str  # "stop", "length" or "cancelled"
+    reason: Reason
     usage: Usage
     cache: CacheStats
 
@@ -229,18 +229,18 @@ ToClient = Progress | Chunks | Finished | Failed | Info
 class Run(Message, frozen=True):
     """Serve a request. ``sequence`` is unique in the router's life."""
 
-    sequence: int
-    tokens: list[int]
+    sequence: Count
+    tokens: list[TokenId]
     sampling: Sampling
-    seed: int
-    eos: list[int]
-    forced: list[int] | None
+    seed: Count
+    eos: list[TokenId]
+    forced: list[TokenId] | None
 
 
 class Abort(Message, frozen=True):
     """Stop a request; answered with ``Done`` (reason "cancelled"). Unknown sequences are ignored."""
 
-    sequence: int
+    sequence: Count
 
 
 class GetWorkerStats(Message, frozen=True):
@@ -253,17 +253,24 @@ ToWorker = Run | Abort | GetWorkerStats
 # ------------------------------------------------------------------------------ worker -> router
 
 
+def worker_identity(worker: int) -> bytes:
+    """Name of a worker's connection to the router."""
+    return b"worker-%d" % worker
+
+
 class Ready(Message, frozen=True):
-    worker: int
-    pid: int
+    """First message of a worker, once it can serve."""
+
+    worker: Count
+    pid: Count
     store: str
-    capacity_tokens: int  # tokens that its store holds
+    capacity_tokens: Count  # tokens that its store holds
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One new token of one sequence."""
 
-    sequence: int
+    sequence: Count
     token: TokenId
     logprob: Logprob | None
 
@@ -275,19 +282,19 @@ class Stepped(Message, frozen=True):
 
 
 class Prefilled(Message, frozen=True):
-    sequence: int
-    done: int
-    total: int
+    sequence: Count
+    done: Count
+    total: Count
 
 
 class Done(Message, frozen=True):
-    sequence: int
-    reason: str
+    sequence: Count
+    reason: Reason
     cache: CacheStats
 
 
 class Refused(Message, frozen=True):
-    sequence: int
+    sequence: Count
     code: str
     text: str
 
@@ -304,15 +311,10 @@ FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
 
 
 class Attach(Message, frozen=True):
-    """First message of a worker: the shape of its blocks. The first worker decides; others must agree.
+    """First message of a worker, which the store has to know from its configuration."""
 
-    Blocks belong to a group of workers, those that serve the same sequences together."""
-
-    worker: int
-    group: Count
-    pid: int
-    block_tokens: Annotated[int, Meta(ge=1)]
-    block_bytes: Annotated[int, Meta(ge=1)]
+    worker: Count
+    pid: Count
 
 
 class Allocate(Message, frozen=True):
@@ -364,8 +366,6 @@ class OpenStaging(Message, frozen=True):
     fd: Count
     bytes: Annotated[int, Meta(ge=1, lt=2**48)]
     gpu: GPUMemory | None
-    layers: Annotated[int, Meta(ge=1)]
-    kv_heads: Annotated[int, Meta(ge=1)]
 
 
 class Push(Message, frozen=True):
@@ -391,15 +391,15 @@ class Attached(Message, frozen=True):
     """Where the arena is: file descriptor ``fd`` of process ``pid``, to be opened through /proc."""
 
     store: str
-    pid: int
-    fd: int
-    arena_bytes: int
-    blocks: int
+    pid: Count
+    fd: Count
+    arena_bytes: Count
+    blocks: Count
 
 
 class Allocated(Message, frozen=True):
-    sequence: int
-    blocks: list[int]
+    sequence: Count
+    blocks: list[Count]
 
 
 class Denied(Message, frozen=True):
@@ -415,8 +415,8 @@ class Denied(Message, frozen=True):
 
 
 class Freed(Message, frozen=True):
-    sequence: int
-    blocks: int
+    sequence: Count
+    blocks: Count
 
 
 class StoreReport(Message, frozen=True):
@@ -427,8 +427,8 @@ class Described(Message, frozen=True):
     """Block ids of a sequence and, for each, the tokens that it holds."""
 
     sequence: int
-    blocks: list[int]
-    tokens: list[list[int]]
+    blocks: list[Count]
+    tokens: list[list[TokenId]]
 
 
 class StagingOpened(Message, frozen=True):

@@ -1,17 +1,22 @@
 """Typed ZeroMQ sockets: messages go in and out, and are checked on receipt."""
 
 import asyncio
+import hashlib
+import os
 import time
 from collections.abc import AsyncIterator
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils import z85
 
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
 
+KEEPALIVE_S = 10  # a TCP peer that has been silent is asked so often; three times without an answer end it
 TURN_S = 0.002  # that messages of one socket are handled before the event loop's other tasks have their turn
 
 Sent = TypeVar("Sent", bound=Message)
@@ -42,12 +47,42 @@ class Decoder(Generic[Received]):
             raise ProtocolError(f"The message could not be read: {error}.") from None
 
 
-def configure(socket: zmq.Socket[Any]) -> None:
-    """Options of every CLO socket: bounded messages, no wait on close, dead peers noticed within 10 s."""
+def configure(socket: zmq.Socket[Any], key: str | None = None, *, listens: bool = False) -> None:
+    """Options of every CLO socket, to be set before it is bound or connected.
+
+    ZeroMQ has no heartbeats of its own here. They take a process that was stopped for a while for dead, and
+    one that falls due at a full queue whose peer has gone aborts the process (libzmq 4.3.5). The kernel does
+    better: it answers for a stopped process, and tells at once when one on this machine ends.
+
+    Args:
+        key: only those who know it can connect, and what passes is encrypted; None for no key.
+        listens: whether the socket is going to be bound. It then takes no other user of this machine where
+            its address is a file.
+    """
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 3_000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_MAXRT, 3_000 * KEEPALIVE_S)
+    if listens:
+        socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
+    if key is not None:
+        public, secret = _key_pair(key)
+        if listens:
+            socket.curve_server = True
+            socket.curve_secretkey = secret
+        else:
+            socket.curve_serverkey = public
+            socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+
+
+@lru_cache
+def _key_pair(key: str) -> tuple[bytes, bytes]:
+    """The listening end's CURVE keys. Its public one never crosses the wire, and nobody can begin a handshake
+    without it, so that to know ``key`` is to be let in. Slow on purpose: guesses should be."""
+    secret = z85.encode(hashlib.scrypt(key.encode(), salt=b"clo", n=2**14, r=8, p=1, dklen=32))
+    return zmq.curve_public(secret), secret
 
 
 def has_message(socket: zmq.Socket[Any]) -> bool:
@@ -116,15 +151,21 @@ class DealerSocket(Generic[Sent, Received]):
     Args:
         endpoint: address to connect to.
         received: the union of messages that may arrive.
+        key: the other end's, see ``configure``.
         identity: name under which the other end knows this one, or None for one chosen by ZeroMQ.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, received: Any, identity: bytes | None = None
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        received: Any,
+        key: str | None,
+        identity: bytes | None = None,
     ) -> None:
         self._decode: Decoder[Received] = Decoder(received)
         self.socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
-        configure(self.socket)
+        configure(self.socket, key)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)
@@ -157,6 +198,7 @@ class RouterSocket(Generic[Sent, Received]):
         endpoint: address to bind.
         received: the union of messages that may arrive.
         queue: the most messages that may wait for one peer; 0 means no limit.
+        key: only peers that know it can connect, see ``configure``; None for all.
 
     Attributes:
         endpoint: the address bound, with the port that was chosen for port 0.
@@ -165,10 +207,12 @@ class RouterSocket(Generic[Sent, Received]):
         zmq.ZMQError: the address cannot be bound.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, received: Any, queue: int) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, received: Any, queue: int, key: str | None
+    ) -> None:
         self._decode: Decoder[Received] = Decoder(received)
         self._socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-        configure(self._socket)
+        configure(self._socket, key, listens=True)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.bind(endpoint)
