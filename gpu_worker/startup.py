@@ -24,8 +24,6 @@ from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Attach, Attached
 
-ATTACH_SECONDS = 600.0  # the store answers once it has touched its arena, at a GiB or so a second
-
 _logger = logging.getLogger(__name__)
 
 
@@ -58,7 +56,7 @@ def start(
     _check_limits(config)
     decoder = load_decoder(config.model)
     store = StoreClient(context, endpoint, key)
-    attached = store.attach(Attach(config.worker, os.getpid()), ATTACH_SECONDS)
+    attached = store.attach(Attach(config.worker, os.getpid()))
     engine, drift_check = _engine(config, decoder, attached, engine_type)
     capacity = attached.blocks * decoder.shape.block_tokens
     return Started(engine, drift_check, store, attached.store, capacity)

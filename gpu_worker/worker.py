@@ -22,6 +22,8 @@ from clo.runtime.wire.messages import (
     FromWorker,
     GetStoreStats,
     GetWorkerStats,
+    Ping,
+    Pong,
     Ready,
     Run,
     StoreReport,
@@ -114,6 +116,8 @@ class Worker:
                 self.scheduler.granted(message)
             case Denied():
                 self.scheduler.denied(message)
+            case Ping():
+                self.report(Pong())
             case GetWorkerStats():
                 self._store.send(GetStoreStats())  # answered together with the store's
             case StoreReport():

@@ -10,12 +10,14 @@ import zmq
 
 from clo.kvstore.arena import Arena
 from clo.kvstore.pool import BlockPool
-from clo.kvstore.server import StoreServer, listen
+from clo.kvstore.server import Launcher, StoreServer, listen
 from clo.runtime.config import StoreConfig
 from clo.runtime.machine import numa
 from clo.runtime.machine.host_memory import check_memory
 from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
 from clo.runtime.wire.errors import ConfigError
+from clo.runtime.wire.messages import Ping, store_identity
+from clo.runtime.wire.sockets import DealerSocket
 
 
 def main() -> None:
@@ -29,10 +31,12 @@ def main() -> None:
             f"One block of the KV cache takes {config.block.bytes} bytes, {config.name} has only "
             f"{config.arena_bytes}: raise --kv-size."
         )
-    with zmq.Context() as context, listen(context, config.endpoint, read_key()) as socket:
+    key = read_key()
+    with zmq.Context() as context, listen(context, config.endpoint, key) as socket:
         check_memory({config.node: config.arena_bytes})
-        pool = BlockPool(blocks, config.block.tokens)
-        StoreServer(config, Arena.create(config.arena_bytes), pool, socket).run()
+        arena, pool = Arena.create(config.arena_bytes), BlockPool(blocks, config.block.tokens)
+        launcher: Launcher = DealerSocket(context, config.router, Ping, key, store_identity(config.name))
+        StoreServer(config, arena, pool, socket, launcher).run()
 
 
 if __name__ == "__main__":

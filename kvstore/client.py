@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import zmq
 
 from clo.runtime.wire.errors import ProtocolError, WorkerDied, error_from
+from clo.runtime.wire.liveness import STARTING_S
 from clo.runtime.wire.messages import (
     Attach,
     Attached,
@@ -25,7 +26,7 @@ class StoreClient(DealerSocket[ToStore, FromStore]):
     def __init__(self, context: zmq.Context[Any], endpoint: str, key: str) -> None:
         super().__init__(context, endpoint, FromStore, key)
 
-    def attach(self, message: Attach, timeout_s: float) -> Attached:
+    def attach(self, message: Attach, timeout_s: float = STARTING_S) -> Attached:
         """Make this worker known to the store and wait for the answer, which comes once the store has touched
         its whole arena.
 

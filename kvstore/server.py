@@ -28,13 +28,18 @@ from clo.runtime.wire.messages import (
     FromStore,
     GetStoreStats,
     OpenStaging,
+    Ping,
+    Pong,
     Push,
     StagingOpened,
+    StoreReady,
     StoreReport,
     StoreStats,
     ToStore,
 )
-from clo.runtime.wire.sockets import Decoder, configure, encode
+from clo.runtime.wire.sockets import DealerSocket, Decoder, configure, encode
+
+Launcher = DealerSocket[StoreReady | Pong, Ping]
 
 _logger = logging.getLogger(__name__)
 
@@ -67,16 +72,25 @@ def listen(context: zmq.Context[Any], endpoint: str, key: str) -> zmq.Socket[byt
 
 
 class StoreServer:
-    """Serves one arena over one ROUTER socket. It sleeps in ``poll`` and has no timers."""
+    """Serves one arena over one ROUTER socket, and answers the launcher. It sleeps in ``poll`` and has no
+    timers."""
 
-    def __init__(self, config: StoreConfig, arena: Arena, pool: BlockPool, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        arena: Arena,
+        pool: BlockPool,
+        socket: zmq.Socket[bytes],
+        launcher: Launcher,
+    ) -> None:
         self._config = config
         self._arena = arena
         self._pool = pool
-        self._socket = socket
+        self._socket, self._launcher = socket, launcher
         self._decode: Decoder[ToStore] = Decoder(ToStore)
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(launcher.socket, zmq.POLLIN)
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._source = Source(arena)
@@ -84,12 +98,15 @@ class StoreServer:
 
     def run(self) -> None:
         """Serve until the process is ended."""
+        self._launcher.send(StoreReady(os.getpid()))
         while True:
             ready = dict(self._poller.poll())
             for worker in list(self._by_number.values()):
                 if worker.pidfd in ready:
                     _logger.info("Worker %d is gone; its blocks are free again.", worker.number)
                     self._forget(worker)
+            if self._launcher.receive() is not None:
+                self._launcher.send(Pong())
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
 

@@ -332,13 +332,14 @@ class StartedWorker:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """One KV store: its name (``numa0``), NUMA node, arena size in bytes, control address, blocks, and the
-    workers, by number, that may attach."""
+    """One KV store: its name (``numa0``), NUMA node, arena size in bytes, its own address and the router's,
+    its blocks, and the workers, by number, that may attach."""
 
     name: str
     node: int
     arena_bytes: int
     endpoint: str
+    router: str
     block: BlockConfig
     workers: dict[int, StartedWorker]
     log_level: LogLevel = "warning"

@@ -4,11 +4,12 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import zmq
 
+from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
@@ -31,11 +32,13 @@ from clo.runtime.wire.messages import (
     Done,
     Failed,
     Finished,
-    FromWorker,
+    FromChild,
     Generate,
     GetInfo,
     GetWorkerStats,
     Info,
+    Ping,
+    Pong,
     Prefilled,
     Progress,
     Ready,
@@ -43,6 +46,7 @@ from clo.runtime.wire.messages import (
     Refused,
     Run,
     Stepped,
+    StoreReady,
     Text,
     ToClient,
     Tokens,
@@ -50,12 +54,14 @@ from clo.runtime.wire.messages import (
     ToWorker,
     Usage,
     WorkerReport,
+    store_identity,
 )
 from clo.runtime.wire.sockets import Delivery, RouterSocket
 
 UNREAD_MESSAGES = 5_000  # that a client may leave unread before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
+PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
 FLUSH_MS = 1_000
 THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
@@ -64,12 +70,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Router:
-    """Between clients (TCP) and workers (ipc).
+    """Between clients (TCP) and workers (ipc). Stores are connected too, to say that they are alive.
 
     Args:
         config: host, port, number of workers, attention.
         model: the model that is served.
-        endpoint: where workers connect, see ``worker_identity``.
+        endpoint: where workers and stores connect, see ``worker_identity`` and ``store_identity``.
         key: that they have to know.
 
     Attributes:
@@ -81,7 +87,7 @@ class Router:
 
     def __init__(self, config: ServerConfig, model: ResolvedModel, endpoint: str, key: str) -> None:
         self._config, self._model = config, model
-        self._handlers = handlers_of(Router, ToRouter | FromWorker)
+        self._handlers = handlers_of(Router, ToRouter | FromChild)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
@@ -95,11 +101,11 @@ class Router:
                 f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port."
             ) from None
         self.address = self._clients.endpoint
-        self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
-            self._context, endpoint, FromWorker, queue=0, key=key
+        self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
+            self._context, endpoint, FromChild, queue=0, key=key
         )
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
-        self._pids: dict[bytes, int] = {}  # of the workers that were started, by connection
+        self._children = Children()
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
@@ -114,10 +120,9 @@ class Router:
         """Tokens that all stores hold together."""
         return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
 
-    def expect(self, worker: bytes, pid: int) -> None:
-        """A worker was started, and may say that it is ready; nobody else may say anything."""
-        self._pids[worker] = pid
-        self._running[worker] = {}
+    def expect(self, connection: bytes, name: str, pid: int) -> None:
+        """A worker or store was started, and may say that it is ready; nobody else may say anything."""
+        self._children.expect(connection, name, pid)
 
     async def ready(self) -> int:
         """Wait until all workers are ready; returns ``capacity_tokens``."""
@@ -130,6 +135,17 @@ class Router:
             group.create_task(self._hear_clients())
             group.create_task(self._hear_workers())
             group.create_task(self._keep_in_touch())
+
+    async def watch_children(self) -> None:
+        """Raises ``WorkerDied`` where a child is not ready, or does not answer, in time."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for child in self._children.ask():
+                self._workers.send(child, Ping())
+            began = loop.time()
+            await asyncio.sleep(PING_S)
+            if loop.time() - began < 2 * PING_S:  # else this process was stopped itself
+                self._children.wait(PING_S)
 
     def fail_all(self, error: CLOError) -> None:
         """End every open request with ``error``, and every later one at once."""
@@ -157,7 +173,7 @@ class Router:
         async for worker, message in self._workers.messages():
             if isinstance(message, ProtocolError):
                 _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-            elif worker in self._ready_workers or isinstance(message, Ready):
+            elif isinstance(message, Ready | StoreReady) or self._children.has_begun(worker):
                 self._handlers[type(message)](self, worker, message)
             else:
                 _logger.error("%s speaks before it is ready.", worker.decode(errors="replace"))
@@ -268,12 +284,28 @@ class Router:
     # ------------------------------------------------------------------------------ from workers
 
     def on_ready(self, worker: bytes, message: Ready) -> None:
-        if self._pids.get(worker) != message.pid:
-            _logger.error("Process %d is not %s.", message.pid, worker.decode(errors="replace"))
-            return
-        self._ready_workers[worker] = message
-        if len(self._ready_workers) == self._config.workers:
+        if self._begin(worker, message.pid):
+            self._ready_workers[worker] = message
+            self._running.setdefault(worker, {})
+            self._check_ready()
+
+    def on_store_ready(self, store: bytes, message: StoreReady) -> None:
+        if self._begin(store, message.pid):
+            self._check_ready()
+
+    def _begin(self, child: bytes, pid: int) -> bool:
+        """Whether a first message is from the process that was started."""
+        if self._children.begin(child, pid):
+            return True
+        _logger.error("Process %d is not %s.", pid, child.decode(errors="replace"))
+        return False
+
+    def _check_ready(self) -> None:
+        if self._children.ready and len(self._ready_workers) == self._config.workers:
             self._all_ready.set()
+
+    def on_pong(self, child: bytes, message: Pong) -> None:
+        self._children.answered(child)
 
     def on_prefilled(self, worker: bytes, message: Prefilled) -> None:
         request = self._running[worker].get(message.sequence)
@@ -333,15 +365,22 @@ class Router:
             late = asyncio.get_running_loop().time() - QUIET_S
             for request in list(self._open.values()):
                 if request.open and request.heard < late:
-                    stage = "queued" if request.prefilled is None else "prefill"
                     done = request.prefilled or 0
-                    self._tell(request, Progress(request.name, stage, done, request.prompt_tokens))
+                    progress = Progress(request.name, self._stage(request), done, request.prompt_tokens)
+                    self._tell(request, progress)
             for client in list(self._owed):
                 owed = self._owed[client]
                 while owed and self._clients.send(client, owed[-1]) is not Delivery.FULL:
                     owed.pop()
                 if not owed:
                     del self._owed[client]
+
+    def _stage(self, request: Request) -> Literal["queued", "prefill", "stalled"]:
+        ready = self._ready_workers.get(request.worker)
+        needed = () if ready is None else (request.worker, store_identity(ready.store))
+        if any(map(self._children.is_stalled, needed)):
+            return "stalled"
+        return "queued" if request.prefilled is None else "prefill"
 
     def _tell(self, request: Request, message: ToClient) -> None:
         if request.open:
@@ -380,9 +419,10 @@ class Router:
                 self._owed.setdefault(client, []).append(Failed(request.name, Overloaded.code, text))
 
     def _order(self, request: Request, message: Run | Abort) -> None:
-        """Send to a request's worker. One that is gone needs nothing here: the supervisor ends the server."""
+        """Send to a request's worker. One that is gone needs nothing here: its connection lasts as long as
+        the process, and the supervisor ends the server, with an error for each open request."""
         if self._workers.send(request.worker, message) is not Delivery.SENT:
-            _logger.warning("%s does not take messages.", request.worker.decode())
+            _logger.warning("%s is gone.", request.worker.decode())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

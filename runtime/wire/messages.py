@@ -171,10 +171,11 @@ ToRouter = Generate | Cancel | GetInfo
 
 
 class Progress(Message, frozen=True):
-    """Sent while a request waits or prefills, at least once a second."""
+    """Sent while a request waits or prefills, at least once a second. ``stage`` is "stalled" where a process
+    that the request needs has not answered for some seconds."""
 
     request: str
-    stage: str  # "queued" or "prefill"
+    stage: Literal["queued", "prefill", "stalled"]
     done: int  # tokens prefilled
     total: int
 
@@ -223,7 +224,11 @@ class Info(Message, frozen=True):
 ToClient = Progress | Chunks | Finished | Failed | Info
 
 
-# ---------------------------------------------------------------------- router -> worker (ipc, DEALER)
+# ------------------------------------------------------------------ router -> worker or store (ipc, DEALER)
+
+
+class Ping(Message, frozen=True):
+    """Answered with ``Pong``; see ``clo.runtime.wire.liveness``."""
 
 
 class Run(Message, frozen=True):
@@ -247,15 +252,30 @@ class GetWorkerStats(Message, frozen=True):
     pass
 
 
-ToWorker = Run | Abort | GetWorkerStats
+ToWorker = Run | Abort | GetWorkerStats | Ping
 
 
-# ------------------------------------------------------------------------------ worker -> router
+# ------------------------------------------------------------------------------ worker or store -> router
 
 
 def worker_identity(worker: int) -> bytes:
     """Name of a worker's connection to the router."""
     return b"worker-%d" % worker
+
+
+def store_identity(store: str) -> bytes:
+    """Name of a store's connection to the router."""
+    return b"store-" + store.encode()
+
+
+class Pong(Message, frozen=True):
+    pass
+
+
+class StoreReady(Message, frozen=True):
+    """First message of a store, once its arena is there."""
+
+    pid: Count
 
 
 class Ready(Message, frozen=True):
@@ -304,7 +324,8 @@ class WorkerReport(Message, frozen=True):
     store: StoreStats
 
 
-FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport
+FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport | Pong
+FromChild = FromWorker | StoreReady
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
