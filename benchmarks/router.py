@@ -101,7 +101,7 @@ def serve(connection: Connection, model: ResolvedModel) -> None:
     async def run() -> None:
         router = Router(ServerConfig(port=0), model, ENDPOINT, KEY)
         connection.send(router.address)
-        router.expect(worker_identity(0), connection.recv())
+        router.expect(worker_identity(0), "worker 0", connection.recv())
         await router.serve()
 
     asyncio.run(run())

@@ -20,7 +20,7 @@ from clo.runtime.model.files import resolve
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
-from clo.runtime.wire.messages import worker_identity
+from clo.runtime.wire.messages import store_identity, worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
 
@@ -105,9 +105,11 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
-        """Serve until a signal comes or something fails; returns the launcher's exit code."""
+        """Serve until a signal comes or something fails; returns the launcher's exit code. Signals that come
+        later are ignored, or they would decide the exit code while Python ends."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._on_signal))
         try:
             await self._start_children()
             error = await self._first_failure()
@@ -115,6 +117,8 @@ class Supervisor:
         finally:
             await self._stop_children()
             self._router.close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         if isinstance(error, ServerStopped):
             return 0
         if not any(child.process.returncode == EXIT_EXPLAINED for child in self._stores + self._workers):
@@ -144,16 +148,26 @@ class Supervisor:
             )
             child = await Child.start(f"worker {index}", self._worker, worker_config, self._key, threads)
             self._workers.append(child)
-            self._router.expect(worker_identity(index), child.process.pid)
+            self._router.expect(worker_identity(index), child.name, child.process.pid)
         workers = {
             index: StartedWorker(child.process.pid, index) for index, child in enumerate(self._workers)
         }
         shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
         block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
         for name, node in zip(config.kvstore, self._nodes, strict=True):
-            store = StoreConfig(name, node, config.kv_size, endpoints[node], block, workers, config.log_level)
+            store = StoreConfig(
+                name=name,
+                node=node,
+                arena_bytes=config.kv_size,
+                endpoint=endpoints[node],
+                router=self._router_endpoint,
+                block=block,
+                workers=workers,
+                log_level=config.log_level,
+            )
             child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
             self._stores.append(child)
+            self._router.expect(store_identity(name), child.name, child.process.pid)
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
@@ -165,6 +179,7 @@ class Supervisor:
             for work in (
                 self._until_stopped(),
                 *(child.watch() for child in self._stores + self._workers),
+                self._router.watch_children(),
                 self._router.serve(),
                 self._announce(),
             )

@@ -162,7 +162,7 @@ async def running(model: ResolvedModel, workers: int = 1, ready: bool = True) ->
     context = zmq.asyncio.Context()
     serving = asyncio.create_task(router.serve())
     for number in range(workers):
-        router.expect(worker_identity(number), 1000 + number)
+        router.expect(worker_identity(number), f"worker {number}", 1000 + number)
     peers = [Worker(context, endpoint, KEY, number) for number in range(workers)]
     try:
         if ready:

@@ -15,15 +15,16 @@ import zmq
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.pool import BlockPool
-from clo.kvstore.server import StoreServer, listen
+from clo.kvstore.server import Launcher, StoreServer, listen
 from clo.runtime.config import BlockConfig, StartedWorker, StoreConfig
-from clo.runtime.wire.messages import Attach, Attached, FromStore, ToStore
-from clo.runtime.wire.sockets import configure
+from clo.runtime.wire.messages import Attach, Attached, FromStore, Ping, ToStore
+from clo.runtime.wire.sockets import DealerSocket, configure
 
 MIB = 2**20
 ARENA_BYTES = 64 * MIB
 BLOCK = BlockConfig(layers=4, kv_heads=2, tokens=16, bytes=MIB)
 KEY = "the key of all stores in tests"
+LAUNCHER = "ipc://@clo-test-nobody"
 WAIT_MS = 120_000  # only a failure takes as long
 
 
@@ -35,7 +36,7 @@ def store_config(endpoint: str, **others: Any) -> StoreConfig:
     """A store with ``ARENA_BYTES`` for workers 0 to 9, each of which is this process and a group of its own;
     ``others`` are fields that differ."""
     workers = {number: StartedWorker(os.getpid(), number) for number in range(10)}
-    return replace(StoreConfig("numa0", 0, ARENA_BYTES, endpoint, BLOCK, workers), **others)
+    return replace(StoreConfig("numa0", 0, ARENA_BYTES, endpoint, LAUNCHER, BLOCK, workers), **others)
 
 
 def start(config: StoreConfig, parent: int | None = None) -> subprocess.Popen[str]:
@@ -100,8 +101,11 @@ def own_store() -> Iterator[StoreServer]:
     """A store in this process, to which a test gives messages itself; nobody reads its answers."""
     config = store_config(new_endpoint())
     arena = Arena.create(ARENA_BYTES)
+    pool = BlockPool(ARENA_BYTES // BLOCK.bytes, BLOCK.tokens)
     with zmq.Context() as context, listen(context, config.endpoint, KEY) as socket:
-        yield StoreServer(config, arena, BlockPool(ARENA_BYTES // BLOCK.bytes, BLOCK.tokens), socket)
+        launcher: Launcher = DealerSocket(context, LAUNCHER, Ping, KEY)
+        yield StoreServer(config, arena, pool, socket, launcher)
+        launcher.close()
     arena.close()
 
 

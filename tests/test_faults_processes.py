@@ -124,6 +124,23 @@ def test_a_killed_worker_or_store(launch: Launch, tiny_model: Path, package: str
         assert server.stderr.read_text() == f"error: {errors[0]}\n"
 
 
+def test_a_signal_after_the_death_of_a_child_changes_no_exit_code(launch: Launch, tiny_model: Path) -> None:
+    """However late it comes."""
+    with launch("--model", str(tiny_model), *SMALL) as server:
+        (worker,), (store,) = server.children("gpu_worker"), server.children("kvstore")
+
+        def act() -> None:
+            store.suspend()  # the launcher waits for it to leave
+            worker.kill()
+
+        errors_of_open_requests(server, act)
+        while server.process.poll() is None:
+            server.signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert server.wait() == 1
+        assert server.stderr.read_text().startswith("error: worker 0 was killed by SIGKILL")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_requests_run(launch: Launch, tiny_model: Path, number: signal.Signals) -> None:
     """Clients are told, all processes end, exit code 0."""

@@ -225,7 +225,9 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
 def running_store(block: BlockConfig) -> Iterator[tuple[str, int]]:
     """A KV store process; yields its address and pid."""
     endpoint = f"ipc://@clo-benchmark-{uuid.uuid4()}"
-    config = StoreConfig("numa0", 0, STORE_BYTES, endpoint, block, {0: StartedWorker(os.getpid(), 0)})
+    config = StoreConfig(
+        "numa0", 0, STORE_BYTES, endpoint, "ipc://@nobody", block, {0: StartedWorker(os.getpid(), 0)}
+    )
     line = [sys.executable, "-m", "clo.kvstore", msgspec.json.encode(config).decode(), str(os.getpid())]
     process = subprocess.Popen(line, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None

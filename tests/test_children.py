@@ -1,0 +1,64 @@
+"""What the launcher knows of its children, and when it gives one up."""
+
+import pytest
+
+from clo.runtime.children import Children
+from clo.runtime.wire.errors import WorkerDied
+from clo.runtime.wire.liveness import SERVING_S, STALLED_S, STARTING_S
+
+
+@pytest.fixture
+def children() -> Children:
+    """A worker and a store that are starting."""
+    children = Children()
+    children.expect(b"worker-0", "worker 0", 10)
+    children.expect(b"store-numa0", "KV store numa0", 11)
+    return children
+
+
+@pytest.fixture
+def serving(children: Children) -> Children:
+    """The same two, ready and asked."""
+    assert children.begin(b"worker-0", 10) and children.begin(b"store-numa0", 11)
+    assert sorted(children.ask()) == [b"store-numa0", b"worker-0"]
+    return children
+
+
+def test_a_child_begins_with_its_own_pid_and_nobody_else_begins(children: Children) -> None:
+    assert not children.begin(b"worker-0", 11) and not children.begin(b"worker-1", 10)
+    assert not children.has_begun(b"worker-0") and not children.has_begun(b"worker-1")
+    assert children.begin(b"worker-0", 10)
+    assert children.has_begun(b"worker-0") and not children.ready
+    assert children.begin(b"store-numa0", 11)
+    assert children.ready
+
+
+def test_a_child_that_starts_is_not_asked_and_has_its_own_budget(children: Children) -> None:
+    children.begin(b"worker-0", 10)
+    assert children.ask() == [b"worker-0"]
+    children.answered(b"worker-0")
+    children.wait(STARTING_S - 1)
+    assert not children.is_stalled(b"store-numa0"), "requests wait for it anyway"
+    with pytest.raises(
+        WorkerDied, match=r"KV store numa0 was not ready within 1800 s; the server has stopped"
+    ):
+        children.wait(1)
+
+
+def test_a_silent_child_is_stalled_comes_back_or_is_given_up(serving: Children) -> None:
+    serving.answered(b"store-numa0")
+    serving.wait(STALLED_S - 1)
+    assert not serving.is_stalled(b"worker-0")
+    serving.wait(1)
+    assert serving.is_stalled(b"worker-0") and not serving.is_stalled(b"store-numa0")
+    assert serving.ask() == [b"store-numa0"], "a question that is open is not asked again"
+    serving.answered(b"store-numa0")
+    serving.wait(SERVING_S - STALLED_S - 1)
+    serving.answered(b"worker-0")
+    assert not serving.is_stalled(b"worker-0")
+    serving.wait(SERVING_S)
+    assert serving.ask() == [b"worker-0", b"store-numa0"]
+    serving.answered(b"store-numa0")
+    serving.wait(SERVING_S - 1)
+    with pytest.raises(WorkerDied, match=r"worker 0 has not answered for 120 s; the server has stopped"):
+        serving.wait(1)
