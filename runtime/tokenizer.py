@@ -1,13 +1,16 @@
 """From prompts to token ids and from token ids back to text, in the router's process."""
 
 import json
+import re
+from codecs import utf_8_decode
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
@@ -16,6 +19,17 @@ from clo.runtime.wire.messages import Chat, Text, Tokens
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
 _WINDOW = 64  # tokens that are decoded at most
 _CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
+
+_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+class Spelling(NamedTuple):
+    """What each token stands for, where that is the same beside any other token."""
+
+    whole: dict[int, str]  # tokens that are whole characters
+    parts: dict[int, bytes]  # tokens that begin or end within a character
+    drops_space: bool  # whether a space at the beginning of a text is left out
 
 
 class Tokenizer:
@@ -27,8 +41,8 @@ class Tokenizer:
 
     Attributes:
         eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
-        backend: decodes as this tokenizer does; None where it decodes in a way of its own.
         spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
+        spelling: of all spoken ids; None where what they stand for depends on those beside them.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
@@ -45,12 +59,12 @@ class Tokenizer:
         vocabulary = self._tokenizer.get_vocab()
         self._longest = max(map(len, vocabulary))
         self.eos = _eos_of(self._tokenizer, folder)
-        fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
-        plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
-        self.backend: tokenizers.Tokenizer | None = self._tokenizer.backend_tokenizer if plain else None
         added = self._tokenizer.added_tokens_decoder
         special = {token for token, entry in added.items() if entry.special}
         self.spoken = set(vocabulary.values()) - special - set(self.eos)
+        fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
+        plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
+        self.spelling = _spelling_of(self._tokenizer.backend_tokenizer, self.spoken) if plain else None
 
     def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, at least one.
@@ -117,6 +131,43 @@ def _eos_of(tokenizer: Any, folder: Path) -> list[int]:
         raise ConfigError(f"{file} is damaged ({error}); copy the model again.") from None
 
 
+def _spelling_of(backend: tokenizers.Tokenizer, tokens: set[int]) -> Spelling | None:
+    """What the tokens stand for, where they are decoded as those of GPT-2 or of Llama 2 are."""
+    decoder: Any = backend.decoder
+    if isinstance(decoder, decoders.ByteLevel):
+        bytes_of, drops_space = _byte_level, False
+    elif _consists_of(decoder, _BYTE_FALLBACK):
+        bytes_of, drops_space = _byte_fallback, False
+    elif _consists_of(decoder, [*_BYTE_FALLBACK, decoders.Strip(" ", 1, 0)]):
+        bytes_of, drops_space = _byte_fallback, True
+    else:
+        return None
+    spelling = Spelling({}, {}, drops_space)
+    for token in tokens:
+        spelled = bytes_of(backend.id_to_token(token) or "")
+        try:
+            spelling.whole[token] = spelled.decode()
+        except UnicodeDecodeError:
+            spelling.parts[token] = spelled
+    return spelling
+
+
+def _consists_of(decoder: Any, stages: list[Any]) -> bool:
+    """Whether a decoder is one of these stages, one after the other."""
+    return bool(decoder) and decoder.__getstate__() == decoders.Sequence(stages).__getstate__()
+
+
+def _byte_level(name: str) -> bytes:
+    """What ``decoders.ByteLevel`` makes of a token, in which a character stands for a byte."""
+    return bytes(map(_BYTE_LEVEL.__getitem__, name)) if _BYTE_LEVEL.keys() >= set(name) else name.encode()
+
+
+def _byte_fallback(name: str) -> bytes:
+    """What ``_BYTE_FALLBACK`` makes of a token, which is one byte, such as <0x0A>, or characters."""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", name)
+    return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+
+
 class Detokenizer:
     """Text of one sequence, token by token, up to a stop string.
 
@@ -134,17 +185,15 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
-        self._spoken = tokenizer.spoken
-        self._pieces: _Stream | _Window = _Window(tokenizer, [])
-        if tokenizer.backend is not None:
-            self._pieces = _Stream(tokenizer, tokenizer.backend)
+        spelling = tokenizer.spelling
+        self._pieces = _Window(tokenizer) if spelling is None else _Spelled(spelling)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
         """New text, often empty."""
-        if self.stopped or token not in self._spoken:
+        if self.stopped:
             return ""
         new = self._pieces.push(token)
         return self._until_stop(new) if self._stops else new
@@ -170,78 +219,44 @@ class Detokenizer:
         return text[:certain]
 
 
-class _Stream:
-    """Text by ``DecodeStream``, which is cheap, wherever it is right.
+class _Spelled:
+    """Text by putting together what tokens stand for."""
 
-    It gives nothing while the text ends with U+FFFD, which may be an incomplete character. Where that lasts
-    longer than a character can, or the text of earlier tokens changes, a ``_Window`` takes over until it has
-    given all of the text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, backend: tokenizers.Tokenizer) -> None:
-        self._tokenizer, self._backend = tokenizer, backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._before: list[int] = []  # those that gave the latest text
-        self._pending: list[int] = []  # those since then
-        self._window: _Window | None = None
+    def __init__(self, spelling: Spelling) -> None:
+        self._whole, self._parts, self._drops_space = spelling
+        self._rest = b""  # of an incomplete character
 
     def push(self, token: int) -> str:
-        if self._window is not None:
-            return self._from_window(self._window, token)
-        self._pending.append(token)
-        try:
-            text = self._stream.step(self._backend, token)
-        except Exception:  # the library has no narrower one: the text of earlier tokens is another now
-            return self._go_over()
-        if text is not None:
-            self._before, self._pending = self._pending, []
-            return text
-        return self._go_over() if len(self._pending) == _CHARACTER_TOKENS else ""
+        text = self._whole.get(token)
+        if text is None or self._rest:
+            data = self._rest + (self._parts.get(token, b"") if text is None else text.encode())
+            text, used = utf_8_decode(data, "replace")
+            self._rest = data[used:]
+        if self._drops_space and text:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
-        text = self._go_over() if self._pending else ""
-        return text if self._window is None else text + self._window.flush()
-
-    def _go_over(self) -> str:
-        self._window = _Window(self._tokenizer, self._before)
-        pending, self._pending = self._pending, []
-        return "".join([self._window.push(token) for token in pending])
-
-    def _from_window(self, window: "_Window", token: int) -> str:
-        text = window.push(token)
-        if window.complete:
-            self._before = window.tokens
-            self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
-            self._window = None
-        return text
+        return self._rest.decode(errors="replace")
 
 
 class _Window:
-    """Text by decoding the latest tokens again with each new one.
+    """Text by decoding the latest tokens again with each new one."""
 
-    Args:
-        before: tokens whose text was given already; at their end a character ends.
-
-    Attributes:
-        tokens: the latest ones.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.tokens = list(before)
+        self._tokens: list[int] = []  # the latest ones
         self._cut = 0  # place in the window where a character ends; the window may begin there later
-        self._given = len(tokenizer.decode(before))  # characters of the window's text that were passed on
+        self._given = 0  # characters of the window's text that were passed on
         self._pending = 0  # tokens since all of the window's text was passed on
 
-    @property
-    def complete(self) -> bool:
-        """Whether all of the text was passed on."""
-        return self._pending == 0
-
     def push(self, token: int) -> str:
-        self.tokens.append(token)
+        if token not in self._tokenizer.spoken:
+            return ""
+        self._tokens.append(token)
         self._pending += 1
-        text = self._tokenizer.decode(self.tokens)
+        text = self._tokenizer.decode(self._tokens)
         stable = len(text)
         if text.endswith("\ufffd"):  # perhaps an incomplete character
             # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
@@ -250,22 +265,22 @@ class _Window:
             self._pending = 0
         new = text[self._given : stable]
         self._given = max(self._given, stable)
-        if not self._pending and len(self.tokens) - self._cut >= _CONTEXT:
+        if not self._pending and len(self._tokens) - self._cut >= _CONTEXT:
             # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
             self._shorten(self._cut, 0)
-            self._cut = len(self.tokens)
-        elif len(self.tokens) == _WINDOW:  # no valid UTF-8 for a long time
+            self._cut = len(self._tokens)
+        elif len(self._tokens) == _WINDOW:  # no valid UTF-8 for a long time
             self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
             self._cut = 0
         return new
 
     def flush(self) -> str:
-        return self._tokenizer.decode(self.tokens)[self._given :]
+        return self._tokenizer.decode(self._tokens)[self._given :]
 
     def _shorten(self, first: int, open_characters: int) -> None:
         """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
 
         Only the beginning of the text depends on the tokens before it, so the count is from its end.
         """
-        self.tokens = self.tokens[first:]
-        self._given = len(self._tokenizer.decode(self.tokens)) - open_characters
+        self._tokens = self._tokens[first:]
+        self._given = len(self._tokenizer.decode(self._tokens)) - open_characters
