@@ -118,6 +118,8 @@ def config_from(argv: list[str], command: str = "python launch.py") -> ServerCon
     values = {
         config: {field.name: given[field.name] for field, _ in _options(config)} for config in GROUPS.values()
     }
+    if values[ServerConfig]["api_key"] is None:
+        values[ServerConfig]["api_key"] = os.environ.get("CLO_API_KEY") or None
     return ServerConfig(
         model=ModelConfig(**values[ModelConfig]),
         cache=CacheConfig(**values[CacheConfig]),

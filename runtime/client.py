@@ -83,11 +83,17 @@ class AsyncClient:
     Args:
         address: such as ``tcp://127.0.0.1:5555``.
         timeout: seconds that a request may take, None for any time.
+        api_key: the server's ``--api-key``, where it has one.
     """
 
-    def __init__(self, address: str = "tcp://127.0.0.1:5555", timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str = "tcp://127.0.0.1:5555",
+        timeout: float | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.address, self._timeout = address, timeout
-        self._connection = Connection(address)
+        self._connection = Connection(address, api_key)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -169,20 +175,26 @@ class Client:
     Args:
         address: such as ``tcp://127.0.0.1:5555``.
         timeout: seconds that a request may take, None for any time.
+        api_key: the server's ``--api-key``, where it has one.
     """
 
-    def __init__(self, address: str = "tcp://127.0.0.1:5555", timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str = "tcp://127.0.0.1:5555",
+        timeout: float | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="clo-client", daemon=True)
         self._thread.start()
         try:
-            self._client = self._call(self._connect(address, timeout))
+            self._client = self._call(self._connect(address, timeout, api_key))
         except BaseException:
             self._stop()
             raise
 
-    async def _connect(self, address: str, timeout: float | None) -> AsyncClient:
-        return AsyncClient(address, timeout)
+    async def _connect(self, address: str, timeout: float | None, api_key: str | None) -> AsyncClient:
+        return AsyncClient(address, timeout, api_key)
 
     def __enter__(self) -> "Client":
         return self

@@ -296,6 +296,14 @@ class ServerConfig:
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str
     )
+    api_key: str | None = option(
+        None,
+        "clients need this key; CLO_API_KEY in the environment sets it too, and shows it to no other user of "
+        "the machine, as a command line does",
+        "KEY",
+        str,
+        default_text="none",
+    )
     port: int = option(5555, "0 takes a free one; the ready line names it", "PORT", int)
     log_level: LogLevel = option("warning", "what all processes log, on stderr")
 
@@ -304,6 +312,8 @@ class ServerConfig:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
+        if self.api_key is not None and not 1 <= len(self.api_key.encode()) <= 255:
+            raise ConfigError(f"--api-key has {len(self.api_key.encode())} bytes; it must have 1 to 255.")
         for name in self.kvstore:
             if re.fullmatch(r"numa\d+", name) is None:
                 raise ConfigError(f"--kvstore '{name}' is not of the form numa0 or numa0,numa1.")

@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from clo.runtime.wire.errors import (
     CLOError,
     ProtocolError,
     RequestTimeout,
     ServerUnreachable,
+    Unauthorized,
     error_from,
 )
 from clo.runtime.wire.messages import (
@@ -27,6 +29,8 @@ from clo.runtime.wire.messages import (
     ToClient,
 )
 from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode
+
+_TURNED_AWAY = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 SILENCE_SECONDS = 5.0  # a server says something every second while a request is open
 DOUBT_SECONDS = 0.2  # from finding a request silent to giving it up, if it still is
@@ -68,19 +72,23 @@ class Connection:
 
     Args:
         address: such as ``tcp://127.0.0.1:5555``.
+        api_key: the server's, where it has one.
 
     Raises:
         ServerUnreachable: ``address`` is not an address.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, api_key: str | None) -> None:
         self.address = address
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[Any] = self._context.socket(zmq.DEALER)
         configure(self._socket)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # else a burst could lose those beyond the first 1000
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # what comes while this process is busy waits here
+        if api_key is not None:
+            self._socket.plain_username, self._socket.plain_password = b"clo", api_key.encode()
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _TURNED_AWAY)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
@@ -169,9 +177,13 @@ class Connection:
             self._give_all_up(error_from(message.code, message.text))
 
     def _lose(self, frames: list[bytes]) -> None:
-        """The monitor has told of a lost connection."""
-        error = f"The connection to {self.address} was lost; is the server running?"
-        self._give_all_up(ServerUnreachable(error))
+        """The monitor has told of a lost connection, or of one that was turned away."""
+        if parse_monitor_message(frames)["event"] & _TURNED_AWAY:
+            error = f"{self.address} wants another API key, or none, or is not a CLO server; see api_key."
+            self._give_all_up(Unauthorized(error))
+        else:
+            error = f"The connection to {self.address} was lost; is the server running?"
+            self._give_all_up(ServerUnreachable(error))
 
     def _check_silence_at(self, due: float, suspects: set[str]) -> None:
         self._silence = self._loop.call_at(due, self._check_silence, due, suspects)

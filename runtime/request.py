@@ -30,6 +30,7 @@ class Request:
     Args:
         client: name of the client's connection.
         name: the client's own name for the request.
+        size: bytes of the message that opened it.
         now: time in the event loop's seconds.
 
     Attributes:
@@ -42,8 +43,8 @@ class Request:
         text: turns its tokens into text; None before it is admitted.
     """
 
-    def __init__(self, client: bytes, name: str, now: float) -> None:
-        self.client, self.name, self.heard = client, name, now
+    def __init__(self, client: bytes, name: str, size: int, now: float) -> None:
+        self.client, self.name, self.size, self.heard = client, name, size, now
         self.state = State.ADMITTING
         self.reason: Reason | None = None
         self.prompt_tokens = self.max_tokens = self.generated = 0

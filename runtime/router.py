@@ -2,10 +2,15 @@
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 import zmq
@@ -14,6 +19,7 @@ from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
 from clo.runtime.wire.errors import (
     CLOError,
     ConfigError,
@@ -24,6 +30,7 @@ from clo.runtime.wire.errors import (
 )
 from clo.runtime.wire.handlers import handlers_of
 from clo.runtime.wire.messages import (
+    MAX_MESSAGE_BYTES,
     NO_STATS,
     Abort,
     Cancel,
@@ -59,15 +66,31 @@ from clo.runtime.wire.messages import (
 )
 from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
 
-UNREAD_MESSAGES = 5_000  # that a client may leave unread before its requests are dropped
+UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
+OPEN_REQUESTS, OPEN_BYTES = (
+    10_000,
+    MAX_MESSAGE_BYTES,
+)  # of one client at a time, so that its memory has a bound
+TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
-FLUSH_MS = 1_000
+FLUSH_S = 1.0
+WARN_S = 60.0  # between two warnings of the same
 THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
+TURN_CHARACTERS = 50  # as many take as long as an empty message of a chat
+THREADS = 4  # that tokenise, each for another client
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Account:
+    """What a client has open."""
+
+    requests: int = 0
+    bytes: int = 0  # of the messages that opened them
 
 
 class Router:
@@ -92,24 +115,33 @@ class Router:
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
-                self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES, key=None
+            self._clients = ClientPort(
+                config.host,
+                config.port,
+                config.api_key,
+                min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
+                UNREAD_BYTES,
+                self._hear_client,
+                self._warn_of_wrong_key,
             )
-        except zmq.ZMQError as error:
+        except OSError as error:
             self._context.destroy(linger=0)
-            reason = zmq.strerror(error.errno or 0)
             raise ConfigError(
-                f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port."
+                f"Port {config.port} of {config.host} cannot be used ({error.strerror}); try another --port."
             ) from None
         self.address = self._clients.endpoint
         self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
             self._context, endpoint, FromChild, queue=0, key=key
         )
         self._arrivals = Arrivals()
-        # a request's task begins before the next message, perhaps its Cancel, is read
-        self._clients.hear(self._arrivals, self._hear_client, turn_s=0.0)
         self._workers.hear(self._arrivals, self._hear_worker)
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
+        self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
+        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = (
+            WeakValueDictionary()
+        )  # to tokenise, by client
+        self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._warned = -math.inf  # when it was said last that a client did not know the key
         self._children = Children()
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
@@ -138,6 +170,7 @@ class Router:
         """Serve until cancelled. Requests that come before the workers are ready wait for them."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._arrivals.listen())
+            group.create_task(self._clients.listen())
             group.create_task(self._keep_in_touch())
 
     async def watch_children(self) -> None:
@@ -157,20 +190,33 @@ class Router:
         for request in list(self._open.values()):
             self._end(request, Failed(request.name, error.code, str(error)))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the sockets, after ``serve`` has ended. What was sent gets up to a second to leave."""
         for task in self._tasks:
             task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._arrivals.close()
-        for peers in (self._clients, self._workers):
-            peers.close(FLUSH_MS)
+        await self._clients.close(FLUSH_S)
+        self._workers.close(linger_ms=0)
         self._context.term()
 
-    def _hear_client(self, client: bytes, message: ToRouter | ProtocolError) -> None:
+    def _hear_client(self, client: bytes, message: Heard, size: int) -> None:
         if isinstance(message, ProtocolError):
             self._send(client, Failed("", message.code, str(message)))
+        elif isinstance(message, TooLarge):
+            text = (
+                f"The request takes {size} bytes, which cannot fit into the model length of "
+                f"{self._model.max_model_len} tokens; shorten it."
+            )
+            self._send(client, Failed(message.request, PromptTooLong.code, text))
         else:
-            self._handlers[type(message)](self, client, message)
+            self._handlers[type(message)](self, client, message, size)
+
+    def _warn_of_wrong_key(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._warned > WARN_S:
+            self._warned = now
+            _logger.warning("A client was turned away: it has another API key, or none.")
 
     def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError) -> None:
         if isinstance(message, ProtocolError):
@@ -182,19 +228,19 @@ class Router:
 
     # ------------------------------------------------------------------------------ from clients
 
-    def on_generate(self, client: bytes, message: Generate) -> None:
+    def on_generate(self, client: bytes, message: Generate, size: int) -> None:
         name = message.request
         if self._failure is not None:
             self._send(client, Failed(name, self._failure.code, str(self._failure)))
         elif (client, name) in self._open:
             text = f"A request '{name}' is open already; give each request an id of its own."
             self._send(client, Failed(name, InvalidRequest.code, text))
-        else:
-            request = Request(client, name, asyncio.get_running_loop().time())
+        elif self._charge(client, name, size):
+            request = Request(client, name, size, asyncio.get_running_loop().time())
             self._open[client, name] = request
             self._spawn(self._admit(request, message))
 
-    def on_cancel(self, client: bytes, message: Cancel) -> None:
+    def on_cancel(self, client: bytes, message: Cancel, size: int) -> None:
         request = self._open.get((client, message.request))
         if request is None:  # it has ended meanwhile
             return
@@ -203,16 +249,40 @@ class Router:
         elif request.state is State.ASSIGNED:
             self._stop(request, "cancelled")
 
-    def on_get_info(self, client: bytes, message: GetInfo) -> None:
-        self._spawn(self._inform(client, message.request))
+    def on_get_info(self, client: bytes, message: GetInfo, size: int) -> None:
+        if self._charge(client, message.request, size):
+            task = self._spawn(self._inform(client, message.request))
+            task.add_done_callback(lambda _: self._discharge(client, size))
+
+    def _charge(self, client: bytes, name: str, size: int) -> bool:
+        """Count a request of a client as open; False where it has too many and was told so."""
+        account = self._accounts.get(client) or _Account()
+        if account.requests < OPEN_REQUESTS and account.bytes + size <= OPEN_BYTES:
+            account.requests += 1
+            account.bytes += size
+            self._accounts[client] = account
+            return True
+        text = (
+            f"A client may have {OPEN_REQUESTS} requests with {OPEN_BYTES} bytes in all open at a time; "
+            "wait for answers before sending more."
+        )
+        self._send(client, Failed(name, Overloaded.code, text))
+        return False
+
+    def _discharge(self, client: bytes, size: int) -> None:
+        account = self._accounts[client]
+        account.requests -= 1
+        account.bytes -= size
+        if not account.requests:
+            del self._accounts[client]
 
     async def _admit(self, request: Request, message: Generate) -> None:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
         try:
-            tokens = await self._tokens(message.prompt)
+            tokens = await self._tokens(request, message.prompt)
             forced, sampling = None, message.sampling
             if message.continuation is not None:
-                forced = await self._tokens(message.continuation, add_special_tokens=False)
+                forced = await self._tokens(request, message.continuation, add_special_tokens=False)
                 sampling = msgspec.structs.replace(
                     sampling, max_tokens=len(forced), stop=[], logprobs=sampling.logprobs or 0
                 )
@@ -242,18 +312,24 @@ class Router:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
-    async def _tokens(self, prompt: Text | Chat | Tokens, add_special_tokens: bool = True) -> list[int]:
+    async def _tokens(
+        self, request: Request, prompt: Text | Chat | Tokens, add_special_tokens: bool = True
+    ) -> list[int]:
         match prompt:
             case Text():
                 characters = len(prompt.text)
             case Chat():
-                characters = sum(len(turn.content) for turn in prompt.turns)
+                characters = sum(len(turn.content) + TURN_CHARACTERS for turn in prompt.turns)
             case Tokens():
                 characters = 0
         arguments = (prompt, self._model.max_model_len, add_special_tokens)
         if characters < THREAD_CHARACTERS:
             return self._tokenizer.encode(*arguments)
-        return await asyncio.to_thread(self._tokenizer.encode, *arguments)
+        async with self._turns.setdefault(request.client, asyncio.Lock()):
+            if not request.open:
+                raise CLOError("The request ended before it was tokenised.")
+            encode = partial(self._tokenizer.encode, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def _load(self, worker: bytes) -> int:
         return sum(request.outstanding for request in self._running[worker].values())
@@ -397,6 +473,7 @@ class Router:
     def _forget(self, request: Request) -> None:
         request.move(State.CLOSED)
         del self._open[request.client, request.name]
+        self._discharge(request.client, request.size)
 
     def _stop(self, request: Request, reason: Reason) -> None:
         """Have the worker end a request for a reason that the worker does not know."""
@@ -424,7 +501,8 @@ class Router:
         if self._workers.send(request.worker, message) is not Delivery.SENT:
             _logger.warning("%s is gone.", request.worker.decode())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

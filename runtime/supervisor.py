@@ -104,6 +104,15 @@ class Supervisor:
         self._workers: list[Child] = []
         self._stopping = asyncio.Event()
 
+    def _warn(self) -> None:
+        """Once, where others than this machine's users can use the server."""
+        host = self._config.host
+        if self._config.api_key is None and not host.startswith("127.") and host not in ("localhost", "::1"):
+            _logger.warning(
+                "Whoever reaches %s can use this server; set CLO_API_KEY, or listen on 127.0.0.1.",
+                self._router.address,
+            )
+
     async def run(self) -> int:
         """Serve until a signal comes or something fails; returns the launcher's exit code. Signals that come
         later are ignored, or they would decide the exit code while Python ends."""
@@ -116,7 +125,7 @@ class Supervisor:
             self._router.fail_all(error)
         finally:
             await self._stop_children()
-            self._router.close()
+            await self._router.close()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, ServerStopped):
@@ -200,6 +209,7 @@ class Supervisor:
     async def _announce(self) -> None:
         capacity = await self._router.ready()
         self._folder.remove()
+        self._warn()
         name = self._config.model.model
         print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
 

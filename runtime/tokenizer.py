@@ -80,6 +80,10 @@ class Tokenizer:
         """
         if isinstance(prompt, Tokens):
             tokens = prompt.ids
+            if len(tokens) > limit:
+                raise PromptTooLong(
+                    f"The prompt has {len(tokens)} tokens, the model length is {limit}; shorten it."
+                )
         else:
             text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
             if len(text) > limit * self._longest:

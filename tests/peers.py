@@ -176,5 +176,5 @@ async def running(model: ResolvedModel, workers: int = 1, ready: bool = True) ->
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        router.close()
+        await router.close()
         context.destroy(linger=0)

@@ -19,12 +19,16 @@ from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, Pro
 from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     Cancel,
+    Chat,
     Chunks,
     Generate,
+    GetInfo,
+    Info,
     Progress,
     Sampling,
     Text,
     Tokens,
+    Turn,
 )
 from tests.faults import ENDLESS, SMALL, WAIT_S, assert_serves, garbage, raw, wait_until_idle
 from tests.server import ROOT, Server
@@ -257,6 +261,55 @@ def test_a_client_that_stops_reading(server: Server, client: Client) -> None:
             thread.join()
         failed = deaf.last("r")
     assert failed.code == "overloaded" and "did not read its stream" in failed.text
+
+
+def test_floods_whose_senders_go_away_without_reading(server: Server, client: Client) -> None:
+    """The server lives, and others are served meanwhile."""
+    for number in range(5):
+        with raw(server.address, SNDHWM=0) as flooding:
+            for _ in range(100_000):
+                flooding.socket.send(b"a")
+            if number % 2:
+                assert len(client.generate("b", max_tokens=5, ignore_eos=True).tokens) == 5
+
+
+HEAVY: dict[str, tuple[Any, str]] = {
+    "a million empty turns": (Chat([Turn("user", "")] * 1_000_000), "prompt_too_long"),
+    "a chat as long as is read": (Chat([Turn("user", "")] * 9_000), "prompt_too_long"),
+    "60 MB of text": (Text("a" * 60_000_000), "prompt_too_long"),
+    "60 MB of tokens": (Tokens([1] * 60_000_000), "prompt_too_long"),
+    "tokens as many as are read": (Tokens([1] * 190_000), "prompt_too_long"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "code"), HEAVY.values(), ids=HEAVY)
+def test_a_heavy_prompt_is_refused_and_names_its_request(server: Server, prompt: Any, code: str) -> None:
+    """Before it is decoded, where its size says enough. The connection goes on."""
+    with raw(server.address) as client:
+        for number in range(4):
+            client.send(Generate(f"heavy {number}", prompt))
+        for number in range(4):
+            assert client.last(f"heavy {number}").code == code
+        client.send(Generate("light", Text("a"), Sampling(max_tokens=2, ignore_eos=True)))
+        assert client.last("light").usage.completion_tokens == 2
+
+
+def test_a_client_with_too_much_open_is_told_so(server: Server) -> None:
+    """Here by questions, which are answered slowly while the worker is not asked twice at a time."""
+    (worker,) = server.children("gpu_worker")
+    with raw(server.address, SNDHWM=0, RCVHWM=0) as client:
+        worker.suspend()
+        try:
+            for number in range(10_050):
+                client.send(GetInfo(f"{number}"))
+            refused = client.receive()
+            assert refused.code == "overloaded" and "10000 requests" in refused.text
+        finally:
+            worker.resume()
+        ends = [client.receive() for _ in range(10_049)]
+        assert sum(isinstance(end, Info) for end in ends) >= 10_000
+        client.send(GetInfo("again"))
+        assert isinstance(client.receive(), Info)
 
 
 def test_many_requests_at_once(server: Server) -> None:

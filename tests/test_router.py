@@ -216,6 +216,8 @@ async def test_requests_wait_until_all_workers_are_ready(model: ResolvedModel) -
         first.ready()
         first.ready()  # a second time it counts no more
         info, before = await client.info()
+        while isinstance(info, Info) and not info.workers:  # it has not heard of the first one
+            info, before = await client.info()
         assert isinstance(info, Info) and [worker.worker for worker in info.workers] == [0]
         assert before == [] and first.heard == second.heard == []
         second.ready()
@@ -671,7 +673,7 @@ async def test_a_client_that_does_not_read_loses_its_requests(
     model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them, and it is told so once it reads; others go on."""
-    monkeypatch.setattr(router_module, "UNREAD_MESSAGES", 10)
+    monkeypatch.setattr(router_module, "UNREAD_BYTES", 1_000_000)
     monkeypatch.setattr(router_module, "TICK_S", 0.01)
     async with running(model) as wire:
         (worker,) = wire.workers
@@ -880,10 +882,10 @@ def test_what_a_router_cannot_start_with(
         port = int(first.address.rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"Port {port} of 127.0.0.1 cannot be used"):
             router_of(port, tiny_model)
-        first.close()
+        await first.close()
         with pytest.raises(ConfigError, match="tokenizer"):
             router_of(port, tmp_path)
-        router_of(port, tiny_model).close()
+        await router_of(port, tiny_model).close()
 
     asyncio.run(run())
 

@@ -51,6 +51,12 @@ class ServerUnreachable(CLOError):
     code = "server_unreachable"
 
 
+class Unauthorized(CLOError):
+    """The server does not accept the client's API key, or wants one."""
+
+    code = "unauthorized"
+
+
 class RequestTimeout(CLOError):
     """The client's own time limit passed; the request was cancelled."""
 
@@ -80,6 +86,7 @@ _BY_CODE: dict[str, type[CLOError]] = {
         WorkerDied,
         ServerStopped,
         ServerUnreachable,
+        Unauthorized,
         RequestTimeout,
         DeviceStuck,
         ProtocolError,

@@ -1,0 +1,343 @@
+"""The port for clients: what a ROUTER of ZeroMQ is, with a bound on all that a client can make it do or keep.
+
+It speaks ZMTP 3.0 (rfc.zeromq.org/spec/23) in the router's event loop, and clients connect a DEALER. libzmq's
+own ROUTER will not do: any peer can abort its process, by sending a PING behind a full queue and going away
+(4.3.5, ``Assertion failed: !_io_error``), and its queues are bounded by messages, of any size.
+"""
+
+import asyncio
+import hmac
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from clo.runtime.wire.errors import ProtocolError
+from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, ToClient, ToRouter
+from clo.runtime.wire.sockets import KEEPALIVE_S, Decoder, Delivery, encode
+
+HANDSHAKE_S = 30.0  # for a new connection to say who it is
+_GREETING_BYTES = 64
+_COMMAND_BYTES = 1024  # of the longest command that is read
+_HEAD_BYTES = 1024  # that are kept of a message too large to be read
+_MORE, _LONG, _COMMAND = 1, 2, 4  # flags of a frame
+_READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER\x08Identity\x00\x00\x00\x00"
+_ERROR = b"\x05ERROR\x03400"
+
+
+class TooLarge(NamedTuple):
+    """A message that was not read: the request that it names, or "", and its size in bytes."""
+
+    request: str
+    size: int
+
+
+Heard = ToRouter | ProtocolError | TooLarge
+
+
+def _greeting(mechanism: bytes) -> bytes:
+    signature = b"\xff\x00\x00\x00\x00\x00\x00\x00\x00\x7f"
+    return signature + b"\x03\x00" + mechanism.ljust(20, b"\0") + b"\x01" + bytes(31)
+
+
+def _frame(body: bytes, flags: int = 0) -> bytes:
+    if len(body) < 256:
+        return bytes((flags, len(body))) + body
+    return struct.pack(">BQ", flags | _LONG, len(body)) + body
+
+
+def _request_of(head: bytes) -> str:
+    """The name of the request in the beginning of a message, or "" where there is none."""
+    _, found, rest = head.partition(b"\xa7request")
+    if not found or not rest:
+        return ""
+    start, length = (2, rest[1]) if rest[0] == 0xD9 and len(rest) > 1 else (1, rest[0] & 0x1F)
+    if rest[0] != 0xD9 and rest[0] & 0xE0 != 0xA0:
+        return ""
+    return rest[start : start + length].decode(errors="replace")[:64]
+
+
+class _Refused(Exception):
+    """The peer does not speak as it should; its connection ends."""
+
+
+class _Peer(asyncio.Protocol):
+    """One connection. It reads no more while it has a whole message that waits to be handled."""
+
+    def __init__(self, port: "ClientPort", name: bytes) -> None:
+        self.name = name
+        self._port = port
+        self._arrived = bytearray()
+        self._greeted = self._authenticated = self.open = False
+        self._skip = 0  # bytes to come of a message that is too large
+        self._frames: list[bytes | TooLarge] = []  # of the message that is being read; one of several is kept
+        self._count = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        connection: socket.socket = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 3_000 * KEEPALIVE_S)
+        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, transport.abort)
+        transport.write(_greeting(b"NULL" if self._port.key is None else b"PLAIN"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.open = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._port.forget(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
+        self._arrived += data
+        if self._is_due():
+            self.transport.pause_reading()
+            self._port.look_soon(self)
+
+    def take(self) -> tuple[bytes | TooLarge | ProtocolError, int] | None:
+        """Read one frame; returns the message that it completes, with its size, if it does."""
+        try:
+            return self._read()
+        except _Refused:
+            self.transport.close()
+            self._arrived.clear()
+            return None
+
+    def goes_on(self) -> bool:
+        """Whether there is more to take; if not, more is read from the connection."""
+        if self._is_due():
+            return True
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+        return False
+
+    def send(self, data: bytes) -> None:
+        self.transport.write(_frame(data))
+
+    def _is_due(self) -> bool:
+        """Whether there is something to take: a greeting, a frame, or enough of one that is too large."""
+        if not self._greeted:
+            return len(self._arrived) >= _GREETING_BYTES
+        if (head := self._head()) is None:
+            return False
+        _, start, size = head
+        return len(self._arrived) - start >= (size if size <= self._largest else _HEAD_BYTES)
+
+    @property
+    def _largest(self) -> int:
+        return self._port.largest if self.open else _COMMAND_BYTES
+
+    def _head(self) -> tuple[int, int, int] | None:
+        """Flags of the next frame, where its body begins, and its size."""
+        arrived = self._arrived
+        if len(arrived) < 2:
+            return None
+        if not arrived[0] & _LONG:
+            return arrived[0], 2, arrived[1]
+        if len(arrived) < 9:
+            return None
+        return arrived[0], 9, int.from_bytes(arrived[1:9], "big")
+
+    def _read(self) -> tuple[bytes | TooLarge | ProtocolError, int] | None:
+        """Take in what ``_is_due`` has found."""
+        if not self._greeted:
+            self._greet(bytes(self._arrived[:_GREETING_BYTES]))
+            del self._arrived[:_GREETING_BYTES]
+            return None
+        head = self._head()
+        assert head is not None
+        flags, start, size = head
+        if size > MAX_MESSAGE_BYTES or (size > self._largest and (flags & _COMMAND or not self.open)):
+            raise _Refused
+        body = bytes(self._arrived[start : start + min(size, self._largest)])
+        self._skip = max(0, start + size - len(self._arrived))
+        del self._arrived[: start + size]
+        if flags & _COMMAND:
+            self._obey(body)
+            return None
+        if not self.open:
+            raise _Refused
+        self._count += 1
+        if self._count == 1:
+            self._frames = [body if size <= self._port.largest else TooLarge(_request_of(body), size)]
+        if flags & _MORE:
+            return None
+        (message,), count = self._frames, self._count
+        self._frames, self._count = [], 0
+        if count > 1:
+            return ProtocolError(f"A message has one frame, not {count}."), size
+        return message, size
+
+    def _greet(self, greeting: bytes) -> None:
+        mechanism = b"NULL" if self._port.key is None else b"PLAIN"
+        ours = greeting[0] == 0xFF and greeting[9] == 0x7F and greeting[10] >= 3
+        if not ours:
+            raise _Refused
+        if greeting[12:32].rstrip(b"\0") != mechanism:
+            self._port.refuse()
+            raise _Refused
+        self._greeted = True
+        if self._port.key is None:
+            self.transport.write(_frame(_READY, _COMMAND))
+
+    def _obey(self, command: bytes) -> None:
+        """Take a command, which is about the connection and not for the router."""
+        end = 1 + command[0] if command else 0
+        name, rest = command[1:end], command[end:]
+        if self.open:
+            if name == b"PING" and self.transport.get_write_buffer_size() == 0:
+                self.transport.write(_frame(b"\x04PONG" + rest[2:18], _COMMAND))
+        elif self._port.key is None and name == b"READY":
+            self._open()
+        elif self._port.key is not None and name == b"HELLO" and not self._authenticated:
+            if not hmac.compare_digest(_password(rest), self._port.key.encode()):
+                self.transport.write(_frame(_ERROR, _COMMAND))
+                self._port.refuse()
+                raise _Refused
+            self._authenticated = True
+            self.transport.write(_frame(b"\x07WELCOME", _COMMAND))
+        elif self._authenticated and name == b"INITIATE":
+            self.transport.write(_frame(_READY, _COMMAND))
+            self._open()
+        else:
+            raise _Refused
+
+    def _open(self) -> None:
+        self.open = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+
+def _password(hello: bytes) -> bytes:
+    """The second of two strings, each behind a byte with its length."""
+    rest = hello[1 + hello[0] :] if hello else b""
+    return rest[1 : 1 + rest[0]] if rest else b""
+
+
+class ClientPort:
+    """Listens for clients, in one event loop.
+
+    Args:
+        host, port: where; port 0 for a free one.
+        key: only clients that know it can connect; None for all.
+        largest: bytes of a message that is read; of larger ones only the beginning is.
+        unread: bytes that a client may leave unread.
+        handle: gets the name of a client's connection, what it sent, and how many bytes that were. Clients
+            take turns, and so do the event loop's other tasks, after each message.
+        refuse: is called when a client does not know the key, or has one where none is wanted.
+
+    Attributes:
+        endpoint: the address bound, such as ``tcp://127.0.0.1:5555``.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        key: str | None,
+        largest: int,
+        unread: int,
+        handle: Callable[[bytes, Heard, int], None],
+        refuse: Callable[[], None],
+    ) -> None:
+        self.key, self.largest, self.refuse = key, largest, refuse
+        self._unread, self._handle = unread, handle
+        self._decode: Decoder[ToRouter] = Decoder(ToRouter)
+        self._peers: dict[bytes, _Peer] = {}
+        self._lost = asyncio.Event()  # set whenever a connection ends
+        self._due: deque[_Peer] = deque()  # those with a message that waits
+        self._will_look = False
+        self._count = 0
+        self._failure: asyncio.Future[None] | None = None  # while somebody listens
+        self._socket = socket.create_server((host, port), backlog=1024)
+        self.endpoint = f"tcp://{host}:{self._socket.getsockname()[1]}"
+
+    async def listen(self) -> None:
+        """Have messages handled until this is cancelled. What ``handle`` raises ends it."""
+        loop = asyncio.get_running_loop()
+        self._failure = loop.create_future()
+        server = await loop.create_server(self._connect, sock=self._socket)
+        try:
+            await self._failure
+        finally:
+            server.close()
+
+    def send(self, client: bytes, message: ToClient) -> Delivery:
+        peer = self._peers.get(client)
+        if peer is None or not peer.open:
+            return Delivery.GONE
+        if peer.transport.get_write_buffer_size() >= self._unread:
+            return Delivery.FULL
+        peer.send(encode(message))
+        return Delivery.SENT
+
+    async def close(self, linger_s: float) -> None:
+        """What was sent gets up to ``linger_s`` seconds to leave."""
+        self._socket.close()
+        self._failure = None
+        for peer in self._peers.values():
+            peer.transport.close()
+        try:
+            async with asyncio.timeout(linger_s):
+                while self._peers:
+                    self._lost.clear()
+                    await self._lost.wait()
+        except TimeoutError:
+            for peer in list(self._peers.values()):
+                peer.transport.abort()
+
+    def forget(self, peer: _Peer) -> None:
+        """A connection has ended. What came before that is handled."""
+        del self._peers[peer.name]
+        self._lost.set()
+
+    def look_soon(self, peer: _Peer) -> None:
+        """A connection has something to read."""
+        self._due.append(peer)
+        if not self._will_look:
+            self._will_look = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _connect(self) -> _Peer:
+        self._count += 1
+        peer = _Peer(self, self._count.to_bytes(8, "big"))
+        self._peers[peer.name] = peer
+        return peer
+
+    def _look(self) -> None:
+        """Take one frame of the connection whose turn it is."""
+        self._will_look = False
+        if self._failure is None or self._failure.done() or not self._due:
+            return
+        peer = self._due.popleft()
+        try:
+            if (taken := peer.take()) is not None:
+                self._handle(peer.name, self._message(taken[0]), taken[1])
+            if peer.goes_on():
+                self._due.append(peer)
+        except Exception as error:
+            self._failure.set_exception(error)
+            return
+        if self._due and not self._will_look:
+            self._will_look = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _message(self, taken: bytes | TooLarge | ProtocolError) -> Heard:
+        if not isinstance(taken, bytes):
+            return taken
+        try:
+            return self._decode(taken)
+        except ProtocolError as error:
+            return error

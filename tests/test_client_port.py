@@ -1,0 +1,377 @@
+"""The port for clients: real ZeroMQ clients, and peers that speak as no ZeroMQ does."""
+
+import asyncio
+import random
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from clo.runtime.wire import client_port
+from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
+from clo.runtime.wire.errors import ProtocolError
+from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Cancel, Failed, Generate, GetInfo, Text
+from clo.runtime.wire.sockets import Delivery, encode
+from tests.faults import WAIT_S
+from tests.test_router import in_loop
+
+LARGEST = 10_000
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+
+
+def command(body: bytes) -> bytes:
+    return bytes((4, len(body))) + body
+
+
+def frame(body: bytes, more: int = 0) -> bytes:
+    return struct.pack(">BQ", 2 | more, len(body)) + body
+
+
+class Peer:
+    """A TCP connection that sends what it likes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self.writer = reader, writer
+
+    def send(self, *parts: bytes) -> None:
+        self.writer.write(b"".join(parts))
+
+    async def read(self, size: int) -> bytes:
+        return await asyncio.wait_for(self._reader.readexactly(size), WAIT_S)
+
+    async def frame(self) -> bytes:
+        flags, size = await self.read(2)
+        assert not flags & 2, "a short one is expected"
+        return await self.read(size)
+
+    async def is_closed(self) -> bool:
+        """Wait until the other end closes; what it has sent before is dropped."""
+        with suppress(ConnectionResetError):
+            await asyncio.wait_for(self._reader.read(-1), WAIT_S)
+        return True
+
+
+class Listening:
+    """A running port, and what it has heard."""
+
+    def __init__(self, port: ClientPort) -> None:
+        self.port = port
+        self.heard: asyncio.Queue[tuple[bytes, Heard, int]] = asyncio.Queue()
+        self.refused = 0
+        self.context = zmq.asyncio.Context()
+
+    async def next(self) -> tuple[bytes, Heard, int]:
+        return await asyncio.wait_for(self.heard.get(), WAIT_S)
+
+    def client(self, **options: Any) -> zmq.asyncio.Socket:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        for name, value in options.items():
+            setattr(socket, name, value)
+        socket.connect(self.port.endpoint)
+        return socket
+
+    async def peer(self, greet: bool = True) -> Peer:
+        host, port = self.port.endpoint.removeprefix("tcp://").split(":")
+        peer = Peer(*await asyncio.open_connection(host, int(port)))
+        if greet:
+            peer.send(GREETING, command(READY))
+            await peer.read(64)
+            assert (await peer.frame()).startswith(b"\x05READY")
+        return peer
+
+    async def assert_serves(self) -> None:
+        """A new client is heard and answered."""
+        client = self.client()
+        client.send(encode(GetInfo("served")))
+        while (found := await self.next())[1] != GetInfo("served"):
+            pass
+        name = found[0]
+        assert self.port.send(name, Failed("served", "internal", "x")) is Delivery.SENT
+        assert b"served" in await asyncio.wait_for(client.recv(), WAIT_S)
+        client.close()
+
+
+@asynccontextmanager
+async def listening(key: str | None = None, unread: int = 10**6) -> AsyncIterator[Listening]:
+    found: Listening
+
+    def handle(name: bytes, message: Heard, size: int) -> None:
+        found.heard.put_nowait((name, message, size))
+
+    def refuse() -> None:
+        found.refused += 1
+
+    found = Listening(ClientPort("127.0.0.1", 0, key, LARGEST, unread, handle, refuse))
+    task = asyncio.create_task(found.port.listen())
+    try:
+        yield found
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await found.port.close(0)
+        found.context.destroy(linger=0)
+
+
+@in_loop
+async def test_messages_of_many_clients_come_in_order_and_whole() -> None:
+    async with listening() as found:
+        clients = [found.client() for _ in range(20)]
+        for number in range(200):
+            for place, client in enumerate(clients):
+                client.send(encode(Cancel(f"{place}-{number}" + "x" * (number % 50))))
+        seen: dict[bytes, list[str]] = {}
+        for _ in range(200 * len(clients)):
+            name, message, size = await found.next()
+            assert isinstance(message, Cancel) and size == len(encode(message))
+            seen.setdefault(name, []).append(message.request)
+        assert len(seen) == len(clients)
+        for requests in seen.values():
+            index = requests[0].partition("-")[0]
+            assert requests == [f"{index}-{number}" + "x" * (number % 50) for number in range(200)]
+
+
+@in_loop
+async def test_sizes_around_those_where_the_frame_changes() -> None:
+    async with listening() as found:
+        client = found.client()
+        for size in (1, 200, 235, 236, 237, 300, 9_000):
+            message = Generate("r", Text("x" * size))
+            client.send(encode(message))
+            name, heard, _ = await found.next()
+            assert heard == message
+            answer = Failed("r", "internal", "y" * size)
+            assert found.port.send(name, answer) is Delivery.SENT
+            assert msgspec.msgpack.decode(await client.recv(), type=Failed) == answer
+
+
+@in_loop
+async def test_a_message_that_is_too_large_is_not_kept_and_its_request_is_known() -> None:
+    async with listening() as found:
+        client = found.client()
+        large = encode(Generate("its name", Text("x" * 3_000_000)))
+        client.send(large)
+        client.send(b"\x81\xa7request\xdb" + bytes(LARGEST))
+        client.send(bytes(LARGEST + 1))
+        client.send(encode(GetInfo("after")))
+        assert (await found.next())[1:] == (TooLarge("its name", len(large)), len(large))
+        assert [(await found.next())[1] for _ in range(2)] == [
+            TooLarge("", LARGEST + 10),
+            TooLarge("", LARGEST + 1),
+        ]
+        name, message, _ = await found.next()
+        assert message == GetInfo("after")
+        assert len(found.port._peers[name]._arrived) == 0
+
+
+@in_loop
+async def test_several_frames_are_one_wrong_message() -> None:
+    async with listening() as found:
+        client = found.client()
+        client.send_multipart([b"", encode(GetInfo("a"))])
+        client.send_multipart([b"x" * (LARGEST + 1), b"", b""])
+        client.send(b"\xc1")
+        client.send(encode(GetInfo("b")))
+        heard = [(await found.next())[1] for _ in range(4)]
+        assert [type(message) for message in heard] == [ProtocolError] * 3 + [GetInfo]
+        assert "one frame, not 2" in str(heard[0]) and "one frame, not 3" in str(heard[1])
+
+
+@in_loop
+async def test_a_client_that_does_not_read_is_full_and_one_that_is_gone_is_gone() -> None:
+    async with listening(unread=100_000) as found:
+        deaf, other = await found.peer(), await found.peer()
+        for peer in (deaf, other):
+            peer.send(frame(encode(GetInfo("r"))))
+        (first, _, _), (second, _, _) = await found.next(), await found.next()
+        while found.port.send(first, Failed("r", "internal", "x" * 50_000)) is Delivery.SENT:
+            await asyncio.sleep(0)
+        assert found.port.send(first, Failed("r", "internal", "")) is Delivery.FULL
+        assert found.port.send(second, Failed("r", "internal", "")) is Delivery.SENT
+        deaf.writer.transport.abort()
+        while found.port.send(first, Failed("r", "internal", "")) is not Delivery.GONE:
+            await asyncio.sleep(0.01)
+        assert found.port.send(b"nobody", Failed("r", "internal", "")) is Delivery.GONE
+
+
+@in_loop
+async def test_what_came_before_the_end_of_a_connection_is_heard() -> None:
+    async with listening() as found:
+        peer = await found.peer()
+        peer.send(*(frame(encode(Cancel(f"{number}"))) for number in range(1000)))
+        peer.writer.close()
+        assert [(await found.next())[1] for _ in range(1000)] == [Cancel(f"{n}") for n in range(1000)]
+
+
+@in_loop
+async def test_a_flood_is_read_no_faster_than_it_is_handled() -> None:
+    """Others have their turns, and the port keeps a bounded part of it."""
+    async with listening() as found:
+        peer = await found.peer()
+        flood = frame(b"a") * 300_000
+        peer.send(flood)
+        quiet = await found.peer()
+        quiet.send(frame(encode(GetInfo("quiet"))))
+        count = 0
+        while (await found.next())[1] != GetInfo("quiet"):
+            count += 1
+            assert all(len(other._arrived) < 600_000 for other in found.port._peers.values())
+        assert count < 300_000
+
+
+PING = command(b"\x04PING\x00\x00context")
+FLOODS: dict[str, bytes] = {
+    "bytes": frame(b"a") * 50_000,
+    "pings among them": (frame(b"a") * 20 + PING * 5) * 3_000,
+    "pings": PING * 50_000,
+    "empty frames": b"\x00\x00" * 100_000,
+    "a message without an end": frame(b"a", more=1) * 50_000,
+    "unknown commands": command(b"\x07UNKNOWN") * 50_000,
+    "half a message": frame(bytes(MAX_MESSAGE_BYTES))[:1_000_000],
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+@in_loop
+async def test_a_flood_whose_sender_goes_away_hurts_nobody(flood: bytes) -> None:
+    async with listening() as found:
+        for _ in range(3):
+            peer = await found.peer()
+            peer.send(flood)
+            await asyncio.sleep(0.05)
+            peer.writer.transport.abort()
+        await found.assert_serves()
+        while found.port._peers:
+            await asyncio.sleep(0.01)
+
+
+WRONG: dict[str, tuple[bool, bytes]] = {
+    "another protocol": (False, b"GET / HTTP/1.1\r\n" + bytes(64)),
+    "an old ZMTP": (False, GREETING[:10] + b"\x01" + GREETING[11:]),
+    "another mechanism": (False, GREETING.replace(b"NULL", b"PLAI")),
+    "a message before READY": (False, GREETING + frame(b"a")),
+    "a large message before READY": (False, GREETING + frame(bytes(5000))),
+    "HELLO without a key": (False, GREETING + command(b"\x05HELLO\x01a\x01b")),
+    "an empty command": (False, GREETING + command(b"")),
+    "a command that is too large": (True, struct.pack(">BQ", 6, LARGEST + 1) + bytes(LARGEST + 1)),
+    "a message beyond all limits": (True, struct.pack(">BQ", 2, 2**63) + bytes(LARGEST)),
+}
+
+
+@pytest.mark.parametrize(("greet", "data"), WRONG.values(), ids=WRONG)
+@in_loop
+async def test_a_peer_that_does_not_speak_as_it_should_loses_its_connection(greet: bool, data: bytes) -> None:
+    async with listening() as found:
+        peer = await found.peer(greet)
+        peer.send(data)
+        assert await peer.is_closed()
+        await found.assert_serves()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@in_loop
+async def test_random_frames_hurt_nobody(seed: int) -> None:
+    """With and without a key, before and after the handshake, cut anywhere."""
+    rng = random.Random(seed)
+    parts = [
+        READY,
+        b"\x05HELLO\x03clo\x01k",
+        b"\x05HELLO",
+        b"\x04PING\x00\x00x",
+        b"",
+        b"\xff",
+        encode(Cancel("r")),
+    ]
+    for key in (None, "k"):
+        mechanism = b"PLAIN" if key else b"NULL\0"
+        async with listening(key) as found:
+            for _ in range(100):
+                peer = await found.peer(greet=False)
+                peer.send(GREETING.replace(b"NULL\0", mechanism))
+                for _ in range(rng.randrange(12)):
+                    body = rng.choice([*parts, rng.randbytes(rng.randrange(30))])
+                    flags = rng.choice([0, 1, 2, 4, 6, rng.randrange(256)])
+                    size = rng.choice([len(body), len(body), rng.randrange(2**20)])
+                    head = struct.pack(">BQ", flags, size) if flags & 2 else bytes((flags, size & 255))
+                    peer.send(head, body)
+                    if rng.random() < 0.2:
+                        await asyncio.sleep(0)
+                peer.writer.close()
+            while found.port._peers:
+                await asyncio.sleep(0.01)
+            if key is None:
+                await found.assert_serves()
+
+
+@in_loop
+async def test_a_peer_that_never_says_who_it_is_loses_its_connection() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_port, "HANDSHAKE_S", 0.05)
+        async with listening() as found:
+            silent, half = await found.peer(greet=False), await found.peer(greet=False)
+            half.send(GREETING)
+            assert await silent.is_closed() and await half.is_closed()
+
+
+@in_loop
+async def test_only_clients_with_the_key_are_heard() -> None:
+    """Others are told apart by their libraries: a mechanism that does not fit, or a key that does not."""
+    async with listening(key="ünïque") as found:
+        strangers = [
+            found.client(),
+            found.client(plain_username=b"clo", plain_password=b"another"),
+            found.client(plain_username=b"clo", plain_password="ünïqu".encode()),
+        ]
+        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        monitors = [stranger.get_monitor_socket(events) for stranger in strangers]
+        for stranger in strangers:
+            stranger.send(encode(GetInfo("stranger")))
+        for monitor in monitors:
+            await asyncio.wait_for(monitor.recv_multipart(), WAIT_S)
+        for data in (
+            GREETING.replace(b"NULL\0", b"PLAIN") + command(READY),
+            GREETING.replace(b"NULL\0", b"PLAIN") + command(b"\x08INITIATE"),
+            GREETING.replace(b"NULL\0", b"PLAIN") + command(b"\x05HELLO\x03clo"),
+            GREETING.replace(b"NULL\0", b"PLAIN") + command(b"\x05HELLO"),
+        ):
+            peer = await found.peer(greet=False)
+            peer.send(data, frame(encode(GetInfo("stranger"))))
+            assert await peer.is_closed()
+        client = found.client(plain_username=b"clo", plain_password="ünïque".encode())
+        client.send(encode(GetInfo("friend")))
+        name, message, _ = await found.next()
+        assert message == GetInfo("friend")
+        found.port.send(name, Failed("friend", "internal", ""))
+        assert b"friend" in await asyncio.wait_for(client.recv(), WAIT_S)
+        assert found.refused >= 3 and found.heard.empty()
+
+
+@in_loop
+async def test_what_was_sent_leaves_before_the_port_closes() -> None:
+    async with listening() as found:
+        client = found.client()
+        client.send(encode(GetInfo("r")))
+        name, _, _ = await found.next()
+        for _ in range(100):
+            found.port.send(name, Failed("r", "internal", "x" * 5_000))
+        await found.port.close(WAIT_S)
+        for _ in range(100):
+            assert len(await asyncio.wait_for(client.recv(), WAIT_S)) > 5_000
+
+
+@in_loop
+async def test_the_kernel_asks_whether_a_silent_client_is_still_there() -> None:
+    """Its timer runs: a client whose machine is gone loses its connection without a word."""
+    async with listening() as found:
+        peer = await found.peer()
+        ours = peer.writer.get_extra_info("sockname")[1]
+        with open("/proc/net/tcp") as table:
+            (row,) = (line.split() for line in table if line.split()[2].endswith(f":{ours:04X}"))
+        assert row[5].startswith("02"), "timer 2 is that of keepalive"
