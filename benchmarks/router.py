@@ -54,8 +54,7 @@ from examples.document import document
 
 CASES = ((1, 2_000, 0.0), (16, 2_000, 0.0), (64, 2_000, 0.0), (64, 500, 0.004))
 """Streams, steps and seconds from one step to the next. There are fewer steps than
-``clo.runtime.router.UNREAD_MESSAGES``. A step of 64 streams of a small model on a GPU takes about 4 ms."""
-ENDPOINT = f"ipc://@clo-benchmark-{os.getpid()}"
+``clo.runtime.router.UNREAD_BYTES`` allow. A step of 64 streams of a small model on a GPU takes about 4 ms."""
 KEY = "the key of the benchmark"
 TOKENS = 16_000  # for the detokenizer
 RUNS = 5
@@ -94,11 +93,11 @@ def _run(main: Callable[..., None], connection: Connection, parent: int, *argume
     main(connection, *arguments)
 
 
-def serve(connection: Connection, model: ResolvedModel) -> None:
+def serve(connection: Connection, model: ResolvedModel, endpoint: str) -> None:
     """The router; sends its address, and gets the pid of its worker."""
 
     async def run() -> None:
-        router = Router(ServerConfig(port=0), model, ENDPOINT, KEY)
+        router = Router(ServerConfig(port=0), model, endpoint, KEY)
         connection.send(router.address)
         router.expect(worker_identity(0), "worker 0", connection.recv())
         await router.serve()
@@ -106,11 +105,11 @@ def serve(connection: Connection, model: ResolvedModel) -> None:
     asyncio.run(run())
 
 
-def work(connection: Connection, text: list[int]) -> None:
+def work(connection: Connection, endpoint: str, text: list[int]) -> None:
     """The worker: gives every request the tokens of the text, again and again, all requests together. It
     gets the seconds from one step to the next through ``connection``."""
     router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
-        zmq.Context(), ENDPOINT, ToWorker, KEY, worker_identity(0)
+        zmq.Context(), endpoint, ToWorker, KEY, worker_identity(0)
     )
     router.send(Ready(0, os.getpid(), "numa0", 10**6))
     while True:
@@ -240,9 +239,10 @@ def main() -> None:
         theirs.append(seconds_per_token(partial(stream.step, backend), text))
     detokenizer, decode_stream = median(own), median(theirs)
 
-    router = Peer(serve, model)
+    endpoint = f"ipc://@clo-benchmark-{os.getpid()}"
+    router = Peer(serve, model, endpoint)
     address = router.connection.recv()
-    worker = Peer(work, text)
+    worker = Peer(work, endpoint, text)
     router.connection.send(worker.pid)
     client = Peer(ask, address)
     results = [

@@ -302,7 +302,7 @@ class ServerConfig:
         "the machine, as a command line does",
         "KEY",
         str,
-        default_text="none",
+        none="off",
     )
     port: int = option(5555, "0 takes a free one; the ready line names it", "PORT", int)
     log_level: LogLevel = option("warning", "what all processes log, on stderr")

@@ -2,6 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import zmq
@@ -98,6 +99,7 @@ class Connection:
         self._sent = self._arrivals.add(self._socket, self._receive)
         self._arrivals.add(monitor, self._lose)
         self._decode: Decoder[ToClient] = Decoder(ToClient)
+        self._turned_away: Unauthorized | None = None
         self._open: dict[str, Answer] = {}  # by name of the request
         self._silence: asyncio.TimerHandle | None = None  # the next check for it, while a request is open
         self._listening = self._loop.create_task(self._arrivals.listen())
@@ -107,9 +109,12 @@ class Connection:
 
         Raises:
             ServerUnreachable: the connection was closed.
+            Unauthorized: the server has turned this client away.
         """
         if self._socket.closed:
             raise ServerUnreachable("The client was closed.")
+        if self._turned_away is not None:
+            raise self._turned_away
         self._open[answer.name] = answer
         answer.heard = self._loop.time()
         if timeout is not None:
@@ -143,7 +148,8 @@ class Connection:
             self._context.destroy(linger=500)
 
     def _post(self, message: Message) -> None:
-        self._socket.send(encode(message), zmq.NOBLOCK)
+        with suppress(zmq.Again):  # ZeroMQ has no connection any more once it was turned away
+            self._socket.send(encode(message), zmq.NOBLOCK)
         self._sent()
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -180,7 +186,8 @@ class Connection:
         """The monitor has told of a lost connection, or of one that was turned away."""
         if parse_monitor_message(frames)["event"] & _TURNED_AWAY:
             error = f"{self.address} wants another API key, or none, or is not a CLO server; see api_key."
-            self._give_all_up(Unauthorized(error))
+            self._turned_away = Unauthorized(error)
+            self._give_all_up(self._turned_away)
         else:
             error = f"The connection to {self.address} was lost; is the server running?"
             self._give_all_up(ServerUnreachable(error))

@@ -20,7 +20,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
         "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 --host 127.0.0.2 "
-        "--port 0 --seed 7 --log-level info"
+        "--port 0 --seed 7 --log-level info --api-key k"
     )
     assert launch.config_from(line.split()) == ServerConfig(
         model=ModelConfig("m", "dummy", "cpu", "bfloat16", 100, 7),
@@ -32,10 +32,19 @@ def test_every_option_reaches_the_configuration() -> None:
         host="127.0.0.2",
         port=0,
         log_level="info",
+        api_key="k",
     )
     options = set(launch.parser("launch.py")._option_string_actions) - {"-h", "--help"}
     options.remove("--profile")  # goes without --gate
     assert options == {word for word in line.split() if word.startswith("--")}
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLO_API_KEY", "from there")
+    assert launch.config_from([]).api_key == "from there"
+    assert launch.config_from(["--api-key", "given"]).api_key == "given"
+    monkeypatch.setenv("CLO_API_KEY", "")
+    assert launch.config_from([]).api_key is None
 
 
 def test_gate_and_model_length_can_be_switched_off_by_name() -> None:
@@ -66,6 +75,7 @@ WRONG_OPTIONS = {
     "empty size": ("--kv-size 0", "'0' is not a size"),
     "no tokens": ("--max-model-len 0", "--max-model-len is 0; it must be at least 1."),
     "negative seed": ("--seed -1", "--seed is -1"),
+    "an endless key": ("--api-key " + "k" * 256, "--api-key has 256 bytes; it must have 1 to 255."),
     "port out of range": ("--port 65536", "--port is 65536; it must be from 0 to 65535."),
     "store that is no node": ("--kvstore gpu", "--kvstore 'gpu' is not of the form numa0"),
     "same node twice": ("--kvstore numa0,numa0", "--kvstore names a node twice"),
