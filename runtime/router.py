@@ -5,12 +5,13 @@ import logging
 import secrets
 import uuid
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
-import msgspec
 import zmq
 
 from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import (
@@ -42,6 +43,8 @@ from clo.runtime.wire.messages import (
     Ready,
     Refused,
     Run,
+    Sampling,
+    SamplingParams,
     Stepped,
     Text,
     ToClient,
@@ -82,6 +85,10 @@ class Router:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromWorker)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
+        self._defaults = read_generation(model.folder)
+        if self._defaults.ignored:
+            ignored = ", ".join(self._defaults.ignored)
+            _logger.warning("generation_config.json has %s, which CLO does not do.", ignored)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
@@ -184,18 +191,11 @@ class Router:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
         try:
             tokens = await self._tokens(message.prompt)
-            forced, sampling = None, message.sampling
+            forced, params = None, message.sampling
             if message.continuation is not None:
-                forced = await self._tokens(message.continuation, add_special_tokens=False)
-                sampling = msgspec.structs.replace(
-                    sampling, max_tokens=len(forced), stop=[], logprobs=sampling.logprobs or 0
-                )
-            longest = self._model.max_model_len
-            if len(tokens) + sampling.max_tokens > longest:
-                raise PromptTooLong(
-                    f"The prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together "
-                    f"they exceed the model length of {longest}. Shorten the prompt or lower max_tokens."
-                )
+                forced = await self._tokens(message.continuation, continues=True)
+                params = SamplingParams(max_tokens=len(forced), logprobs=params.logprobs or 0)
+            self._check_length(len(tokens), params.max_tokens)
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
@@ -203,31 +203,60 @@ class Router:
             _logger.exception("A prompt could not be tokenised.")
             self._end(request, Failed(request.name, CLOError.code, "The prompt could not be tokenised."))
             return
-        request.prompt_tokens, request.max_tokens = len(tokens), sampling.max_tokens
-        request.text = Detokenizer(self._tokenizer, sampling.stop)
+        request.prompt_tokens = len(tokens)
+        request.text = Detokenizer(self._tokenizer, tokens, params.stop)
         await self._all_ready.wait()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             return
         request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
+        sampling = self._sampling(params, len(tokens), self._ready_workers[request.worker].capacity_tokens)
+        request.max_tokens = sampling.max_tokens
         request.sequence = self._sequences
         self._sequences += 1
         self._running[request.sequence] = request
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
-    async def _tokens(self, prompt: Text | Chat | Tokens, add_special_tokens: bool = True) -> list[int]:
+    def _check_length(self, prompt: int, max_tokens: int | None) -> None:
+        """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""
+        longest = self._model.max_model_len
+        if max_tokens is None and prompt >= longest:
+            raise PromptTooLong(
+                f"The prompt has {prompt} tokens, which leaves no room for an answer in the model length of "
+                f"{longest}; shorten the prompt."
+            )
+        if max_tokens is not None and prompt + max_tokens > longest:
+            raise PromptTooLong(
+                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}; together they exceed the "
+                f"model length of {longest}. Shorten the prompt or lower max_tokens."
+            )
+
+    def _sampling(self, params: SamplingParams, prompt: int, capacity: int) -> Sampling:
+        """What a client wants, with the model's defaults; a store holds ``capacity`` tokens."""
+        defaults = self._defaults
+        room = min(self._model.max_model_len, capacity) - prompt
+        return Sampling(
+            temperature=defaults.temperature if params.temperature is None else params.temperature,
+            top_p=defaults.top_p if params.top_p is None else params.top_p,
+            top_k=defaults.top_k if params.top_k is None else max(0, params.top_k),
+            max_tokens=params.max_tokens or max(1, min(defaults.max_tokens, room)),
+            ignore_eos=params.ignore_eos,
+            logprobs=params.logprobs,
+        )
+
+    async def _tokens(self, prompt: Text | Chat | Tokens, continues: bool = False) -> list[int]:
         match prompt:
             case Text():
                 characters = len(prompt.text)
             case Chat():
-                characters = sum(len(turn.content) for turn in prompt.turns)
+                characters = sum(len(turn.text) for turn in prompt.turns)
             case Tokens():
                 characters = 0
-        arguments = (prompt, self._model.max_model_len, add_special_tokens)
+        encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
         if characters < THREAD_CHARACTERS:
-            return self._tokenizer.encode(*arguments)
-        return await asyncio.to_thread(self._tokenizer.encode, *arguments)
+            return encode()
+        return await asyncio.to_thread(encode)
 
     def _load(self, worker: bytes) -> int:
         return sum(request.outstanding for request in self._running.values() if request.worker == worker)

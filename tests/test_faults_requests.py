@@ -22,7 +22,7 @@ from clo.runtime.wire.messages import (
     Chunks,
     Generate,
     Progress,
-    Sampling,
+    SamplingParams,
     Text,
     Tokens,
 )
@@ -105,7 +105,7 @@ def test_random_bytes_from_a_client(server: Server) -> None:
             client.send(data)
             failed = client.refusal()
             assert (failed.request, failed.code) == ("", ProtocolError.code), data[:100]
-        client.send(Generate("r", Tokens([1]), Sampling(max_tokens=2, ignore_eos=True)))
+        client.send(Generate("r", Tokens([1]), SamplingParams(max_tokens=2, ignore_eos=True)))
         assert client.last("r").usage.completion_tokens == 2
 
 
@@ -156,7 +156,7 @@ def test_an_oversized_message_costs_only_its_sender_the_connection(server: Serve
 
 def test_a_duplicate_request_id(server: Server) -> None:
     """The second is refused, the first goes on; an id may be used again after its end."""
-    request = Generate("r", Text("a"), Sampling(max_tokens=30, ignore_eos=True))
+    request = Generate("r", Text("a"), SamplingParams(max_tokens=30, ignore_eos=True))
     with raw(server.address) as client:
         client.send(request)
         client.send(request)
@@ -217,7 +217,7 @@ def test_a_request_cancelled_while_it_is_tokenised(server: Server) -> None:
         client.send(Generate("r", Text("é" * 11_000)))
         client.send(Cancel("r"))
         assert client.last("r").reason == "cancelled"
-        client.send(Generate("r", Text("a"), Sampling(**ENDLESS)))
+        client.send(Generate("r", Text("a"), SamplingParams(**ENDLESS)))
         steps = 0
         while steps < 50:  # by then the first is tokenised
             steps += isinstance(client.receive(), Chunks)
@@ -253,7 +253,7 @@ for _ in Client({server.address!r}).stream("a", max_tokens=1400, ignore_eos=True
 def test_a_client_that_stops_reading(server: Server, client: Client) -> None:
     """Its requests are dropped with ``overloaded``; others are served while it floods the server."""
     with raw(server.address, RCVHWM=1, RCVBUF=4096, SNDTIMEO=100) as deaf:
-        deaf.send(Generate("r", Text("a"), Sampling(**ENDLESS)))
+        deaf.send(Generate("r", Text("a"), SamplingParams(**ENDLESS)))
         served = threading.Event()
 
         def flood() -> None:
