@@ -126,6 +126,18 @@ def config_from(argv: list[str], command: str = "python launch.py") -> ServerCon
     )
 
 
+def _open_standard_streams() -> None:
+    """Give descriptors 0, 1 and 2, where they are closed, to /dev/null. A socket or an arena would get them
+    else, and what processes print would go there."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.gpu_worker") -> int:
     """Run a server to its end; returns the exit code.
 
@@ -134,6 +146,7 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
         command: how the program was called, for its help.
         worker: module that each worker runs; benchmarks have one of their own.
     """
+    _open_standard_streams()
     if sys.platform != "linux":
         print(f"error: CLO runs on Linux only, and this is {sys.platform}.", file=sys.stderr)
         return 1

@@ -165,6 +165,7 @@ class AsyncClient:
         request = GetInfo(uuid.uuid4().hex)
         question = _Question(request.request)
         self._connection.open(request, question, timeout=None)
+        self._connection.hold(question)
         try:
             await question.answered.wait()
         finally:

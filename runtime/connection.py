@@ -2,7 +2,9 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import zmq
 
@@ -26,7 +28,7 @@ from clo.runtime.wire.messages import (
     Progress,
     ToClient,
 )
-from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode
+from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode, is_ipv6
 
 SILENCE_SECONDS = 5.0  # a server says something every second while a request is open
 DOUBT_SECONDS = 0.2  # from finding a request silent to giving it up, if it still is
@@ -80,6 +82,7 @@ class Connection:
         self._socket: zmq.Socket[Any] = self._context.socket(zmq.DEALER)
         configure(self._socket)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # else a burst could lose those beyond the first 1000
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             self._socket.connect(address)
@@ -88,7 +91,9 @@ class Connection:
             raise ServerUnreachable(f"'{address}' is not an address: {error.strerror}.") from None
         self._arrivals, self._losses = Arrivals(self._socket), Arrivals(monitor)
         self._decode: Decoder[ToClient] = Decoder(ToClient)
-        self._open: dict[str, Answer] = {}  # by name of the request
+        # By name of the request. A stream that nobody holds and nobody reads is not held here either.
+        self._open: WeakValueDictionary[str, Answer] = WeakValueDictionary()
+        self._awaited: set[Answer] = set()
         self._silence: asyncio.TimerHandle | None = None  # the next check for it, while a request is open
         self._tasks = [self._loop.create_task(work) for work in (self._receive(), self._watch())]
 
@@ -104,7 +109,7 @@ class Connection:
         answer.heard = self._loop.time()
         if timeout is not None:
             error = RequestTimeout(f"No answer within {timeout:g} s; the request was cancelled.")
-            answer.deadline = self._loop.call_later(timeout, self._give_up, answer, error)
+            answer.deadline = self._loop.call_later(timeout, self._expire, answer.name, error)
         if self._silence is None:
             self._check_silence_at(answer.heard + SILENCE_SECONDS, set())
         self._post(request)
@@ -113,6 +118,17 @@ class Connection:
         """Ask the server to end a request, which then ends with the reason "cancelled"."""
         if answer.end is None:
             self._post(Cancel(answer.name))
+
+    def hold(self, answer: Answer) -> None:
+        """Somebody waits for this answer, perhaps a task that nothing else holds."""
+        if answer.end is None:
+            self._awaited.add(answer)
+
+    def drop(self, answer: Answer) -> None:
+        """Nobody holds this answer any more; the server is told. Any thread may call this."""
+        if answer.end is None:
+            with suppress(RuntimeError):  # the event loop was closed
+                self._loop.call_soon_threadsafe(self._forget, answer.name, answer.deadline)
 
     def leave(self, answer: Answer) -> None:
         """Nobody reads this answer any more; the server is told where it has not ended."""
@@ -133,6 +149,17 @@ class Connection:
                 arrivals.close()
             self._socket.disable_monitor()
             self._context.destroy(linger=500)
+
+    def _expire(self, name: str, error: RequestTimeout) -> None:
+        answer = self._open.get(name)
+        if answer is not None:
+            self._give_up(answer, error)
+
+    def _forget(self, name: str, deadline: asyncio.TimerHandle | None) -> None:
+        if deadline is not None:
+            deadline.cancel()
+        if not self._socket.closed:
+            self._post(Cancel(name))
 
     def _post(self, message: Message) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
@@ -210,6 +237,7 @@ class Connection:
 
     def _end(self, answer: Answer, end: Finished | Info | CLOError) -> None:
         del self._open[answer.name]
+        self._awaited.discard(answer)
         if answer.deadline is not None:
             answer.deadline.cancel()
         answer.end = end

@@ -1,6 +1,7 @@
 """The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
+import errno
 import logging
 import secrets
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 import zmq
 
 from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.machine.addresses import tcp_endpoint
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
@@ -66,6 +68,17 @@ THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter 
 _logger = logging.getLogger(__name__)
 
 
+def _not_bound(config: ServerConfig, error: zmq.ZMQError) -> ConfigError:
+    """Why clients cannot be listened to."""
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT):
+        return ConfigError(
+            f"--host {config.host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all of "
+            "its addresses."
+        )
+    reason = zmq.strerror(error.errno or 0)
+    return ConfigError(f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port.")
+
+
 class Router:
     """Between clients (TCP) and workers (ipc).
 
@@ -78,7 +91,7 @@ class Router:
         workers_endpoint: where workers connect, each under the identity ``worker-N``.
 
     Raises:
-        ConfigError: the port cannot be used, or the model has no tokenizer.
+        ConfigError: host or port cannot be used, or the model has no tokenizer.
     """
 
     def __init__(self, config: ServerConfig, model: ResolvedModel) -> None:
@@ -89,17 +102,15 @@ class Router:
         if self._defaults.ignored:
             ignored = ", ".join(self._defaults.ignored)
             _logger.warning("generation_config.json has %s, which CLO does not do.", ignored)
+        endpoint = tcp_endpoint(config.host, config.port)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._clients: RouterSocket[ToClient, ToRouter] = RouterSocket(
-                self._context, f"tcp://{config.host}:{config.port}", ToRouter, UNREAD_MESSAGES
+                self._context, endpoint, ToRouter, UNREAD_MESSAGES
             )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            reason = zmq.strerror(error.errno or 0)
-            raise ConfigError(
-                f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port."
-            ) from None
+            raise _not_bound(config, error) from None
         self.address = self._clients.endpoint
         self.workers_endpoint = f"ipc://@clo-{uuid.uuid4()}-router"
         self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
@@ -310,7 +321,11 @@ class Router:
             ):  # the worker has not read the Abort yet
                 continue
             assert request.text is not None
-            text = request.text.push(step.token)
+            try:
+                text = request.text.push(step.token)
+            except Exception:  # it runs code of the model's authors; it must not end the server
+                self._fail_text(request)
+                continue
             if request.text.stopped:
                 self._stop(request, "stop")
             request.generated += 1
@@ -326,11 +341,23 @@ class Router:
         if request is None or not request.open:
             return
         assert request.text is not None
-        if rest := request.text.flush():
+        try:
+            rest = request.text.flush()
+        except Exception:
+            self._fail_text(request)
+            return
+        if rest:
             self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
         usage = Usage(request.prompt_tokens, request.generated)
         reason = "stop" if request.text.stopped else request.reason or message.reason
         self._end(request, Finished(request.name, reason, usage, message.cache))
+
+    def _fail_text(self, request: Request) -> None:
+        """End a request whose tokens cannot be made into text."""
+        _logger.exception("Tokens could not be made into text.")
+        if request.sequence in self._running:
+            self._order(request, Abort(request.sequence))
+        self._end(request, Failed(request.name, CLOError.code, "The tokens could not be made into text."))
 
     def on_refused(self, worker: bytes, message: Refused) -> None:
         request = self._running.pop(message.sequence, None)

@@ -27,11 +27,15 @@ class Server:
         endpoints: addresses of the control channels of store and worker; known once the server is ready.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, arguments: tuple[str, ...], folder: Path, closed: tuple[int, ...] = ()) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
+            command = [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments]
+            if closed:
+                closing = " ".join(f"{number}>&-" for number in closed)
+                command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments],
+                command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -81,15 +85,16 @@ class Server:
 
 
 @contextmanager
-def launch(*arguments: str, ready: bool = True) -> Iterator[Server]:
+def launch(*arguments: str, ready: bool = True, closed: tuple[int, ...] = ()) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
 
     Args:
         ready: wait until it serves.
+        closed: descriptors that it has not got.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder))
+        server = Server(arguments, Path(folder), closed)
         try:
             if ready:
                 server.wait_ready()

@@ -1,6 +1,7 @@
 """The client alone: servers that are not there, do not answer or go away, and a client that is closed."""
 
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_requests_as_vllm_takes_them(
     server: FakeServer, prompt: Any, options: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     with Client(server.address) as client:
-        client.stream(prompt, **options)
+        _stream = client.stream(prompt, **options)
         request = server.receive()
         assert isinstance(request, Generate)
         assert request.sampling == SamplingParams(**fields)
@@ -188,6 +189,50 @@ def test_leaving_a_stream_early_cancels_it(server: FakeServer) -> None:
             break
         assert server.receive() == Cancel(request)
         server.send(Finished(request, "cancelled", Usage(1, 1), NO_STATS))
+
+
+@pytest.mark.parametrize("timeout", [None, 1000.0])
+def test_a_stream_that_is_dropped_unread_is_cancelled(server: FakeServer, timeout: float | None) -> None:
+    """Of a client of each kind, also where a time limit would end it much later."""
+    with Client(server.address, timeout=timeout) as client:
+        stream = client.stream("a")
+        request = server.receive().request
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
+        del stream
+        assert server.receive() == Cancel(request)
+        server.send(Chunks([Chunk(request, "y", [2], None)]))
+        server.send(Finished(request, "cancelled", Usage(1, 2), NO_STATS))
+        kept = client.stream("b")
+        server.send(Finished(server.receive().request, "stop", Usage(1, 0), NO_STATS))
+        assert list(kept) == []
+
+    async def run() -> None:
+        async with AsyncClient(server.address, timeout=timeout) as client:
+            stream = client.stream("a")
+            request = (await asyncio.to_thread(server.receive)).request
+            del stream
+            assert await asyncio.to_thread(server.receive) == Cancel(request)
+
+    asyncio.run(run())
+
+
+def test_a_task_that_nobody_holds_gets_its_answer(server: FakeServer) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            answered: list[str] = []
+
+            async def ask() -> None:
+                answered.append((await client.generate("a")).finish_reason)
+
+            asyncio.create_task(ask())  # noqa: RUF006
+            request = (await asyncio.to_thread(server.receive)).request
+            gc.collect()
+            server.send(Finished(request, "stop", Usage(1, 0), NO_STATS))
+            while not answered:
+                await asyncio.sleep(0.01)
+            assert answered == ["stop"]
+
+    asyncio.run(run())
 
 
 def test_closing_the_client_ends_its_open_streams(server: FakeServer) -> None:

@@ -59,7 +59,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[CLOError], str]] = {
     "longer than the model": ([1] * 4000, {"max_tokens": 97}, PromptTooLong, "the model length of 4096"),
     "text longer than the model": ("a" * 99_999, {}, PromptTooLong, "99999 characters cannot fit"),
     "larger than the arena": ([1] * 1949, {"max_tokens": 100}, PromptTooLong, "raise --kv-size"),
-    "value of a wrong type": ("a", {"temperature": "hot"}, InvalidRequest, "Expected `float`, got `str`"),
+    "value of a wrong type": (
+        "a",
+        {"temperature": "hot"},
+        InvalidRequest,
+        "Expected `float | null`, got `str`",
+    ),
     "value out of range": ("a", {"top_p": 0}, InvalidRequest, r"Expected `float` > 0.0 - at `\$.sampling"),
     "not a number": ("a", {"temperature": float("nan")}, InvalidRequest, "Expected `float` >= 0.0"),
     "unknown option": ("a", {"beams": 4}, InvalidRequest, "unknown field `beams`"),

@@ -1,11 +1,13 @@
 """The router alone: real sockets, a real tokenizer, and clients and workers that do what a test says."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import random
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any, ParamSpec
 import pytest
 
 from clo.runtime import router as router_module
+from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
-from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
 from clo.runtime.wire.messages import (
     NO_STATS,
@@ -880,6 +883,86 @@ def test_what_a_router_cannot_start_with(
         Router(ServerConfig(port=port), model_in(tiny_model)).close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("host", "sentence"),
+    [
+        ("256.1.1.1", "neither an address nor a name of this machine"),
+        ("no-such-name.invalid", "neither an address nor a name of this machine"),
+        ("", "neither an address nor a name of this machine"),
+        ("*", "neither an address nor a name of this machine"),
+        ("a b", "neither an address nor a name of this machine"),
+        ("x" * 300, "neither an address nor a name of this machine"),
+        ("[::1", "neither an address nor a name of this machine"),
+        ("192.0.2.1", "is not an address of this machine"),
+        ("2001:db8::1", "is not an address of this machine"),
+    ],
+)
+def test_hosts_that_cannot_be_listened_on(model: ResolvedModel, host: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Router(ServerConfig(host=host, port=0), model)
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "numeric"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+    ],
+)
+def test_hosts_by_number_by_name_and_of_ipv6(model: ResolvedModel, host: str, numeric: str) -> None:
+    """The address of the ready line is one that a client can use."""
+    if ":" in host and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+
+    async def run() -> None:
+        router = Router(ServerConfig(host=host, port=0), model)
+        assert router.address.startswith(f"tcp://{numeric}:")
+        serving = asyncio.create_task(router.serve())
+        async with AsyncClient(router.address) as client:
+            assert (await asyncio.wait_for(client.info(), WAIT_S)).model == "tiny"
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+        router.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("method", ["push", "flush"])
+@in_loop
+async def test_text_that_cannot_be_made_ends_the_request_alone(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(*_: Any) -> str:
+        raise KeyError("nobody thought of that")
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask())
+        run = await worker.order()
+        with monkeypatch.context() as patch:
+            patch.setattr(Detokenizer, method, broken)
+            worker.step(run.sequence, 65)
+            if method == "push":
+                assert await worker.order() == Abort(run.sequence)
+            worker.send(Done(run.sequence, "cancelled", STATS))
+            *_, failed = await client.to_end("r")
+        assert isinstance(failed, Failed) and failed.code == CLOError.code and "into text" in failed.text
+        client.send(ask())
+        assert isinstance(await worker.order(), Run)
 
 
 # ------------------------------------------------------------------------------------------ at random

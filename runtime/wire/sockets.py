@@ -50,6 +50,12 @@ def configure(socket: zmq.Socket[Any]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
+def is_ipv6(endpoint: str) -> bool:
+    """Whether an address is IPv6. For all others ZeroMQ has to be told that it is not, or it would look up
+    names as IPv6 first."""
+    return endpoint.startswith("tcp://[")
+
+
 def has_message(socket: zmq.Socket[Any]) -> bool:
     """Whether a message can be received at once."""
     events: Any = socket.get(zmq.EVENTS)
@@ -171,6 +177,7 @@ class RouterSocket(Generic[Sent, Received]):
         configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, queue)
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(endpoint))
         self._socket.bind(endpoint)
         self._arrivals = Arrivals(self._socket)
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
