@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args
 DESCRIPTION = """\
 Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index
 of all keys and, for each KV head, the rows that the head attends to; missing rows come from CPU
-memory. No size is reduced in silence: what does not fit is an error."""
+memory. A size that was asked for is never reduced: what does not fit is an error."""
 
 EPILOG = """\
 what to set:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import msgspec
 
 from clo.runtime.config import ServerConfig, StoreConfig, WorkerConfig
-from clo.runtime.machine.host_memory import check_memory
 from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
+from clo.runtime.model.kv_size import kv_size
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
 
@@ -83,8 +83,8 @@ class Supervisor:
     def __init__(self, config: ServerConfig, worker: str) -> None:
         self._config, self._worker = config, worker
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
-        check_memory(dict.fromkeys(self._nodes, config.kv_size))
         self._model = resolve(config.model)
+        self._kv_size = kv_size(config, self._model, self._nodes)
         self._router = Router(config, self._model)
         self._stores: list[Child] = []
         self._workers: list[Child] = []
@@ -118,7 +118,7 @@ class Supervisor:
         unique = uuid.uuid4()
         endpoints = {node: f"ipc://@clo-{unique}-numa{node}" for node in self._nodes}
         for name, node in zip(config.kvstore, self._nodes, strict=True):
-            store = StoreConfig(name, node, config.kv_size, endpoints[node], config.log_level)
+            store = StoreConfig(name, node, self._kv_size, endpoints[node], config.log_level)
             self._stores.append(await Child.start(f"KV store {name}", "clo.kvstore", store, threads=1))
         threads = len(os.sched_getaffinity(0)) // config.workers
         for index in range(config.workers):

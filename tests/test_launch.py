@@ -55,7 +55,7 @@ WRONG_OPTIONS = {
         "--gpu-memory-utilization 0",
         "--gpu-memory-utilization is 0.0; it must be above 0 and at most 1.",
     ),
-    "no sequences": ("--max-num-seqs 0", "--max-num-seqs is 0; it must be at least 1."),
+    "no sequences": ("--max-num-seqs 0", "--max-num-seqs is 0; it must be at least 1, or 'auto'."),
     "no rows selected": ("--select-k 0", "--select-k is 0; it must be at least 1."),
     "resident below select-k": ("--select-k 64 --resident 63", "--resident 63 is below --select-k 64"),
     "gate that is no cosine": ("--gate 1.1", "--gate is 1.1; it is a cosine from 0 to 1"),
