@@ -64,6 +64,8 @@ WRONG_OPTIONS = {
     "drift_check of no steps": ("--drift-check 0", "--drift-check is 0; it must be at least 1"),
     "size without a number": ("--kv-size much", "--kv-size: 'much' is not a size; write for example 512MiB"),
     "empty size": ("--kv-size 0", "'0' is not a size"),
+    "size beyond all machines": ("--kv-size " + "9" * 400, "is not a size; write for example 512MiB"),
+    "size below a byte": ("--kv-size 0.001", "'0.001' is not a size"),
     "no tokens": ("--max-model-len 0", "--max-model-len is 0; it must be at least 1."),
     "negative seed": ("--seed -1", "--seed is -1"),
     "port out of range": ("--port 65536", "--port is 65536; it must be from 0 to 65535."),
