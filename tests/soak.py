@@ -3,8 +3,8 @@
 Requests are answered, cancelled, timed out, left, dropped unread and wrong in many ways, and their clients
 close or vanish. At ten places on the way nothing may have grown: all blocks are free, and memory and
 descriptors of the server are what they were once the first tenth had warmed everything up. The report is one
-line of JSON for each place; the exit code is 1 where something grew, and a request that ends otherwise than it
-should have raises.
+line of JSON for each place. The exit code is 1 where something grew or the log holds a traceback; a request
+that ends otherwise than it should have raises.
 """
 
 import argparse
