@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clo.kernels.attend_prompt import attend_prompt, flash_attention
+from clo.kernels.attend_prompt import attend_prompt
+from clo.kernels.weigh_blocks import BLOCK, weigh_blocks
 
-BLOCK = 64  # keys, and queries, that are chosen together
-SAMPLED = 4  # queries of a block that choose for it
 DENSE_TOKENS = 16384  # before a chunk: up to so many are all attended, since choosing would cost more
-_BUDGET = 2.5
+_BUDGET = 2.0
 _SORTED = 2**21  # weights, about, that decide how much a chosen block weighs
 
 Weigh = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -34,7 +33,7 @@ Budget = Callable[[int], float]
 
 
 def default_budget(blocks: int) -> float:
-    """Twice as many for four times as many tokens: 8 % of 64K tokens, 2 % of a million."""
+    """Twice as many for four times as many tokens: 6 % of 64K tokens, 1.6 % of a million."""
     return _BUDGET * math.sqrt(blocks)
 
 
@@ -50,7 +49,7 @@ def attend_prompt_sparse(
     rows: Tensor,
     scale: float,
     budget: Budget = default_budget,
-    weigh: Weigh | None = None,
+    weigh: Weigh = weigh_blocks,
     dense_tokens: int = DENSE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a chunk of a prompt over its own rows and over chosen blocks of those before it.
@@ -74,49 +73,11 @@ def attend_prompt_sparse(
         return attend_prompt(query, rows, scale)
     past = rows[: before // BLOCK * BLOCK]
     own, own_lse = attend_prompt(query, rows[len(past) :], scale)
-    weights = (weigh or weigh_blocks)(query, past[:, :, 0], own_lse, scale)
+    weights = weigh(query, past[:, :, 0], own_lse, scale)
     chosen = choose_blocks(weights, budget(before // BLOCK))
     out, lse = attend_chosen(query, past, chosen, scale)
     share = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(out.dtype)
     return torch.lerp(own, out, share), torch.logaddexp(own_lse, lse)
-
-
-def weigh_blocks(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> Tensor:
-    """The share of attention that each block of keys has with some queries of a block of queries: the largest
-    of them, which loses less than their mean.
-
-    Args:
-        query: [N, query_heads, head_dim].
-        keys: [K * BLOCK, kv_heads, head_dim], all of them before the queries.
-        own_lse: [N, query_heads] float32, log-sum-exp of the scores of each query's other keys.
-        scale: factor of the scores.
-
-    Returns:
-        [query_heads, Q, K] float32; Q is N / BLOCK, rounded up.
-    """
-    count, _, dim = query.shape
-    step = BLOCK // SAMPLED
-    blocks = -(-count // BLOCK)
-    places = torch.arange(step - 1, blocks * BLOCK, step, device=query.device).clamp_max_(count - 1)
-    samples, own = query[places], own_lse[places]
-    # Attention to values that say which block a key is of gives the weights of as many blocks as a value has
-    # entries, without ever holding the scores.
-    marks = _marks(dim, keys.shape[1], query.dtype, query.device)
-    parts = [_attend(samples, part, marks[: len(part)], scale) for part in keys.split(dim * BLOCK)]
-    lses = torch.stack([lse for _, lse in parts])  # [segments, Q * SAMPLED, query_heads]
-    total = torch.logaddexp(lses.logsumexp(0), own)
-    shares = (lses - total).exp_().to(query.dtype).unsqueeze(-1)
-    weights = torch.stack([out for out, _ in parts]).mul_(shares)
-    most = weights.unflatten(1, (blocks, SAMPLED)).amax(2)  # [segments, Q, heads, D]
-    by_block: Tensor = most.permute(2, 1, 0, 3).flatten(2)[..., : len(keys) // BLOCK]
-    return by_block
-
-
-@cache
-def _marks(dim: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[dim * BLOCK, kv_heads, dim], whose entry d is 1 for the tokens of block d, else 0."""
-    marks = torch.eye(dim, dtype=dtype, device=device).repeat_interleave(BLOCK, 0)
-    return marks.unsqueeze(1).expand(-1, kv_heads, -1).contiguous()
 
 
 def choose_blocks(weights: Tensor, count: float) -> ChosenBlocks:
@@ -180,27 +141,6 @@ def block_sparse_attention() -> Callable[..., Any]:
 
     function: Callable[..., Any] = BSA.block_sparse_attention_forward
     return function
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention without a mask of queries [N, query_heads, D] to keys and values [T, kv_heads, D]: [N,
-    query_heads, D] and the log-sum-exp of the scores [N, query_heads] float32."""
-    if query.is_cpu or query.dtype == torch.float32:
-        scores = _scores(query, keys, scale)
-        lse = scores.logsumexp(-1)
-        return _by_token((scores - lse.unsqueeze(-1)).exp_() @ _by_head(values)).to(query.dtype), _by_token(
-            lse
-        )
-    flash = flash_attention()
-    if flash is not None:
-        out, lse = flash(
-            query[None], keys[None], values[None], softmax_scale=scale, causal=False, return_lse=True
-        )
-        return out[0], lse[0].t()
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        *(tensor.transpose(0, 1)[None] for tensor in (query, keys, values)), 0.0, False, False, scale=scale
-    )
-    return out[0].transpose(0, 1), lse[0].t()
 
 
 def _attend_masked(query: Tensor, rows: Tensor, chosen: ChosenBlocks, scale: float) -> tuple[Tensor, Tensor]:

@@ -89,13 +89,15 @@ class Connection:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ServerUnreachable(f"'{address}' is not an address: {error.strerror}.") from None
-        self._arrivals, self._losses = Arrivals(self._socket), Arrivals(monitor)
+        self._arrivals = Arrivals()
+        self._sent = self._arrivals.add(self._socket, self._receive)
+        self._arrivals.add(monitor, self._lose)
         self._decode: Decoder[ToClient] = Decoder(ToClient)
         # By name of the request. A stream that nobody holds and nobody reads is not held here either.
         self._open: WeakValueDictionary[str, Answer] = WeakValueDictionary()
         self._awaited: set[Answer] = set()
         self._silence: asyncio.TimerHandle | None = None  # the next check for it, while a request is open
-        self._tasks = [self._loop.create_task(work) for work in (self._receive(), self._watch())]
+        self._listening = self._loop.create_task(self._arrivals.listen())
 
     def open(self, request: Generate | GetInfo, answer: Answer, timeout: float | None) -> None:
         """Send a request; its answer ends with ``RequestTimeout`` after ``timeout`` seconds.
@@ -140,13 +142,11 @@ class Connection:
         if self._socket.closed:
             return
         self._give_all_up(ServerUnreachable("The client was closed."))
-        for task in self._tasks:
-            task.cancel()
+        self._listening.cancel()
         try:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(self._listening, return_exceptions=True)
         finally:  # also where this is cancelled: a context left open would hold up the end of the process
-            for arrivals in (self._arrivals, self._losses):
-                arrivals.close()
+            self._arrivals.close()
             self._socket.disable_monitor()
             self._context.destroy(linger=500)
 
@@ -163,24 +163,23 @@ class Connection:
 
     def _post(self, message: Message) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
-        self._arrivals.after_send()
+        self._sent()
 
-    async def _receive(self) -> None:
-        async for frames in self._arrivals.messages():
-            try:
-                message = self._decode(frames[0])
-            except ProtocolError as error:
-                self._give_all_up(error)
-                continue
-            now = self._loop.time()
-            if isinstance(message, Chunks):
-                for chunk in message.chunks:
-                    answer = self._open.get(chunk.request)
-                    if answer is not None:
-                        answer.heard = now
-                        answer.add(chunk)
-            else:
-                self._take(message, now)
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            message = self._decode(frames[0])
+        except ProtocolError as error:
+            self._give_all_up(error)
+            return
+        now = self._loop.time()
+        if isinstance(message, Chunks):
+            for chunk in message.chunks:
+                answer = self._open.get(chunk.request)
+                if answer is not None:
+                    answer.heard = now
+                    answer.add(chunk)
+        else:
+            self._take(message, now)
 
     def _take(self, message: Progress | Finished | Failed | Info, now: float) -> None:
         answer = self._open.get(message.request)
@@ -196,10 +195,10 @@ class Connection:
         elif isinstance(message, Failed) and not message.request:
             self._give_all_up(error_from(message.code, message.text))
 
-    async def _watch(self) -> None:
-        async for _ in self._losses.messages():
-            error = f"The connection to {self.address} was lost; is the server running?"
-            self._give_all_up(ServerUnreachable(error))
+    def _lose(self, frames: list[bytes]) -> None:
+        """The monitor has told of a lost connection."""
+        error = f"The connection to {self.address} was lost; is the server running?"
+        self._give_all_up(ServerUnreachable(error))
 
     def _check_silence_at(self, due: float, suspects: set[str]) -> None:
         self._silence = self._loop.call_at(due, self._check_silence, due, suspects)

@@ -5,6 +5,7 @@ import errno
 import logging
 import secrets
 import uuid
+from collections import defaultdict
 from collections.abc import Coroutine
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ from clo.runtime.wire.messages import (
     Usage,
     WorkerReport,
 )
-from clo.runtime.wire.sockets import Delivery, RouterSocket
+from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
 
 UNREAD_MESSAGES = 5_000  # that a client may leave unread before its requests are dropped
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
@@ -116,6 +117,10 @@ class Router:
         self._workers: RouterSocket[ToWorker, FromWorker] = RouterSocket(
             self._context, self.workers_endpoint, FromWorker, queue=0
         )
+        self._arrivals = Arrivals()
+        # a request's task begins before the next message, perhaps its Cancel, is read
+        self._clients.hear(self._arrivals, self._hear_client, turn_s=0.0)
+        self._workers.hear(self._arrivals, self._hear_worker)
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._running: dict[int, Request] = {}  # by sequence; CLOSED ones too
         self._sequences = 0
@@ -139,8 +144,7 @@ class Router:
     async def serve(self) -> None:
         """Serve until cancelled. Requests that come before the workers are ready wait for them."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._hear_clients())
-            group.create_task(self._hear_workers())
+            group.create_task(self._arrivals.listen())
             group.create_task(self._keep_in_touch())
 
     def fail_all(self, error: CLOError) -> None:
@@ -153,24 +157,22 @@ class Router:
         """Close the sockets, after ``serve`` has ended. What was sent gets up to a second to leave."""
         for task in self._tasks:
             task.cancel()
+        self._arrivals.close()
         for peers in (self._clients, self._workers):
             peers.close(FLUSH_MS)
         self._context.term()
 
-    async def _hear_clients(self) -> None:
-        async for client, message in self._clients.messages():
-            if isinstance(message, ProtocolError):
-                self._send(client, Failed("", message.code, str(message)))
-            else:
-                self._handlers[type(message)](self, client, message)
-            await asyncio.sleep(0)  # its task begins before the next message, perhaps its Cancel, is read
+    def _hear_client(self, client: bytes, message: ToRouter | ProtocolError) -> None:
+        if isinstance(message, ProtocolError):
+            self._send(client, Failed("", message.code, str(message)))
+        else:
+            self._handlers[type(message)](self, client, message)
 
-    async def _hear_workers(self) -> None:
-        async for worker, message in self._workers.messages():
-            if isinstance(message, ProtocolError):
-                _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-            else:
-                self._handlers[type(message)](self, worker, message)
+    def _hear_worker(self, worker: bytes, message: FromWorker | ProtocolError) -> None:
+        if isinstance(message, ProtocolError):
+            _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
+        else:
+            self._handlers[type(message)](self, worker, message)
 
     # ------------------------------------------------------------------------------ from clients
 
@@ -313,12 +315,11 @@ class Router:
     def on_stepped(self, worker: bytes, message: Stepped) -> None:
         """The new tokens of a step, as text: one message to each client."""
         now = asyncio.get_running_loop().time()
-        chunks: dict[bytes, list[Chunk]] = {}
+        assigned = State.ASSIGNED  # to look up a member of an enum takes longer than all the rest of a test
+        chunks: defaultdict[bytes, list[Chunk]] = defaultdict(list)
         for step in message.steps:
             request = self._running.get(step.sequence)
-            if (
-                request is None or request.state is not State.ASSIGNED
-            ):  # the worker has not read the Abort yet
+            if request is None or request.state is not assigned:  # the worker has not read the Abort yet
                 continue
             assert request.text is not None
             try:
@@ -331,8 +332,7 @@ class Router:
             request.generated += 1
             request.heard = now
             logprobs = None if step.logprob is None else [step.logprob]
-            chunk = Chunk(request.name, text, [step.token], logprobs)
-            chunks.setdefault(request.client, []).append(chunk)
+            chunks[request.client].append(Chunk(request.name, text, [step.token], logprobs))
         for client, new in chunks.items():
             self._send(client, Chunks(new))
 

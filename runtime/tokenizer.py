@@ -2,12 +2,15 @@
 
 import inspect
 import json
+import re
+from codecs import utf_8_decode
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
@@ -28,6 +31,17 @@ _NOT_VARIABLES = set(inspect.signature(PreTrainedTokenizerFast.apply_chat_templa
     "kwargs",
 }
 
+_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+class Spelling(NamedTuple):
+    """What each token stands for, where that is the same beside any other token."""
+
+    whole: dict[int, str]  # tokens that are whole characters
+    parts: dict[int, bytes]  # tokens that begin or end within a character
+    drops_space: bool  # whether a space at the beginning of a text is left out
+
 
 class Tokenizer:
     """The tokenizer of a model folder. Threads may share it.
@@ -38,8 +52,8 @@ class Tokenizer:
 
     Attributes:
         eos: ids that end a text, by the tokenizer and by the model.
-        backend: decodes as this tokenizer does; None where it decodes in a way of its own.
         spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
+        spelling: of all spoken ids; None where what they stand for depends on those beside them.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded, or what it says about the end of a text
@@ -67,11 +81,11 @@ class Tokenizer:
             ) from error
         self._vocab_size = vocab_size
         self.eos = sorted(ends | {self._tokenizer.eos_token_id} - {None})
-        fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
-        plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
-        self.backend: tokenizers.Tokenizer | None = self._tokenizer.backend_tokenizer if plain else None
         special = {token for token, entry in added.items() if entry.special}
         self.spoken = set(vocabulary.values()) - special - set(self.eos)
+        fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
+        plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
+        self.spelling = _spelling_of(self._tokenizer.backend_tokenizer, self.spoken) if plain else None
 
     def encode(self, prompt: Text | Chat | Tokens, limit: int, *, continues: bool = False) -> list[int]:
         """Token ids of a prompt, at least one.
@@ -179,6 +193,43 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
     return named | {"type": call.type, "function": function}
 
 
+def _spelling_of(backend: tokenizers.Tokenizer, tokens: set[int]) -> Spelling | None:
+    """What the tokens stand for, where they are decoded as those of GPT-2 or of Llama 2 are."""
+    decoder: Any = backend.decoder
+    if isinstance(decoder, decoders.ByteLevel):
+        bytes_of, drops_space = _byte_level, False
+    elif _consists_of(decoder, _BYTE_FALLBACK):
+        bytes_of, drops_space = _byte_fallback, False
+    elif _consists_of(decoder, [*_BYTE_FALLBACK, decoders.Strip(" ", 1, 0)]):
+        bytes_of, drops_space = _byte_fallback, True
+    else:
+        return None
+    spelling = Spelling({}, {}, drops_space)
+    for token in tokens:
+        spelled = bytes_of(backend.id_to_token(token) or "")
+        try:
+            spelling.whole[token] = spelled.decode()
+        except UnicodeDecodeError:
+            spelling.parts[token] = spelled
+    return spelling
+
+
+def _consists_of(decoder: Any, stages: list[Any]) -> bool:
+    """Whether a decoder is one of these stages, one after the other."""
+    return bool(decoder) and decoder.__getstate__() == decoders.Sequence(stages).__getstate__()
+
+
+def _byte_level(name: str) -> bytes:
+    """What ``decoders.ByteLevel`` makes of a token, in which a character stands for a byte."""
+    return bytes(map(_BYTE_LEVEL.__getitem__, name)) if _BYTE_LEVEL.keys() >= set(name) else name.encode()
+
+
+def _byte_fallback(name: str) -> bytes:
+    """What ``_BYTE_FALLBACK`` makes of a token, which is one byte, such as <0x0A>, or characters."""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", name)
+    return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+
+
 class Detokenizer:
     """Text of one sequence, token by token, up to a stop string.
 
@@ -197,20 +248,20 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> None:
-        self._spoken = tokenizer.spoken
-        before = tokenizer.ending(prompt)
-        self._pieces: _Stream | _Window
-        if tokenizer.backend is not None:
-            self._pieces = _Stream(tokenizer, tokenizer.backend, before)
+        spelling = tokenizer.spelling
+        self._pieces: _Spelled | _Window
+        if spelling is None:
+            self._pieces = _Window(tokenizer, tokenizer.ending(prompt))
         else:
-            self._pieces = _Window(tokenizer, before)
+            begins = not any(token in tokenizer.spoken for token in prompt)
+            self._pieces = _Spelled(spelling, begins=begins)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
         """New text, often empty."""
-        if self.stopped or token not in self._spoken:
+        if self.stopped:
             return ""
         new = self._pieces.push(token)
         return self._until_stop(new) if self._stops else new
@@ -236,81 +287,50 @@ class Detokenizer:
         return text[:certain]
 
 
-class _Stream:
-    """Text by ``DecodeStream``, which is cheap, wherever it is right.
+class _Spelled:
+    """Text by putting together what tokens stand for."""
 
-    It gives nothing while the text ends with U+FFFD, which may be an incomplete character. Where that lasts
-    longer than a character can, or the text of earlier tokens changes, a ``_Window`` takes over until it has
-    given all of the text.
-
-    Args:
-        before: tokens whose text was given already; at their end a character ends.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, backend: tokenizers.Tokenizer, before: list[int]) -> None:
-        self._tokenizer, self._backend = tokenizer, backend
-        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
-        self._before = before  # those that gave the latest text
-        self._pending: list[int] = []  # those since then
-        self._window: _Window | None = None
+    def __init__(self, spelling: Spelling, *, begins: bool) -> None:
+        """``begins``: no text comes before this one."""
+        self._whole, self._parts, drops_space = spelling
+        self._drops_space = drops_space and begins
+        self._rest = b""  # of an incomplete character
 
     def push(self, token: int) -> str:
-        if self._window is not None:
-            return self._from_window(self._window, token)
-        self._pending.append(token)
-        try:
-            text = self._stream.step(self._backend, token)
-        except Exception:  # the library has no narrower one: the text of earlier tokens is another now
-            return self._go_over()
-        if text is not None:
-            self._before, self._pending = self._pending, []
-            return text
-        return self._go_over() if len(self._pending) == _CHARACTER_TOKENS else ""
+        text = self._whole.get(token)
+        if text is None or self._rest:
+            data = self._rest + (self._parts.get(token, b"") if text is None else text.encode())
+            text, used = utf_8_decode(data, "replace")
+            self._rest = data[used:]
+        if self._drops_space and text:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
-        text = self._go_over() if self._pending else ""
-        return text if self._window is None else text + self._window.flush()
-
-    def _go_over(self) -> str:
-        self._window = _Window(self._tokenizer, self._before)
-        pending, self._pending = self._pending, []
-        return "".join([self._window.push(token) for token in pending])
-
-    def _from_window(self, window: "_Window", token: int) -> str:
-        text = window.push(token)
-        if window.complete:
-            self._before = window.tokens
-            self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
-            self._window = None
-        return text
+        return self._rest.decode(errors="replace")
 
 
 class _Window:
     """Text by decoding the latest tokens again with each new one.
 
     Args:
-        before: tokens whose text was given already; at their end a character ends.
-
-    Attributes:
-        tokens: the latest ones.
+        before: spoken tokens before these; at their end a character ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
         self._tokenizer = tokenizer
-        self.tokens = list(before)
+        self._tokens = list(before)  # the latest ones
         self._cut = 0  # place in the window where a character ends; the window may begin there later
         self._given = len(tokenizer.decode(before))  # characters of the window's text that were passed on
         self._pending = 0  # tokens since all of the window's text was passed on
 
-    @property
-    def complete(self) -> bool:
-        """Whether all of the text was passed on."""
-        return self._pending == 0
-
     def push(self, token: int) -> str:
-        self.tokens.append(token)
+        if token not in self._tokenizer.spoken:
+            return ""
+        self._tokens.append(token)
         self._pending += 1
-        text = self._tokenizer.decode(self.tokens)
+        text = self._tokenizer.decode(self._tokens)
         stable = len(text)
         if text.endswith(_UNKNOWN):  # perhaps an incomplete character
             # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
@@ -319,22 +339,22 @@ class _Window:
             self._pending = 0
         new = text[self._given : stable]
         self._given = max(self._given, stable)
-        if not self._pending and len(self.tokens) - self._cut >= _CONTEXT:
+        if not self._pending and len(self._tokens) - self._cut >= _CONTEXT:
             # Tokenizers that fall back to bytes need the beginning of a character to decode what follows.
             self._shorten(self._cut, 0)
-            self._cut = len(self.tokens)
-        elif len(self.tokens) == _WINDOW:  # no valid UTF-8 for a long time
+            self._cut = len(self._tokens)
+        elif len(self._tokens) == _WINDOW:  # no valid UTF-8 for a long time
             self._shorten(_WINDOW - _CONTEXT, len(text) - self._given)
             self._cut = 0
         return new
 
     def flush(self) -> str:
-        return self._tokenizer.decode(self.tokens)[self._given :]
+        return self._tokenizer.decode(self._tokens)[self._given :]
 
     def _shorten(self, first: int, open_characters: int) -> None:
         """Begin the window at ``first``; ``open_characters`` at the end of its text were not passed on.
 
         Only the beginning of the text depends on the tokens before it, so the count is from its end.
         """
-        self.tokens = self.tokens[first:]
-        self._given = len(self._tokenizer.decode(self.tokens)) - open_characters
+        self._tokens = self._tokens[first:]
+        self._given = len(self._tokenizer.decode(self._tokens)) - open_characters

@@ -2,20 +2,21 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import zmq
 
-from clo.runtime.wire import sockets
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import Failed, GetInfo, ToClient, ToRouter
-from clo.runtime.wire.sockets import Arrivals, DealerSocket, Delivery, RouterSocket, encode
+from clo.runtime.wire.sockets import TURN_S, Arrivals, DealerSocket, Delivery, RouterSocket, encode
 from tests.faults import WAIT_S
 
 Router = RouterSocket[Failed, ToRouter]
 Dealer = DealerSocket[GetInfo, ToClient]
+Handle = Callable[[bytes, ToRouter | ProtocolError], None]
 
 
 def answer(request: str, text: str = "") -> Failed:
@@ -31,13 +32,30 @@ async def connected(*names: bytes, queue: int = 0) -> AsyncIterator[tuple[Router
     try:
         for peer in peers:
             peer.send(GetInfo("hello"))
-        messages = router.messages()
-        assert {(await anext(messages))[0] for _ in peers} == set(names)
-        await messages.aclose()  # type: ignore[attr-defined]
+        found: set[bytes] = set()
+        async with listening(router, lambda name, _: found.add(name)):
+            async with asyncio.timeout(WAIT_S):
+                while found != set(names):
+                    await asyncio.sleep(0.001)
         yield router, peers
     finally:
         router.close(0)
         context.destroy(linger=0)
+
+
+@asynccontextmanager
+async def listening(
+    router: Router, handle: Handle, turn_s: float = TURN_S
+) -> AsyncIterator[asyncio.Task[None]]:
+    arrivals = Arrivals()
+    router.hear(arrivals, handle, turn_s)
+    task = asyncio.create_task(arrivals.listen())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -49,10 +67,9 @@ def test_a_message_is_noticed_whatever_is_sent_meanwhile(seed: int) -> None:
     async def run() -> None:
         async with connected(b"a", b"b", b"c") as (router, peers):
 
-            async def serve() -> None:
-                async for name, message in router.messages():
-                    assert isinstance(message, GetInfo)
-                    assert router.send(name, answer(message.request)) is Delivery.SENT
+            def serve(name: bytes, message: ToRouter | ProtocolError) -> None:
+                assert isinstance(message, GetInfo)
+                assert router.send(name, answer(message.request)) is Delivery.SENT
 
             async def talk(peer: Dealer) -> None:
                 for number in range(rounds):
@@ -67,24 +84,59 @@ def test_a_message_is_noticed_whatever_is_sent_meanwhile(seed: int) -> None:
                         router.send(rng.choice([b"a", b"b", b"c"]), chat)
                     await asyncio.sleep(0.0005 * rng.random())
 
-            others = [asyncio.create_task(serve()), asyncio.create_task(chatter())]
-            await asyncio.wait_for(asyncio.gather(*map(talk, peers)), WAIT_S)
-            for task in others:
-                assert not task.done()
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            async with listening(router, serve) as serving:
+                chatting = asyncio.create_task(chatter())
+                await asyncio.wait_for(asyncio.gather(*map(talk, peers)), WAIT_S)
+                assert not serving.done()
+                assert not chatting.done()
+                chatting.cancel()
 
     asyncio.run(run())
 
 
-def test_many_messages_come_in_order_and_other_tasks_have_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_a_message_is_noticed_at_a_socket_on_which_handlers_of_another_one_send(seed: int) -> None:
+    """As between workers and clients: what comes at one socket is passed on to the other one's peer, which
+    answers with its next message."""
+    rng = random.Random(seed)
+    rounds = 300
+
+    async def run() -> None:
+        async with connected(b"a") as (first, (left,)), connected(b"b") as (second, (right,)):
+            arrivals = Arrivals()
+            passed = 0
+
+            def forward(message: ToRouter | ProtocolError, to: Router, peer: bytes) -> None:
+                nonlocal passed
+                assert isinstance(message, GetInfo)
+                passed += 1
+                assert to.send(peer, answer(message.request)) is Delivery.SENT
+
+            first.hear(arrivals, lambda _, message: forward(message, second, b"b"), turn_s=0.0)
+            second.hear(arrivals, lambda _, message: forward(message, first, b"a"))
+            task = asyncio.create_task(arrivals.listen())
+
+            async def talk(peer: Dealer) -> None:
+                for number in range(rounds):
+                    peer.send(GetInfo(f"{number}"))
+                    while peer.receive() is None:
+                        await asyncio.sleep(0.0002 * rng.random())
+
+            await asyncio.wait_for(asyncio.gather(talk(left), talk(right)), WAIT_S)
+            assert passed == 2 * rounds
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_many_messages_come_in_order_and_other_tasks_have_turns() -> None:
     """A turn is one message here."""
-    monkeypatch.setattr(sockets, "TURN_S", 0.0)
     turns = 0
+    found: list[tuple[ToRouter | ProtocolError, int]] = []
 
     async def count() -> None:
         nonlocal turns
-        while True:
+        while len(found) < 500:
             turns += 1
             await asyncio.sleep(0)
 
@@ -92,35 +144,53 @@ def test_many_messages_come_in_order_and_other_tasks_have_turns(monkeypatch: pyt
         async with connected(b"a") as (router, (peer,)):
             for number in range(500):
                 peer.send(GetInfo(f"{number}"))
-            counting = asyncio.create_task(count())
-            messages = router.messages()
-            for number in range(500):
-                assert (await asyncio.wait_for(anext(messages), WAIT_S))[1] == GetInfo(f"{number}")
-                assert turns >= number
-            counting.cancel()
+            async with listening(router, lambda _, message: found.append((message, turns)), turn_s=0.0):
+                await asyncio.wait_for(count(), WAIT_S)
 
     asyncio.run(run())
+    for number, (message, before) in enumerate(found):
+        assert message == GetInfo(f"{number}")
+        assert before >= number
 
 
-def test_messages_that_wait_come_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_that_wait_come_in_one_turn() -> None:
     """A task that is ready before them runs after them. How soon they are all there nobody can say."""
-    monkeypatch.setattr(sockets, "TURN_S", WAIT_S)
+
+    def note(found: list[bytes], name: bytes, _: ToRouter | ProtocolError) -> None:
+        found.append(name)
 
     async def run() -> None:
         async with connected(b"a") as (router, (peer,)):
-            ran = True
-            while ran:
+            together = 0
+            while together < 20:
                 for number in range(20):
                     peer.send(GetInfo(f"{number}"))
                 await asyncio.sleep(0.05)
-                task = asyncio.create_task(asyncio.sleep(0))
-                messages = router.messages()
-                for _ in range(20):
-                    await anext(messages)
-                ran = task.done()
-                await task
+                found: list[bytes] = []
+                async with listening(router, partial(note, found), WAIT_S):
+                    while not found:
+                        await asyncio.sleep(0)
+                    together = len(found)
+                    while len(found) < 20:
+                        await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(run(), WAIT_S))
+
+
+def test_what_a_handler_raises_ends_listening() -> None:
+    async def run() -> None:
+        async with connected(b"a") as (router, (peer,)):
+
+            def fail(name: bytes, message: ToRouter | ProtocolError) -> None:
+                raise ValueError("a fault of the handler")
+
+            arrivals = Arrivals()
+            router.hear(arrivals, fail)
+            peer.send(GetInfo("x"))
+            with pytest.raises(ValueError, match="a fault of the handler"):
+                await asyncio.wait_for(arrivals.listen(), WAIT_S)
+
+    asyncio.run(run())
 
 
 def test_what_is_not_valid_comes_as_an_error_with_its_sender() -> None:
@@ -129,8 +199,10 @@ def test_what_is_not_valid_comes_as_an_error_with_its_sender() -> None:
             peer.socket.send(b"\xc1")
             peer.socket.send_multipart([b"", encode(GetInfo("x"))])
             peer.send(GetInfo("valid"))
-            messages = router.messages()
-            found = [await asyncio.wait_for(anext(messages), WAIT_S) for _ in range(3)]
+            found: list[tuple[bytes, ToRouter | ProtocolError]] = []
+            async with listening(router, lambda *heard: found.append(heard)), asyncio.timeout(WAIT_S):
+                while len(found) < 3:
+                    await asyncio.sleep(0.001)
             assert [name for name, _ in found] == [b"a"] * 3
             assert [type(message) for _, message in found] == [ProtocolError, ProtocolError, GetInfo]
             assert "one frame, not 2" in str(found[1][1])
@@ -162,10 +234,11 @@ def test_nothing_of_a_closed_socket_stays_with_the_event_loop() -> None:
         context: zmq.Context = zmq.Context()
         socket = context.socket(zmq.DEALER)
         descriptor = socket.get(zmq.FD)
-        arrivals = Arrivals(socket)
-        listening = asyncio.ensure_future(anext(arrivals.messages()))
+        arrivals = Arrivals()
+        sent = arrivals.add(socket, lambda frames: None)
+        listening = asyncio.create_task(arrivals.listen())
         await asyncio.sleep(0)
-        arrivals.after_send()
+        sent()
         arrivals.close()
         socket.close()
         listening.cancel()

@@ -6,15 +6,13 @@ from torch import Tensor
 
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import (
-    BLOCK,
-    SAMPLED,
     Budget,
     ChosenBlocks,
     attend_chosen,
     attend_prompt_sparse,
     choose_blocks,
-    weigh_blocks,
 )
+from clo.kernels.weigh_blocks import BLOCK, SAMPLED, weigh_blocks
 
 SCALE = 0.2
 shapes = pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 1, 64), (2, 4, 128), (1, 8, 64)])

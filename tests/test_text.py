@@ -71,10 +71,22 @@ def default_model(smollm2: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def decoded_again(tiny_model: Path) -> Tokenizer:
-    """Without ``DecodeStream``, as a tokenizer that decodes in a way of its own."""
+    """As a tokenizer that decodes in a way of its own."""
     tokenizer = Tokenizer(tiny_model, VOCABULARY + UNKNOWN)
-    tokenizer.backend = None
+    tokenizer.spelling = None
     return tokenizer
+
+
+def test_tokens_of_usual_tokenizers_need_not_be_decoded_again(
+    byte_level: Tokenizer, byte_fallback: Tokenizer, metaspace: Tokenizer, default_model: Tokenizer
+) -> None:
+    for tokenizer in (byte_level, byte_fallback, default_model):
+        spelling = tokenizer.spelling
+        assert spelling is not None
+        assert spelling.whole.keys() | spelling.parts.keys() == tokenizer.spoken
+        for token, text in spelling.whole.items():
+            assert tokenizer.decode([token]) == (text.removeprefix(" ") if spelling.drops_space else text)
+    assert metaspace.spelling is None, "a space is left out wherever the first token has one"
 
 
 def pieces_of(

@@ -21,8 +21,8 @@ from clo.kernels.sparse_prompt import (
     Weigh,
     attend_prompt_sparse,
     default_budget,
-    weigh_blocks,
 )
+from clo.kernels.weigh_blocks import weigh_blocks
 
 SHARES = (0.1, 0.2, 0.3)
 _DENSITY_UNIT = "of earlier chunks', where blocks are chosen"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.index import random_rotation
 from clo.kernels.encode import encode, unpack
-from clo.kernels.sparse_prompt import BLOCK, Weigh, weigh_blocks
+from clo.kernels.sparse_prompt import Weigh
+from clo.kernels.weigh_blocks import BLOCK, weigh_blocks
 
 _PAGE = 64  # keys that share a centre
 

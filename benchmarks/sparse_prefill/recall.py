@@ -9,7 +9,8 @@ from benchmarks.result import Result
 from benchmarks.sparse_prefill.context import Context
 from benchmarks.sparse_prefill.estimators import ESTIMATORS
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.sparse_prompt import BLOCK, ChosenBlocks, choose_blocks
+from clo.kernels.sparse_prompt import ChosenBlocks, choose_blocks
+from clo.kernels.weigh_blocks import BLOCK
 
 SHARES = (0.05, 0.1, 0.2, 0.3)  # of the blocks of a layer
 _JUDGED = 6  # blocks of queries of a chunk

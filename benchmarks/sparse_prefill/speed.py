@@ -14,13 +14,12 @@ from benchmarks.gpu.synthetic import LLAMA_8B
 from benchmarks.result import Result
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import (
-    BLOCK,
     attend_chosen,
     attend_prompt_sparse,
     choose_blocks,
     default_budget,
-    weigh_blocks,
 )
+from clo.kernels.weigh_blocks import BLOCK, weigh_blocks
 
 CHUNK = 8192
 LENGTHS = (32768, 131072, 1048576)

@@ -2,8 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -16,6 +19,10 @@ TURN_S = 0.002  # that messages of one socket are handled before the event loop'
 
 Sent = TypeVar("Sent", bound=Message)
 Received = TypeVar("Received", bound=Message)
+
+# As numbers: what operators make of pyzmq's enums takes microseconds.
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -58,62 +65,107 @@ def is_ipv6(endpoint: str) -> bool:
 
 def has_message(socket: zmq.Socket[Any]) -> bool:
     """Whether a message can be received at once."""
-    events: Any = socket.get(zmq.EVENTS)
-    return bool(events & zmq.POLLIN)
+    events: Any = socket.get(_EVENTS)
+    return bool(events & _READABLE)
+
+
+@dataclass(eq=False)
+class _Source:
+    """A socket of ``Arrivals``."""
+
+    socket: zmq.Socket[Any]
+    descriptor: Any
+    handle: Callable[[list[bytes]], None]
+    turn_s: float
+
+    def drain(self) -> bool:
+        """Handle messages until none is left, or else until the turn is over; returns which of both."""
+        turn_ends = time.monotonic() + self.turn_s
+        while has_message(self.socket):
+            self.handle(self.socket.recv_multipart(_NOW))
+            if time.monotonic() >= turn_ends:
+                return False
+        return True
 
 
 class Arrivals:
-    """What arrives at a plain socket, in an event loop. A wake-up covers all messages that are there, where
-    ``zmq.asyncio`` makes several futures for each one.
+    """What arrives at plain sockets, in an event loop. The loop calls once for all messages that are there,
+    where ``zmq.asyncio`` makes several futures for each one.
 
-    ZeroMQ's descriptor becomes readable when something has happened to the socket, and stops being so once
-    the socket was asked or used, be it for sending. So it is looked at after each of these.
+    ZeroMQ's descriptor becomes readable when something has happened to its socket, and stops being so once
+    the socket was asked or used, be it for sending. So the socket is looked at after each of these; if it was
+    a handler that sent something, in the same call of the loop.
     """
 
-    def __init__(self, socket: zmq.Socket[Any]) -> None:
-        self._socket = socket
-        self._descriptor: Any = socket.get(zmq.FD)
-        self._loop: asyncio.AbstractEventLoop | None = None  # known once somebody listens
-        self._waiting: asyncio.Future[None] | None = None
+    def __init__(self) -> None:
+        self._sources: list[_Source] = []
+        self._due: deque[_Source] = deque()  # those to look at
         self._will_look = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # while somebody listens
 
-    async def messages(self) -> AsyncIterator[list[bytes]]:
-        """The frames of each message, for one listener. Other tasks have their turn every ``TURN_S`` seconds
-        and whenever no message is left."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._descriptor, self._look)
-        while True:
-            turn_ends = time.monotonic() + TURN_S
-            while arrived := has_message(self._socket):
-                yield self._socket.recv_multipart(zmq.NOBLOCK)
-                if time.monotonic() >= turn_ends:
-                    break
-            if arrived:
-                await asyncio.sleep(0)
-            else:
-                self._waiting = self._loop.create_future()
-                await self._waiting
+    def add(
+        self, socket: zmq.Socket[Any], handle: Callable[[list[bytes]], None], turn_s: float = TURN_S
+    ) -> Callable[[], None]:
+        """Take a socket, before anybody listens.
 
-    def after_send(self) -> None:
-        """To be called when something was sent, which may have taken the descriptor's sign of an arrival."""
+        Args:
+            handle: gets the frames of each message. What it raises ends ``listen``.
+            turn_s: seconds after which the event loop's other tasks have their turn although messages are
+                left; 0 for one message at a time.
+
+        Returns:
+            What is to be called when something was sent through the socket.
+        """
+        source = _Source(socket, socket.get(zmq.FD), handle, turn_s)
+        self._sources.append(source)
+        return partial(self._look_soon, source)
+
+    async def listen(self) -> None:
+        """Have messages handled until this is cancelled."""
+        self._loop = asyncio.get_running_loop()
+        self._failure = self._loop.create_future()
+        try:
+            for source in self._sources:
+                self._loop.add_reader(source.descriptor, self._look_now, source)
+                self._look_soon(source)
+            await self._failure
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop listening, before the sockets are closed."""
+        if self._loop is not None:
+            for source in self._sources:
+                self._loop.remove_reader(source.descriptor)
+            self._loop = None
+
+    def _look_now(self, source: _Source) -> None:
+        if source not in self._due:
+            self._due.append(source)
+        if not self._will_look:
+            self._look()
+
+    def _look_soon(self, source: _Source) -> None:
+        if source not in self._due:
+            self._due.append(source)
         if self._loop is not None and not self._will_look:
             self._will_look = True
             self._loop.call_soon(self._look)
 
-    def close(self) -> None:
-        """Stop listening, before the socket is closed."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._descriptor)
-            self._loop = None
-
     def _look(self) -> None:
-        self._will_look = False
-        if self._loop is None:  # closed meanwhile
+        if self._loop is None or self._failure.done():
             return
-        arrived = has_message(self._socket)  # asked in any case, or the descriptor would stay readable
-        if arrived and self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        self._will_look = True  # at what becomes due meanwhile, too
+        try:
+            while self._due:
+                source = self._due.popleft()
+                if not source.drain():
+                    self._due.append(source)
+                    self._loop.call_soon(self._look)
+                    return
+        except Exception as error:
+            self._failure.set_exception(error)
+        self._will_look = False
 
 
 class DealerSocket(Generic[Sent, Received]):
@@ -179,27 +231,40 @@ class RouterSocket(Generic[Sent, Received]):
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.setsockopt(zmq.IPV6, is_ipv6(endpoint))
         self._socket.bind(endpoint)
-        self._arrivals = Arrivals(self._socket)
+        self._sent: Callable[[], None] = lambda: None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    async def messages(self) -> AsyncIterator[tuple[bytes, Received | ProtocolError]]:
-        """Each message, or an error if it is not valid, with the name of the peer that sent it; see
-        ``Arrivals.messages``."""
-        async for peer, *frames in self._arrivals.messages():
-            if len(frames) != 1:
-                yield peer, ProtocolError(f"A message has one frame, not {len(frames)}.")
-                continue
+    def hear(
+        self,
+        arrivals: Arrivals,
+        handle: Callable[[bytes, Received | ProtocolError], None],
+        turn_s: float = TURN_S,
+    ) -> None:
+        """Have messages handled with others; see ``Arrivals.add``.
+
+        Args:
+            handle: gets the name of the peer that sent a message and the message, or an error if it is not
+                valid.
+        """
+
+        def decode(frames: list[bytes]) -> None:
+            peer, *rest = frames
+            message: Received | ProtocolError
             try:
-                message: Received | ProtocolError = self._decode(frames[0])
+                if len(rest) != 1:
+                    raise ProtocolError(f"A message has one frame, not {len(rest)}.")
+                message = self._decode(rest[0])
             except ProtocolError as error:
                 message = error
-            yield peer, message
+            handle(peer, message)
+
+        self._sent = arrivals.add(self._socket, decode, turn_s)
 
     def send(self, peer: bytes, message: Sent) -> Delivery:
         data = encode(message)
         try:
-            self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
-            self._socket.send(data, zmq.NOBLOCK)
+            self._socket.send(peer, _MORE)
+            self._socket.send(data, _NOW)
         except zmq.Again:
             return Delivery.FULL
         except zmq.ZMQError as error:
@@ -207,10 +272,9 @@ class RouterSocket(Generic[Sent, Received]):
                 raise
             return Delivery.GONE
         finally:
-            self._arrivals.after_send()
+            self._sent()
         return Delivery.SENT
 
     def close(self, linger_ms: int) -> None:
         """What was sent gets up to ``linger_ms`` to leave, for which the end of the context waits."""
-        self._arrivals.close()
         self._socket.close(linger_ms)
