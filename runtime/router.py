@@ -263,7 +263,9 @@ class Router:
             case Text():
                 characters = len(prompt.text)
             case Chat():
-                characters = sum(len(turn.text) for turn in prompt.turns)
+                # What a template makes of variables and tool calls may be long though the messages are short.
+                more = prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns)
+                characters = THREAD_CHARACTERS if more else sum(len(turn.text) for turn in prompt.turns)
             case Tokens():
                 characters = 0
         encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)

@@ -26,10 +26,12 @@ from clo.runtime.wire.messages import (
     Abort,
     CacheStats,
     Cancel,
+    Chat,
     Chunk,
     Done,
     Failed,
     Finished,
+    Function,
     Generate,
     GetInfo,
     Info,
@@ -44,7 +46,10 @@ from clo.runtime.wire.messages import (
     Step,
     Stepped,
     Text,
+    TextPart,
     Tokens,
+    ToolCall,
+    Turn,
     Usage,
 )
 from clo.runtime.wire.sockets import encode
@@ -268,6 +273,35 @@ async def test_a_tokenizer_that_breaks_ends_the_request_alone(
         assert isinstance(failed, Failed) and failed.code == CLOError.code
         client.send(ask())
         assert isinstance(await worker.order(), Run)
+
+
+@pytest.mark.parametrize(
+    ("chat", "apart"),
+    [
+        (Chat([Turn("user", "a")]), False),
+        (Chat([Turn("user", "a" * 20_000)]), True),
+        (Chat([Turn("user", [TextPart("a")] * 20_000)]), True),
+        (Chat([Turn("user", "a")], {"tools": [{"name": "x" * 20_000}]}), True),
+        (Chat([Turn("assistant", None, tool_calls=[ToolCall(Function("f", {"x": "y" * 20_000}))])]), True),
+    ],
+)
+@in_loop
+async def test_chats_that_may_become_long_are_rendered_in_a_thread(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, chat: Chat, apart: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def encode(*_: Any, **__: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return [1]
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "encode", encode)
+            client.send(Generate("r", chat, SEVEN))
+            await worker.order()
+    assert (threads[0] is not threading.main_thread()) is apart
 
 
 # ---------------------------------------------------------------------- a request before its worker
