@@ -3,7 +3,7 @@
 #
 #   docker build -t clo .
 #   docker run --gpus all --ulimit memlock=-1 --cap-add SYS_NICE -p 127.0.0.1:5555:5555 \
-#       -v clo-cache:/home/clo/.cache clo --model Qwen/Qwen3-8B --kv-size 64GiB
+#       -v clo-cache:/home/clo/.cache clo --model Qwen/Qwen3-8B
 #
 # memlock: the KV cache is pinned for the GPU. SYS_NICE: Docker then lets a process bind its memory to a NUMA node; without
 # it CLO logs a warning and goes on. --ipc and --shm-size are not needed: the KV cache is a memfd, outside /dev/shm.

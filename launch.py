@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args
 DESCRIPTION = """\
 Serve a long-context language model with its KV cache in CPU memory. The worker keeps a small index
 of all keys and, for each KV head, the rows that the head attends to; missing rows come from CPU
-memory. No size is reduced in silence: what does not fit is an error."""
+memory. A size that was asked for is never reduced: what does not fit is an error."""
 
 EPILOG = """\
 what to set:
@@ -128,6 +128,18 @@ def config_from(argv: list[str], command: str = "python launch.py") -> ServerCon
     )
 
 
+def _open_standard_streams() -> None:
+    """Give descriptors 0, 1 and 2, where they are closed, to /dev/null. A socket or an arena would get them
+    else, and what processes print would go there."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.gpu_worker") -> int:
     """Run a server to its end; returns the exit code.
 
@@ -136,6 +148,7 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
         command: how the program was called, for its help.
         worker: module that each worker runs; benchmarks have one of their own.
     """
+    _open_standard_streams()
     if sys.platform != "linux":
         print(f"error: CLO runs on Linux only, and this is {sys.platform}.", file=sys.stderr)
         return 1

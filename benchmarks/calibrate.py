@@ -268,7 +268,7 @@ def main() -> None:
         torch.manual_seed(0)
 
         def encode(text: str) -> list[int]:
-            return tokenizer.encode(Text(text), limit=10**7, add_special_tokens=False)
+            return tokenizer.encode(Text(text), limit=10**7, continues=True)
 
         every = documents(encode)
         parts = []

@@ -121,7 +121,7 @@ def main() -> None:
     tokenizer = Tokenizer(resolved.folder, decoder.vocab)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(Text(text), limit=10**7, add_special_tokens=False)
+        return tokenizer.encode(Text(text), limit=10**7, continues=True)
 
     every = documents(encode)
     items = [make_item("text", every[number], arguments.prompt, number, encode) for number in DOCUMENTS]

@@ -183,7 +183,7 @@ def main() -> None:
     tokenizer = Tokenizer(resolved.folder, decoder.vocab)
 
     def encoded(text: str) -> list[int]:
-        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+        return tokenizer.encode(Text(text), limit=10**9, continues=True)
 
     texts = documents(encoded)
     items = [make_item("text", texts[number], LENGTH, number, encoded) for number in (*JUDGED, TRAINING)]

@@ -235,7 +235,7 @@ def main() -> None:
     own, theirs = [], []
     for _ in range(RUNS):
         stream = DecodeStream(skip_special_tokens=True)
-        own.append(seconds_per_token(Detokenizer(tokenizer, []).push, text))
+        own.append(seconds_per_token(Detokenizer(tokenizer, [], []).push, text))
         theirs.append(seconds_per_token(partial(stream.step, backend), text))
     detokenizer, decode_stream = median(own), median(theirs)
 

@@ -294,11 +294,12 @@ class Engine:
 
         Args:
             logits: [vocab] float32, complete at ``event``. Waits for that, not for what was launched later.
+            top: of a smaller vocabulary, all.
         """
         with torch.cuda.stream(self._reading):  # nothing to do on the CPU
             event.wait()
             logprobs = logits.log_softmax(-1)
-            values, tokens = logprobs.topk(top)
+            values, tokens = logprobs.topk(min(top, len(logprobs)))
             pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
             return Logprob(token, float(logprobs[token]), pairs)
 

@@ -9,7 +9,7 @@ import zmq
 
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.memory import check_gpu_memory
+from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.kernels.launch import block_shared_bytes
@@ -121,11 +121,12 @@ def _engine(
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
     rows = arena_tensor(shared, shape, attached.blocks)
+    plan = plan_gpu_memory if decoder.device.type == "cuda" else plan_cpu_memory
+    slots = plan(shape, config.cache, config.engine, attached.blocks, max_tokens)
     if decoder.device.type == "cuda":
-        check_gpu_memory(shape, config.cache, config.engine, attached.blocks, max_tokens)
         rows = pin(rows)
     arena = by_block(rows)
-    engine = engine_type(decoder, arena, config.cache, config.engine.max_num_seqs, max_tokens)
+    engine = engine_type(decoder, arena, config.cache, slots, max_tokens)
     engine.capture()
     engine.warm_up()
     drift_check = None

@@ -64,13 +64,10 @@ class Children:
             if child.ready and not child.asked:
                 continue
             child.waited += seconds
-            if child.waited >= (SERVING_S if child.ready else STARTING_S):
-                what = (
-                    f"has not answered for {SERVING_S:g} s"
-                    if child.ready
-                    else (f"was not ready within {STARTING_S:g} s")
-                )
-                raise WorkerDied(f"{child.name} {what}; the server has stopped, start it again.")
+            budget = SERVING_S if child.ready else STARTING_S
+            if child.waited >= budget:
+                what = "has not answered for" if child.ready else "was not ready within"
+                raise WorkerDied(f"{child.name} {what} {budget:g} s; the server has stopped, start it again.")
 
     def is_stalled(self, connection: bytes) -> bool:
         """Whether a child has not answered for so long that clients should know."""

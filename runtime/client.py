@@ -26,29 +26,37 @@ from clo.runtime.wire.messages import (
 )
 from clo.runtime.wire.sockets import encode
 
-Prompt = str | list[int] | list[dict[str, str]]
+Prompt = str | list[int] | list[dict[str, Any]]
 T = TypeVar("T")
 
 
-def _prompt(prompt: Any) -> dict[str, Any]:
-    """The fields of a ``Text``, ``Chat`` or ``Tokens``."""
+def _prompt(prompt: Any, template: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a ``Text``, ``Chat`` or ``Tokens``; ``template`` are variables of the chat template."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        return {"type": "Chat", "turns": prompt, "chat_template_kwargs": {} if template is None else template}
+    if template is not None:
+        raise InvalidRequest("chat_template_kwargs go with chat messages; this prompt is not rendered.")
     if isinstance(prompt, str):
         return {"type": "Text", "text": prompt}
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return {"type": "Chat", "turns": prompt}
     return {"type": "Tokens", "ids": prompt}
 
 
-def _request(prompt: Any, sampling: dict[str, Any], continuation: Any = None) -> Generate:
+def _request(
+    prompt: Any,
+    sampling: dict[str, Any],
+    continuation: Any = None,
+    template: dict[str, Any] | None = None,
+) -> Generate:
     """A checked request with a name of its own.
 
     Raises:
         InvalidRequest: a field has the wrong type or value, or the message would be too large.
     """
+    stop = sampling.get("stop", [])
     fields = {
         "request": uuid.uuid4().hex,
-        "prompt": _prompt(prompt),
-        "sampling": sampling,
+        "prompt": _prompt(prompt, template),
+        "sampling": sampling | {"stop": [stop] if isinstance(stop, str) else [] if stop is None else stop},
         "continuation": None if continuation is None else _prompt(continuation),
     }
     try:
@@ -105,33 +113,44 @@ class AsyncClient:
         self,
         prompt: Prompt,
         *,
+        chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
         **sampling: Any,
     ) -> Result:
-        """The whole answer to a text, token ids or chat messages (dicts with ``role`` and ``content``).
+        """The whole answer to a text, token ids or chat messages.
 
         Args:
+            prompt: chat messages are dicts with ``role`` and ``content``, which is a text, a list of parts
+                ``{"type": "text", "text": ...}`` or None; see ``clo.runtime.wire.messages.Turn``.
+            chat_template_kwargs: variables of the model's chat template, such as ``enable_thinking``.
             timeout: seconds, instead of the client's own.
             on_progress: called with ``Progress`` while the request waits and prefills.
-            sampling: fields of ``clo.runtime.wire.messages.Sampling``.
+            sampling: fields of ``clo.runtime.wire.messages.SamplingParams``; ``stop`` may also be one text.
 
         Raises:
             CLOError: one of ``clo.runtime.wire.errors``, saying what went wrong.
         """
-        stream = self.stream(prompt, timeout=timeout, on_progress=on_progress, **sampling)
+        stream = self.stream(
+            prompt,
+            chat_template_kwargs=chat_template_kwargs,
+            timeout=timeout,
+            on_progress=on_progress,
+            **sampling,
+        )
         return await stream.to_end()
 
     def stream(
         self,
         prompt: Prompt,
         *,
+        chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
         **sampling: Any,
     ) -> AsyncStream:
         """Like ``generate``, piece by piece: ``async for chunk in client.stream(...)``."""
-        request = _request(prompt, sampling)
+        request = _request(prompt, sampling, template=chat_template_kwargs)
         return AsyncStream(self._connection, request, self._limit(timeout), on_progress)
 
     async def score(
@@ -139,11 +158,12 @@ class AsyncClient:
         prompt: Prompt,
         continuation: str | list[int],
         *,
+        chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> Result:
         """Log-probabilities of a continuation, token by token through the decode path (teacher-forced)."""
-        request = _request(prompt, {"logprobs": 0}, continuation)
+        request = _request(prompt, {"logprobs": 0}, continuation, chat_template_kwargs)
         return await AsyncStream(self._connection, request, self._limit(timeout), on_progress).to_end()
 
     async def info(self) -> Info:
@@ -151,6 +171,7 @@ class AsyncClient:
         request = GetInfo(uuid.uuid4().hex)
         question = _Question(request.request)
         self._connection.open(request, question, timeout=None)
+        self._connection.hold(question)
         try:
             await question.answered.wait()
         finally:
@@ -210,12 +231,14 @@ class Client:
         self,
         prompt: Prompt,
         *,
+        chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
         **sampling: Any,
     ) -> Stream:
         """See ``AsyncClient.stream``; ``on_progress`` is called in the thread that reads the stream."""
-        return self._call(self._open(_request(prompt, sampling), timeout, on_progress))
+        request = _request(prompt, sampling, template=chat_template_kwargs)
+        return self._call(self._open(request, timeout, on_progress))
 
     async def _open(self, request: Generate, timeout: float | None, on_progress: OnProgress | None) -> Stream:
         client = self._client

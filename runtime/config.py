@@ -24,6 +24,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs auto takes
+
 _SELECTED = 128, 256  # rows, for sequences up to _SHORT tokens and for longer ones: benchmarks.quality
 _SHORT = 8192
 _RESIDENT = 8  # resident rows for each that is selected
@@ -234,12 +236,14 @@ class CacheConfig:
 class EngineConfig:
     """How much one worker may take on."""
 
-    max_num_seqs: int = option(
-        8,
+    max_num_seqs: int | None = option(
+        None,
         "requests that one worker decodes together: more is a higher throughput and takes more memory on the "
-        "worker",
+        f"worker; auto takes as many as fit there, up to {AUTO_SEQS['cuda']} on a GPU and {AUTO_SEQS['cpu']} "
+        "on the CPU",
         "N",
         int,
+        none="auto",
     )
     gpu_memory_utilization: float = option(
         0.9, "share of each GPU's memory that may be used, weights included", "SHARE", float
@@ -255,8 +259,8 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1.")
+        if self.max_num_seqs is not None and self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs is {self.max_num_seqs}; it must be at least 1, or 'auto'.")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
             raise ConfigError(
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}; "
@@ -285,13 +289,14 @@ class ServerConfig:
         _names,
         default_text="numa0",
     )
-    kv_size: int = option(
-        4 * 2**30,
+    kv_size: int | None = option(
+        None,
         "CPU memory of ONE KV store, in total over all layers and workers that use it: 512MiB, 8GiB; bounds "
-        "the tokens that can be served at once",
+        "the tokens that can be served at once; auto takes four fifths of what is free on its NUMA node and "
+        "in the container, but no more than all requests together can use",
         "SIZE",
         parse_size,
-        default_text="4GiB",
+        none="auto",
     )
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str

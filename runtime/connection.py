@@ -4,6 +4,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -87,6 +88,8 @@ class Connection:
         configure(self._socket)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # else a burst could lose those beyond the first 1000
         self._socket.setsockopt(zmq.RCVHWM, 0)  # what comes while this process is busy waits here
+        # For all others, or ZeroMQ would look up names as IPv6 first.
+        self._socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))
         if api_key is not None:
             self._socket.plain_username, self._socket.plain_password = b"clo", api_key.encode()
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _TURNED_AWAY)
@@ -100,7 +103,9 @@ class Connection:
         self._arrivals.add(monitor, self._lose)
         self._decode: Decoder[ToClient] = Decoder(ToClient)
         self._turned_away: Unauthorized | None = None
-        self._open: dict[str, Answer] = {}  # by name of the request
+        # By name of the request. A stream that nobody holds and nobody reads is not held here either.
+        self._open: WeakValueDictionary[str, Answer] = WeakValueDictionary()
+        self._awaited: set[Answer] = set()
         self._silence: asyncio.TimerHandle | None = None  # the next check for it, while a request is open
         self._listening = self._loop.create_task(self._arrivals.listen())
 
@@ -119,7 +124,7 @@ class Connection:
         answer.heard = self._loop.time()
         if timeout is not None:
             error = RequestTimeout(f"No answer within {timeout:g} s; the request was cancelled.")
-            answer.deadline = self._loop.call_later(timeout, self._give_up, answer, error)
+            answer.deadline = self._loop.call_later(timeout, self._expire, answer.name, error)
         if self._silence is None:
             self._check_silence_at(answer.heard + SILENCE_SECONDS, set())
         self._post(request)
@@ -128,6 +133,17 @@ class Connection:
         """Ask the server to end a request, which then ends with the reason "cancelled"."""
         if answer.end is None:
             self._post(Cancel(answer.name))
+
+    def hold(self, answer: Answer) -> None:
+        """Somebody waits for this answer, perhaps a task that nothing else holds."""
+        if answer.end is None:
+            self._awaited.add(answer)
+
+    def drop(self, answer: Answer) -> None:
+        """Nobody holds this answer any more; the server is told. Any thread may call this."""
+        if answer.end is None:
+            with suppress(RuntimeError):  # the event loop was closed
+                self._loop.call_soon_threadsafe(self._forget, answer.name, answer.deadline)
 
     def leave(self, answer: Answer) -> None:
         """Nobody reads this answer any more; the server is told where it has not ended."""
@@ -146,6 +162,17 @@ class Connection:
             self._arrivals.close()
             self._socket.disable_monitor()
             self._context.destroy(linger=500)
+
+    def _expire(self, name: str, error: RequestTimeout) -> None:
+        answer = self._open.get(name)
+        if answer is not None:
+            self._give_up(answer, error)
+
+    def _forget(self, name: str, deadline: asyncio.TimerHandle | None) -> None:
+        if deadline is not None:
+            deadline.cancel()
+        if not self._socket.closed:
+            self._post(Cancel(name))
 
     def _post(self, message: Message) -> None:
         with suppress(zmq.Again):  # ZeroMQ has no connection any more once it was turned away
@@ -228,6 +255,7 @@ class Connection:
 
     def _end(self, answer: Answer, end: Finished | Info | CLOError) -> None:
         del self._open[answer.name]
+        self._awaited.discard(answer)
         if answer.deadline is not None:
             answer.deadline.cancel()
         answer.end = end

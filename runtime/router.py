@@ -1,8 +1,10 @@
 """The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
+import errno
 import logging
 import math
+import os
 import secrets
 from collections import defaultdict
 from collections.abc import Coroutine
@@ -12,11 +14,12 @@ from functools import partial
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
-import msgspec
 import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.machine.addresses import numeric_host
+from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
@@ -53,6 +56,8 @@ from clo.runtime.wire.messages import (
     Reason,
     Refused,
     Run,
+    Sampling,
+    SamplingParams,
     Stepped,
     StoreReady,
     Text,
@@ -67,10 +72,7 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
-OPEN_REQUESTS, OPEN_BYTES = (
-    10_000,
-    MAX_MESSAGE_BYTES,
-)  # of one client at a time, so that its memory has a bound
+OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
 TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
@@ -93,6 +95,17 @@ class _Account:
     bytes: int = 0  # of the messages that opened them
 
 
+def _not_bound(config: ServerConfig, error: OSError) -> ConfigError:
+    """Why clients cannot be listened to."""
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT):
+        return ConfigError(
+            f"--host {config.host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all of "
+            "its addresses."
+        )
+    reason = os.strerror(error.errno or 0)
+    return ConfigError(f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port.")
+
+
 class Router:
     """Between clients (TCP) and workers (ipc). Stores are connected too, to say that they are alive.
 
@@ -106,17 +119,22 @@ class Router:
         address: where clients connect.
 
     Raises:
-        ConfigError: the port cannot be used, or the model has no tokenizer.
+        ConfigError: host or port cannot be used, or the model has no tokenizer.
     """
 
     def __init__(self, config: ServerConfig, model: ResolvedModel, endpoint: str, key: str) -> None:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromChild)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
+        self._defaults = read_generation(model.folder)
+        if self._defaults.ignored:
+            ignored = ", ".join(self._defaults.ignored)
+            _logger.warning("generation_config.json has %s, which CLO does not do.", ignored)
+        host = numeric_host(config.host)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._clients = ClientPort(
-                config.host,
+                host,
                 config.port,
                 config.api_key,
                 min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
@@ -126,9 +144,7 @@ class Router:
             )
         except OSError as error:
             self._context.destroy(linger=0)
-            raise ConfigError(
-                f"Port {config.port} of {config.host} cannot be used ({error.strerror}); try another --port."
-            ) from None
+            raise _not_bound(config, error) from None
         self.address = self._clients.endpoint
         self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
             self._context, endpoint, FromChild, queue=0, key=key
@@ -137,9 +153,7 @@ class Router:
         self._workers.hear(self._arrivals, self._hear_worker)
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
-        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = (
-            WeakValueDictionary()
-        )  # to tokenise, by client
+        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self._warned = -math.inf  # when it was said last that a client did not know the key
         self._children = Children()
@@ -280,18 +294,11 @@ class Router:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
         try:
             tokens = await self._tokens(request, message.prompt)
-            forced, sampling = None, message.sampling
+            forced, params = None, message.sampling
             if message.continuation is not None:
-                forced = await self._tokens(request, message.continuation, add_special_tokens=False)
-                sampling = msgspec.structs.replace(
-                    sampling, max_tokens=len(forced), stop=[], logprobs=sampling.logprobs or 0
-                )
-            longest = self._model.max_model_len
-            if len(tokens) + sampling.max_tokens > longest:
-                raise PromptTooLong(
-                    f"The prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together "
-                    f"they exceed the model length of {longest}. Shorten the prompt or lower max_tokens."
-                )
+                forced = await self._tokens(request, message.continuation, continues=True)
+                params = SamplingParams(max_tokens=len(forced), logprobs=params.logprobs or 0)
+            self._check_length(len(tokens), params.max_tokens)
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
@@ -299,36 +306,67 @@ class Router:
             _logger.exception("A prompt could not be tokenised.")
             self._end(request, Failed(request.name, CLOError.code, "The prompt could not be tokenised."))
             return
-        request.prompt_tokens, request.max_tokens = len(tokens), sampling.max_tokens
-        request.text = Detokenizer(self._tokenizer, sampling.stop)
+        request.prompt_tokens = len(tokens)
+        request.text = Detokenizer(self._tokenizer, tokens, params.stop)
         await self._all_ready.wait()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             return
         request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
+        sampling = self._sampling(params, len(tokens), self._ready_workers[request.worker].capacity_tokens)
+        request.max_tokens = sampling.max_tokens
         request.sequence = self._sequences
         self._sequences += 1
         self._running[request.worker][request.sequence] = request
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
+    def _check_length(self, prompt: int, max_tokens: int | None) -> None:
+        """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""
+        longest = self._model.max_model_len
+        if max_tokens is None and prompt >= longest:
+            raise PromptTooLong(
+                f"The prompt has {prompt} tokens, which leaves no room for an answer in the model length of "
+                f"{longest}; shorten the prompt."
+            )
+        if max_tokens is not None and prompt + max_tokens > longest:
+            raise PromptTooLong(
+                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}; together they exceed the "
+                f"model length of {longest}. Shorten the prompt or lower max_tokens."
+            )
+
+    def _sampling(self, params: SamplingParams, prompt: int, capacity: int) -> Sampling:
+        """What a client wants, with the model's defaults; a store holds ``capacity`` tokens."""
+        defaults = self._defaults
+        room = min(self._model.max_model_len, capacity) - prompt
+        return Sampling(
+            temperature=defaults.temperature if params.temperature is None else params.temperature,
+            top_p=defaults.top_p if params.top_p is None else params.top_p,
+            top_k=defaults.top_k if params.top_k is None else max(0, params.top_k),
+            max_tokens=params.max_tokens or max(1, min(defaults.max_tokens, room)),
+            ignore_eos=params.ignore_eos,
+            logprobs=params.logprobs,
+        )
+
     async def _tokens(
-        self, request: Request, prompt: Text | Chat | Tokens, add_special_tokens: bool = True
+        self, request: Request, prompt: Text | Chat | Tokens, continues: bool = False
     ) -> list[int]:
         match prompt:
             case Text():
                 characters = len(prompt.text)
             case Chat():
-                characters = sum(len(turn.content) + TURN_CHARACTERS for turn in prompt.turns)
+                # What a template makes of variables and tool calls may be long though the messages are short.
+                more = prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns)
+                turns = sum(len(turn.text) + TURN_CHARACTERS for turn in prompt.turns)
+                characters = THREAD_CHARACTERS if more else turns
             case Tokens():
                 characters = 0
-        arguments = (prompt, self._model.max_model_len, add_special_tokens)
+        encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
         if characters < THREAD_CHARACTERS:
-            return self._tokenizer.encode(*arguments)
+            return encode()
         async with self._turns.setdefault(request.client, asyncio.Lock()):
             if not request.open:
                 raise CLOError("The request ended before it was tokenised.")
-            encode = partial(self._tokenizer.encode, *arguments)
             return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def _load(self, worker: bytes) -> int:
@@ -402,7 +440,11 @@ class Router:
             if request is None or request.state is not assigned:  # the worker has not read the Abort yet
                 continue
             assert request.text is not None
-            text = request.text.push(step.token)
+            try:
+                text = request.text.push(step.token)
+            except Exception:  # it runs code of the model's authors; it must not end the server
+                self._fail_text(request)
+                continue
             if request.text.stopped:
                 self._stop(request, "stop")
             request.generated += 1
@@ -417,11 +459,23 @@ class Router:
         if request is None or not request.open:
             return
         assert request.text is not None
-        if rest := request.text.flush():
+        try:
+            rest = request.text.flush()
+        except Exception:
+            self._fail_text(request)
+            return
+        if rest:
             self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
         usage = Usage(request.prompt_tokens, request.generated)
         reason = "stop" if request.text.stopped else request.reason or message.reason
         self._end(request, Finished(request.name, reason, usage, message.cache))
+
+    def _fail_text(self, request: Request) -> None:
+        """End a request whose tokens cannot be made into text."""
+        _logger.exception("Tokens could not be made into text.")
+        if request.sequence in self._running[request.worker]:
+            self._order(request, Abort(request.sequence))
+        self._end(request, Failed(request.name, CLOError.code, "The tokens could not be made into text."))
 
     def on_refused(self, worker: bytes, message: Refused) -> None:
         request = self._running[worker].pop(message.sequence, None)

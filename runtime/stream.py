@@ -62,6 +62,9 @@ class _Pieces(Answer):
         self._result: Result | None = None
         connection.open(request, self, timeout)
 
+    def __del__(self) -> None:
+        self._connection.drop(self)
+
     @property
     def result(self) -> Result:
         """The whole answer. Raises ``RuntimeError`` before the stream has ended."""
@@ -106,7 +109,8 @@ class _Pieces(Answer):
 
 class AsyncStream(_Pieces):
     """Pieces of one answer, as they come; ``result`` holds everything once the stream has ended. What has
-    arrived since the last piece was read comes as one."""
+    arrived since the last piece was read comes as one. Leaving the loop over it early, or dropping it,
+    cancels the request."""
 
     _waiting: asyncio.Future[None] | None = None
     _is_read = False  # whether a task reads it
@@ -138,6 +142,7 @@ class AsyncStream(_Pieces):
         if self._is_read:
             raise RuntimeError("The stream is being read already; one task can read it.")
         self._is_read = True
+        self._connection.hold(self)
         try:
             while True:
                 chunk = self._piece()
@@ -156,7 +161,8 @@ class AsyncStream(_Pieces):
 
 class Stream(_Pieces):
     """Pieces of one answer, as they come, for a thread that is not the event loop's; leaving the loop over
-    it early cancels the request. What has arrived since the last piece was read comes as one."""
+    it early, or dropping it, cancels the request. What has arrived since the last piece was read comes as
+    one."""
 
     def __init__(
         self, connection: Connection, request: Generate, timeout: float | None, on_progress: OnProgress | None

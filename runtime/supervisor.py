@@ -8,15 +8,17 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import msgspec
 import torch
 
 from clo.runtime.config import BlockConfig, ServerConfig, StartedWorker, StoreConfig, WorkerConfig
-from clo.runtime.machine.host_memory import check_memory
 from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
+from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
@@ -96,8 +98,8 @@ class Supervisor:
         self._config, self._worker, self._folder = config, worker, folder
         self._key = secrets.token_hex(32)
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
-        check_memory(dict.fromkeys(self._nodes, config.kv_size))
         self._model = resolve(config.model)
+        self._kv_size = kv_size(config, self._model, self._nodes)
         self._router_endpoint = f"ipc://{folder.path}/router"
         self._router = Router(config, self._model, self._router_endpoint, self._key)
         self._stores: list[Child] = []
@@ -106,8 +108,8 @@ class Supervisor:
 
     def _warn(self) -> None:
         """Once, where others than this machine's users can use the server."""
-        host = self._config.host
-        if self._config.api_key is None and not host.startswith("127.") and host not in ("localhost", "::1"):
+        host = urlsplit(self._router.address).hostname
+        if self._config.api_key is None and host is not None and not ip_address(host).is_loopback:
             _logger.warning(
                 "Whoever reaches %s can use this server; set CLO_API_KEY, or listen on 127.0.0.1.",
                 self._router.address,
@@ -167,7 +169,7 @@ class Supervisor:
             store = StoreConfig(
                 name=name,
                 node=node,
-                arena_bytes=config.kv_size,
+                arena_bytes=self._kv_size,
                 endpoint=endpoints[node],
                 router=self._router_endpoint,
                 block=block,

@@ -1,24 +1,35 @@
 """From prompts to token ids and from token ids back to text, in the router's process."""
 
+import inspect
 import json
 import re
 from codecs import utf_8_decode
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import tokenizers
 from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
-from clo.runtime.wire.messages import Chat, Text, Tokens
+from clo.runtime.wire.messages import Chat, Text, Tokens, ToolCall, Turn
 
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
 _WINDOW = 64  # tokens that are decoded at most
 _CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
+_UNKNOWN = "\ufffd"  # stands for bytes that are not UTF-8, perhaps because a character is incomplete
+_MARK = "\n"  # no tokenizer joins it with a letter
+
+# What ``apply_chat_template`` takes beside variables of the template; a template of a client's own, for one,
+# could compute for ever.
+_NOT_VARIABLES = set(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) - {
+    "tools",
+    "documents",
+    "kwargs",
+}
 
 _BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 _BYTE_FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -40,42 +51,53 @@ class Tokenizer:
         vocab_size: size of the model's vocabulary; larger token ids are refused.
 
     Attributes:
-        eos: ids that end a text, by the tokenizer and by ``generation_config.json``.
+        eos: ids that end a text, by the tokenizer and by the model.
         spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
         spelling: of all spoken ids; None where what they stand for depends on those beside them.
 
     Raises:
-        ConfigError: the folder holds no tokenizer that can be loaded, or a damaged generation_config.json.
+        ConfigError: the folder holds no tokenizer that can be loaded, or what it says about the end of a text
+            is damaged.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
+        ends = set(read_generation(folder).eos)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
+            vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+            self._longest = max(map(len, vocabulary))
+            added = self._tokenizer.added_tokens_decoder
+            # Some tokenizers mark the beginning of a text as the beginning of a word.
+            self._marks = self._encode(_MARK + "a") != self._encode(_MARK) + self._encode("a")
         except Exception as error:  # the library raises many kinds, and Exception itself for a broken file
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
-        self._encode("")  # sets the tokenizer's options once; threads must not do that side by side
+            reason = "it has no tokenizer.json"
+            if (folder / "tokenizer.json").exists():
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+            raise ConfigError(
+                f"The tokenizer in {folder} cannot be loaded ({reason}); copy the model again."
+            ) from error
         self._vocab_size = vocab_size
-        vocabulary = self._tokenizer.get_vocab()
-        self._longest = max(map(len, vocabulary))
-        self.eos = _eos_of(self._tokenizer, folder)
-        added = self._tokenizer.added_tokens_decoder
+        self.eos = sorted(ends | {self._tokenizer.eos_token_id} - {None})
         special = {token for token, entry in added.items() if entry.special}
         self.spoken = set(vocabulary.values()) - special - set(self.eos)
         fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
         plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
         self.spelling = _spelling_of(self._tokenizer.backend_tokenizer, self.spoken) if plain else None
 
-    def encode(self, prompt: Text | Chat | Tokens, limit: int, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, prompt: Text | Chat | Tokens, limit: int, *, continues: bool = False) -> list[int]:
         """Token ids of a prompt, at least one.
 
         Args:
             limit: tokens of the longest prompt; a text that is certainly longer is not tokenised at all.
-            add_special_tokens: whether a plain text gets those that the tokenizer adds.
+            continues: whether a plain text goes on after another one. Otherwise it gets the special tokens
+                that the tokenizer adds.
 
         Raises:
             InvalidRequest: the prompt is empty, an id is not in the vocabulary, or the chat template is
-                missing or refuses the messages.
+                missing, refuses the messages or cannot take its variables.
             PromptTooLong: the text cannot have as few as ``limit`` tokens.
         """
         if isinstance(prompt, Tokens):
@@ -91,7 +113,10 @@ class Tokenizer:
                     f"The text of {len(text)} characters cannot fit into the model length of {limit} tokens; "
                     "shorten it."
                 )
-            tokens = self._encode(text, add_special_tokens and isinstance(prompt, Text))
+            if continues:
+                tokens = self._encode_continuation(text)
+            else:
+                tokens = self._encode(text, add_special_tokens=isinstance(prompt, Text))
         if not tokens:
             raise InvalidRequest("The prompt is empty; give at least one token.")
         if max(tokens) >= self._vocab_size:  # a tokenizer may know more tokens than the model
@@ -107,32 +132,69 @@ class Tokenizer:
         )
         return text
 
+    def ending(self, tokens: list[int]) -> list[int]:
+        """A few tokens at the end of a prompt, such that the text of an answer is what it adds to theirs: at
+        the beginning of a text some tokenizers drop a space. Empty where the prompt ends within a character,
+        or in no text at all."""
+        spoken = [token for token in tokens[-_WINDOW:] if token in self.spoken]
+        for count in range(min(_CONTEXT, len(spoken)), 0, -1):
+            if _UNKNOWN not in self.decode(spoken[-count:]):
+                return spoken[-count:]
+        return []
+
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         return ids
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Without the mark of a beginning, which a text that goes on after another one does not have."""
+        if self._marks:
+            mark, whole = self._encode(_MARK), self._encode(_MARK + text)
+            if whole[: len(mark)] == mark:
+                return whole[len(mark) :]
+        return self._encode(text)
 
     def _render(self, chat: Chat) -> str:
         if self._tokenizer.chat_template is None:
             raise InvalidRequest("The model has no chat template; send a text or token ids.")
         if not chat.turns:
             raise InvalidRequest("The chat is empty; give at least one message.")
-        turns = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
+        for name in chat.chat_template_kwargs:
+            if name in _NOT_VARIABLES:
+                raise InvalidRequest(f"chat_template_kwargs cannot set '{name}'; leave it out.")
         try:
-            text: str = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"The model's chat template refuses the messages: {error}.") from None
-        return text
+            text = self._tokenizer.apply_chat_template(
+                [_template_turn(turn) for turn in chat.turns],
+                add_generation_prompt=True,
+                tokenize=False,
+                **chat.chat_template_kwargs,
+            )
+        except Exception as error:  # a template computes with what it is given, which can fail in any way
+            reason = " ".join(f"{error or type(error).__name__}".split())[:300].rstrip(".")
+            raise InvalidRequest(f"The model's chat template refuses the messages: {reason}.") from None
+        return str(text)
 
 
-def _eos_of(tokenizer: Any, folder: Path) -> list[int]:
-    """Ids that end a text."""
-    file = folder / "generation_config.json"
-    try:
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
-        found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-        return sorted(found - {None})
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file} is damaged ({error}); copy the model again.") from None
+def _template_turn(turn: Turn) -> dict[str, Any]:
+    """A chat message as templates expect it."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if turn.name is not None:
+        message["name"] = turn.name
+    if turn.tool_call_id is not None:
+        message["tool_call_id"] = turn.tool_call_id
+    if turn.tool_calls:
+        message["tool_calls"] = [_template_call(call) for call in turn.tool_calls]
+    return message
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    """Templates write the arguments as JSON themselves, so they get an object, as in vLLM."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    function = {"name": call.function.name, "arguments": arguments}
+    named = {} if call.id is None else {"id": call.id}
+    return named | {"type": call.type, "function": function}
 
 
 def _spelling_of(backend: tokenizers.Tokenizer, tokens: set[int]) -> Spelling | None:
@@ -181,6 +243,7 @@ class Detokenizer:
     itself, replacement characters may differ.)
 
     Args:
+        prompt: the tokens before the sequence, which give no text here.
         stop: strings that end the text, each at least one character. The text ends before the first one
             that is complete.
 
@@ -188,9 +251,14 @@ class Detokenizer:
         stopped: a stop string was found; there is no more text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> None:
         spelling = tokenizer.spelling
-        self._pieces = _Window(tokenizer) if spelling is None else _Spelled(spelling)
+        self._pieces: _Spelled | _Window
+        if spelling is None:
+            self._pieces = _Window(tokenizer, tokenizer.ending(prompt))
+        else:
+            begins = not any(token in tokenizer.spoken for token in prompt)
+            self._pieces = _Spelled(spelling, begins=begins)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
@@ -226,8 +294,10 @@ class Detokenizer:
 class _Spelled:
     """Text by putting together what tokens stand for."""
 
-    def __init__(self, spelling: Spelling) -> None:
-        self._whole, self._parts, self._drops_space = spelling
+    def __init__(self, spelling: Spelling, *, begins: bool) -> None:
+        """``begins``: no text comes before this one."""
+        self._whole, self._parts, drops_space = spelling
+        self._drops_space = drops_space and begins
         self._rest = b""  # of an incomplete character
 
     def push(self, token: int) -> str:
@@ -246,13 +316,17 @@ class _Spelled:
 
 
 class _Window:
-    """Text by decoding the latest tokens again with each new one."""
+    """Text by decoding the latest tokens again with each new one.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        before: spoken tokens before these; at their end a character ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the latest ones
+        self._tokens = list(before)  # the latest ones
         self._cut = 0  # place in the window where a character ends; the window may begin there later
-        self._given = 0  # characters of the window's text that were passed on
+        self._given = len(tokenizer.decode(before))  # characters of the window's text that were passed on
         self._pending = 0  # tokens since all of the window's text was passed on
 
     def push(self, token: int) -> str:
@@ -262,9 +336,9 @@ class _Window:
         self._pending += 1
         text = self._tokenizer.decode(self._tokens)
         stable = len(text)
-        if text.endswith("\ufffd"):  # perhaps an incomplete character
+        if text.endswith(_UNKNOWN):  # perhaps an incomplete character
             # Pending for longer than any character: the bytes are not UTF-8, and only the last can change.
-            stable = len(text.rstrip("\ufffd")) if self._pending < _CHARACTER_TOKENS else len(text) - 1
+            stable = len(text.rstrip(_UNKNOWN)) if self._pending < _CHARACTER_TOKENS else len(text) - 1
         else:
             self._pending = 0
         new = text[self._given : stable]

@@ -14,9 +14,10 @@ def parse_size(text: str) -> int:
         ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"'{text}' is not a size; write for example 512MiB or 8GiB.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = 0.0 if match is None else float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < 2**63:
+        raise ConfigError(f"'{text[:40]}' is not a size; write for example 512MiB or 8GiB.")
+    return int(size)
 
 
 def format_size(size: float) -> str:

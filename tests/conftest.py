@@ -57,11 +57,9 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama of 4 layers with random float32 weights, always the same, and a tokenizer. The
-    weights are large enough that attention is far from uniform and greedy tokens differ clearly."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+def make_tiny_model(folder: Path) -> None:
+    """A Llama of 4 layers with random float32 weights, always the same, and a tokenizer. The weights are
+    large enough that attention is far from uniform and greedy tokens differ clearly."""
     tokenizer = byte_level_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -81,6 +79,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ``make_tiny_model``."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_model(folder)
     return folder
 
 

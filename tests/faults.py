@@ -16,7 +16,10 @@ from clo.runtime.wire.sockets import configure, encode
 from tests.server import Server
 
 WAIT_S = 120  # only a failure takes as long
-SMALL = ("--kv-size", "2MiB", "--select-k", "32", "--resident", "128")  # 4 blocks of 512 tokens
+SMALL = (  # 4 blocks of 512 tokens
+    *("--kv-size", "2MiB", "--max-num-seqs", "8"),
+    *("--select-k", "32", "--resident", "128"),
+)
 ENDLESS: dict[str, Any] = {"max_tokens": 1400, "ignore_eos": True}  # 3 blocks; takes longer than any test
 
 

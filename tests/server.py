@@ -27,7 +27,9 @@ class Server:
         runtime: folder in which it makes one for its sockets.
     """
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path, user: int) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], folder: Path, user: int, closed: tuple[int, ...] = ()
+    ) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self.runtime = folder / "runtime"
         self.runtime.mkdir(mode=0o700)
@@ -37,8 +39,12 @@ class Server:
             os.chown(self.runtime, user, user)
             environment["HOME"] = str(self.runtime)
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
+            command = [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments]
+            if closed:
+                closing = " ".join(f"{number}>&-" for number in closed)
+                command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments],
+                command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -86,16 +92,19 @@ class Server:
 
 
 @contextmanager
-def launch(*arguments: str, ready: bool = True, user: int | None = None) -> Iterator[Server]:
+def launch(
+    *arguments: str, ready: bool = True, user: int | None = None, closed: tuple[int, ...] = ()
+) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
 
     Args:
         ready: wait until it serves.
         user: whose processes they are; only root can choose another one.
+        closed: descriptors that it has not got.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder), os.getuid() if user is None else user)
+        server = Server(arguments, Path(folder), os.getuid() if user is None else user, closed)
         try:
             if ready:
                 server.wait_ready()

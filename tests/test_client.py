@@ -1,12 +1,14 @@
 """The client alone: servers that are not there, do not answer or go away, and a client that is closed."""
 
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,10 +17,11 @@ import zmq
 from clo.runtime import connection
 from clo.runtime.client import AsyncClient, Client
 from clo.runtime.stream import AsyncStream
-from clo.runtime.wire.errors import CLOError, ProtocolError, RequestTimeout, ServerUnreachable
+from clo.runtime.wire.errors import CLOError, InvalidRequest, ProtocolError, RequestTimeout, ServerUnreachable
 from clo.runtime.wire.messages import (
     NO_STATS,
     Cancel,
+    Chat,
     Chunk,
     Chunks,
     Failed,
@@ -28,6 +31,7 @@ from clo.runtime.wire.messages import (
     Logprob,
     Message,
     Progress,
+    SamplingParams,
     ToRouter,
     Usage,
 )
@@ -98,6 +102,60 @@ def test_a_server_that_speaks_otherwise(server: FakeServer, answer: bytes) -> No
         assert list(stream) == []
 
 
+TOOL_CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "fields"),
+    [
+        ("a", {"stop": "x"}, {"stop": ["x"]}),
+        ("a", {"stop": ["x", "y"]}, {"stop": ["x", "y"]}),
+        ("a", {"stop": None, "temperature": None, "max_tokens": None}, {}),
+        (
+            "a",
+            {"top_k": -1, "temperature": 1, "logprobs": 0},
+            {"top_k": -1, "temperature": 1.0, "logprobs": 0},
+        ),
+        ([{"role": "tool", "content": None, "tool_call_id": "1"}], {}, {}),
+        ([{"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}], {}, {}),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"}], {}, {}),
+        ([{"role": "user", "content": "x"}], {"chat_template_kwargs": {"enable_thinking": False}}, {}),
+    ],
+)
+def test_requests_as_vllm_takes_them(
+    server: FakeServer, prompt: Any, options: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    with Client(server.address) as client:
+        _stream = client.stream(prompt, **options)
+        request = server.receive()
+        assert isinstance(request, Generate)
+        assert request.sampling == SamplingParams(**fields)
+        if isinstance(request.prompt, Chat):
+            expected = msgspec.convert({"type": "Chat", "turns": prompt} | options, Chat)
+            assert request.prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "sentence"),
+    [
+        ("a", {"stop": ""}, "length >= 1"),
+        ("a", {"stop": 5}, "Expected `array`, got `int`"),
+        ("a", {"top_k": -2}, "`int` >= -1"),
+        ("a", {"chat_template_kwargs": {"enable_thinking": False}}, "go with chat messages"),
+        ([{"role": "user", "content": 5}], {}, r"Expected `str | array | null`, got `int`"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], {}, "'image_url'"),
+        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"x": object()}}, "object"),
+        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": 5}, "Expected `object`"),
+    ],
+)
+def test_requests_that_are_not_valid_are_not_sent(
+    server: FakeServer, prompt: Any, options: dict[str, Any], sentence: str
+) -> None:
+    with Client(server.address) as client, pytest.raises(InvalidRequest, match=sentence):
+        client.stream(prompt, **options)
+    assert not server.socket.poll(0)
+
+
 def test_a_connection_that_breaks_ends_every_open_request(server: FakeServer) -> None:
     with Client(server.address) as client:
         streams = [client.stream("a"), client.stream("b")]
@@ -131,6 +189,50 @@ def test_leaving_a_stream_early_cancels_it(server: FakeServer) -> None:
             break
         assert server.receive() == Cancel(request)
         server.send(Finished(request, "cancelled", Usage(1, 1), NO_STATS))
+
+
+@pytest.mark.parametrize("timeout", [None, 1000.0])
+def test_a_stream_that_is_dropped_unread_is_cancelled(server: FakeServer, timeout: float | None) -> None:
+    """Of a client of each kind, also where a time limit would end it much later."""
+    with Client(server.address, timeout=timeout) as client:
+        stream = client.stream("a")
+        request = server.receive().request
+        server.send(Chunks([Chunk(request, "x", [1], None)]))
+        del stream
+        assert server.receive() == Cancel(request)
+        server.send(Chunks([Chunk(request, "y", [2], None)]))
+        server.send(Finished(request, "cancelled", Usage(1, 2), NO_STATS))
+        kept = client.stream("b")
+        server.send(Finished(server.receive().request, "stop", Usage(1, 0), NO_STATS))
+        assert list(kept) == []
+
+    async def run() -> None:
+        async with AsyncClient(server.address, timeout=timeout) as client:
+            stream = client.stream("a")
+            request = (await asyncio.to_thread(server.receive)).request
+            del stream
+            assert await asyncio.to_thread(server.receive) == Cancel(request)
+
+    asyncio.run(run())
+
+
+def test_a_task_that_nobody_holds_gets_its_answer(server: FakeServer) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            answered: list[str] = []
+
+            async def ask() -> None:
+                answered.append((await client.generate("a")).finish_reason)
+
+            asyncio.create_task(ask())  # noqa: RUF006
+            request = (await asyncio.to_thread(server.receive)).request
+            gc.collect()
+            server.send(Finished(request, "stop", Usage(1, 0), NO_STATS))
+            while not answered:
+                await asyncio.sleep(0.01)
+            assert answered == ["stop"]
+
+    asyncio.run(run())
 
 
 def test_closing_the_client_ends_its_open_streams(server: FakeServer) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clo.gpu_worker import outputs, pinning
-from clo.gpu_worker.memory import check_gpu_memory
+from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
 from clo.gpu_worker.outputs import Mailbox
 from clo.gpu_worker.pinning import pin
 from clo.runtime.config import CacheConfig, EngineConfig
@@ -24,8 +24,11 @@ GIB = 2**30
 LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 
 
-def check(config: CacheConfig, slots: int, tokens: int, utilization: float = 0.9) -> None:
-    check_gpu_memory(LLAMA, config, EngineConfig(slots, utilization), tokens // LLAMA.block_tokens, 131_072)
+def check(
+    config: CacheConfig, slots: int | None, tokens: int, utilization: float = 0.9, longest: int = 131_072
+) -> int:
+    engine = EngineConfig(slots, utilization)
+    return plan_gpu_memory(LLAMA, config, engine, tokens // LLAMA.block_tokens, longest)
 
 
 def test_what_does_not_fit_into_the_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +58,60 @@ def test_other_attention_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
         check(CacheConfig(attention=attention, resident=8192), slots=100, tokens=8_000_000)
     with pytest.raises(ConfigError):
         check(CacheConfig(select_k=64, resident=64), slots=100, tokens=8_000_000)
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "tokens", "longest", "slots"),
+    [
+        (64, 79.2, 772_096, 131_072, 64),  # an H100 with Llama-3.1-8B, by default and with 128 GiB
+        (64, 79.2, 786_432, 32_768, 64),
+        (8, 23.5, 400_000, 32_768, 2),  # a GPU of 24 GB
+        (64, 79.2, 3 * 512, 32_768, 3),  # a store of three blocks
+    ],
+)
+def test_as_many_sequences_as_fit_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: float,
+    total: float,
+    tokens: int,
+    longest: int,
+    slots: int,
+) -> None:
+    """One more would be refused, unless it is the bound; the line on stderr says what the memory is for."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * GIB), int(total * GIB)))
+    assert check(CacheConfig(), None, tokens, longest=longest) == slots
+    text = capsys.readouterr().err
+    assert text.startswith(f"--max-num-seqs auto: {slots} (of ") and text.count("\n") == 1
+    check(CacheConfig(), slots, tokens, longest=longest)
+    assert capsys.readouterr().err == "", "what was asked for needs no reason"
+    if total < 30:
+        with pytest.raises(ConfigError):
+            check(CacheConfig(), slots + 1, tokens, longest=longest)
+
+
+def test_where_not_even_one_sequence_fits_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * GIB, 20 * GIB))
+    with pytest.raises(ConfigError, match=r"1 x .* resident rows"):
+        check(CacheConfig(), None, 100_000)
+
+
+def test_what_does_not_fit_into_cpu_memory_is_refused_in_one_sentence() -> None:
+    with pytest.raises(
+        ConfigError, match=r"100000 requests at a time take .* lower --max-num-seqs"
+    ) as caught:
+        plan_cpu_memory(LLAMA, CacheConfig(), EngineConfig(100_000), 4, 131_072)
+    assert "\n" not in str(caught.value)
+    assert plan_cpu_memory(LLAMA, CacheConfig(attention="full"), EngineConfig(3), 4, 1000) == 3
+
+
+@pytest.mark.parametrize(("blocks", "slots"), [(100, 8), (3, 3)])
+def test_on_the_cpu_some_sequences_are_taken_by_default(
+    capsys: pytest.CaptureFixture[str], blocks: int, slots: int
+) -> None:
+    small = KVShape((LayerSpec(),) * 2, query_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
+    assert plan_cpu_memory(small, CacheConfig(), EngineConfig(), blocks, 4096) == slots
+    assert capsys.readouterr().err.startswith(f"--max-num-seqs auto: {slots} (with ")
 
 
 @pytest.mark.gpu

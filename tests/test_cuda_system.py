@@ -29,7 +29,7 @@ import torch
 from clo.runtime.client import AsyncClient, Client, Result
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import WorkerDied
-from clo.runtime.wire.messages import Chunks, Generate, Progress, Sampling, Text, Tokens
+from clo.runtime.wire.messages import Chunks, Generate, Progress, SamplingParams, Text, Tokens
 from examples.document import document
 from tests.faults import WAIT_S, assert_serves, error_of, raw, wait_until_idle
 from tests.server import Server
@@ -133,7 +133,7 @@ async def run(address: str, order: Order, alone: Result, gap: float) -> Outcome:
 def vanish(address: str, order: Order) -> None:
     """A client that is gone in mid-stream and says nothing."""
     with raw(address) as client:
-        client.send(Generate("r", Tokens(order.prompt), Sampling(**GREEDY, max_tokens=900)))
+        client.send(Generate("r", Tokens(order.prompt), SamplingParams(**GREEDY, max_tokens=900)))
         while not isinstance(client.receive(), Chunks):
             pass
 

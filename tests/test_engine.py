@@ -277,3 +277,15 @@ def test_two_sequences_go_on_differently_from_blocks_that_they_share(decoder: De
     assert follow.isfinite().all(), "the other one goes on"
     engine.retire(1)
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("top", [0, 3, 20])
+def test_log_probabilities_of_a_vocabulary_smaller_than_asked_for(decoder: Decoder, top: int) -> None:
+    """All of it is returned then; another number would end the worker."""
+    engine = make_engine(decoder, CacheConfig(attention="full"), 1, 100)
+    logits = torch.tensor([0.0, 2.0, 1.0, -torch.inf])
+    found = engine.logprob(logits, engine.event(), 2, top)
+    expected = logits.log_softmax(-1)
+    assert found.logprob == expected[2]
+    assert [token for token, _ in found.top] == [1, 2, 0, 3][:top]
+    assert [value for _, value in found.top] == [float(expected[token]) for token, _ in found.top]

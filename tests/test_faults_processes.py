@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
@@ -10,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from clo.runtime.client import AsyncClient
 from clo.runtime.wire.errors import CLOError, ServerStopped, ServerUnreachable, WorkerDied
-from tests.faults import ENDLESS, SMALL, WAIT_S
+from tests.faults import ENDLESS, SMALL, WAIT_S, assert_serves
 from tests.server import READY_S, Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
@@ -158,6 +160,17 @@ def test_a_killed_launcher_takes_its_children_along(launch: Launch, tiny_model: 
         errors = errors_of_open_requests(server, lambda: server.signal(signal.SIGKILL))
         assert [type(error) for error in errors] == [ServerUnreachable] * 4
         assert server.wait() == -signal.SIGKILL
+
+
+def test_a_server_whose_standard_streams_are_closed(launch: Launch, tiny_model: Path) -> None:
+    """Nothing that it opens gets their descriptors; it serves, and what it has to say is lost."""
+    with launch("--model", str(tiny_model), *SMALL, closed=(0, 2)) as server:
+        assert_serves(server)
+        assert os.readlink(f"/proc/{server.process.pid}/fd/0") == "/dev/null"
+        for process in server.children():
+            assert os.readlink(f"/proc/{process.pid}/fd/0").startswith("pipe:")  # the key came through it
+        for process in [psutil.Process(server.process.pid), *server.children()]:
+            assert os.readlink(f"/proc/{process.pid}/fd/2") == "/dev/null"
 
 
 def test_sigterm_while_loading(launch: Launch, tiny_model: Path) -> None:

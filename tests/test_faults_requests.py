@@ -25,7 +25,7 @@ from clo.runtime.wire.messages import (
     GetInfo,
     Info,
     Progress,
-    Sampling,
+    SamplingParams,
     Text,
     Tokens,
     Turn,
@@ -63,7 +63,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[CLOError], str]] = {
     "longer than the model": ([1] * 4000, {"max_tokens": 97}, PromptTooLong, "the model length of 4096"),
     "text longer than the model": ("a" * 99_999, {}, PromptTooLong, "99999 characters cannot fit"),
     "larger than the arena": ([1] * 1949, {"max_tokens": 100}, PromptTooLong, "raise --kv-size"),
-    "value of a wrong type": ("a", {"temperature": "hot"}, InvalidRequest, "Expected `float`, got `str`"),
+    "value of a wrong type": (
+        "a",
+        {"temperature": "hot"},
+        InvalidRequest,
+        "Expected `float | null`, got `str`",
+    ),
     "value out of range": ("a", {"top_p": 0}, InvalidRequest, r"Expected `float` > 0.0 - at `\$.sampling"),
     "not a number": ("a", {"temperature": float("nan")}, InvalidRequest, "Expected `float` >= 0.0"),
     "unknown option": ("a", {"beams": 4}, InvalidRequest, "unknown field `beams`"),
@@ -109,7 +114,7 @@ def test_random_bytes_from_a_client(server: Server) -> None:
             client.send(data)
             failed = client.refusal()
             assert (failed.request, failed.code) == ("", ProtocolError.code), data[:100]
-        client.send(Generate("r", Tokens([1]), Sampling(max_tokens=2, ignore_eos=True)))
+        client.send(Generate("r", Tokens([1]), SamplingParams(max_tokens=2, ignore_eos=True)))
         assert client.last("r").usage.completion_tokens == 2
 
 
@@ -143,7 +148,7 @@ def test_an_oversized_message_costs_only_its_sender_the_connection(server: Serve
 
 def test_a_duplicate_request_id(server: Server) -> None:
     """The second is refused, the first goes on; an id may be used again after its end."""
-    request = Generate("r", Text("a"), Sampling(max_tokens=30, ignore_eos=True))
+    request = Generate("r", Text("a"), SamplingParams(max_tokens=30, ignore_eos=True))
     with raw(server.address) as client:
         client.send(request)
         client.send(request)
@@ -204,7 +209,7 @@ def test_a_request_cancelled_while_it_is_tokenised(server: Server) -> None:
         client.send(Generate("r", Text("é" * 11_000)))
         client.send(Cancel("r"))
         assert client.last("r").reason == "cancelled"
-        client.send(Generate("r", Text("a"), Sampling(**ENDLESS)))
+        client.send(Generate("r", Text("a"), SamplingParams(**ENDLESS)))
         steps = 0
         while steps < 50:  # by then the first is tokenised
             steps += isinstance(client.receive(), Chunks)
@@ -240,7 +245,7 @@ for _ in Client({server.address!r}).stream("a", max_tokens=1400, ignore_eos=True
 def test_a_client_that_stops_reading(server: Server, client: Client) -> None:
     """Its requests are dropped with ``overloaded``; others are served while it floods the server."""
     with raw(server.address, RCVHWM=1, RCVBUF=4096, SNDTIMEO=100) as deaf:
-        deaf.send(Generate("r", Text("a"), Sampling(**ENDLESS)))
+        deaf.send(Generate("r", Text("a"), SamplingParams(**ENDLESS)))
         served = threading.Event()
 
         def flood() -> None:
@@ -290,7 +295,7 @@ def test_a_heavy_prompt_is_refused_and_names_its_request(server: Server, prompt:
             client.send(Generate(f"heavy {number}", prompt))
         for number in range(4):
             assert client.last(f"heavy {number}").code == code
-        client.send(Generate("light", Text("a"), Sampling(max_tokens=2, ignore_eos=True)))
+        client.send(Generate("light", Text("a"), SamplingParams(max_tokens=2, ignore_eos=True)))
         assert client.last("light").usage.completion_tokens == 2
 
 

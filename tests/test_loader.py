@@ -93,6 +93,7 @@ def test_options_that_the_model_or_this_version_cannot_meet(
         ("{", "cannot be read"),
         ("[]", "family 'None'"),
         ("\xff", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_missing_or_broken_config_file(folder: Path, text: str | None, sentence: str) -> None:
@@ -150,6 +151,10 @@ def test_a_hub_model_is_served_from_the_downloaded_folder(
     assert ("*.safetensors" in wanted) is weights
 
 
+def write_index(folder: Path, weight_map: object) -> int:
+    return (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 def cut(path: Path, by: int) -> int:
     """Take the last bytes off a file; returns how many are left."""
     return path.write_bytes(path.read_bytes()[:-by])
@@ -167,6 +172,13 @@ def cut(path: Path, by: int) -> int:
         ),
         (lambda folder: (shard(folder), cut(folder / INDEX, 1)), "index.json is damaged"),
         (lambda folder: (shard(folder), (folder / INDEX).write_text("[]")), "index.json is damaged"),
+        (lambda folder: (shard(folder), write_index(folder, {})), "index.json is damaged"),
+        (lambda folder: (shard(folder), write_index(folder, {NORM: 5})), "index.json is damaged"),
+        (lambda folder: (shard(folder), write_index(folder, ["a"])), "index.json is damaged"),
+        (lambda folder: (shard(folder), write_index(folder, {NORM: "x/y"})), "x/y is missing"),
+        (lambda folder: (shard(folder), write_index(folder, {NORM: "."})), "is damaged"),
+        (lambda folder: (shard(folder), write_index(folder, {NORM: "a\x00b"})), "is missing"),
+        (lambda folder: (shard(folder), (folder / INDEX).write_text("[" * 10**5)), "index.json is damaged"),
         (lambda folder: (shard(folder), (folder / SECOND).unlink()), "second.safetensors is missing"),
         (lambda folder: (shard(folder), cut(folder / SECOND, 5000)), "second.safetensors is damaged"),
     ],

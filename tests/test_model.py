@@ -1,5 +1,7 @@
 """Every family computes what transformers computes, over prefill and decode; other models are refused."""
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,22 @@ def without_weights(folder: Path, changes: dict[str, Any], max_model_len: int | 
         ({"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "scaling of type 'dynamic'"),
         ({"rope_parameters": {**ROPE, "rope_type": "spiral"}}, "scaling of type 'spiral'"),
         ({"rope_parameters": {**ROPE, "rope_type": "llama3"}}, "not a valid configuration"),
+        ({"rope_parameters": {**YARN, "factor": None}}, "RoPE parameters that cannot be computed with"),
+        ({"rope_parameters": {**YARN, "factor": "4"}}, "RoPE parameters that cannot be computed with"),
+        ({"rope_parameters": {**YARN, "factor": 1e30}}, "RoPE parameters that cannot be computed with"),
+        ({"rope_parameters": {**YARN, "rope_theta": 0}}, "RoPE parameters that cannot be computed with"),
+        ({"rope_parameters": {**LINEAR, "rope_theta": "x"}}, "RoPE parameters that cannot be computed with"),
+        ({"rope_parameters": {**LINEAR, "factor": float("inf")}}, "RoPE parameters that cannot be computed"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 0}}, "RoPE parameters that cannot be computed"),
+        (
+            {"rope_parameters": {**ROPE, "rope_type": "default", "rope_theta": None}},
+            "cannot be computed with",
+        ),
+        ({"layer_types": ["full_attention"] * 2}, "not a valid configuration: .*layer_types"),
+        ({"layer_types": ["linear_attention"] * 3}, "knows full_attention, sliding_attention"),
+        ({"hidden_size": 10**30}, "hidden_size of 10{30}"),
+        ({"torch_dtype": []}, "not a valid configuration"),
+        ({"quantization_config": "int4"}, "not a valid configuration"),
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
         ({"model_type": "mistral", "sliding_window": 512}, "window of 512 tokens.*--max-model-len 512"),
@@ -176,3 +194,41 @@ def test_a_window_that_makes_no_difference_is_none(
     tmp_path: Path, changes: dict[str, Any], max_model_len: int | None, length: int
 ) -> None:
     assert resolve(without_weights(tmp_path, changes, max_model_len)).max_model_len == length
+
+
+QWEN_CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({"rope_scaling": QWEN_CARD, "rope_parameters": None, "max_position_embeddings": 640}, 2048),
+        ({"rope_parameters": ROPE | QWEN_CARD, "max_position_embeddings": 2048}, 2048),
+        ({"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}, 8192),  # of all its positions
+        ({"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 2.5}}, 5120),
+        ({"rope_parameters": LINEAR}, 4096),
+        ({"rope_parameters": LLAMA3}, 2048),  # its positions are those after scaling
+    ],
+)
+def test_the_context_follows_from_rope_scaling_as_vllm_derives_it(
+    tmp_path: Path, changes: dict[str, Any], length: int
+) -> None:
+    """YaRN is written as on Qwen's model cards, which leave ``max_position_embeddings`` alone."""
+    config = without_weights(tmp_path, changes)
+    assert resolve(config).max_model_len == length
+    longer = dataclasses.replace(config, max_model_len=length + 1)
+    with pytest.raises(ConfigError, match=f"{length + 1} exceeds the {length} positions"):
+        resolve(longer)
+
+
+def test_no_value_of_a_config_file_ends_in_a_traceback(tmp_path: Path) -> None:
+    """Every field with a value of every kind: a model that loads, or one sentence."""
+    config = without_weights(tmp_path, {})
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    values: tuple[Any, ...] = (None, 0, -1, 1.5, "x", True, [], {}, [1], {"a": 1}, 10**30, float("nan"))
+    for name in [*written, "rope_scaling", "torch_dtype", "quantization_config", "layer_types"]:
+        for value in values:
+            path.write_text(json.dumps(written | {name: value}))
+            with contextlib.suppress(ConfigError):
+                resolve(config)

@@ -103,7 +103,7 @@ def test_a_profile_of_another_model_stops_the_start(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
     other = profile_of(model={"layers": 5, "kv_heads": 2, "head_dim": 16}, layers=[layer()] * 5)
-    arguments = ("--model", str(tiny_model), "--device", "cpu", "--kv-size", "64MiB")
+    arguments = ("--model", str(tiny_model), "--kv-size", "64MiB", "--max-num-seqs", "8")
     with launch(*arguments, "--profile", write(tmp_path, other), ready=False) as server:
         assert server.process.wait(READY_S) == 1
         assert server.stderr.read_text() == (

@@ -147,7 +147,7 @@ def test_the_default_cache_stays_within_its_bar(smollm2: Path) -> None:
     tokenizer = Tokenizer(smollm2, decoder.vocab)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+        return tokenizer.encode(Text(text), limit=10**9, continues=True)
 
     reference = Reference(decoder, [make_item("text", documents(encode)[0], 1200, 0, encode)], tokens=48)
     rows = []

@@ -1,9 +1,13 @@
 """The router alone: real sockets, a real tokenizer, and clients and workers that do what a test says."""
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
+import json
 import logging
 import random
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -13,19 +17,22 @@ import msgspec
 import pytest
 
 from clo.runtime import router as router_module
+from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
-from clo.runtime.tokenizer import Tokenizer
+from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
 from clo.runtime.wire.messages import (
     NO_STATS,
     Abort,
     CacheStats,
     Cancel,
+    Chat,
     Chunk,
     Done,
     Failed,
     Finished,
+    Function,
     Generate,
     GetInfo,
     Info,
@@ -37,10 +44,14 @@ from clo.runtime.wire.messages import (
     Refused,
     Run,
     Sampling,
+    SamplingParams,
     Step,
     Stepped,
     Text,
+    TextPart,
     Tokens,
+    ToolCall,
+    Turn,
     Usage,
 )
 from clo.runtime.wire.sockets import encode
@@ -51,7 +62,7 @@ from tests.store import KEY, new_endpoint
 
 MODEL_LENGTH = 100
 STATS = CacheStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-SEVEN = Sampling(max_tokens=7)
+SEVEN = SamplingParams(max_tokens=7)
 
 P = ParamSpec("P")
 
@@ -90,11 +101,11 @@ def model_in(folder: Path) -> ResolvedModel:
     return ResolvedModel("tiny", str(folder), VOCABULARY, MODEL_LENGTH, "float32", "cpu", "auto", 0)
 
 
-def router_of(port: int, folder: Path) -> Router:
-    return Router(ServerConfig(port=port), model_in(folder), new_endpoint(), KEY)
+def router_of(port: int, folder: Path, host: str = "127.0.0.1") -> Router:
+    return Router(ServerConfig(host=host, port=port), model_in(folder), new_endpoint(), KEY)
 
 
-def ask(name: str = "r", tokens: int = 5, sampling: Sampling = SEVEN) -> Generate:
+def ask(name: str = "r", tokens: int = 5, sampling: SamplingParams = SEVEN) -> Generate:
     return Generate(name, Tokens(list(range(1, tokens + 1))), sampling)
 
 
@@ -112,10 +123,11 @@ async def test_a_request_from_its_prompt_to_its_last_token(
 ) -> None:
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        sampling = Sampling(temperature=0.5, top_p=0.9, top_k=3, max_tokens=7, seed=11, logprobs=1)
+        sampling = SamplingParams(temperature=0.5, top_p=0.9, top_k=3, max_tokens=7, seed=11, logprobs=1)
         client.send(ask(sampling=sampling))
         run = await worker.order()
-        assert run == Run(run.sequence, [1, 2, 3, 4, 5], sampling, 11, tokenizer.eos, None)
+        decided = Sampling(temperature=0.5, top_p=0.9, top_k=3, max_tokens=7, logprobs=1)
+        assert run == Run(run.sequence, [1, 2, 3, 4, 5], decided, 11, tokenizer.eos, None)
         worker.send(Prefilled(run.sequence, 2, 5))
         worker.send(Prefilled(run.sequence, 5, 5))
         one, two = ids_of(tokenizer, "H!")
@@ -152,11 +164,11 @@ async def test_a_continuation_is_forced(model: ResolvedModel) -> None:
     """As many tokens as it has, with log-probabilities, and no stop string ends it."""
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        sampling = Sampling(max_tokens=1, stop=["a"])
+        sampling = SamplingParams(max_tokens=1, stop=["a"])
         client.send(Generate("r", Tokens([1, 2]), sampling, Tokens([3, 4, 5])))
         run = await worker.order()
         assert (run.tokens, run.forced) == ([1, 2], [3, 4, 5])
-        assert (run.sampling.max_tokens, run.sampling.stop, run.sampling.logprobs) == (3, [], 0)
+        assert (run.sampling.max_tokens, run.sampling.logprobs) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +177,7 @@ async def test_a_continuation_is_forced(model: ResolvedModel) -> None:
         (Generate("r", Text("")), "invalid_request", "prompt is empty"),
         (Generate("r", Tokens([VOCABULARY])), "invalid_request", "not in the vocabulary"),
         (Generate("r", Tokens([1]), SEVEN, Tokens([])), "invalid_request", "empty"),
+        (ask(tokens=MODEL_LENGTH, sampling=SamplingParams()), "prompt_too_long", "leaves no room"),
         (ask(tokens=MODEL_LENGTH - 6), "prompt_too_long", "94 tokens and max_tokens is 7"),
         (Generate("r", Tokens([1] * 95), SEVEN, Tokens([1] * 6)), "prompt_too_long", "95 tokens"),
     ],
@@ -184,11 +197,78 @@ async def test_what_can_never_run_is_refused_and_reaches_no_worker(
         assert worker.heard == [run]
 
 
+@pytest.mark.parametrize(
+    ("written", "params", "expected"),
+    [
+        (None, SamplingParams(), Sampling(max_tokens=MODEL_LENGTH - 5)),
+        ({}, SamplingParams(top_k=-1, max_tokens=7), Sampling(max_tokens=7)),
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": False, "max_new_tokens": 9},
+            SamplingParams(),
+            Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=9),
+        ),
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9},
+            SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=10),
+            Sampling(temperature=0.0, max_tokens=10),
+        ),
+        (
+            {"temperature": None, "top_k": -1, "max_new_tokens": 5000},
+            SamplingParams(),
+            Sampling(max_tokens=MODEL_LENGTH - 5),
+        ),
+    ],
+)
+@in_loop
+async def test_what_a_request_leaves_open_the_model_decides(
+    tiny_model: Path,
+    tmp_path: Path,
+    written: dict[str, Any] | None,
+    params: SamplingParams,
+    expected: Sampling,
+    tokenizer: Tokenizer,
+) -> None:
+    """And where the model does not: as vLLM, but for the length of the answer, which is bounded."""
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    async with running(model_in(tmp_path)) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=params))
+        assert (await worker.order()).sampling == expected
+
+
+@pytest.mark.parametrize(("length", "tokens", "answer"), [(100, 99, 1), (5000, 30, 970), (5000, 1200, 1)])
+@in_loop
+async def test_an_answer_without_a_length_fits_the_context_and_the_store(
+    tiny_model: Path, tokenizer: Tokenizer, length: int, tokens: int, answer: int
+) -> None:
+    """The store of these tests holds 1,000 tokens; it says itself that a prompt is too long for it."""
+    model = dataclasses.replace(model_in(tiny_model), max_model_len=length)
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(Generate("r", Tokens([1] * tokens)))
+        assert (await worker.order()).sampling.max_tokens == answer
+
+
+@in_loop
+async def test_an_answer_without_a_length_is_bounded_though_there_is_room(
+    tiny_model: Path, tokenizer: Tokenizer
+) -> None:
+    model = dataclasses.replace(model_in(tiny_model), max_model_len=10**6)
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        worker.send(Ready(0, 1000, "numa0", 10**6))
+        while wire.router.capacity_tokens < 10**6:
+            await asyncio.sleep(0)
+        client.send(Generate("r", Tokens([1] * 10)))
+        assert (await worker.order()).sampling.max_tokens == 4096
+
+
 @in_loop
 async def test_a_tokenizer_that_breaks_ends_the_request_alone(
     model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> list[int]:
+    def broken(*_: Any, **__: Any) -> list[int]:
         raise KeyError("nobody thought of that")
 
     async with running(model) as wire:
@@ -200,6 +280,35 @@ async def test_a_tokenizer_that_breaks_ends_the_request_alone(
         assert isinstance(failed, Failed) and failed.code == CLOError.code
         client.send(ask())
         assert isinstance(await worker.order(), Run)
+
+
+@pytest.mark.parametrize(
+    ("chat", "apart"),
+    [
+        (Chat([Turn("user", "a")]), False),
+        (Chat([Turn("user", "a" * 20_000)]), True),
+        (Chat([Turn("user", [TextPart("a" * 20)] * 1000)]), True),
+        (Chat([Turn("user", "a")], {"tools": [{"name": "x" * 20_000}]}), True),
+        (Chat([Turn("assistant", None, tool_calls=[ToolCall(Function("f", {"x": "y" * 20_000}))])]), True),
+    ],
+)
+@in_loop
+async def test_chats_that_may_become_long_are_rendered_in_a_thread(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, chat: Chat, apart: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def encode(*_: Any, **__: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return [1]
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "encode", encode)
+            client.send(Generate("r", chat, SEVEN))
+            await worker.order()
+    assert (threads[0] is not threading.main_thread()) is apart
 
 
 # ---------------------------------------------------------------------- a request before its worker
@@ -248,7 +357,7 @@ async def test_a_request_goes_to_the_worker_with_the_least_work_left(model: Reso
 
         async def assigned(name: str, tokens: int) -> tuple[Worker, int]:
             before = [len(worker.heard) for worker in wire.workers]
-            client.send(ask(name, tokens, Sampling(max_tokens=10)))
+            client.send(ask(name, tokens, SamplingParams(max_tokens=10)))
             await client.info()
             (worker,) = (w for w, count in zip(wire.workers, before, strict=True) if len(w.heard) > count)
             return worker, worker.heard[-1].sequence  # type: ignore[union-attr]
@@ -277,11 +386,11 @@ async def test_a_long_prompt_is_tokenised_while_others_are_served(
     begun, go_on = threading.Event(), threading.Event()
     encode_prompt = tokenizer.encode
 
-    def slow(prompt: Any, *arguments: Any) -> list[int]:
+    def slow(prompt: Any, *arguments: Any, **options: Any) -> list[int]:
         if isinstance(prompt, Text):
             begun.set()
             go_on.wait(WAIT_S)
-        return encode_prompt(prompt, *arguments)
+        return encode_prompt(prompt, *arguments, **options)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
     async with running(model) as wire:
@@ -313,7 +422,7 @@ Reached = tuple[Client, Worker, int]  # the sequence on the worker
 async def to_queued(wire: Wire) -> Reached:
     """Its worker has it and has said nothing."""
     client, (worker,) = wire.client(), wire.workers
-    client.send(ask(sampling=Sampling(max_tokens=7, stop=["DE"])))
+    client.send(ask(sampling=SamplingParams(max_tokens=7, stop=["DE"])))
     run = await worker.order()
     return client, worker, run.sequence
 
@@ -528,7 +637,7 @@ async def test_a_stop_string_ends_the_text_before_it(model: ResolvedModel, token
     """The worker is told, tokens that still come are dropped, and the reason is not the worker's."""
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        client.send(ask(sampling=Sampling(max_tokens=50, stop=["b-", "zzz"])))
+        client.send(ask(sampling=SamplingParams(max_tokens=50, stop=["b-", "zzz"])))
         run = await worker.order()
         worker.step(run.sequence, *ids_of(tokenizer, "1b2b-3"))
         assert await worker.order() == Abort(run.sequence)
@@ -545,7 +654,7 @@ async def test_text_that_was_held_back_comes_at_the_end(model: ResolvedModel, to
     """It might have become a stop string; with it, the last bytes that are no character yet."""
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        client.send(ask(sampling=Sampling(max_tokens=50, stop=["12345"])))
+        client.send(ask(sampling=SamplingParams(max_tokens=50, stop=["12345"])))
         run = await worker.order()
         worker.step(run.sequence, *ids_of(tokenizer, "a1234"))
         worker.send(Done(run.sequence, "length", STATS))
@@ -561,7 +670,7 @@ async def test_a_stop_string_may_be_complete_at_the_end_only(
     """Bytes that are no character show when no more come."""
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        client.send(ask(sampling=Sampling(max_tokens=50, stop=["b\ufffd"])))
+        client.send(ask(sampling=SamplingParams(max_tokens=50, stop=["b\ufffd"])))
         run = await worker.order()
         tokens = [*ids_of(tokenizer, "ab"), *tokenizer.encode(Text("€"), 10)[:-1]]
         worker.step(run.sequence, *tokens)
@@ -631,7 +740,7 @@ async def test_a_stop_string_in_a_step_ends_its_request_alone(
     """Also where the step brings another token of the same request, which is dropped."""
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        client.send(ask("a", sampling=Sampling(max_tokens=50, stop=["!"])))
+        client.send(ask("a", sampling=SamplingParams(max_tokens=50, stop=["!"])))
         client.send(ask("b"))
         a, b = [(await worker.order()).sequence for _ in range(2)]
         one, end = ids_of(tokenizer, "1!")
@@ -890,6 +999,86 @@ def test_what_a_router_cannot_start_with(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("host", "sentence"),
+    [
+        ("256.1.1.1", "neither an address nor a name of this machine"),
+        ("no-such-name.invalid", "neither an address nor a name of this machine"),
+        ("", "neither an address nor a name of this machine"),
+        ("*", "neither an address nor a name of this machine"),
+        ("a b", "neither an address nor a name of this machine"),
+        ("x" * 300, "neither an address nor a name of this machine"),
+        ("[::1", "neither an address nor a name of this machine"),
+        ("192.0.2.1", "is not an address of this machine"),
+        ("2001:db8::1", "is not an address of this machine"),
+    ],
+)
+def test_hosts_that_cannot_be_listened_on(tiny_model: Path, host: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        router_of(0, tiny_model, host)
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "numeric"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+    ],
+)
+def test_hosts_by_number_by_name_and_of_ipv6(tiny_model: Path, host: str, numeric: str) -> None:
+    """The address of the ready line is one that a client can use."""
+    if ":" in host and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+
+    async def run() -> None:
+        router = router_of(0, tiny_model, host)
+        assert router.address.startswith(f"tcp://{numeric}:")
+        serving = asyncio.create_task(router.serve())
+        async with AsyncClient(router.address) as client:
+            assert (await asyncio.wait_for(client.info(), WAIT_S)).model == "tiny"
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+        await router.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("method", ["push", "flush"])
+@in_loop
+async def test_text_that_cannot_be_made_ends_the_request_alone(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(*_: Any) -> str:
+        raise KeyError("nobody thought of that")
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask())
+        run = await worker.order()
+        with monkeypatch.context() as patch:
+            patch.setattr(Detokenizer, method, broken)
+            worker.step(run.sequence, 65)
+            if method == "push":
+                assert await worker.order() == Abort(run.sequence)
+            worker.send(Done(run.sequence, "cancelled", STATS))
+            *_, failed = await client.to_end("r")
+        assert isinstance(failed, Failed) and failed.code == CLOError.code and "into text" in failed.text
+        client.send(ask())
+        assert isinstance(await worker.order(), Run)
+
+
 # ------------------------------------------------------------------------------------------ at random
 
 
@@ -937,7 +1126,7 @@ async def use(wire: Wire, rng: random.Random) -> None:
     got: dict[str, list[int]] = {name: [] for name in names}
     vanishes = rng.random() < 0.3
     for name in names:
-        client.send(ask(name, rng.randint(1, 50), Sampling(max_tokens=wanted[name])))
+        client.send(ask(name, rng.randint(1, 50), SamplingParams(max_tokens=wanted[name])))
     open_ = set(names)
     cancelled: set[str] = set()
     while open_:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from clo.runtime.model.generation import read_generation
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
-from clo.runtime.wire.messages import Chat, Text, Tokens, Turn
+from clo.runtime.wire.messages import Chat, Function, Text, TextPart, Tokens, ToolCall, Turn
 from tests.conftest import SPECIAL, VOCABULARY
 
 LIMIT = 100
@@ -87,9 +89,64 @@ def test_tokens_of_usual_tokenizers_need_not_be_decoded_again(
     assert metaspace.spelling is None, "a space is left out wherever the first token has one"
 
 
-def pieces_of(tokenizer: Tokenizer, tokens: list[int], stop: list[str] | None = None) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, stop or [])
+def pieces_of(
+    tokenizer: Tokenizer, tokens: list[int], stop: list[str] | None = None, prompt: list[int] | None = None
+) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt or [], stop or [])
     return [detokenizer.push(token) for token in tokens] + [detokenizer.flush()]
+
+
+MARKING = ("byte_fallback", "metaspace")  # tokenizers whose first token has no space before it
+
+
+@pytest.mark.parametrize("name", ["byte_level", "default_model", "decoded_again", *MARKING])
+@pytest.mark.parametrize("seed", range(30))
+def test_an_answer_is_the_text_that_it_adds_to_its_prompt(
+    name: str, seed: int, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    rng = random.Random(seed)
+    prompt = tokenizer.encode(Text("a" + random_text(rng) + "b" * (seed % 2)), 1000)
+    answer = tokenizer.encode(Text(" a" + random_text(rng)), 1000, continues=True)
+    whole = tokenizer.decode(prompt + answer)
+    assert "".join(pieces_of(tokenizer, answer, prompt=prompt)) == whole[len(tokenizer.decode(prompt)) :]
+
+
+@pytest.mark.parametrize("name", MARKING)
+def test_the_first_space_of_an_answer_stays(name: str, request: pytest.FixtureRequest) -> None:
+    """Also before a stop string, behind special tokens, and where nothing but spaces is known before it; at
+    the beginning of a text there is none."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    prompt, answer = tokenizer.encode(Text("a b"), 10), tokenizer.encode(Text(" cab"), 10, continues=True)
+    (special,) = tokenizer.eos
+    assert "".join(pieces_of(tokenizer, answer, prompt=prompt)) == " cab"
+    assert "".join(pieces_of(tokenizer, answer, [" ca"], prompt)) == ""
+    assert "".join(pieces_of(tokenizer, answer, ["ab"], prompt)) == " c"
+    assert "".join(pieces_of(tokenizer, answer, prompt=[*prompt, special])) == " cab"
+    assert "".join(pieces_of(tokenizer, answer, prompt=tokenizer.encode(Text(" "), 10))) == " cab"
+    assert "".join(pieces_of(tokenizer, answer, prompt=[special])) == "cab"
+
+
+@pytest.mark.parametrize("name", ["byte_level", "default_model", *MARKING])
+@pytest.mark.parametrize(("prompt", "continuation"), [("a", " cab"), ("a ", "cab"), ("a", ","), ("a", "  a")])
+def test_a_continuation_has_the_tokens_that_it_has_behind_its_prompt(
+    name: str, prompt: str, continuation: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    before = tokenizer.encode(Text(prompt), 100)
+    tokens = tokenizer.encode(Text(continuation), 100, continues=True)
+    assert tokenizer.decode(before + tokens) == prompt + continuation
+    if before == tokenizer.encode(Text(prompt + continuation), 100)[: len(before)]:
+        assert before + tokens == tokenizer.encode(Text(prompt + continuation), 100)
+
+
+def test_a_prompt_that_ends_within_a_character_shows_none_of_it(byte_level: Tokenizer) -> None:
+    whole = byte_level.encode(Text("a€"), 10)
+    assert byte_level.ending(whole) == whole
+    assert byte_level.ending(whole[:-1]) == []
+    assert "".join(pieces_of(byte_level, [*whole[-1:], 65], prompt=whole[:-1])) == byte_level.decode(
+        [*whole[-1:], 65]
+    )
 
 
 def random_text(rng: random.Random) -> str:
@@ -143,7 +200,7 @@ def test_random_bytes_are_given_in_time_and_never_taken_back(byte_level: Tokeniz
     lead = [byte_level.encode(Text(c), 10)[0] for c in "é€你👍"]  # beginnings of characters
     pools = (range(VOCABULARY), lead, range(128, 256), range(100, 180))
     tokens = [rng.choice(rng.choice(pools)) for _ in range(120)]
-    detokenizer, given, whole = Detokenizer(byte_level, []), "", byte_level.decode(tokens)
+    detokenizer, given, whole = Detokenizer(byte_level, [], []), "", byte_level.decode(tokens)
     for count, token in enumerate(tokens, 1):
         given += detokenizer.push(token)
         text = byte_level.decode(tokens[:count])
@@ -203,7 +260,7 @@ def test_stop_strings_at_random(byte_level: Tokenizer, seed: int) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choices("ab€", k=60))
     stops = ["".join(rng.choices("ab€", k=rng.randrange(1, 9))) for _ in range(rng.randrange(1, 5))]
-    detokenizer, given, expected = Detokenizer(byte_level, stops), "", cut(text, stops)
+    detokenizer, given, expected = Detokenizer(byte_level, [], stops), "", cut(text, stops)
     for token in byte_level.encode(Text(text), 100):
         given += detokenizer.push(token)
         assert expected.startswith(given)
@@ -218,7 +275,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(byte_level: Tokenizer) -
 
 
 def test_nothing_comes_behind_a_stop_string(byte_level: Tokenizer) -> None:
-    detokenizer = Detokenizer(byte_level, ["b"])
+    detokenizer = Detokenizer(byte_level, [], ["b"])
     tokens = [byte_level.encode(Text(character), 10)[0] for character in "1b2"]
     assert [detokenizer.push(token) for token in tokens] == ["1", "", ""]
     assert detokenizer.stopped
@@ -285,10 +342,64 @@ def test_a_chat_is_rendered_as_by_transformers(tiny_model: Path, smollm2: Path) 
         assert Tokenizer(path, len(reference)).encode(HELLO, 1000) == expected
 
 
+CALL = ToolCall(Function("f", '{"x": [1, "é"]}'), id="1")
+TEMPLATE_OF_EVERYTHING = "{{ messages | tojson }}{{ tools | tojson }}{{ enable_thinking }}"
+OPENAI = [
+    Turn("user", [TextPart("one"), TextPart("two")], name="n"),
+    Turn("user", []),
+    Turn("assistant", None, tool_calls=[CALL]),
+    Turn("tool", None, tool_call_id="1"),
+]
+
+
+def test_content_is_null_or_parts_and_tool_calls_are_objects(folder: Path) -> None:
+    """As vLLM hands them to a template; what a message lacks the template does not see."""
+    set_template(folder, TEMPLATE_OF_EVERYTHING)
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    chat = Chat(OPENAI, {"tools": tools, "enable_thinking": False})
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "é"]}}}
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "one\ntwo", "name": "n"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+    ]
+    reference = AutoTokenizer.from_pretrained(folder)
+    expected = reference.apply_chat_template(
+        messages, tools, enable_thinking=False, add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.decode(tokenizer.encode(chat, 1000)) == expected
+
+
+def test_a_variable_of_the_template_is_not_an_option_of_the_library(folder: Path) -> None:
+    """A template of the client's own could compute for ever."""
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    for name in ("chat_template", "tokenize", "continue_final_message", "add_generation_prompt", "padding"):
+        with pytest.raises(InvalidRequest, match=f"cannot set '{name}'"):
+            tokenizer.encode(Chat(HELLO.turns, {name: "x"}), 1000)
+    for name, value in (("messages", []), ("tools", 5), ("documents", [5]), ("tools", [object])):
+        with pytest.raises(InvalidRequest, match="refuses the messages"):
+            tokenizer.encode(Chat(HELLO.turns, {name: value}), 1000)
+    assert tokenizer.encode(Chat(HELLO.turns, {"unknown": 5}), 1000) == tokenizer.encode(HELLO, 1000)
+
+
+@pytest.mark.parametrize("arguments", ["{", "nonsense"])
+def test_a_tool_call_whose_arguments_are_not_json_is_refused(folder: Path, arguments: str) -> None:
+    chat = Chat([Turn("assistant", None, tool_calls=[ToolCall(Function("f", arguments))])])
+    with pytest.raises(InvalidRequest, match="refuses the messages"):
+        Tokenizer(folder, VOCABULARY).encode(chat, 1000)
+
+
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
         (None, "no chat template"),
+        ("{{ messages[0].content + 1 }}", "refuses the messages"),
+        ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
+        ("{{ 'a' % 1 }}", "refuses the messages"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: maximum recursion"),
+        ("{{ range(10 ** 9) }}", "refuses the messages"),
         ("{{ raise_exception('user must come first') }}", "refuses the messages: user must come first"),
         ("{{ messages[0].content.missing.part }}", "refuses the messages"),
         ("{% if %}", "refuses the messages"),
@@ -317,7 +428,7 @@ def test_special_tokens_are_added_to_texts_alone_and_only_when_asked(
     }  # fmt: skip
     path.write_text(json.dumps(written))
     tokenizer = Tokenizer(folder, VOCABULARY)
-    plain = tokenizer.encode(Text("plain"), LIMIT, add_special_tokens=False)
+    plain = tokenizer.encode(Text("plain"), LIMIT, continues=True)
     assert tokenizer.encode(Text("plain"), LIMIT) == bos + plain
     assert tokenizer.encode(Tokens(plain), LIMIT) == plain
     chat = tokenizer.encode(HELLO, LIMIT)
@@ -348,16 +459,99 @@ def test_texts_end_by_the_tokenizer_and_by_the_generation_config(
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "end"}', "\xff"])
+@pytest.mark.parametrize(
+    ("generation", "config", "more"),
+    [
+        (None, 7, [7]),
+        (None, [9, 7], [7, 9]),
+        ({"temperature": 0.5}, [9, 7], [7, 9]),
+        ({"eos_token_id": 8}, [9, 7], [8]),
+        (None, None, []),
+    ],
+)
+def test_config_json_says_how_texts_end_where_generation_config_does_not(
+    folder: Path, generation: dict[str, object] | None, config: object, more: list[int]
+) -> None:
+    """As for transformers and vLLM."""
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": config}))
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    assert tokenizer.eos == sorted({*more, *tokenizer.encode(Text("<|im_end|>"), LIMIT)})
+
+
+DAMAGED = [
+    "{",
+    "[]",
+    "\xff",
+    "[" * 100_000,
+    '{"eos_token_id": "end"}',
+    '{"eos_token_id": [1, "end"]}',
+    '{"eos_token_id": -1}',
+    '{"eos_token_id": true}',
+    '{"temperature": "hot"}',
+    '{"temperature": -1}',
+    '{"temperature": NaN}',
+    '{"top_p": 0}',
+    '{"top_k": 1.5}',
+    '{"max_new_tokens": 0}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_generation_config_is_refused(folder: Path, text: str) -> None:
     (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"generation_config\.json is damaged"):
         Tokenizer(folder, VOCABULARY)
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '{"model": {"type": "BPE"'])
-def test_a_missing_or_damaged_tokenizer_is_refused(folder: Path, text: str | None) -> None:
-    path = folder / "tokenizer.json"
-    path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(ConfigError, match=r"tokenizer in .* cannot be loaded"):
+def test_what_the_model_asks_for_and_clo_does_not_do_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"repetition_penalty": 1.05, "min_p": 0.0, "do_sample": true}')
+    assert read_generation(tmp_path).ignored == ("repetition_penalty 1.05",)
+    path.write_text('{"repetition_penalty": 1.0, "min_p": 0.1}')
+    assert read_generation(tmp_path).ignored == ("min_p 0.1",)
+
+
+def damage(name: str, text: str | None) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink() if text is None else (folder / name).write_text(text)
+
+
+def change(name: str, **entries: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(
+        json.dumps(json.loads((folder / name).read_text()) | entries)
+    )
+
+
+def folder_in_place(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").mkdir()
+
+
+FOLDERS: dict[str, Callable[[Path], object]] = {
+    "no tokenizer": damage("tokenizer.json", None),
+    "an empty one": damage("tokenizer.json", ""),
+    "without a model": damage("tokenizer.json", "{}"),
+    "cut short": damage("tokenizer.json", '{"model": {"type": "BPE"'),
+    "an unknown model": change("tokenizer.json", model={"type": "Spell"}),
+    "a folder in its place": folder_in_place,
+    "settings cut short": damage("tokenizer_config.json", "{"),
+    "settings that are a list": damage("tokenizer_config.json", "[]"),
+    "an end that is a number": change("tokenizer_config.json", eos_token=5),
+    "code of its own": change(
+        "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_missing_or_damaged_tokenizer_is_refused(folder: Path, name: str) -> None:
+    """In one sentence that names the folder, and without a question about the model's own code."""
+    FOLDERS[name](folder)
+    with pytest.raises(
+        ConfigError, match=r"tokenizer in .* cannot be loaded \(.*\); copy the model"
+    ) as caught:
         Tokenizer(folder, VOCABULARY)
+    assert "\n" not in str(caught.value)

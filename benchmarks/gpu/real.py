@@ -117,7 +117,7 @@ def items_of(case: Case, resolved: ResolvedModel) -> list[Item]:
     tokenizer = Tokenizer(resolved.folder, resolved.vocab_size)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+        return tokenizer.encode(Text(text), limit=10**9, continues=True)
 
     texts = documents(encode)
     return [

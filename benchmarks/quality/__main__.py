@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer = Tokenizer(resolved.folder, decoder.vocab)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(Text(text), limit=10**9, add_special_tokens=False)
+        return tokenizer.encode(Text(text), limit=10**9, continues=True)
 
     make = partial(items_of, documents(encode)[: options.documents], encode)
     figures: list[Figures] = []

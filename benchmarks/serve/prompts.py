@@ -10,7 +10,7 @@ from examples.document import document
 
 def text_of(tokenizer: Tokenizer) -> list[int]:
     """Token ids of a long text that every installation carries, the Python language reference."""
-    return tokenizer.encode(Text(document(*topics)), limit=10**9, add_special_tokens=False)
+    return tokenizer.encode(Text(document(*topics)), limit=10**9, continues=True)
 
 
 class Prompts:

@@ -1,6 +1,6 @@
 """How much memory is really available, asked before any of it is touched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clo.runtime.units import format_size
@@ -19,19 +19,19 @@ def check_memory(wanted: Mapping[int, int]) -> None:
         ConfigError: they do not fit.
     """
     total = sum(wanted.values())
-    for place, available in _shared_limits():
+    for available, place in _shared_limits():
         if total > available:
             raise _too_large(total, available, place)
-    nodes = _ROOT / "sys/devices/system/node"
-    if len(list(nodes.glob("node[0-9]*"))) < 2:
-        return  # the only node is the machine
     for node, size in wanted.items():
-        meminfo = nodes / f"node{node}" / "meminfo"
-        if meminfo.exists():
-            fields = _fields(meminfo, first=2)
-            available = 1024 * sum(fields[key] for key in ("MemFree:", "Active(file):", "Inactive(file):"))
+        for available, place in _node_limits(node):
             if size > available:
-                raise _too_large(size, available, f"on NUMA node {node}")
+                raise _too_large(size, available, place)
+
+
+def available_memory(nodes: Sequence[int]) -> tuple[int, str]:
+    """Bytes that an arena on each of these nodes can have at most, and the place that sets this limit."""
+    shared = [(available // len(nodes), place) for available, place in _shared_limits()]
+    return min(*shared, *(limit for node in nodes for limit in _node_limits(node)), (2**63, ""))
 
 
 def _too_large(wanted: int, available: int, place: str) -> ConfigError:
@@ -41,9 +41,19 @@ def _too_large(wanted: int, available: int, place: str) -> ConfigError:
     )
 
 
-def _shared_limits() -> Iterator[tuple[str, int]]:
+def _node_limits(node: int) -> Iterator[tuple[int, str]]:
+    """Bytes still available on a NUMA node, where there are several: the only one is the machine."""
+    nodes = _ROOT / "sys/devices/system/node"
+    meminfo = nodes / f"node{node}" / "meminfo"
+    if len(list(nodes.glob("node[0-9]*"))) > 1 and meminfo.exists():
+        fields = _fields(meminfo, first=2)
+        free = sum(fields[key] for key in ("MemFree:", "Active(file):", "Inactive(file):"))
+        yield 1024 * free, f"on NUMA node {node}"
+
+
+def _shared_limits() -> Iterator[tuple[int, str]]:
     """Bytes still available to all arenas together, each with the place that sets the limit."""
-    yield "on this machine", 1024 * _fields(_ROOT / "proc/meminfo")["MemAvailable:"]
+    yield 1024 * _fields(_ROOT / "proc/meminfo")["MemAvailable:"], "on this machine"
     for folder in _memory_cgroups():
         for limit_name, usage_name, prefix in (
             ("memory.max", "memory.current", ""),  # version 2
@@ -54,7 +64,7 @@ def _shared_limits() -> Iterator[tuple[str, int]]:
                 stat = _fields(folder / "memory.stat")
                 cache = stat[f"{prefix}active_file"] + stat[f"{prefix}inactive_file"]
                 usage = int((folder / usage_name).read_text())
-                yield "in this container or control group", int(text) - usage + cache
+                yield int(text) - usage + cache, "in this container or control group"
 
 
 def _memory_cgroups() -> Iterator[Path]:

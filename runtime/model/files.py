@@ -1,15 +1,16 @@
 """From ``ModelConfig`` to a folder with a model that CLO can serve."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the HTTP library below it
     HTTPError,
     RepositoryNotFoundError,
 )
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from clo.runtime.config import DEFAULT_MODEL, ModelConfig, ResolvedModel
@@ -21,6 +22,12 @@ from clo.runtime.wire.errors import ConfigError
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]
 _HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 _HUB_SECONDS = 5.0
+
+
+class _Index(msgspec.Struct):
+    """Which file holds which weight."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 def resolve(model: ModelConfig) -> ResolvedModel:
@@ -92,9 +99,9 @@ def _check_files(folder: Path) -> None:
     names = ["model.safetensors"]
     if not (folder / names[0]).exists() and index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise ConfigError(f"{index} is damaged; copy the model again.") from None
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.DecodeError, OSError, RecursionError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{index} is damaged ({error}); copy the model again.") from None
     for name in names:
         try:
             with safe_open(folder / name, framework="pt"):

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.wire.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _COUNTS = (  # transformers takes any whole number for these
     "vocab_size",
@@ -24,6 +25,7 @@ _COUNTS = (  # transformers takes any whole number for these
     "num_key_value_heads",
     "max_position_embeddings",
 )
+_MOST = 2**31  # for sizes and positions
 
 
 def quiet_transformers() -> None:
@@ -44,14 +46,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
         written = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no config.json; give a folder in Hugging Face format.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); copy the model again.") from None
     family = written.get("model_type") if isinstance(written, dict) else None
     if family not in FAMILIES:
         raise ConfigError(f"{path} is of the model family '{family}'; CLO knows {', '.join(FAMILIES)}.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # the library raises whatever its work on a wrong value comes upon
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not a valid configuration: {reason}.") from None
     _check(config, path)
@@ -68,7 +70,7 @@ def _check(config: Any, path: Path) -> None:
     if config.hidden_act != "silu":
         raise ConfigError(f"{path} has the activation '{config.hidden_act}'; CLO knows silu.")
     for name in _COUNTS:
-        if getattr(config, name) < 1:
+        if not 1 <= getattr(config, name) < _MOST:
             raise ConfigError(f"{path} has a {name} of {getattr(config, name)}; copy the model again.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
@@ -78,6 +80,16 @@ def _check(config: Any, path: Path) -> None:
     head_dim = kv_shape(config, torch.float32).head_dim
     if head_dim < 1 or head_dim % 4:
         raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a positive multiple of 4.")
+    kinds = getattr(config, "layer_types", None) or []
+    if kinds and (len(kinds) != config.num_hidden_layers or not set(kinds) <= LAYER_TYPES):
+        raise ConfigError(
+            f"{path} has {config.num_hidden_layers} layers and the layer_types {', '.join(map(str, kinds))}; "
+            f"CLO takes one for each layer and knows {', '.join(sorted(LAYER_TYPES))}."
+        )
+    _check_rope(config, path)
+
+
+def _check_rope(config: Any, path: Path) -> None:
     rope = config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES:
         raise ConfigError(
@@ -87,6 +99,16 @@ def _check(config: Any, path: Path) -> None:
         raise ConfigError(
             f"{path} rotates only a part of each head (partial_rotary_factor); CLO rotates all."
         )
+    try:
+        frequencies = torch.tensor(float(rope["rope_theta"])).log()
+        if rope["rope_type"] != "default":
+            frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+            frequencies = frequencies * float(scale)
+        valid = bool(frequencies.isfinite().all()) and 1 <= _scaled_positions(config) < _MOST
+    except Exception:  # its formulas take whatever the file holds
+        valid = False
+    if not valid:
+        raise ConfigError(f"{path} has RoPE parameters that cannot be computed with: {rope}.")
 
 
 def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
@@ -106,7 +128,7 @@ def context_length(config: Any, asked: int | None) -> int:
     Raises:
         ConfigError: the model was made for fewer, or attends only to a window of fewer.
     """
-    own: int = config.max_position_embeddings
+    own = _scaled_positions(config)
     length = own if asked is None else asked
     if length > own:
         raise ConfigError(
@@ -119,6 +141,15 @@ def context_length(config: Any, asked: int | None) -> int:
             f"start with --max-model-len {window} or less, where it makes no difference."
         )
     return length
+
+
+def _scaled_positions(config: Any) -> int:
+    """Positions that a model was made for, RoPE scaling included, as vLLM derives them: linear scaling
+    multiplies ``max_position_embeddings``, YaRN the length before it; llama3's length holds it already."""
+    rope, positions = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        positions = rope["original_max_position_embeddings"]
+    return int(positions * rope["factor"]) if rope["rope_type"] in ("linear", "yarn") else int(positions)
 
 
 def layer_specs(config: Any) -> tuple[LayerSpec, ...]:

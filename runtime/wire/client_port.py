@@ -227,7 +227,7 @@ class ClientPort:
     """Listens for clients, in one event loop.
 
     Args:
-        host, port: where; port 0 for a free one.
+        host, port: where, the host as a number; port 0 for a free one.
         key: only clients that know it can connect; None for all.
         largest: bytes of a message that is read; of larger ones only the beginning is.
         unread: bytes that a client may leave unread.
@@ -236,7 +236,7 @@ class ClientPort:
         refuse: is called when a client does not know the key, or has one where none is wanted.
 
     Attributes:
-        endpoint: the address bound, such as ``tcp://127.0.0.1:5555``.
+        endpoint: the address bound, such as ``tcp://127.0.0.1:5555`` or ``tcp://[::1]:5555``.
 
     Raises:
         OSError: the address cannot be bound.
@@ -261,8 +261,11 @@ class ClientPort:
         self._will_look = False
         self._count = 0
         self._failure: asyncio.Future[None] | None = None  # while somebody listens
-        self._socket = socket.create_server((host, port), backlog=1024)
-        self.endpoint = f"tcp://{host}:{self._socket.getsockname()[1]}"
+        ipv6 = ":" in host
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        self._socket = socket.create_server((host, port), family=family, backlog=1024)
+        name = f"[{host}]" if ipv6 else host
+        self.endpoint = f"tcp://{name}:{self._socket.getsockname()[1]}"
 
     async def listen(self) -> None:
         """Have messages handled until this is cancelled. What ``handle`` raises ends it."""

@@ -7,8 +7,6 @@ that is silent are told; if it comes back nothing is lost, for connections betwe
 last as long as the processes.
 """
 
-STARTING_S = (
-    1800.0  # from its start to its first message: a terabyte of memory is touched, or weights are read
-)
+STARTING_S = 1800.0  # from its start to its first message: a terabyte is touched, or weights are read
 SERVING_S = 120.0  # to answer a Ping; a GPU that is stuck is given up after half of it
 STALLED_S = 5.0  # without an answer, after which clients are told

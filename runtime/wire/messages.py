@@ -4,7 +4,7 @@ The wire format is MessagePack. A message is a map with its class name under ``t
 name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,15 +32,53 @@ class Text(Message, frozen=True):
     text: str
 
 
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+    """A part of a chat message; CLO serves no others."""
+
+    text: str
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tool call calls; arguments in JSON, as OpenAI's API has them, become an object."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that the assistant made in an earlier message."""
+
+    function: Function
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chat message; the fields are those of OpenAI's API."""
+
     role: str
-    content: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string; parts become lines, and no content is an empty string, as in vLLM."""
+        if isinstance(self.content, list):
+            return "\n".join([part.text for part in self.content])
+        return self.content or ""
 
 
 class Chat(Message, frozen=True):
-    """Chat messages; rendered with the model's chat template."""
+    """Chat messages; rendered with the model's chat template.
+
+    ``chat_template_kwargs`` are further variables of the template, such as ``enable_thinking`` for Qwen3, or
+    ``tools``.
+    """
 
     turns: list[Turn]
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class Tokens(Message, frozen=True):
@@ -49,21 +87,44 @@ class Tokens(Message, frozen=True):
     ids: list[TokenId]
 
 
-class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How tokens are chosen. Names and meanings are vLLM's.
+Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
+MaxTokens = Annotated[int, Meta(ge=1, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
-    ``temperature`` 0 is greedy; ``top_k`` 0 keeps all; ``seed`` makes a request repeatable in any batch;
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a client wants tokens to be chosen. Names and meanings are vLLM's.
+
+    Where ``temperature``, ``top_p`` or ``top_k`` is None the model's generation_config.json decides, and
+    without an entry there it is 1, 1 and 0. ``temperature`` 0 is greedy; ``top_k`` 0 or -1 keeps all.
+    ``max_tokens`` None takes what generation_config.json says as ``max_new_tokens``, or else all that is left
+    of the context and of the KV store, up to 4,096. ``seed`` makes a request repeatable in any batch;
     ``logprobs`` n returns the log-probability of each token and of the n most likely ones.
     """
 
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] = 256
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    max_tokens: MaxTokens | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1000)]], Meta(max_length=16)] = []
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     ignore_eos: bool = False
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Logprobs | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a worker chooses the tokens of one request: ``SamplingParams`` with every default filled in.
+    ``top_k`` 0 keeps all."""
+
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    max_tokens: MaxTokens = 256
+    ignore_eos: bool = False
+    logprobs: Logprobs | None = None
 
 
 class Logprob(msgspec.Struct, frozen=True):
@@ -152,7 +213,7 @@ class Generate(Message, frozen=True):
 
     request: RequestId
     prompt: Text | Chat | Tokens
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     continuation: Text | Tokens | None = None
 
 

@@ -1,0 +1,183 @@
+"""A long run of mixed requests against one server: ``python -m tests.soak --requests 50000``.
+
+Requests are answered, cancelled, timed out, left, dropped unread and wrong in many ways, and their clients
+close or vanish. At ten places on the way nothing may have grown: all blocks are free, and memory and
+descriptors of the server are what they were once the first tenth had warmed everything up. The report is one
+line of JSON for each place. The exit code is 1 where something grew or the log holds a traceback; a request
+that ends otherwise than it should have raises.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from clo.runtime.client import AsyncClient, Client
+from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, RequestTimeout, ServerUnreachable
+from clo.runtime.wire.messages import Generate, SamplingParams, Tokens
+from tests.conftest import make_tiny_model
+from tests.faults import SMALL, WAIT_S, raw, wait_until_idle
+from tests.server import Server, launch
+
+CLIENTS = 8
+PLACES = 10
+GROWTH_BYTES = 48 * 2**20  # of all processes together, from the first place to the last: noise of allocators
+GROWTH_DESCRIPTORS = 4
+
+WRONG: list[tuple[Any, dict[str, Any], type[CLOError]]] = [
+    ([], {}, InvalidRequest),
+    ([600], {}, InvalidRequest),
+    ("", {}, InvalidRequest),
+    ("a", {"temperature": -1}, InvalidRequest),
+    ("a", {"stop": [""]}, InvalidRequest),
+    ([{"role": "user", "content": 5}], {}, InvalidRequest),
+    ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"tokenize": True}}, InvalidRequest),
+    ([1] * 5000, {}, PromptTooLong),
+    ([1] * 100, {"max_tokens": 4090}, PromptTooLong),
+    ([1] * 2000, {"max_tokens": 1000}, PromptTooLong),
+]
+
+
+async def answered(client: AsyncClient, rng: random.Random) -> None:
+    count = rng.randrange(1, 12)
+    options: dict[str, Any] = {"max_tokens": count, "ignore_eos": True, "logprobs": rng.choice([None, 0, 20])}
+    prompt: Any = rng.choice(
+        ["a b", [1, 2, 3], [{"role": "user", "content": None}], [7] * rng.randrange(1, 300)]
+    )
+    result = await client.generate(prompt, top_k=-1, seed=rng.randrange(9), **options)
+    assert len(result.tokens) == count
+
+
+async def scored(client: AsyncClient, rng: random.Random) -> None:
+    assert len((await client.score("a", [5] * rng.randrange(1, 8))).logprobs or ()) > 0
+
+
+async def stopped(client: AsyncClient, rng: random.Random) -> None:
+    result = await client.generate("a", max_tokens=40, stop=rng.choice("abcdefgh"), seed=rng.randrange(9))
+    assert result.finish_reason in ("stop", "length")
+
+
+async def cancelled(client: AsyncClient, rng: random.Random) -> None:
+    stream = client.stream("a", max_tokens=1000, ignore_eos=True)
+    if rng.random() < 0.5:
+        await stream.cancel()
+    async for _ in stream:
+        await stream.cancel()
+    assert stream.result.finish_reason == "cancelled"
+
+
+async def timed_out(client: AsyncClient, rng: random.Random) -> None:
+    with pytest.raises(RequestTimeout):
+        await client.generate("a", max_tokens=1000, ignore_eos=True, timeout=rng.choice([0.0, 0.01, 0.05]))
+
+
+async def left(client: AsyncClient, rng: random.Random) -> None:
+    async for _ in client.stream("a", max_tokens=1000, ignore_eos=True):
+        break
+
+
+async def dropped(client: AsyncClient, rng: random.Random) -> None:
+    client.stream("a", max_tokens=1000, ignore_eos=True)
+    await asyncio.sleep(0.01 * rng.random())
+
+
+async def wrong(client: AsyncClient, rng: random.Random) -> None:
+    prompt, options, error = rng.choice(WRONG)
+    with pytest.raises(error):
+        await client.generate(prompt, **options)
+
+
+async def closed(client: AsyncClient, rng: random.Random) -> None:
+    async with AsyncClient(client.address) as other:
+        request = asyncio.create_task(other.generate("a", max_tokens=1000, ignore_eos=True))
+        await asyncio.sleep(0.02 * rng.random())
+    with pytest.raises(ServerUnreachable):
+        await request
+
+
+async def vanished(client: AsyncClient, rng: random.Random) -> None:
+    def send() -> None:
+        with raw(client.address) as other:
+            other.send(Generate("r", Tokens([1, 2]), SamplingParams(max_tokens=1000, ignore_eos=True)))
+            other.send(rng.randbytes(rng.randrange(40)))
+            other.receive()
+
+    await asyncio.to_thread(send)
+
+
+KINDS = {
+    answered: 8, scored: 1, stopped: 2, cancelled: 2, timed_out: 1, left: 1, dropped: 1, wrong: 3, closed: 1,
+    vanished: 1,
+}  # fmt: skip
+"""How often each comes."""
+
+
+async def run(address: str, requests: int, rng: random.Random) -> Counter[str]:
+    """Some requests of each kind, ``CLIENTS`` at a time; how many there were of each."""
+    kinds = rng.choices(list(KINDS), list(KINDS.values()), k=requests)
+    counts: Counter[str] = Counter(kind.__name__ for kind in kinds)
+
+    async def work() -> None:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            while kinds:
+                await kinds.pop()(client, rng)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS):
+            group.create_task(work())
+    return counts
+
+
+def held(server: Server) -> dict[str, int]:
+    """What a server's processes hold: bytes of their own, and descriptors."""
+    found = {"bytes": 0, "descriptors": 0}
+    for process in (psutil.Process(server.process.pid), *server.children()):
+        with suppress(psutil.NoSuchProcess):
+            memory = process.memory_info()
+            found["bytes"] += memory.rss - memory.shared
+            found["descriptors"] += process.num_fds()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng, first = random.Random(arguments.seed), None
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_model(Path(folder))
+        with launch("--model", folder, *SMALL) as server:
+            for place in range(1, PLACES + 1):
+                began = time.monotonic()
+                counts = asyncio.run(run(server.address, arguments.requests // PLACES, rng))
+                with Client(server.address, timeout=WAIT_S) as client:
+                    wait_until_idle(client)
+                now = held(server)
+                first = first or now
+                seconds = time.monotonic() - began
+                print(json.dumps({"place": place, **now, "seconds": round(seconds), **counts}), flush=True)
+                if now["bytes"] > first["bytes"] + GROWTH_BYTES:
+                    print("error: memory has grown", file=sys.stderr)
+                    return 1
+                if now["descriptors"] > first["descriptors"] + GROWTH_DESCRIPTORS:
+                    print("error: descriptors have grown", file=sys.stderr)
+                    return 1
+            if "Traceback" in (log := server.stderr.read_text()):
+                print(log, file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
