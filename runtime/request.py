@@ -35,7 +35,9 @@ class Request:
 
     Attributes:
         state: see ``State``; ``move`` changes it.
+        arrived: when it came.
         heard: when the client was last sent something for it.
+        stepped: when its latest token came.
         reason: why it ends, if the worker cannot know: "stop" (a stop string) or "cancelled".
         prefilled: tokens prefilled so far; None while it waits for its prefill.
         sequence: its number on the worker; -1 before it has one.
@@ -44,7 +46,8 @@ class Request:
     """
 
     def __init__(self, client: bytes, name: str, size: int, now: float) -> None:
-        self.client, self.name, self.size, self.heard = client, name, size, now
+        self.client, self.name, self.size = client, name, size
+        self.arrived = self.heard = self.stepped = now
         self.state = State.ADMITTING
         self.reason: Reason | None = None
         self.prompt_tokens = self.max_tokens = self.generated = 0

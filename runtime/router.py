@@ -21,7 +21,8 @@ from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.machine.addresses import numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
-from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.tokenizer import Detokenizer, Tokenizer, takes_long
+from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
 from clo.runtime.wire.errors import (
     CLOError,
@@ -44,6 +45,7 @@ from clo.runtime.wire.messages import (
     Failed,
     Finished,
     FromChild,
+    GatewayReady,
     Generate,
     GetInfo,
     GetWorkerStats,
@@ -80,8 +82,6 @@ PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
 FLUSH_S = 1.0
 WARN_S = 60.0  # between two warnings of the same
-THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
-TURN_CHARACTERS = 50  # as many take as long as an empty message of a chat
 THREADS = 4  # that tokenise, each for another client
 
 _logger = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ class Router:
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self._warned = -math.inf  # when it was said last that a client did not know the key
+        self._traffic = TrafficMeter()
         self._children = Children()
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
@@ -235,7 +236,7 @@ class Router:
     def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError) -> None:
         if isinstance(message, ProtocolError):
             _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-        elif isinstance(message, Ready | StoreReady) or self._children.has_begun(worker):
+        elif isinstance(message, Ready | StoreReady | GatewayReady) or self._children.has_begun(worker):
             self._handlers[type(message)](self, worker, message)
         else:
             _logger.error("%s speaks before it is ready.", worker.decode(errors="replace"))
@@ -351,18 +352,8 @@ class Router:
     async def _tokens(
         self, request: Request, prompt: Text | Chat | Tokens, continues: bool = False
     ) -> list[int]:
-        match prompt:
-            case Text():
-                characters = len(prompt.text)
-            case Chat():
-                # What a template makes of variables and tool calls may be long though the messages are short.
-                more = prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns)
-                turns = sum(len(turn.text) + TURN_CHARACTERS for turn in prompt.turns)
-                characters = THREAD_CHARACTERS if more else turns
-            case Tokens():
-                characters = 0
         encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
-        if characters < THREAD_CHARACTERS:
+        if not takes_long(prompt):
             return encode()
         async with self._turns.setdefault(request.client, asyncio.Lock()):
             if not request.open:
@@ -388,12 +379,14 @@ class Router:
         stores = {report.store.store: report.store for report in reports}
         info = Info(
             request=name,
+            state="ready" if self._all_ready.is_set() else "starting",
             model=self._model.name,
             max_model_len=self._model.max_model_len,
             capacity_tokens=self.capacity_tokens,
             attention=self._config.cache.attention,
             workers=[report.worker for report in reports],
             stores=list(stores.values()),
+            traffic=self._traffic.traffic(),
         )
         self._send(client, info)
 
@@ -406,6 +399,10 @@ class Router:
 
     def on_store_ready(self, store: bytes, message: StoreReady) -> None:
         if self._begin(store, message.pid):
+            self._check_ready()
+
+    def on_gateway_ready(self, gateway: bytes, message: GatewayReady) -> None:
+        if self._begin(gateway, message.pid):
             self._check_ready()
 
     def _begin(self, child: bytes, pid: int) -> bool:
@@ -435,6 +432,7 @@ class Router:
         assigned = State.ASSIGNED  # to look up a member of an enum takes longer than all the rest of a test
         chunks: defaultdict[bytes, list[Chunk]] = defaultdict(list)
         running = self._running[worker]
+        self._traffic.step(len(message.steps))
         for step in message.steps:
             request = running.get(step.sequence)
             if request is None or request.state is not assigned:  # the worker has not read the Abort yet
@@ -447,6 +445,7 @@ class Router:
                 continue
             if request.text.stopped:
                 self._stop(request, "stop")
+            self._traffic.token(request, now)
             request.generated += 1
             request.heard = now
             logprobs = None if step.logprob is None else [step.logprob]
@@ -455,6 +454,7 @@ class Router:
             self._send(client, Chunks(new))
 
     def on_done(self, worker: bytes, message: Done) -> None:
+        self._traffic.add_cache(message.cache)
         request = self._running[worker].pop(message.sequence, None)
         if request is None or not request.open:
             return
@@ -522,10 +522,11 @@ class Router:
         if request.open:
             self._tell(request, message)
             if request.open:  # not if the client turned out to be gone
-                self._forget(request)
+                self._forget(request, message.reason if isinstance(message, Finished) else "failed")
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: Request, how: Reason | Literal["failed"]) -> None:
         request.move(State.CLOSED)
+        self._traffic.end(request, how, asyncio.get_running_loop().time())
         del self._open[request.client, request.name]
         self._discharge(request.client, request.size)
 
@@ -544,7 +545,7 @@ class Router:
             _logger.info("Request %s is dropped: its client is %s.", request.name, delivery.value)
             if request.state is State.ASSIGNED:
                 self._order(request, Abort(request.sequence))
-            self._forget(request)
+            self._forget(request, "cancelled")
             if delivery is Delivery.FULL:
                 text = "The client did not read its stream and its requests were dropped; read it faster."
                 self._owed.setdefault(client, []).append(Failed(request.name, Overloaded.code, text))

@@ -17,6 +17,7 @@ import zmq
 from clo.runtime import connection
 from clo.runtime.client import AsyncClient, Client
 from clo.runtime.stream import AsyncStream
+from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.errors import CLOError, InvalidRequest, ProtocolError, RequestTimeout, ServerUnreachable
 from clo.runtime.wire.messages import (
     NO_STATS,
@@ -372,7 +373,7 @@ def test_a_stream_that_was_left_can_be_read_to_its_end(server: FakeServer) -> No
 
 
 def test_a_server_that_ends_a_request_with_something_else(server: FakeServer) -> None:
-    info = Info("", "tiny", 1, 1, "clo", [], [])
+    info = Info("", "ready", "tiny", 1, 1, "clo", [], [], TrafficMeter().traffic())
     with Client(server.address) as client:
         stream = client.stream("a")
         server.send(msgspec.structs.replace(info, request=server.receive().request))

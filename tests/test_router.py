@@ -17,12 +17,14 @@ import msgspec
 import pytest
 
 from clo.runtime import router as router_module
+from clo.runtime import tokenizer as tokenizer_module
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
 from clo.runtime.wire.messages import (
+    GATEWAY_IDENTITY,
     NO_STATS,
     Abort,
     CacheStats,
@@ -33,10 +35,13 @@ from clo.runtime.wire.messages import (
     Failed,
     Finished,
     Function,
+    GatewayReady,
     Generate,
     GetInfo,
     Info,
     Logprob,
+    Ping,
+    Pong,
     Prefilled,
     Progress,
     Ready,
@@ -328,14 +333,76 @@ async def test_requests_wait_until_all_workers_are_ready(model: ResolvedModel) -
         while isinstance(info, Info) and not info.workers:  # it has not heard of the first one
             info, before = await client.info()
         assert isinstance(info, Info) and [worker.worker for worker in info.workers] == [0]
+        assert info.state == "starting"
         assert before == [] and first.heard == second.heard == []
         second.ready()
         assert await asyncio.wait_for(wire.router.ready(), WAIT_S) == 2000, "tokens of both stores"
         run = await first.order()
         first.send(Done(run.sequence, "stop", STATS))
         assert [type(message) for message in await client.to_end("b")] == [Finished]
-        await client.info()
+        info, _ = await client.info()
+        assert isinstance(info, Info) and info.state == "ready"
         assert (len(first.heard), len(second.heard)) == (1, 0), "the cancelled one reaches nobody"
+
+
+@in_loop
+async def test_an_http_gateway_is_waited_for_and_asked_whether_it_is_alive(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "PING_S", 0.01)
+    async with running(model, ready=False) as wire:
+        wire.router.expect(GATEWAY_IDENTITY, "HTTP gateway", 4321)
+        wire.workers[0].ready()
+        waiting = asyncio.create_task(wire.router.ready())
+        gateway = wire.gateway()
+        gateway.send(GatewayReady(1234))  # another process
+        info, _ = await wire.client().info()
+        assert isinstance(info, Info) and info.state == "starting" and not waiting.done()
+        gateway.send(GatewayReady(4321))
+        assert await asyncio.wait_for(waiting, WAIT_S) == 1000
+        watching = asyncio.create_task(wire.router.watch_children())
+        for _ in range(2):
+            assert await gateway.message() == Ping()
+            gateway.send(Pong())
+        watching.cancel()
+
+
+@in_loop
+async def test_traffic_is_counted_for_all_clients_together(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        (worker,) = wire.workers
+        clients = wire.client(), wire.client()
+        for client, tokens in zip(clients, (5, 6), strict=True):
+            client.send(ask("a", tokens))
+        runs = [await worker.order() for _ in clients]
+        letter, *_ = ids_of(tokenizer, "a")
+        for _ in range(3):
+            worker.send(Stepped([Step(run.sequence, letter, None) for run in runs]))
+        worker.step(runs[0].sequence, letter)
+        worker.send(Done(runs[0].sequence, "length", STATS))
+        worker.send(Done(runs[1].sequence, "stop", STATS))
+        for client in clients:
+            await client.to_end("a")
+        clients[0].send(ask("too long", MODEL_LENGTH))
+        clients[0].send(ask("cancelled"))
+        run = await worker.order()
+        clients[0].send(Cancel("cancelled"))
+        await worker.order()
+        worker.send(Done(run.sequence, "cancelled", NO_STATS))
+        await clients[0].to_end("too long")
+        await clients[0].to_end("cancelled")
+        info, _ = await clients[0].info()
+        assert isinstance(info, Info)
+        traffic = info.traffic
+        assert (traffic.prompt_tokens, traffic.generated_tokens) == (11, 7)
+        assert traffic.ended == {"stop": 1, "length": 1, "cancelled": 1, "failed": 1}
+        assert traffic.cache == CacheStats(2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
+        counted = [sum(each.counts) for each in (traffic.first_token, traffic.token_gap, traffic.request)]
+        assert counted == [2, 5, 4]
+        assert traffic.step_tokens.counts[:2] == [1, 3] and traffic.step_tokens.sum == 7
+        assert len(traffic.step_tokens.counts) == len(traffic.step_tokens.bounds) + 1
 
 
 @in_loop
@@ -382,7 +449,7 @@ async def test_a_long_prompt_is_tokenised_while_others_are_served(
     model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is cancelled meanwhile, and its name given to another request; what comes of it is dropped."""
-    monkeypatch.setattr(router_module, "THREAD_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "LONG_CHARACTERS", 10)
     begun, go_on = threading.Event(), threading.Event()
     encode_prompt = tokenizer.encode
 

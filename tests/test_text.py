@@ -216,6 +216,23 @@ def test_special_tokens_give_no_text_and_do_not_part_characters(byte_level: Toke
     assert pieces_of(byte_level, [*start, *special, *end, *special]) == ["", "", "", "", "👍", "", ""]
 
 
+@pytest.mark.parametrize("name", ["byte_level", "decoded_again", "byte_fallback", "metaspace"])
+def test_each_token_can_be_spelled(name: str, request: pytest.FixtureRequest) -> None:
+    """Together they are the text; what is part of a character is bytes, and special tokens have their
+    names."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    text = "ab a,é👍" if name == "metaspace" else "abc a é 👍"
+    tokens = tokenizer.encode(Text(text), LIMIT)
+    spelled = b"".join(map(tokenizer.spell, tokens))
+    if name != "decoded_again":  # which has no bytes to show
+        assert spelled.decode().strip() == text
+    special = tokenizer.eos[0]
+    assert tokenizer.spell(special).decode() == tokenizer.decode([special], special=True) != ""
+    assert tokenizer.decode([*tokens, special]) == text
+    assert tokenizer.decode([*tokens, special], special=True).startswith(text)
+    assert tokenizer.spell(VOCABULARY + 1) == b""
+
+
 def test_ids_that_the_tokenizer_does_not_know_give_no_text(byte_level: Tokenizer, smollm2: Path) -> None:
     """A model may have more tokens than its tokenizer, and may generate them."""
     rng = random.Random(8)
@@ -349,6 +366,7 @@ OPENAI = [
     Turn("user", []),
     Turn("assistant", None, tool_calls=[CALL]),
     Turn("tool", None, tool_call_id="1"),
+    Turn("assistant", "three", reasoning_content="hm"),
 ]
 
 
@@ -364,6 +382,7 @@ def test_content_is_null_or_parts_and_tool_calls_are_objects(folder: Path) -> No
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "three", "reasoning_content": "hm"},
     ]
     reference = AutoTokenizer.from_pretrained(folder)
     expected = reference.apply_chat_template(
@@ -430,6 +449,7 @@ def test_special_tokens_are_added_to_texts_alone_and_only_when_asked(
     tokenizer = Tokenizer(folder, VOCABULARY)
     plain = tokenizer.encode(Text("plain"), LIMIT, continues=True)
     assert tokenizer.encode(Text("plain"), LIMIT) == bos + plain
+    assert tokenizer.encode(Text("plain"), LIMIT, special=False) == plain
     assert tokenizer.encode(Tokens(plain), LIMIT) == plain
     chat = tokenizer.encode(HELLO, LIMIT)
     assert chat[0] == bos[0] != chat[1], "the template has put its own"

@@ -61,6 +61,7 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # what the assistant thought before its answer; for templates
 
     @property
     def text(self) -> str:
@@ -204,6 +205,27 @@ class WorkerStats(msgspec.Struct, frozen=True):
     drift_check: DriftStats | None  # None without --drift-check
 
 
+class Histogram(msgspec.Struct, frozen=True):
+    """How many values were at most each bound and above the one before; the last count has no bound."""
+
+    bounds: list[float]
+    counts: list[Count]
+    sum: float
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What a server has done since its start, for all clients together. Times are in seconds."""
+
+    prompt_tokens: Count  # of requests whose first token has come
+    generated_tokens: Count
+    ended: dict[Reason | Literal["failed"], Count]  # requests, by how they ended
+    first_token: Histogram  # from a request's arrival to its first token
+    token_gap: Histogram  # from one token of a request to the next
+    request: Histogram  # from a request's arrival to its end
+    step_tokens: Histogram  # tokens that one step of a worker brought
+    cache: CacheStats  # summed over all requests that have left their workers
+
+
 # ------------------------------------------------------------------- client -> router (TCP, DEALER)
 
 
@@ -273,19 +295,23 @@ class Failed(Message, frozen=True):
 
 
 class Info(Message, frozen=True):
+    """The answer to ``GetInfo``. A server is "starting" until all of its processes are ready."""
+
     request: str
+    state: Literal["starting", "ready"]
     model: str
     max_model_len: int
     capacity_tokens: int
     attention: str
     workers: list[WorkerStats]
     stores: list[StoreStats]
+    traffic: Traffic
 
 
 ToClient = Progress | Chunks | Finished | Failed | Info
 
 
-# ------------------------------------------------------------------ router -> worker or store (ipc, DEALER)
+# ------------------------------------------------- router -> worker, store or HTTP gateway (ipc, DEALER)
 
 
 class Ping(Message, frozen=True):
@@ -316,12 +342,16 @@ class GetWorkerStats(Message, frozen=True):
 ToWorker = Run | Abort | GetWorkerStats | Ping
 
 
-# ------------------------------------------------------------------------------ worker or store -> router
+# ------------------------------------------------------------- worker, store or HTTP gateway -> router
 
 
 def worker_identity(worker: int) -> bytes:
     """Name of a worker's connection to the router."""
     return b"worker-%d" % worker
+
+
+GATEWAY_IDENTITY = b"gateway"
+"""Name of the HTTP gateway's connection to the router."""
 
 
 def store_identity(store: str) -> bytes:
@@ -335,6 +365,12 @@ class Pong(Message, frozen=True):
 
 class StoreReady(Message, frozen=True):
     """First message of a store, once its arena is there."""
+
+    pid: Count
+
+
+class GatewayReady(Message, frozen=True):
+    """First message of the HTTP gateway, once it listens. Its requests come as a client's."""
 
     pid: Count
 
@@ -386,7 +422,7 @@ class WorkerReport(Message, frozen=True):
 
 
 FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport | Pong
-FromChild = FromWorker | StoreReady
+FromChild = FromWorker | StoreReady | GatewayReady
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
