@@ -158,12 +158,14 @@ class AsyncClient:
         prompt: Prompt,
         continuation: str | list[int],
         *,
+        logprobs: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> Result:
-        """Log-probabilities of a continuation, token by token through the decode path (teacher-forced)."""
-        request = _request(prompt, {"logprobs": 0}, continuation, chat_template_kwargs)
+        """Log-probabilities of a continuation, token by token through the decode path (teacher-forced), and
+        of the ``logprobs`` most likely tokens beside each of its tokens."""
+        request = _request(prompt, {"logprobs": logprobs}, continuation, chat_template_kwargs)
         return await AsyncStream(self._connection, request, self._limit(timeout), on_progress).to_end()
 
     async def info(self) -> Info:

@@ -1,10 +1,8 @@
 """The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
-import errno
 import logging
 import math
-import os
 import secrets
 from collections import defaultdict
 from collections.abc import Coroutine
@@ -18,7 +16,7 @@ import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
-from clo.runtime.machine.addresses import numeric_host
+from clo.runtime.machine.addresses import not_bound, numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer, takes_long
@@ -26,7 +24,6 @@ from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
 from clo.runtime.wire.errors import (
     CLOError,
-    ConfigError,
     InvalidRequest,
     Overloaded,
     PromptTooLong,
@@ -95,17 +92,6 @@ class _Account:
     bytes: int = 0  # of the messages that opened them
 
 
-def _not_bound(config: ServerConfig, error: OSError) -> ConfigError:
-    """Why clients cannot be listened to."""
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT):
-        return ConfigError(
-            f"--host {config.host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all of "
-            "its addresses."
-        )
-    reason = os.strerror(error.errno or 0)
-    return ConfigError(f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port.")
-
-
 class Router:
     """Between clients (TCP) and workers (ipc). Stores are connected too, to say that they are alive.
 
@@ -144,7 +130,7 @@ class Router:
             )
         except OSError as error:
             self._context.destroy(linger=0)
-            raise _not_bound(config, error) from None
+            raise not_bound("--port", config.host, config.port, error) from None
         self.address = self._clients.endpoint
         self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
             self._context, endpoint, FromChild, queue=0, key=key

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 from clo.runtime.connection import Answer, Connection
@@ -138,7 +138,7 @@ class AsyncStream(_Pieces):
             pass
         return self.result
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         if self._is_read:
             raise RuntimeError("The stream is being read already; one task can read it.")
         self._is_read = True
