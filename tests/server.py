@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ("launch.py",)
 READY_S = 240.0  # on a slow machine with other tests beside it; only a failure takes as long
 STOP_S = 60.0
 
@@ -24,11 +25,17 @@ class Server:
         process: the launcher.
         stdout, stderr: files that collect its output and its children's.
         address: where clients connect; empty until the server is ready.
+        url: the same for HTTP clients; empty where there is no HTTP.
         runtime: folder in which it makes one for its sockets.
     """
 
     def __init__(
-        self, arguments: tuple[str, ...], folder: Path, user: int, closed: tuple[int, ...] = ()
+        self,
+        arguments: tuple[str, ...],
+        folder: Path,
+        user: int,
+        closed: tuple[int, ...] = (),
+        program: tuple[str, ...] = PROGRAM,
     ) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self.runtime = folder / "runtime"
@@ -39,7 +46,7 @@ class Server:
             os.chown(self.runtime, user, user)
             environment["HOME"] = str(self.runtime)
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
-            command = [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments]
+            command = [sys.executable, *program, "--port", "0", "--device", "cpu", *arguments]
             if closed:
                 closing = " ".join(f"{number}>&-" for number in closed)
                 command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
@@ -54,7 +61,7 @@ class Server:
                 group=os.getgid() if user == os.getuid() else user,
                 extra_groups=None if user == os.getuid() else [],
             )
-        self.address = ""
+        self.address = self.url = ""
 
     def wait_ready(self) -> None:
         """Wait for the ready line; ``AssertionError`` where the launcher ends or is too slow."""
@@ -63,7 +70,9 @@ class Server:
             assert self.process.poll() is None, f"the launcher ended: {self.stderr.read_text()}"
             assert time.monotonic() < deadline, f"not ready in {READY_S} s: {self.stderr.read_text()}"
             time.sleep(0.02)
-        self.address = line.split()[1]
+        words = line.split()
+        self.address = words[1]
+        self.url = words[-1] if words[-1].startswith("http") else ""
 
     def children(self, package: str = "") -> list[psutil.Process]:
         """Its stores (``package`` "kvstore"), workers ("gpu_worker") or both, by their command lines, so that
@@ -93,7 +102,11 @@ class Server:
 
 @contextmanager
 def launch(
-    *arguments: str, ready: bool = True, user: int | None = None, closed: tuple[int, ...] = ()
+    *arguments: str,
+    ready: bool = True,
+    user: int | None = None,
+    closed: tuple[int, ...] = (),
+    program: tuple[str, ...] = PROGRAM,
 ) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
@@ -102,9 +115,10 @@ def launch(
         ready: wait until it serves.
         user: whose processes they are; only root can choose another one.
         closed: descriptors that it has not got.
+        program: what Python runs in place of ``launch.py``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder), os.getuid() if user is None else user, closed)
+        server = Server(arguments, Path(folder), os.getuid() if user is None else user, closed, program)
         try:
             if ready:
                 server.wait_ready()

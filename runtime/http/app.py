@@ -185,9 +185,9 @@ def _add_facts(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/health", responses=schema.answers_with(answers.Health))
     async def health() -> Response:
-        status = 200 if gateway.state == "ready" else 503
-        body = msgspec.json.encode(answers.Health(gateway.state))
-        return Response(body, status, media_type="application/json")
+        state = await gateway.state()
+        body = msgspec.json.encode(answers.Health(state))
+        return Response(body, 200 if state == "ready" else 503, media_type="application/json")
 
     @app.get("/load", responses=schema.answers_with(answers.Load))
     async def load() -> Response:

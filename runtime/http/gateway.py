@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -58,19 +58,22 @@ class Gateway:
         self._state: Literal["starting", "ready"] = "starting"
         self._heard = time.monotonic()
 
-    @property
-    def state(self) -> Literal["starting", "ready", "unreachable"]:
+    async def state(self) -> Literal["starting", "ready", "unreachable"]:
+        """Of the server; known at once where it was ready a moment ago."""
+        if self._state == "starting":
+            await self._look()
         return self._state if time.monotonic() - self._heard < STALE_S else "unreachable"
 
     async def watch(self) -> None:
         """Keep asking for the server's state."""
         while True:
-            try:
-                self._state = (await self.client.info()).state
-                self._heard = time.monotonic()
-            except CLOError:
-                pass  # it shows in ``state``
+            await self._look()
             await asyncio.sleep(WATCH_S)
+
+    async def _look(self) -> None:
+        with suppress(CLOError):  # that there was no answer shows in ``state``
+            self._state = (await self.client.info()).state
+            self._heard = time.monotonic()
 
     def check_model(self, name: str | None) -> None:
         """Raises ``APIError`` where a request is for another model."""

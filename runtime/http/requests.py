@@ -16,6 +16,7 @@ from clo.runtime.wire.messages import MAX_LOGPROBS, SamplingParams, TokenId, Tur
 MAX_CHOICES = 2048  # answers to one request: prompts times n
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+Generating = TypeVar("Generating", bound="_Generation")
 
 # Fields that say nothing about the answer.
 _IGNORED = {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -159,7 +160,7 @@ def decode(data: bytes) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, dict[str, Any]]:
+def read(body: dict[str, Any], kind: type[Generating]) -> tuple[Generating, dict[str, Any]]:
     """Check a body of ``CompletionRequest`` or ``ChatCompletionRequest``.
 
     Returns:
@@ -178,7 +179,11 @@ def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, dict[str, Any]]:
                 text = f"'{name}' is not supported by this server; leave it out."
                 raise APIError(text, param=name, code="unsupported_parameter")
             del own[name]
-    return convert(own, kind), sampling
+    request = convert(own, kind)
+    if request.stream_options is not None and not request.stream:
+        text = "'stream_options' goes with 'stream' true."
+        raise APIError(text, param="stream_options", code="invalid_value")
+    return request, sampling
 
 
 def sampling_of(
