@@ -117,7 +117,7 @@ def min_p_steps(min_p: float) -> int:
     times as likely are not. It is computed here once, because logarithms differ between devices."""
     if min_p <= 0:
         return _LIMIT - 1
-    return min(_LIMIT - 1, math.floor(-math.log2(min_p) * 2**_PART_BITS))
+    return min(_LIMIT - 1, math.floor(-math.log2(min_p) * (1 << _PART_BITS)))
 
 
 def _weight_of(steps: Tensor) -> Tensor:
@@ -186,11 +186,8 @@ def sample(
 
 def _adjusted(logits: Tensor, slots: Tensor, lengths: Tensor, adjustments: Adjustments) -> Tensor:
     """Logits [N, vocab] of N active slots after everything that changes them."""
-    marks, (repetition, frequency, presence) = (
-        adjustments.marks[slots],
-        adjustments.penalties[slots].T.unsqueeze(-1),
-    )
-    vocab = logits.shape[1]
+    marks, vocab = adjustments.marks[slots], logits.shape[1]
+    repetition, frequency, presence = adjustments.penalties[slots].T.unsqueeze(-1)
     bits = adjustments.mask[slots].unsqueeze(2) >> torch.arange(32, dtype=torch.int32) & 1
     allowed = bits.flatten(1)[:, :vocab].bool() | ~adjustments.masked[slots].unsqueeze(1)
     early = lengths[slots] < adjustments.min_length[slots]
@@ -201,7 +198,8 @@ def _adjusted(logits: Tensor, slots: Tensor, lengths: Tensor, adjustments: Adjus
     counts = marks & MOST_COUNTED
     seen = (counts > 0) | (marks & PROMPT != 0)
     penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return penalised.where(seen, logits) - frequency * counts - presence * (counts > 0)
+    adjusted: Tensor = penalised.where(seen, logits) - frequency * counts - presence * (counts > 0)
+    return adjusted
 
 
 def _draw(logits: Tensor, position: Tensor, state: SamplingState) -> Tensor:

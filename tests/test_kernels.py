@@ -104,7 +104,8 @@ def test_append_keeps_sinks_ring_and_set_in_step_with_the_arena() -> None:
     lengths = torch.zeros(batch, dtype=torch.int64)
     for step in range(30):
         lengths += step >= joins
-        append(history[step], lengths, resident)
+        for _ in range(1 + step % 2):  # every second step is repeated
+            append(history[step], lengths, resident)
         store_new(history[step], lengths, block_table, arena)
     written, rows = gather_tokens(arena, block_table), resident.rows
     for b in range(1, 3):
