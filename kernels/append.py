@@ -51,5 +51,5 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
             heads = positions[sequence, :, home] != oldest  # where it has moved, this step is repeated
             rows[sequence, heads, resident.first + home] = rows[sequence, heads, ring]
             positions[sequence, :, home] = oldest
-            last_used[sequence, :, home] = at
+            last_used[sequence, heads, home] = at
         rows[sequence, :, ring] = kv[sequence]

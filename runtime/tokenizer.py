@@ -246,12 +246,13 @@ class Detokenizer:
         prompt: the tokens before the sequence, which give no text here.
         stop: strings that end the text, each at least one character. The text ends before the first one
             that is complete.
+        min_tokens: first tokens in whose text no stop string is looked for.
 
     Attributes:
         stopped: a stop string was found; there is no more text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], min_tokens: int = 0) -> None:
         spelling = tokenizer.spelling
         self._pieces: _Spelled | _Window
         if spelling is None:
@@ -261,6 +262,7 @@ class Detokenizer:
             self._pieces = _Spelled(spelling, begins=begins)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
+        self._unstopped = min_tokens if stop else 0  # tokens to come whose text is not searched
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -268,6 +270,9 @@ class Detokenizer:
         if self.stopped:
             return ""
         new = self._pieces.push(token)
+        if self._unstopped:
+            self._unstopped -= 1
+            return new
         return self._until_stop(new) if self._stops else new
 
     def flush(self) -> str:
