@@ -180,12 +180,19 @@ class FakeEngine:
         self.adjusted.append((slot, prompt, ends))
 
     def constrain(self, slot: int, mask: np.ndarray, length: int) -> None:
-        assert slot in self.lengths
-        self.masks[slot] = set(mask.tolist()), length
+        if slot in self.lengths:
+            self.masks[slot] = set(mask.tolist()), length
+        else:
+            assert slot not in self.owner, "the slot has gone to another sequence"
 
     def start(self, slots: list[int], logits: Tensor) -> StepHandle:
         assert len(logits) == len(slots)
         drawn = [int(token) for token in logits[:, 0]]
+        for place, slot in enumerate(slots):
+            if slot in self.masks:
+                allowed, length = self.masks[slot]
+                assert length == self.lengths[slot], "the first mask is there before the first draw"
+                drawn[place] = min(allowed)
         self.tokens.update(zip(slots, drawn, strict=True))
         number = self.launch(*slots)
         self._mail[number] = drawn
