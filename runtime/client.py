@@ -73,12 +73,9 @@ def structured_outputs(response_format: Any) -> dict[str, Any] | None:
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
     """The fields of ``SamplingParams``, from what a caller may write instead."""
-    fields = dict(options)
-    if fields.pop("n", 1) not in (None, 1):
+    fields = {name: value for name, value in options.items() if value is not None}
+    if fields.pop("n", 1) != 1:
         raise InvalidRequest("stream() and score() give one completion; use generate() or streams() with n.")
-    for name in ("stop", "stop_token_ids", "logit_bias"):
-        if name in fields and fields[name] is None:
-            del fields[name]
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if isinstance(fields.get("logit_bias"), dict):  # JSON has no keys but texts
@@ -87,12 +84,13 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
                 int(key) if isinstance(key, str) else key: value
                 for key, value in fields["logit_bias"].items()
             }
-    response_format = fields.pop("response_format", None)
-    if response_format is not None:
-        wanted = structured_outputs(response_format)
-        if wanted is not None and fields.get("structured_outputs") is not None:
-            raise InvalidRequest("response_format and structured_outputs go together only where one is text.")
-        fields["structured_outputs"] = wanted or fields.get("structured_outputs")
+    wanted = structured_outputs(fields.pop("response_format", {"type": "text"}))
+    if wanted is not None:
+        if "structured_outputs" in fields:
+            raise InvalidRequest(
+                "response_format and structured_outputs say the same; leave one of them out."
+            )
+        fields["structured_outputs"] = wanted
     return fields
 
 

@@ -19,6 +19,7 @@ from clo.runtime.wire.messages import StructuredOutputs
 
 _STACK_BYTES = 2**20
 _STEPS = 64  # of a random walk through a grammar
+_JSON = {"whitespace_pattern": r"(\n[ ]{0,40}| )"}  # small models may want white space without end
 _END = 256  # after the tokens that are one byte each
 
 
@@ -53,9 +54,9 @@ def grammar_of(wanted: StructuredOutputs) -> str:
         schema = json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json
         if not isinstance(schema, dict):
             raise ValueError("the JSON schema is not an object")
-        grammar = matcher.grammar_from_json_schema(schema)
+        grammar = matcher.grammar_from_json_schema(schema, defaults=_JSON)
     elif wanted.json_object is not None:
-        grammar = matcher.grammar_from_json_schema({"type": "object"})
+        grammar = matcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON)
     elif wanted.regex is not None:
         grammar = matcher.grammar_from_regex(wanted.regex)
     elif wanted.choice is not None:

@@ -13,11 +13,11 @@ from clo.runtime.machine.process import set_threads
 from clo.runtime.wire.errors import InvalidRequest
 from clo.runtime.wire.messages import StructuredOutputs
 
-MOST_BYTES = 256 * 1024  # of one grammar
+GRAMMAR_BYTES = 256 * 1024  # of one grammar
 COMPILE_S = 5.0
 MEMORY_BYTES = 2**31
 _REMEMBERED = 64
-_LINE_BYTES = 8 * MOST_BYTES
+_LINE_BYTES = 8 * GRAMMAR_BYTES
 _REASON_CHARACTERS = 300
 
 
@@ -54,9 +54,9 @@ class Grammars:
             text = msgspec.json.encode(wanted)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"structured_outputs json is not JSON: {error}.") from None
-        if len(text) > MOST_BYTES:
+        if len(text) > GRAMMAR_BYTES:
             raise InvalidRequest(
-                f"structured_outputs takes {len(text)} bytes, and may take {MOST_BYTES}; shorten it."
+                f"structured_outputs takes {len(text)} bytes, and may take {GRAMMAR_BYTES}; shorten it."
             )
         if text in self._known:
             self._known.move_to_end(text)

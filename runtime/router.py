@@ -18,7 +18,7 @@ import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
-from clo.runtime.grammars import Grammars
+from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
 from clo.runtime.machine.addresses import numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
@@ -78,6 +78,7 @@ from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
 TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
+OTHER_BYTES = 2**16 + GRAMMAR_BYTES  # that a message may have besides
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
@@ -139,7 +140,7 @@ class Router:
                 host,
                 config.port,
                 config.api_key,
-                min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
+                min(OTHER_BYTES + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
                 UNREAD_BYTES,
                 self._hear_client,
                 self._warn_of_wrong_key,
