@@ -108,8 +108,8 @@ def test_greedy_tokens_with_penalties_and_biases_are_those_of_transformers(
 def test_greedy_tokens_with_frequency_and_presence_penalties_are_those_of_the_formula(
     decoder: Decoder, model: Any, engine: Engine
 ) -> None:
-    prompt, tokens = random_tokens(decoder, 40), []
-    counts = torch.zeros(decoder.vocab)
+    prompt, counts = random_tokens(decoder, 40), torch.zeros(decoder.vocab)
+    tokens: list[int] = []
     for _ in range(30):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokens])).logits[0, -1]
