@@ -272,6 +272,36 @@ def test_a_grammar_that_kills_its_process_harms_nobody(client: Client) -> None:
     assert stream.result.usage.completion_tokens == 100
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_schemas_are_followed_on_a_gpu_beside_others(launch: Launch, smollm2: Path, dtype: str) -> None:
+    """Several times as many as there are slots; those without a grammar go on."""
+    rng = random.Random(2)
+    schemas = [schema(rng) for _ in range(60)]
+    options = ("--device", "cuda", "--dtype", dtype, "--max-model-len", "2048", "--kv-size", "1GiB")
+
+    async def run(address: str) -> tuple[list[Result], list[Result]]:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            others = [
+                asyncio.create_task(client.generate("Once", max_tokens=400, ignore_eos=True))
+                for _ in range(6)
+            ]
+            results = await asyncio.gather(
+                *(
+                    client.generate("JSON:", max_tokens=300, seed=number, structured_outputs={"json": wanted})
+                    for number, wanted in enumerate(schemas)
+                )
+            )
+            return results, await asyncio.gather(*others)
+
+    with launch(*options, "--max-num-seqs", "16") as server:
+        results, others = asyncio.run(run(server.address))
+    assert all(len(result.tokens) == 400 for result in others)
+    for wanted, result in zip(schemas, results, strict=True):
+        assert result.finish_reason == "stop", result.text
+        jsonschema.Draft202012Validator(wanted).validate(json.loads(result.text))
+
+
 @pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_schemas_are_followed_by_the_default_model(launch: Launch, smollm2: Path, count: int) -> None:
     """Every answer is complete and valid, greedy or not, many at a time."""
