@@ -12,6 +12,7 @@ from clo.gpu_worker.drift_check import drift_check_bytes
 from clo.gpu_worker.prefill import prefill_bytes
 from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
+from clo.gpu_worker.sampler import sampler_bytes
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.model.kv_shape import KVShape
@@ -24,13 +25,14 @@ _GRAPH_BYTES = 2**30
 
 
 def plan_gpu_memory(
-    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int
+    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int, vocab: int
 ) -> int:
     """Plan, with the weights loaded, what else fits into the GPU memory that may be used, and log it.
 
     Args:
         blocks: number of blocks in the arena.
         max_tokens: longest sequence.
+        vocab: tokens of the model.
 
     Returns:
         Sequences at a time.
@@ -40,7 +42,7 @@ def plan_gpu_memory(
     """
     free, total = torch.cuda.mem_get_info()
     utilization = engine.gpu_memory_utilization
-    slot = _slot_bytes(shape, config, max_tokens)
+    slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
     beside = beside_tokens(max_tokens)
     prefill = prefill_bytes(shape, max_tokens + beside, sparse=config.prefill_attention == "sparse")
     graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
@@ -75,10 +77,10 @@ def plan_gpu_memory(
 
 
 def plan_cpu_memory(
-    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int
+    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int, vocab: int
 ) -> int:
     """The same for a worker without a GPU, with weights and arena in memory already."""
-    slot = _slot_bytes(shape, config, max_tokens)
+    slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
 
     def wanted(slots: int) -> int:
         return _index_bytes(shape, config, blocks, slots, max_tokens) + slots * slot

@@ -9,6 +9,7 @@ from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.prompt_scores import PromptScores
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import chosen_bytes
 from clo.runtime.model.kv_shape import KVShape
@@ -36,7 +37,8 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
 
 class Prefill:
     """The prefill of one prompt, cut into units of one layer of one chunk, so that decode steps fit in
-    between. In the last layer only the last tokens need more than their keys and values.
+    between. In the last layer only the last tokens need more than their keys and values, unless the prompt is
+    scored.
 
     Args:
         decoder: the model.
@@ -46,7 +48,12 @@ class Prefill:
         blocks: those of the sequence.
         block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
-        attend: attention of a chunk; that of the last layer, which is for a few tokens alone, is exact.
+        attend: attention of a chunk; that of the last layer, where it is for a few tokens alone, is exact.
+        score: how many of the most likely tokens at each position are wanted with the log-probabilities of
+            the prompt; None for no log-probabilities.
+
+    Attributes:
+        scores: those log-probabilities.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Prefill:
         page_table: Tensor,
         last: int = 1,
         attend: AttendPrompt = attend_prompt,
+        score: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._last, self._attend = decoder, cache, last, attend
         self.total = len(tokens)
@@ -68,7 +76,9 @@ class Prefill:
         ids = torch.tensor(
             tokens, pin_memory=device.type == "cuda"
         )  # else the copy would wait for the device
-        self._hidden = decoder.embed(ids.to(device, non_blocking=True))
+        ids = ids.to(device, non_blocking=True)
+        self.scores = None if score is None else PromptScores(tokens, ids, score)
+        self._hidden = decoder.embed(ids)
         self._rope = decoder.rope(torch.arange(self.total, device=device))
         self._rows = self._new_rows()
         most = CHUNK_TOKENS[device.type]
@@ -89,13 +99,15 @@ class Prefill:
 
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
-        cost = self._decoder.layer_flops(1, self._start)
+        decoder = self._decoder
+        scored = self.scores is not None and self._layer == decoder.shape.layers - 1
+        cost = decoder.layer_flops(1, self._start) + scored * decoder.logits_flops(1)
         tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:
             tokens = left
-        return tokens, self._decoder.layer_flops(tokens, self._start)
+        return tokens, decoder.layer_flops(tokens, self._start) + scored * decoder.logits_flops(tokens)
 
     @torch.inference_mode()
     def advance(self, tokens: int | None = None) -> Tensor | None:
@@ -116,11 +128,12 @@ class Prefill:
         final = layer == decoder.shape.layers - 1
         self._start = end
         self._take_blocks()
-        if final and not ending:
+        few = final and self.scores is None  # of this layer's outputs are needed
+        if few and not ending:
             return None
-        wanted = self._last if final else tokens
+        wanted = self._last if few else tokens
         ranking = PROMPT_QUERIES + self._last - 1  # from the first one whose logits are wanted
-        if final:
+        if few:
             attended, lse = attend_prompt(query[-ranking:], self._rows[:end], decoder.scale)
         else:
             attended, lse = self._attend(query, self._rows[:end], decoder.scale)
@@ -133,7 +146,11 @@ class Prefill:
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
         _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
-        return decoder.logits(normed) if final else None
+        if final and self.scores is not None:
+            rows = self.scores.rows(decoder.vocab)
+            for first in range(0, tokens, rows):
+                self.scores.take(start + first, decoder.logits(normed[first : first + rows]))
+        return decoder.logits(normed[-self._last :]) if final and ending else None
 
     def _take_blocks(self) -> None:
         """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share

@@ -43,6 +43,8 @@ class Request:
         sequence: its number on the worker; -1 before it has one.
         worker: name of the worker's connection.
         text: turns its tokens into text; None before it is admitted.
+        prompt: its tokens, where their log-probabilities are wanted.
+        stop_token_ids: tokens that end it and give no text.
     """
 
     def __init__(self, client: bytes, name: str, size: int, now: float) -> None:
@@ -55,6 +57,8 @@ class Request:
         self.sequence = -1
         self.worker = b""
         self.text: Detokenizer | None = None
+        self.prompt: list[int] = []
+        self.stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def open(self) -> bool:

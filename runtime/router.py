@@ -16,6 +16,7 @@ import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
 from clo.runtime.machine.addresses import not_bound, numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
@@ -47,10 +48,13 @@ from clo.runtime.wire.messages import (
     GetInfo,
     GetWorkerStats,
     Info,
+    Logprob,
     Ping,
     Pong,
     Prefilled,
     Progress,
+    PromptChunk,
+    PromptScored,
     Ready,
     Reason,
     Refused,
@@ -73,6 +77,7 @@ from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
 TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
+OTHER_BYTES = 2**16 + GRAMMAR_BYTES  # that a message may have besides
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
@@ -113,9 +118,7 @@ class Router:
         self._handlers = handlers_of(Router, ToRouter | FromChild)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._defaults = read_generation(model.folder)
-        if self._defaults.ignored:
-            ignored = ", ".join(self._defaults.ignored)
-            _logger.warning("generation_config.json has %s, which CLO does not do.", ignored)
+        self._grammars = Grammars()
         host = numeric_host(config.host)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
@@ -123,7 +126,7 @@ class Router:
                 host,
                 config.port,
                 config.api_key,
-                min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
+                min(OTHER_BYTES + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
                 UNREAD_BYTES,
                 self._hear_client,
                 self._warn_of_wrong_key,
@@ -197,6 +200,7 @@ class Router:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._arrivals.close()
+        await self._grammars.close()
         await self._clients.close(FLUSH_S)
         self._workers.close(linger_ms=0)
         self._context.term()
@@ -279,13 +283,24 @@ class Router:
 
     async def _admit(self, request: Request, message: Generate) -> None:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
+        grammar: str | None = None
         try:
             tokens = await self._tokens(request, message.prompt)
             forced, params = None, message.sampling
             if message.continuation is not None:
                 forced = await self._tokens(request, message.continuation, continues=True)
                 params = SamplingParams(max_tokens=len(forced), logprobs=params.logprobs or 0)
-            self._check_length(len(tokens), params.max_tokens)
+            self._check_params(params)
+            self._check_length(len(tokens), params)
+            if params.structured_outputs is not None:
+                grammar = await self._grammars.compile(params.structured_outputs)
+            if params.echo:
+                text = (
+                    message.prompt.text
+                    if isinstance(message.prompt, Text)
+                    else self._tokenizer.decode(tokens)
+                )
+                self._tell(request, Chunks([Chunk(request.name, text, [], None)]))
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
@@ -294,13 +309,17 @@ class Router:
             self._end(request, Failed(request.name, CLOError.code, "The prompt could not be tokenised."))
             return
         request.prompt_tokens = len(tokens)
-        request.text = Detokenizer(self._tokenizer, tokens, params.stop)
+        request.text = Detokenizer(self._tokenizer, tokens, params.stop, params.min_tokens)
+        request.stop_token_ids = frozenset(params.stop_token_ids)
+        if params.prompt_logprobs is not None:
+            request.prompt = tokens
         await self._all_ready.wait()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             return
         request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
-        sampling = self._sampling(params, len(tokens), self._ready_workers[request.worker].capacity_tokens)
+        capacity = self._ready_workers[request.worker].capacity_tokens
+        sampling = self._sampling(params, len(tokens), capacity, grammar)
         request.max_tokens = sampling.max_tokens
         request.sequence = self._sequences
         self._sequences += 1
@@ -308,12 +327,28 @@ class Router:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
 
-    def _check_length(self, prompt: int, max_tokens: int | None) -> None:
+    def _check_params(self, params: SamplingParams) -> None:
+        """Raises ``InvalidRequest`` where parameters contradict each other or the vocabulary."""
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            raise InvalidRequest("max_tokens is 0, which only scores a prompt; set prompt_logprobs too.")
+        if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens} and max_tokens is {params.max_tokens}; lower min_tokens."
+            )
+        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if max(tokens, default=0) >= self._model.vocab_size:
+                raise InvalidRequest(
+                    f"{name} has the token id {max(tokens)}, which is not in the vocabulary; ids go up to "
+                    f"{self._model.vocab_size - 1}."
+                )
+
+    def _check_length(self, prompt: int, params: SamplingParams) -> None:
         """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""
-        longest = self._model.max_model_len
-        if max_tokens is None and prompt >= longest:
+        longest, max_tokens = self._model.max_model_len, params.max_tokens
+        if max_tokens is None and prompt + max(1, params.min_tokens) > longest:
+            answer = f"an answer of {params.min_tokens} tokens" if params.min_tokens else "an answer"
             raise PromptTooLong(
-                f"The prompt has {prompt} tokens, which leaves no room for an answer in the model length of "
+                f"The prompt has {prompt} tokens, which leaves no room for {answer} in the model length of "
                 f"{longest}; shorten the prompt."
             )
         if max_tokens is not None and prompt + max_tokens > longest:
@@ -322,17 +357,29 @@ class Router:
                 f"model length of {longest}. Shorten the prompt or lower max_tokens."
             )
 
-    def _sampling(self, params: SamplingParams, prompt: int, capacity: int) -> Sampling:
+    def _sampling(self, params: SamplingParams, prompt: int, capacity: int, grammar: str | None) -> Sampling:
         """What a client wants, with the model's defaults; a store holds ``capacity`` tokens."""
         defaults = self._defaults
         room = min(self._model.max_model_len, capacity) - prompt
+        max_tokens, penalty = params.max_tokens, params.repetition_penalty
+        if max_tokens is None:
+            max_tokens = max(1, params.min_tokens, min(defaults.max_tokens, room))
         return Sampling(
             temperature=defaults.temperature if params.temperature is None else params.temperature,
             top_p=defaults.top_p if params.top_p is None else params.top_p,
             top_k=defaults.top_k if params.top_k is None else max(0, params.top_k),
-            max_tokens=params.max_tokens or max(1, min(defaults.max_tokens, room)),
+            min_p=defaults.min_p if params.min_p is None else params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+            logit_bias=params.logit_bias,
+            max_tokens=max_tokens,
+            min_tokens=params.min_tokens,
+            stop_token_ids=params.stop_token_ids,
             ignore_eos=params.ignore_eos,
             logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            grammar=grammar,
         )
 
     async def _tokens(
@@ -412,6 +459,16 @@ class Router:
             request.prefilled = message.done
             self._tell(request, Progress(request.name, "prefill", message.done, message.total))
 
+    def on_prompt_scored(self, worker: bytes, message: PromptScored) -> None:
+        request = self._running[worker].get(message.sequence)
+        if request is None or request.state is not State.ASSIGNED:
+            return
+        start, logprobs = message.start, list[Logprob | None](message.logprobs)
+        if start == 1:
+            start, logprobs = 0, [None, *logprobs]
+        tokens = request.prompt[start : start + len(logprobs)]
+        self._tell(request, PromptChunk(request.name, tokens, logprobs))
+
     def on_stepped(self, worker: bytes, message: Stepped) -> None:
         """The new tokens of a step, as text: one message to each client."""
         now = asyncio.get_running_loop().time()
@@ -425,7 +482,7 @@ class Router:
                 continue
             assert request.text is not None
             try:
-                text = request.text.push(step.token)
+                text = "" if step.token in request.stop_token_ids else request.text.push(step.token)
             except Exception:  # it runs code of the model's authors; it must not end the server
                 self._fail_text(request)
                 continue

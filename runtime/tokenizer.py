@@ -283,12 +283,13 @@ class Detokenizer:
         prompt: the tokens before the sequence, which give no text here.
         stop: strings that end the text, each at least one character. The text ends before the first one
             that is complete.
+        min_tokens: first tokens in whose text no stop string ends.
 
     Attributes:
         stopped: a stop string was found; there is no more text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], min_tokens: int = 0) -> None:
         spelling = tokenizer.spelling
         self._pieces: _Spelled | _Window
         if spelling is None:
@@ -298,6 +299,7 @@ class Detokenizer:
             self._pieces = _Spelled(spelling, begins=begins)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
+        self._unstopped = min_tokens  # tokens to come in whose text no stop string ends
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -305,7 +307,11 @@ class Detokenizer:
         if self.stopped:
             return ""
         new = self._pieces.push(token)
-        return self._until_stop(new) if self._stops else new
+        if not self._stops:
+            return new
+        text = self._until_stop(new)
+        self._unstopped -= 1
+        return text
 
     def flush(self) -> str:
         """The rest, at the end of the sequence."""
@@ -318,11 +324,13 @@ class Detokenizer:
         """The part of the text held back and ``new`` that cannot belong to a stop string."""
         text = self._held + new
         for end, character in enumerate(new, len(self._held) + 1):
-            complete = [stop.length for stop in self._stops if stop.push(character)]
-            if complete:
+            complete = [stop for stop in self._stops if stop.push(character)]
+            if complete and self._unstopped <= 0:
                 self.stopped = True
                 self._held = ""
-                return text[: end - max(complete)]
+                return text[: end - max(stop.length for stop in complete)]
+            for stop in complete:
+                stop.overlook()
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]

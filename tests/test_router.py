@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import random
@@ -44,6 +45,8 @@ from clo.runtime.wire.messages import (
     Pong,
     Prefilled,
     Progress,
+    PromptChunk,
+    PromptScored,
     Ready,
     Reason,
     Refused,
@@ -52,6 +55,7 @@ from clo.runtime.wire.messages import (
     SamplingParams,
     Step,
     Stepped,
+    StructuredOutputs,
     Text,
     TextPart,
     Tokens,
@@ -185,6 +189,34 @@ async def test_a_continuation_is_forced(model: ResolvedModel) -> None:
         (ask(tokens=MODEL_LENGTH, sampling=SamplingParams()), "prompt_too_long", "leaves no room"),
         (ask(tokens=MODEL_LENGTH - 6), "prompt_too_long", "94 tokens and max_tokens is 7"),
         (Generate("r", Tokens([1] * 95), SEVEN, Tokens([1] * 6)), "prompt_too_long", "95 tokens"),
+        (ask(sampling=SamplingParams(min_tokens=96)), "prompt_too_long", "room for an answer of 96 tokens"),
+        (
+            ask(sampling=SamplingParams(max_tokens=7, min_tokens=8)),
+            "invalid_request",
+            "min_tokens is 8 and max_tokens is 7; lower min_tokens.",
+        ),
+        (ask(sampling=SamplingParams(max_tokens=0)), "invalid_request", "set prompt_logprobs too"),
+        (
+            ask(sampling=SamplingParams(logit_bias={1: 1.0, VOCABULARY: 1.0})),
+            "invalid_request",
+            f"logit_bias has the token id {VOCABULARY}, which is not in the vocabulary; ids go up to "
+            f"{VOCABULARY - 1}.",
+        ),
+        (
+            ask(sampling=SamplingParams(stop_token_ids=[VOCABULARY])),
+            "invalid_request",
+            "stop_token_ids has the token id",
+        ),
+        (
+            ask(sampling=SamplingParams(structured_outputs=StructuredOutputs())),
+            "invalid_request",
+            "takes one of json, json_object (true), regex, choice and grammar, and not none.",
+        ),
+        (
+            ask(sampling=SamplingParams(structured_outputs=StructuredOutputs(regex="a", choice=["b"]))),
+            "invalid_request",
+            "and not regex and choice.",
+        ),
     ],
 )
 @in_loop
@@ -218,6 +250,16 @@ async def test_what_can_never_run_is_refused_and_reaches_no_worker(
             Sampling(temperature=0.0, max_tokens=10),
         ),
         (
+            {"min_p": 0.1, "repetition_penalty": 1.05, "do_sample": True},
+            SamplingParams(max_tokens=7),
+            Sampling(min_p=0.1, repetition_penalty=1.05, max_tokens=7),
+        ),
+        (
+            {"min_p": 0.1, "repetition_penalty": 1.05},
+            SamplingParams(min_p=0.0, repetition_penalty=1.0, max_tokens=7, min_tokens=7),
+            Sampling(max_tokens=7, min_tokens=7),
+        ),
+        (
             {"temperature": None, "top_k": -1, "max_new_tokens": 5000},
             SamplingParams(),
             Sampling(max_tokens=MODEL_LENGTH - 5),
@@ -240,6 +282,83 @@ async def test_what_a_request_leaves_open_the_model_decides(
         client, (worker,) = wire.client(), wire.workers
         client.send(ask(sampling=params))
         assert (await worker.order()).sampling == expected
+
+
+@in_loop
+async def test_a_worker_is_told_everything_about_sampling(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        wanted: dict[str, Any] = {
+            "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "presence_penalty": -2.0,
+            "frequency_penalty": 2.0, "repetition_penalty": 1.5, "logit_bias": {3: -100.0, 4: 100.0},
+            "max_tokens": 7, "min_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "logprobs": 1,
+            "prompt_logprobs": 2,
+        }  # fmt: skip
+        assert wanted.keys() == set(Sampling.__struct_fields__) - {"grammar"}
+        client.send(ask(sampling=SamplingParams(**wanted)))
+        assert (await worker.order()).sampling == Sampling(**wanted)
+
+
+@in_loop
+async def test_a_stop_token_gives_no_text_and_the_prompt_comes_first_where_it_is_echoed(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        a, b = ids_of(tokenizer, "ab")
+        params = SamplingParams(max_tokens=7, stop_token_ids=[b], echo=True)
+        for name, prompt in (("r", Text("a text")), ("s", Tokens(ids_of(tokenizer, "xyz")))):
+            client.send(Generate(name, prompt, params))
+            run = await worker.order()
+            worker.step(run.sequence, a)
+            worker.step(run.sequence, b)
+            worker.send(Done(run.sequence, "stop", STATS))
+            *chunks, finished = await client.to_end(name)
+            assert [chunk.text for chunk in chunks] == ["a text" if name == "r" else "xyz", "a", ""]
+            assert [chunk.tokens for chunk in chunks] == [[], [a], [b]]
+            assert finished == Finished(name, "stop", Usage(len(run.tokens), 2), STATS)
+
+
+@in_loop
+async def test_log_probabilities_of_a_prompt_come_with_its_tokens(model: ResolvedModel) -> None:
+    """The first token has none, whatever the pieces."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        scores = [Logprob(token, -float(token), []) for token in range(2, 6)]
+        for name, cuts in (("r", [0, 4]), ("s", [0, 1, 4])):
+            client.send(ask(name, sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+            run = await worker.order()
+            assert (run.sampling.max_tokens, run.sampling.prompt_logprobs) == (0, 0)
+            for first, last in itertools.pairwise(cuts):
+                worker.send(PromptScored(run.sequence, 1 + first, scores[first:last]))
+            worker.send(Done(run.sequence, "length", NO_STATS))
+            *pieces, finished = await client.to_end(name)
+            assert [token for piece in pieces for token in piece.tokens] == [1, 2, 3, 4, 5]
+            assert [entry for piece in pieces for entry in piece.logprobs] == [None, *scores]
+            assert all(isinstance(piece, PromptChunk) for piece in pieces)
+            assert finished == Finished(name, "length", Usage(5, 0), NO_STATS)
+        client.send(ask("t", tokens=1, sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+        run = await worker.order()
+        worker.send(PromptScored(run.sequence, 1, []))
+        worker.send(Done(run.sequence, "length", NO_STATS))
+        assert (await client.to_end("t"))[0] == PromptChunk("t", [1], [None])
+
+
+@in_loop
+async def test_no_stop_string_ends_an_answer_before_the_least_number_of_tokens(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """One that begins among them may end behind them."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=SamplingParams(max_tokens=50, min_tokens=4, stop=["ab"])))
+        run = await worker.order()
+        for token in ids_of(tokenizer, "abxabz"):
+            worker.step(run.sequence, token)
+        worker.send(Done(run.sequence, "length", STATS))
+        *chunks, finished = await client.to_end("r")
+        assert "".join(chunk.text for chunk in chunks) == "abx"
+        assert finished.reason == "stop"
 
 
 @pytest.mark.parametrize(("length", "tokens", "answer"), [(100, 99, 1), (5000, 30, 970), (5000, 1200, 1)])

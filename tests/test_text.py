@@ -11,7 +11,6 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from clo.runtime.model.generation import read_generation
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
 from clo.runtime.wire.messages import Chat, Function, Text, TextPart, Tokens, ToolCall, Turn
@@ -517,6 +516,8 @@ DAMAGED = [
     '{"top_p": 0}',
     '{"top_k": 1.5}',
     '{"max_new_tokens": 0}',
+    '{"min_p": 1.5}',
+    '{"repetition_penalty": 0}',
 ]
 
 
@@ -525,14 +526,6 @@ def test_a_damaged_generation_config_is_refused(folder: Path, text: str) -> None
     (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"generation_config\.json is damaged"):
         Tokenizer(folder, VOCABULARY)
-
-
-def test_what_the_model_asks_for_and_clo_does_not_do_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "generation_config.json"
-    path.write_text('{"repetition_penalty": 1.05, "min_p": 0.0, "do_sample": true}')
-    assert read_generation(tmp_path).ignored == ("repetition_penalty 1.05",)
-    path.write_text('{"repetition_penalty": 1.0, "min_p": 0.1}')
-    assert read_generation(tmp_path).ignored == ("min_p 0.1",)
 
 
 def damage(name: str, text: str | None) -> Callable[[Path], object]:

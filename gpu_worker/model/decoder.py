@@ -67,6 +67,10 @@ class Decoder:
         attention = 4 * tokens * (before + tokens / 2) * width
         return 2 * tokens * sum(linear.weight.numel() for linear in products) + attention
 
+    def logits_flops(self, tokens: int) -> float:
+        """Floating-point operations of the logits of some tokens."""
+        return 2 * tokens * self._weights.head.numel()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
         return F.embedding(tokens, self._weights.embedding)
