@@ -35,7 +35,7 @@ def test_a_node_that_the_machine_has_not_got_is_refused(
     numa.check_nodes([7])
     write(tmp_path, {f"{name}/cpulist": "0\n" for name in ("node0", "node10", "node2")} | {"has_cpu": ""})
     numa.check_nodes([10, 0])
-    with pytest.raises(ConfigError, match="numa7 is none .* nodes: numa0, numa2, numa10"):
+    with pytest.raises(ConfigError, match=r"numa7 is none .* nodes: numa0, numa2, numa10"):
         numa.check_nodes([0, 7])
 
 
