@@ -13,6 +13,7 @@ from torch import Tensor
 from clo.gpu_worker.constraint import Constraints
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.fair_queue import FairQueue
 from clo.gpu_worker.outputs import StepHandle
 from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.prompt_queue import PromptQueue
@@ -61,9 +62,9 @@ class InFlightStep:
 class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
-    A sequence waits for a slot, then for its blocks, which the store grants in order, prefills and decodes;
-    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that it may generate:
-    nothing runs out in mid-stream.
+    A sequence waits for a slot, for which clients take turns, then for its blocks, which the store grants,
+    prefills and decodes; see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that
+    it may generate: nothing runs out in mid-stream.
 
     A sequence with a grammar takes part in every step as the others do. While a step runs, threads compute
     what may follow the token before, and the step looks at that when it draws. Nobody waits for them: where
@@ -98,7 +99,7 @@ class Scheduler:
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = FairQueue()
         self._prompts = PromptQueue(engine, max_tokens)
         self._decoding: dict[int, Sequence] = {}  # by slot
         self._releasing: list[Sequence] = []
@@ -177,8 +178,8 @@ class Scheduler:
 
     def _give_slots(self) -> None:
         # The slot comes before the blocks: a sequence that holds blocks without a slot would keep them from
-        # those that could use them, while a slot that waits for blocks keeps nobody out, since the store
-        # grants blocks in the order in which they are asked for.
+        # those that could use them, while a slot that waits for blocks hardly keeps anybody out, since only
+        # small requests pass those for which the store has too few.
         while self._waiting and self._free_slots:
             sequence = self._waiting.popleft()
             sequence.slot = min(self._free_slots)

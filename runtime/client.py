@@ -71,8 +71,12 @@ def structured_outputs(response_format: Any) -> dict[str, Any] | None:
     return None
 
 
-def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``SamplingParams``, from what a caller may write instead."""
+def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``SamplingParams``, from what a caller may write instead; they are not checked here.
+
+    Raises:
+        InvalidRequest: the ``response_format`` is not valid, or ``n`` is not 1.
+    """
     fields = {name: value for name, value in options.items() if value is not None}
     if fields.pop("n", 1) != 1:
         raise InvalidRequest("stream() and score() give one completion; use generate() or streams() with n.")
@@ -113,12 +117,32 @@ def _each(n: int, sampling: dict[str, Any]) -> list[dict[str, Any]]:
 def _prompt(prompt: Any, template: dict[str, Any] | None = None) -> dict[str, Any]:
     """The fields of a ``Text``, ``Chat`` or ``Tokens``; ``template`` are variables of the chat template."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return {"type": "Chat", "turns": prompt, "chat_template_kwargs": {} if template is None else template}
+        if not isinstance(template, dict | None):
+            raise InvalidRequest("chat_template_kwargs must be a dict of variables.")
+        variables = "" if template is None else _json(template)
+        return {"type": "Chat", "turns": list(map(_turn, prompt)), "chat_template_kwargs": variables}
     if template is not None:
         raise InvalidRequest("chat_template_kwargs go with chat messages; this prompt is not rendered.")
     if isinstance(prompt, str):
         return {"type": "Text", "text": prompt}
     return {"type": "Tokens", "ids": prompt}
+
+
+def _turn(turn: Any) -> Any:
+    """A chat message whose tool calls have their arguments as JSON, where they were given as objects."""
+    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    return turn | {"tool_calls": list(map(_call, calls))} if isinstance(calls, list) else turn
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return call | {"function": function | {"arguments": _json(function["arguments"])}}
+
+
+def _json(value: dict[str, Any]) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _request(
@@ -132,16 +156,22 @@ def _request(
     Raises:
         InvalidRequest: a field has the wrong type or value, or the message would be too large.
     """
-    fields = {
-        "request": uuid.uuid4().hex,
-        "prompt": _prompt(prompt, template),
-        "sampling": _sampling(sampling),
-        "continuation": None if continuation is None else _prompt(continuation),
-    }
     try:
+        fields = {
+            "request": uuid.uuid4().hex,
+            "prompt": _prompt(prompt, template),
+            "sampling": sampling_fields(sampling),
+            "continuation": None if continuation is None else _prompt(continuation),
+        }
         message = msgspec.convert(fields, Generate)
         size = len(encode(message))
-    except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
+    except (
+        msgspec.MsgspecError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InvalidRequest(f"The request is not valid: {error}.") from None
     if size > MAX_MESSAGE_BYTES:
         raise InvalidRequest(f"The request takes {size} bytes; at most {MAX_MESSAGE_BYTES} are sent.")
@@ -264,14 +294,12 @@ class AsyncClient:
         prompt: Prompt,
         continuation: str | list[int],
         *,
-        logprobs: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> Result:
-        """Log-probabilities of a continuation, token by token through the decode path (teacher-forced), and
-        of the ``logprobs`` most likely tokens beside each of its tokens."""
-        request = _request(prompt, {"logprobs": logprobs}, continuation, chat_template_kwargs)
+        """Log-probabilities of a continuation, token by token through the decode path (teacher-forced)."""
+        request = _request(prompt, {"logprobs": 0}, continuation, chat_template_kwargs)
         return await AsyncStream(self._connection, request, self._limit(timeout), on_progress).to_end()
 
     async def info(self) -> Info:

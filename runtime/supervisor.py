@@ -24,6 +24,7 @@ from clo.runtime.config import (
 )
 from clo.runtime.http.listener import Listener
 from clo.runtime.machine.addresses import from_this_machine
+from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
@@ -114,6 +115,7 @@ class Supervisor:
         self._config, self._worker, self._folder = config, worker, folder
         self._key = secrets.token_hex(32)
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
+        check_nodes(self._nodes)
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)

@@ -2,7 +2,8 @@
 
 ``python -m tests.echo serve OPTIONS`` starts it, with the options of ``launch.py``. The answer to a chat is
 its last message and the answer to a text is that text, with an end token behind; one that holds HOLD is never
-answered. Every step brings a token for each request, and every token has the log-probability -0.5.
+answered. Every step brings a token for each request, and every token, also of prompts, has the
+log-probability -0.5. Grammars are not followed.
 """
 
 import os
@@ -27,6 +28,7 @@ from clo.runtime.wire.messages import (
     Ping,
     Pong,
     Prefilled,
+    PromptScored,
     Ready,
     Reason,
     Run,
@@ -74,9 +76,7 @@ class Echo:
                 self._runs[message.sequence] = message
                 answer = message.forced or self._answer(message)
                 if HOLD not in self._tokenizer.decode(answer):
-                    self._answers[message.sequence] = answer[: message.sampling.max_tokens]
-                    total = len(message.tokens)
-                    self._router.send(Prefilled(message.sequence, total, total))
+                    self._begin(message, answer)
             case Abort():
                 if message.sequence in self._runs:
                     self._end(message.sequence, "cancelled")
@@ -86,6 +86,19 @@ class Echo:
                 held = len(self._runs) - len(self._answers)
                 stats = WorkerStats(0, len(self._answers), held, 0, 0, 0, 0, 0, 0, None)
                 self._router.send(WorkerReport(stats, StoreStats("numa0", 0, 0, 1, 1, 0, 0)))
+
+    def _begin(self, run: Run, answer: list[int]) -> None:
+        total, wanted = len(run.tokens), run.sampling.prompt_logprobs
+        self._router.send(Prefilled(run.sequence, total, total))
+        if wanted is not None and total > 1:
+            scores = [self._logprob(token, wanted) for token in run.tokens[1:]]
+            self._router.send(PromptScored(run.sequence, 1, scores))
+        self._answers[run.sequence] = answer[: run.sampling.max_tokens]
+        if not self._answers[run.sequence]:
+            self._end(run.sequence, "length")
+
+    def _logprob(self, token: int, wanted: int) -> Logprob:
+        return Logprob(token, -0.5, [(token, -0.5), (0, -3.0), (1, -4.0)][:wanted])
 
     def _answer(self, run: Run) -> list[int]:
         """The last message of a chat, or the whole of a text."""
@@ -100,9 +113,7 @@ class Echo:
             sampling = self._runs[sequence].sampling
             token = answer.pop(0)
             wanted = sampling.logprobs
-            logprob = None
-            if wanted is not None:
-                logprob = Logprob(token, -0.5, [(token, -0.5), (0, -3.0), (1, -4.0)][:wanted])
+            logprob = None if wanted is None else self._logprob(token, wanted)
             steps.append(Step(sequence, token, logprob))
             if not answer:
                 ended[sequence] = "stop" if token in self._tokenizer.eos else "length"

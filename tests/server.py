@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = ("launch.py",)
 READY_S = 240.0  # on a slow machine with other tests beside it; only a failure takes as long
 STOP_S = 60.0
 
@@ -30,13 +29,9 @@ class Server:
     """
 
     def __init__(
-        self,
-        arguments: tuple[str, ...],
-        folder: Path,
-        user: int,
-        closed: tuple[int, ...] = (),
-        program: tuple[str, ...] = PROGRAM,
-    ) -> None:
+        self, program: tuple[str, ...], arguments: tuple[str, ...], folder: Path, user: int,
+        closed: tuple[int, ...],
+    ) -> None:  # fmt: skip
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self.runtime = folder / "runtime"
         self.runtime.mkdir(mode=0o700)
@@ -106,7 +101,7 @@ def launch(
     ready: bool = True,
     user: int | None = None,
     closed: tuple[int, ...] = (),
-    program: tuple[str, ...] = PROGRAM,
+    program: tuple[str, ...] = ("launch.py",),
 ) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
@@ -115,10 +110,10 @@ def launch(
         ready: wait until it serves.
         user: whose processes they are; only root can choose another one.
         closed: descriptors that it has not got.
-        program: what Python runs in place of ``launch.py``.
+        program: what Python runs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder), os.getuid() if user is None else user, closed, program)
+        server = Server(program, arguments, Path(folder), os.getuid() if user is None else user, closed)
         try:
             if ready:
                 server.wait_ready()

@@ -235,6 +235,23 @@ def test_a_call_alone_has_no_content(client: OpenAI) -> None:
     assert message.content is None and message.tool_calls is not None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_the_model_has_to_make(client: OpenAI, stream: bool) -> None:
+    """One of a named tool, whose arguments the answer is, or of any; a grammar sees to it elsewhere."""
+    named = {"type": "function", "function": {"name": "weather"}}
+    calls = '[{"name": "weather", "arguments": {"place": "Bern"}}]'
+    for text, choice in (('{"place": "Bern"}', named), (calls, "required")):
+        options: Any = {"model": "talking", "messages": say(text), "tools": [WEATHER], "tool_choice": choice}
+        if stream:
+            with client.chat.completions.stream(**options) as events:
+                answered: Any = events.get_final_completion().choices[0]
+        else:
+            answered = client.chat.completions.create(**options).choices[0]
+        (call,) = answered.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"place": "Bern"})
+        assert answered.finish_reason == "tool_calls" and not answered.message.content
+
+
 def test_one_call_where_no_more_are_wanted(client: OpenAI) -> None:
     message = chat(client, CALL * 2, tools=[WEATHER], parallel_tool_calls=False).choices[0].message
     assert message.tool_calls is not None and len(message.tool_calls) == 1

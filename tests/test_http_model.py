@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 from openai import OpenAI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -83,17 +84,41 @@ def test_answers_to_one_prompt_differ_and_can_be_repeated(client: OpenAI) -> Non
 
 
 def test_a_prompt_is_scored(client: OpenAI, native: Client) -> None:
-    """As evaluation harnesses do; the tokens' probabilities are those of a continuation."""
+    """As evaluation harnesses do."""
     prompt = "a prompt to score"
     options: Any = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
     extra = {"return_token_ids": True}
     choice: Any = client.completions.create(model=native.info().model, extra_body=extra, **options).choices[0]
     ids: list[int] = choice.prompt_token_ids
-    scored = native.score(ids[:1], ids[1:])
-    assert scored.logprobs is not None and choice.logprobs is not None
-    expected = [entry.logprob for entry in scored.logprobs]
-    assert choice.logprobs.token_logprobs == [None, *map(pytest.approx, expected)]
+    scored = native.generate(ids, max_tokens=0, prompt_logprobs=1)
+    expected = [entry and entry.logprob for entry in scored.prompt_logprobs or ()]
+    assert choice.logprobs.token_logprobs == expected and expected[0] is None
+    assert choice.finish_reason == "length" and choice.token_ids == []
     assert choice.text == prompt and "".join(choice.logprobs.tokens or ()) == prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_follow_a_schema_and_calls_are_made_where_they_have_to(
+    client: OpenAI, native: Client, stream: bool
+) -> None:
+    schema: Any = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}}}
+    schema |= {"required": ["a", "b"], "additionalProperties": False}
+    options: Any = {"model": native.info().model, "messages": [{"role": "user", "content": "a"}]}
+    options |= {"max_tokens": 300, "seed": 1, "extra_body": {"structured_outputs": None}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for choice in ({"type": "function", "function": {"name": "f"}}, "required", None):
+        more: Any = {"tools": [tool], "tool_choice": choice}
+        if choice is None:
+            more = {
+                "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+            }
+        if stream:
+            with client.chat.completions.stream(**options, **more) as events:
+                message: Any = events.get_final_completion().choices[0].message
+        else:
+            message = client.chat.completions.create(**options, **more).choices[0].message
+        text = message.content if choice is None else message.tool_calls[0].function.arguments
+        Draft202012Validator(schema).validate(json.loads(text))
 
 
 def test_many_streams_some_dropped_and_some_read_slowly(server: Server, native: Client) -> None:

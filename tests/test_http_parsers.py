@@ -4,9 +4,11 @@ import json
 import random
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from clo.runtime.http.reasoning import ReasoningParser
-from clo.runtime.http.tool_calls import HermesParser, Llama3Parser, ToolCallParser, family
+from clo.runtime.http.requests import FunctionDefinition, Tool
+from clo.runtime.http.tool_calls import HermesParser, Llama3Parser, ToolCallParser, family, schema_of_calls
 
 SEEDS = range(20)
 
@@ -101,6 +103,27 @@ LLAMA3 = {
 def test_calls_as_bare_objects(text: str, content: str, calls: list[tuple[str, object]]) -> None:
     for seed in SEEDS:
         assert parse(Llama3Parser({"f", "g"}), text, seed) == (content, calls)
+
+
+def test_the_schema_of_calls_finds_what_it_refers_to() -> None:
+    parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"const": 5}}}
+    tools = [Tool("function", FunctionDefinition("f", parameters=parameters))]
+    tools.append(Tool("function", FunctionDefinition("g")))
+    schema = schema_of_calls(tools, parallel=False)
+    check = Draft202012Validator(schema)
+    assert check.is_valid([{"name": "f", "arguments": {"x": 5}}])
+    assert check.is_valid([{"name": "g", "arguments": {"x": 6}}])
+    for wrong in (
+        [],
+        [{"name": "f", "arguments": {"x": 6}}],
+        [{"name": "h", "arguments": {}}],
+        [{"name": "g"}],
+        [{"name": "g", "arguments": {}}] * 2,
+    ):
+        assert not check.is_valid(wrong)
+    assert Draft202012Validator(schema_of_calls(tools, parallel=True)).is_valid(
+        [{"name": "g", "arguments": {}}] * 2
+    )
 
 
 @pytest.mark.parametrize(

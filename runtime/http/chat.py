@@ -23,14 +23,15 @@ from clo.runtime.http.logprobs import Speller
 from clo.runtime.http.reasoning import ReasoningParser
 from clo.runtime.http.requests import ChatCompletionRequest, ChosenTool, Tool, read, sampling_of
 from clo.runtime.http.streaming import Choice, ChoiceWriter, EventStream, event, gather
-from clo.runtime.http.tool_calls import ToolCallParser
+from clo.runtime.http.tool_calls import ForcedParser, ToolCallParser, schema_of_calls
 from clo.runtime.stream import Result
 from clo.runtime.wire.messages import Chat, Chunk, Logprob, Turn
 
 
 def chat_of(turns: list[Turn], tools: list[Tool], variables: dict[str, Any]) -> Chat:
     """A conversation for the chat template, with the tools that it offers."""
-    return Chat(turns, variables | ({"tools": msgspec.to_builtins(tools)} if tools else {}))
+    variables = variables | ({"tools": tools} if tools else {})
+    return Chat(turns, msgspec.json.encode(variables).decode() if variables else "")
 
 
 async def chat(gateway: Gateway, body: dict[str, Any], name: str) -> Response:
@@ -52,10 +53,17 @@ async def chat(gateway: Gateway, body: dict[str, Any], name: str) -> Response:
     max_tokens = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     sampling = sampling_of(request, fields, max_tokens, logprobs)
-    tools = _offered(request)
-    parsers = [gateway.tool_call_parser(tools) if tools else None for _ in range(request.n)]
+    tools = [] if request.tool_choice == "none" else request.tools
+    schema = _schema(request)
+    if schema is not None:
+        if sampling.get("structured_outputs") is not None:
+            text = "'tool_choice' decides about the answer here; leave 'response_format' out."
+            raise APIError(text, param="tool_choice", code="invalid_value")
+        sampling["structured_outputs"] = {"json": schema}
+    parsers = [_calls_of(gateway, request) if tools else None for _ in range(request.n)]
     prompt = await gateway.tokens(chat_of(request.messages, tools, request.chat_template_kwargs))
-    thinking = gateway.thinks and gateway.begins_thinking(prompt)
+    thinks = gateway.thinks and sampling.get("structured_outputs") is None
+    begun = thinks and gateway.begins_thinking(prompt)
     accepted = asyncio.Event()
     streams = open_streams(gateway, [prompt], request.n, sampling, accepted)
     begin = head(gateway, f"chatcmpl-{name}")
@@ -67,7 +75,7 @@ async def chat(gateway: Gateway, body: dict[str, Any], name: str) -> Response:
             request,
             speller,
             prompt,
-            _Parser(ReasoningParser(thinking) if gateway.thinks else None, parser, request),
+            _Parser(ReasoningParser(begun) if thinks else None, parser, request),
         )
         for index, parser in enumerate(parsers)
     ]
@@ -91,17 +99,31 @@ async def chat(gateway: Gateway, body: dict[str, Any], name: str) -> Response:
     return Response(msgspec.json.encode(whole), media_type="application/json")
 
 
-def _offered(request: ChatCompletionRequest) -> list[Tool]:
-    """The tools that the model may call.
+def _schema(request: ChatCompletionRequest) -> dict[str, Any] | None:
+    """What the answer must be where the model has to call a tool; None where it need not.
 
     Raises:
-        APIError: it would have to call one, which CLO cannot see to.
+        APIError: there is no such tool.
     """
     choice = request.tool_choice
-    if choice == "required" or isinstance(choice, ChosenTool):
-        text = "'tool_choice' may be 'auto' or 'none'; this server cannot make a model call a tool."
-        raise APIError(text, param="tool_choice", code="unsupported_value")
-    return request.tools if choice == "auto" else []
+    if choice in ("auto", "none"):
+        return None
+    named = choice.function.name if isinstance(choice, ChosenTool) else None
+    offered = [tool for tool in request.tools if named in (None, tool.function.name)]
+    if not offered:
+        text = "'tool_choice' asks for a tool that is not among 'tools'."
+        raise APIError(text, param="tool_choice", code="invalid_value")
+    if named is not None:
+        return offered[0].function.parameters or {"type": "object"}
+    return schema_of_calls(offered, request.parallel_tool_calls)
+
+
+def _calls_of(gateway: Gateway, request: ChatCompletionRequest) -> ToolCallParser:
+    """Finds calls in one answer. Raises ``APIError`` where it is not known how the model writes them."""
+    choice = request.tool_choice
+    if choice == "auto":
+        return gateway.tool_call_parser(request.tools)
+    return ForcedParser(choice.function.name if isinstance(choice, ChosenTool) else None)
 
 
 class _Parser:

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from fastapi import Response
 from msgspec import UNSET
 
-from clo.runtime.http.answers import Completion, CompletionChoice, CompletionLogprobs
+from clo.runtime.http.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from clo.runtime.http.errors import APIError
 from clo.runtime.http.gateway import Gateway
 from clo.runtime.http.generation import StreamedUsage, count, head, open_streams
@@ -17,14 +17,6 @@ from clo.runtime.http.requests import MAX_CHOICES, CompletionRequest, read, samp
 from clo.runtime.http.streaming import Choice, ChoiceWriter, EventStream, event, gather
 from clo.runtime.stream import Result
 from clo.runtime.wire.messages import Chunk, Logprob, Text, Tokens
-
-
-class _Echo(NamedTuple):
-    """A prompt that stands before its answer; empty where none is wanted."""
-
-    text: str = ""
-    tokens: Sequence[int] = ()
-    logprobs: Sequence[Logprob | None] = ()  # where they are wanted
 
 
 def _prompts(prompt: str | list[Any]) -> list[Text | Tokens]:
@@ -56,63 +48,51 @@ async def complete(gateway: Gateway, body: dict[str, Any], name: str) -> Respons
     if request.max_tokens == 0 and not request.echo:
         text = "'max_tokens' is 0, which goes with 'echo' only."
         raise APIError(text, param="max_tokens", code="invalid_value")
-    sampling = sampling_of(request, fields, request.max_tokens or None, request.logprobs)
+    scores = request.echo and request.logprobs is not None  # also the prompt
+    sampling = sampling_of(request, fields, request.max_tokens, request.logprobs)
     prompts = _prompts(request.prompt)
     if len(prompts) * request.n > MAX_CHOICES:
-        text = (
-            f"{len(prompts)} prompts with n {request.n} ask for more than {MAX_CHOICES} answers; send fewer."
-        )
+        text = f"{len(prompts)} prompts with n {request.n} are more than {MAX_CHOICES} answers; send fewer."
         raise APIError(text, param="prompt", code="invalid_value")
     tokens = await gather([gateway.tokens(prompt) for prompt in prompts])
-    echoes = [_Echo()] * len(prompts)
-    if request.echo:
-        pairs = zip(prompts, tokens, strict=True)
-        echoes = await gather([_echo(gateway, prompt, ids, request.logprobs) for prompt, ids in pairs])
+    if scores:
+        sampling["prompt_logprobs"] = request.logprobs
     accepted = asyncio.Event()
-    streams = [] if request.max_tokens == 0 else open_streams(gateway, tokens, request.n, sampling, accepted)
+    streams = []
+    if scores or request.max_tokens != 0:
+        streams = open_streams(gateway, tokens, request.n, sampling, accepted)
     begin = head(gateway, f"cmpl-{name}")
     speller = Speller(gateway, request.return_tokens_as_token_ids)
-    writers = [
-        _Writer(begin, place * request.n + index, request, speller, Offsets(gateway), ids, echo)
-        for place, (ids, echo) in enumerate(zip(tokens, echoes, strict=True))
-        for index in range(request.n)
+    writers: list[_Writer] = []
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        text = prompt.text if isinstance(prompt, Text) else gateway.tokenizer.decode(ids)
+        echo = text if request.echo else ""
+        for _ in range(request.n):
+            offsets = Offsets(gateway)
+            writers.append(_Writer(begin, len(writers), request, speller, offsets, ids, echo))
+
+    def counts() -> Usage:
+        return count(tokens, [stream.result for stream in streams])
+
+    def last() -> bytes:
+        if not StreamedUsage(request.stream_options).has_last:
+            return b""
+        return event(Completion(**begin, choices=[], usage=counts()))
+
+    if request.stream and streams and not scores:
+        first = b"".join([writer.first() for writer in writers])
+        choices = [Choice(*pair) for pair in zip(streams, writers, strict=True)]
+        return EventStream(choices, accepted, first, last, "prompt")
+    # Log-probabilities of a prompt are there at the end, and where nothing is generated nothing streams.
+    results: Sequence[Result | None] = await gather([stream.to_end() for stream in streams])
+    whole = [
+        writer.whole(result) for writer, result in zip(writers, results or [None] * len(writers), strict=True)
     ]
     if request.stream:
-
-        def last() -> bytes:
-            unread = b"".join([writer.end(None) for writer in writers]) if not streams else b""
-            if not StreamedUsage(request.stream_options).has_last:
-                return unread
-            results = [stream.result for stream in streams]
-            return unread + event(Completion(**begin, choices=[], usage=count(tokens, results)))
-
-        choices = [Choice(*pair) for pair in zip(streams, writers, strict=False)]
-        first = b"".join([writer.first() for writer in writers])
-        return EventStream(choices, accepted, first, last, "prompt")
-    results = await gather([stream.to_end() for stream in streams])
-    ends: Sequence[Result | None] = results or [None] * len(writers)
-    whole = Completion(
-        **begin,
-        choices=[writer.whole(result) for writer, result in zip(writers, ends, strict=True)],
-        usage=count(tokens, results),
-    )
-    return Response(msgspec.json.encode(whole), media_type="application/json")
-
-
-async def _echo(gateway: Gateway, prompt: Text | Tokens, tokens: list[int], logprobs: int | None) -> _Echo:
-    """A prompt as it stands before its answer.
-
-    Args:
-        tokens: those of the prompt.
-        logprobs: how many of the most likely tokens are wanted beside each; None for no probabilities.
-    """
-    text = prompt.text if isinstance(prompt, Text) else gateway.tokenizer.decode(tokens)
-    if logprobs is None:
-        return _Echo(text, tokens)
-    scored: list[Logprob | None] = [None]
-    if len(tokens) > 1:
-        scored += (await gateway.client.score(tokens[:1], tokens[1:], logprobs=logprobs)).logprobs or []
-    return _Echo(text, tokens, scored)
+        first = b"".join([event(Completion(**begin, choices=[choice])) for choice in whole])
+        return EventStream([], accepted, first, last, "prompt")
+    answer = Completion(**begin, choices=whole, usage=counts())
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 class _Writer(ChoiceWriter):
@@ -123,7 +103,7 @@ class _Writer(ChoiceWriter):
         index: number of the choice.
         offsets: of its tokens.
         prompt: tokens of its prompt.
-        echo: its prompt, where that stands before the answer.
+        echo: text of the prompt, where that stands before the answer.
     """
 
     def __init__(
@@ -134,7 +114,7 @@ class _Writer(ChoiceWriter):
         speller: Speller,
         offsets: Offsets,
         prompt: list[int],
-        echo: _Echo,
+        echo: str,
     ) -> None:
         self._begin, self._index, self._speller, self._offsets = begin, index, speller, offsets
         self._prompt, self._echo = prompt, echo
@@ -145,13 +125,13 @@ class _Writer(ChoiceWriter):
 
     def whole(self, result: Result | None) -> CompletionChoice:
         """The choice; None where nothing was to be generated."""
-        echo = self._echo
         tokens = result.tokens if result else []
-        logprobs = [*echo.logprobs, *((result and result.logprobs) or ())]
+        prompt = (result and result.prompt_logprobs) or []
+        logprobs = [*prompt, *((result and result.logprobs) or ())]
         return CompletionChoice(
             index=self._index,
-            text=echo.text + (result.text if result else ""),
-            logprobs=self._logprobs([*echo.tokens, *tokens], logprobs),
+            text=self._echo + (result.text if result else ""),
+            logprobs=self._logprobs([*(self._prompt if prompt else ()), *tokens], logprobs),
             finish_reason=result.finish_reason if result else "length",
             token_ids=tokens if self._with_ids else UNSET,
             prompt_token_ids=self._prompt if self._with_ids else UNSET,
@@ -159,8 +139,7 @@ class _Writer(ChoiceWriter):
 
     def first(self) -> bytes:
         """The event of an echoed prompt."""
-        echo = self._echo
-        return self._event(echo.text, self._logprobs(echo.tokens, echo.logprobs), []) if echo.tokens else b""
+        return self._event(self._echo, None, []) if self._echo else b""
 
     def piece(self, chunk: Chunk) -> bytes:
         self._count += len(chunk.tokens)
@@ -169,8 +148,8 @@ class _Writer(ChoiceWriter):
         logprobs = self._logprobs(chunk.tokens, chunk.logprobs or [])
         return self._event(chunk.text, logprobs, chunk.tokens)
 
-    def end(self, result: Result | None) -> bytes:
-        return self._event("", None, [], result.finish_reason if result else "length")
+    def end(self, result: Result) -> bytes:
+        return self._event("", None, [], result.finish_reason)
 
     def _event(
         self, text: str, logprobs: CompletionLogprobs | None, tokens: list[int], reason: str | None = None

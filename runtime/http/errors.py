@@ -43,7 +43,8 @@ class APIError(Exception):
     def of(cls, error: CLOError, param: str | None = None) -> "APIError":
         """The same for an error of the server; ``param`` is the field that the prompt came in."""
         status, code = _OF_ERRORS.get(type(error), (500, error.code))
-        return cls(str(error), status, param=param if status == 400 else None, code=code)
+        long = isinstance(error, PromptTooLong)  # others are about another field, or about none
+        return cls(str(error), status, param=param if long else None, code=code)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -82,18 +82,27 @@ class Gateway:
             raise APIError(text, 404, param="model", code="model_not_found")
 
     async def tokens(self, prompt: Text | Chat | Tokens, *, special: bool = True) -> list[int]:
-        """Token ids of a prompt; see ``Tokenizer.encode``, also for what is raised."""
+        """Token ids of a prompt; see ``Tokenizer.encode``.
+
+        Raises:
+            APIError: there are none, or too many.
+        """
         encode = partial(self.tokenizer.encode, prompt, self.max_model_len, special=special)
-        if not takes_long(prompt):
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        try:
+            if not takes_long(prompt):
+                return encode()
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        except CLOError as error:
+            raised = APIError.of(error)
+            raised.param = "messages" if isinstance(prompt, Chat) else "prompt"
+            raise raised from None
 
     def begins_thinking(self, prompt: list[int]) -> bool:
         """Whether a prompt ends with the beginning of what the model is going to think."""
         return self.tokenizer.decode(prompt[-_TAIL_TOKENS:], special=True).rstrip().endswith(BEGIN)
 
     def tool_call_parser(self, tools: list[Tool]) -> ToolCallParser:
-        """For one answer to a request that offers tools.
+        """For one answer to a request that offers tools, which the model may call or not.
 
         Raises:
             APIError: it is not known how the model writes calls.

@@ -24,20 +24,15 @@ def open_streams(
     """``n`` answers to each prompt, those to the same prompt together.
 
     Args:
-        sampling: fields of ``SamplingParams``. With a seed each answer gets one of its own.
+        sampling: fields of ``SamplingParams``.
         accepted: is set when the server has taken one of them on and it waits.
     """
 
     def accept(progress: Progress) -> None:
         accepted.set()
 
-    seed = sampling.get("seed")
-    streams = []
-    for tokens in prompts:
-        for index in range(n):
-            own = {} if seed is None else {"seed": (seed + index) % 2**63}
-            streams.append(gateway.client.stream(tokens, on_progress=accept, **(sampling | own)))
-    return streams
+    answers = [gateway.client.streams(tokens, n=n, on_progress=accept, **sampling) for tokens in prompts]
+    return [stream for streams in answers for stream in streams]
 
 
 def count(prompts: list[list[int]], results: list[Result]) -> Usage:

@@ -1,7 +1,8 @@
 """What clients may ask for: the bodies of requests, checked, and what is refused by name.
 
 How tokens are chosen is the business of ``SamplingParams``: each of its fields may stand in a body under its
-own name and is passed on as it is. The classes here have only what HTTP adds, or takes in another form.
+own name and is passed on as the native client does. The classes here have only what HTTP adds, or takes in
+another form.
 """
 
 import re
@@ -10,7 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from clo.runtime.client import sampling_fields
 from clo.runtime.http.errors import APIError
+from clo.runtime.wire.errors import InvalidRequest
 from clo.runtime.wire.messages import MAX_LOGPROBS, SamplingParams, TokenId, Turn
 
 MAX_CHOICES = 2048  # answers to one request: prompts times n
@@ -29,25 +32,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": (),
-    "frequency_penalty": (0,),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
@@ -142,7 +137,8 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
 
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
-SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+# What HTTP has in forms of its own is not taken in these.
+SAMPLING_FIELDS = {*SamplingParams.__struct_fields__, "response_format"} - {"echo", "prompt_logprobs"}
 
 
 def decode(data: bytes) -> dict[str, Any]:
@@ -194,8 +190,11 @@ def sampling_of(
     Raises:
         APIError: a field is wrong.
     """
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop
-    sampling = fields | {"stop": stop, "max_tokens": max_tokens, "logprobs": logprobs}
+    own = {"stop": request.stop, "max_tokens": max_tokens, "logprobs": logprobs}
+    try:
+        sampling = sampling_fields(fields | own)
+    except InvalidRequest as error:
+        raise APIError(str(error), param="response_format", code="invalid_value") from None
     convert(sampling, SamplingParams)
     return sampling
 
@@ -259,8 +258,8 @@ def _without_index(call: Any) -> Any:
 
 def _explain(text: str) -> APIError:
     """msgspec's sentence as OpenAI's API says it."""
-    sentence, _, path = text.partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
+    sentence, _, place = text.partition(" - at ")
+    path = place.partition("`$")[2].rstrip("`").lstrip(".")
     if unknown := re.fullmatch("Object contains unknown field `(.*)`", sentence):
         param = ".".join(filter(None, (path, unknown[1])))
         return APIError(f"'{param}' is not a field of this request.", param=param, code="unknown_parameter")
@@ -268,5 +267,5 @@ def _explain(text: str) -> APIError:
         param = ".".join(filter(None, (path, missing[1])))
         return APIError(f"'{param}' is missing.", param=param, code="missing_required_parameter")
     typed = re.fullmatch("Expected `[^`]*`, got `.*`", sentence)
-    message = f"'{path}' is not valid: {sentence}."
+    message = f"'{path}' is not valid: {sentence}." if path else f"The body is not valid: {sentence}."
     return APIError(message, param=path or None, code="invalid_type" if typed else "invalid_value")

@@ -8,6 +8,7 @@ import msgspec
 
 from clo.runtime.http.answers import CalledFunction, ToolCall
 from clo.runtime.http.reasoning import partial_end
+from clo.runtime.http.requests import Tool
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -37,7 +38,11 @@ def _call(found: Any) -> ToolCall | None:
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     called = CalledFunction(found["name"], arguments)
-    return ToolCall(id=f"call_{secrets.token_hex(12)}", function=called)
+    return ToolCall(id=_id(), function=called)
+
+
+def _id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 class HermesParser:
@@ -132,6 +137,50 @@ class Llama3Parser:
         except (ValueError, RecursionError):
             return []
         return calls
+
+
+class ForcedParser:
+    """Calls that the model had to make, as ``schema_of_calls`` or the tool's own schema has them.
+
+    Args:
+        name: of the one tool that it could call, whose arguments are the whole answer; None where the answer
+            is a list of calls.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._held = ""
+
+    def push(self, text: str) -> Found:
+        self._held += text
+        return Found("", [])
+
+    def flush(self) -> Found:
+        """What was cut short stays as it is."""
+        text, self._held = self._held, ""
+        if not text:
+            return Found("", [])
+        if self._name is not None:
+            return Found("", [ToolCall(id=_id(), function=CalledFunction(self._name, text))])
+        try:
+            calls = [_call(found) for found in msgspec.json.decode(text, type=list[Any])]
+        except (msgspec.DecodeError, RecursionError):
+            return Found(text, [])
+        return Found("", [call for call in calls if call is not None])
+
+
+def schema_of_calls(tools: list[Tool], parallel: bool) -> dict[str, Any]:
+    """The JSON schema of a list of calls, one at least, and no more where they are not ``parallel``."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for tool in tools:
+        arguments = dict(tool.function.parameters or {"type": "object"})
+        definitions |= arguments.pop("$defs", {})  # references look for them at the top
+        properties = {"name": {"const": tool.function.name}, "arguments": arguments}
+        call = {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+        calls.append(call | {"additionalProperties": False})
+    schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "$defs": definitions}
+    return schema if parallel else schema | {"maxItems": 1}
 
 
 def family(chat_template: str) -> str:
