@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +21,7 @@ from clo.runtime.client import Client
 from tests.conftest import CHAT_TEMPLATE
 from tests.echo import HOLD
 from tests.faults import WAIT_S
-from tests.server import Server
+from tests.server import ROOT, Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
 
@@ -52,7 +55,7 @@ def talking_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def server(launch: Launch, talking_model: Path) -> Iterator[Server]:
-    options = ("--http", "0", "--served-model-name", "talking,other-name")
+    options = ("--http", "0", "--served-model-name", "talking,other-name,smollm2-135m-instruct")
     with launch("--model", str(talking_model), *options, program=("-m", "tests.echo", "serve")) as server:
         yield server
 
@@ -433,7 +436,7 @@ def test_an_async_client(server: Server) -> None:
 
 def test_models(client: OpenAI) -> None:
     models = client.models.list().data
-    assert [model.id for model in models] == ["talking", "other-name"]
+    assert [model.id for model in models] == ["talking", "other-name", "smollm2-135m-instruct"]
     assert getattr(models[0], "max_model_len") == 4096  # noqa: B009
     assert client.models.retrieve("other-name").owned_by == "clo"
     with pytest.raises(openai.NotFoundError):
@@ -462,6 +465,18 @@ def test_tokens_of_a_text_and_back(server: Server) -> None:
         tokens = http.post("/tokenize", json=chat).json()["tokens"]
         text = http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
         assert '"name": "weather"' in text and text.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_the_quick_start_of_the_readme(server: Server) -> None:
+    """As it stands there, but for the port."""
+    section = (ROOT / "README.md").read_text().partition("\n## HTTP\n")[2].partition("\n## ")[0]
+    command, program = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)
+    question = "What is the capital of France?"
+    for line in (("sh", "-c", command), (sys.executable, "-c", program)):
+        *words, text = line
+        text = text.replace("http://127.0.0.1:8000", server.url)
+        ran = subprocess.run([*words, text], capture_output=True, text=True, timeout=WAIT_S)
+        assert question in ran.stdout, ran.stderr
 
 
 def test_names_of_requests(server: Server) -> None:
