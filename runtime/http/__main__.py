@@ -23,6 +23,7 @@ from clo.runtime.wire.messages import GATEWAY_IDENTITY, FromChild, GatewayReady,
 from clo.runtime.wire.sockets import Arrivals, DealerSocket
 
 _GRACE_S = 2  # for answers to end when the server stops; all requests have ended by then
+_IDLE_S = 75  # that a connection stays open without a request: clients give theirs up after less
 _POLL_S = 0.01
 
 
@@ -44,6 +45,7 @@ async def serve(config: GatewayProcessConfig, key: str, api_key: str | None) -> 
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_GRACE_S,
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
