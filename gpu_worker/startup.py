@@ -18,7 +18,8 @@ from clo.kernels.sparse_prompt import block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor, by_block
-from clo.runtime.config import ResolvedModel, WorkerConfig
+from clo.runtime.config import CacheConfig, ResolvedModel, WorkerConfig
+from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind, device_node
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
@@ -53,7 +54,7 @@ def start(
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
-    _check_limits(config)
+    check_model(config.model, config.cache)
     decoder = load_decoder(config.model)
     store = StoreClient(context, endpoint, key)
     attached = store.attach(Attach(config.worker, os.getpid()))
@@ -82,13 +83,16 @@ def _choose_store(config: WorkerConfig) -> str:
     return config.stores[node]
 
 
-def _check_limits(config: WorkerConfig) -> None:
-    """Refuse what the kernels cannot do, before the weights are read."""
-    model = config.model
+def check_model(model: ResolvedModel, cache: CacheConfig) -> None:
+    """Refuse what the kernels cannot do, before the weights are read.
+
+    Raises:
+        ConfigError: says what.
+    """
     shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
-    for sizes in set(config.cache.sizes(model.max_model_len, shape.layers)):
+    for sizes in set(cache.sizes(model.max_model_len, shape.layers)):
         try:
             check_limits(
                 shape.head_dim, shape.group, sizes.select_k, sizes.resident, model.max_model_len,
@@ -96,7 +100,7 @@ def _check_limits(config: WorkerConfig) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if config.cache.prefill_attention == "sparse":
+    if cache.prefill_attention == "sparse":
         _check_sparse_prefill(model)
 
 
@@ -121,8 +125,11 @@ def _engine(
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
     rows = arena_tensor(shared, shape, attached.blocks)
-    plan = plan_gpu_memory if decoder.device.type == "cuda" else plan_cpu_memory
-    slots = plan(shape, config.cache, config.engine, attached.blocks, max_tokens)
+    sizes = shape, config.cache, config.engine, attached.blocks, max_tokens
+    if decoder.device.type == "cuda":
+        slots = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
+    else:
+        slots = plan_cpu_memory(*sizes, available_memory([0]))
     if decoder.device.type == "cuda":
         rows = pin(rows)
     arena = by_block(rows)
