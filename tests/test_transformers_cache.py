@@ -34,8 +34,8 @@ def generate(
     padded = torch.tensor([[0] * (longest - len(line)) + line for line in tokens])
     mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in tokens])
     output = model.generate(
-        padded.to(device), attention_mask=mask.to(device), cache=cache, max_new_tokens=COUNT, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
+        padded.to(device), attention_mask=mask.to(device), cache=cache, max_new_tokens=COUNT,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     continuations: list[list[int]] = output[:, longest:].tolist()
     return continuations
