@@ -53,7 +53,7 @@ class InFlightStep:
 class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
-    A sequence waits for a slot, then for its blocks, which the store grants in order, prefills and decodes;
+    A sequence waits for a slot, then for its blocks, which the store grants, prefills and decodes;
     see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that it may generate:
     nothing runs out in mid-stream.
 
@@ -149,8 +149,8 @@ class Scheduler:
 
     def _give_slots(self) -> None:
         # The slot comes before the blocks: a sequence that holds blocks without a slot would keep them from
-        # those that could use them, while a slot that waits for blocks keeps nobody out, since the store
-        # grants blocks in the order in which they are asked for.
+        # those that could use them, while a slot that waits for blocks hardly keeps anybody out, since only
+        # small requests pass those for which the store has too few.
         while self._waiting and self._free_slots:
             sequence = self._waiting.popleft()
             sequence.slot = min(self._free_slots)

@@ -3,6 +3,7 @@
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from clo.runtime.wire.errors import PromptTooLong, ProtocolError
@@ -24,11 +25,13 @@ class _Holding:
         self.tokens = array("i")  # 4 bytes a token
 
 
-class _Wait(NamedTuple):
+@dataclass
+class _Wait:
     """What a sequence in the queue waits for: new blocks after the shared ones, which it holds already."""
 
     shared: list[int]
     new: int
+    passed: int = 0  # new blocks that later ones were given meanwhile
 
 
 class BlockPool:
@@ -36,7 +39,8 @@ class BlockPool:
 
     A block is free, or held by one or several sequences, whose number is counted. A group is one worker, or
     several that serve the same sequences together. A sequence gets all its blocks at once. One that has to
-    wait queues, and no later one overtakes the head of the queue, so that large requests do not starve.
+    wait queues. Later ones that fit pass it, so that a small request does not wait for a large one, but they
+    get no more blocks in all than it asks for itself, so that it does not starve.
     """
 
     def __init__(self, blocks: int, block_tokens: int) -> None:
@@ -88,16 +92,20 @@ class BlockPool:
 
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""
-        while self._waiting:
-            (group, sequence), (shared, new) = next(iter(self._waiting.items()))
-            if new > len(self._free):
-                return
+        ahead: list[_Wait] = []  # those that go on waiting, so far
+        for (group, sequence), wait in list(self._waiting.items()):
+            new = wait.new
+            if new > len(self._free) or any(other.passed + new > other.new for other in ahead):
+                ahead.append(wait)
+                continue
+            for other in ahead:
+                other.passed += new
             del self._waiting[group, sequence]
             start = len(self._free) - new
             own = self._free[start:][::-1]
             del self._free[start:]
             self._take(own)
-            blocks = [*shared, *own]
+            blocks = [*wait.shared, *own]
             self._held.setdefault(group, {})[sequence] = _Holding(blocks)
             yield Grant(group, sequence, list(blocks))
 

@@ -38,6 +38,7 @@ from clo.runtime.wire.messages import (
     ToStore,
 )
 from clo.runtime.wire.sockets import DealerSocket, Decoder, configure, encode
+from clo.runtime.wire.strangers import INTRUDER, Strangers, watch
 
 Launcher = DealerSocket[StoreReady | Pong, Ping]
 
@@ -91,6 +92,8 @@ class StoreServer:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(launcher.socket, zmq.POLLIN)
+        self._watch, self._strangers = watch(socket), Strangers(_logger, INTRUDER)
+        self._poller.register(self._watch, zmq.POLLIN)
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._source = Source(arena)
@@ -105,6 +108,9 @@ class StoreServer:
                 if worker.pidfd in ready:
                     _logger.info("Worker %d is gone; its blocks are free again.", worker.number)
                     self._forget(worker)
+            if self._watch in ready:
+                self._watch.recv_multipart()
+                self._strangers.turned_away()
             if self._launcher.receive() is not None:
                 self._launcher.send(Pong())
             if self._socket in ready:

@@ -33,12 +33,32 @@ T = TypeVar("T")
 def _prompt(prompt: Any, template: dict[str, Any] | None = None) -> dict[str, Any]:
     """The fields of a ``Text``, ``Chat`` or ``Tokens``; ``template`` are variables of the chat template."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return {"type": "Chat", "turns": prompt, "chat_template_kwargs": {} if template is None else template}
+        if not isinstance(template, dict | None):
+            raise InvalidRequest("chat_template_kwargs must be a dict of variables.")
+        variables = "" if template is None else _json(template)
+        return {"type": "Chat", "turns": list(map(_turn, prompt)), "chat_template_kwargs": variables}
     if template is not None:
         raise InvalidRequest("chat_template_kwargs go with chat messages; this prompt is not rendered.")
     if isinstance(prompt, str):
         return {"type": "Text", "text": prompt}
     return {"type": "Tokens", "ids": prompt}
+
+
+def _turn(turn: Any) -> Any:
+    """A chat message whose tool calls have their arguments as JSON, where they were given as objects."""
+    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    return turn | {"tool_calls": list(map(_call, calls))} if isinstance(calls, list) else turn
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return call | {"function": function | {"arguments": _json(function["arguments"])}}
+
+
+def _json(value: dict[str, Any]) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _request(
@@ -53,16 +73,23 @@ def _request(
         InvalidRequest: a field has the wrong type or value, or the message would be too large.
     """
     stop = sampling.get("stop", [])
-    fields = {
-        "request": uuid.uuid4().hex,
-        "prompt": _prompt(prompt, template),
-        "sampling": sampling | {"stop": [stop] if isinstance(stop, str) else [] if stop is None else stop},
-        "continuation": None if continuation is None else _prompt(continuation),
-    }
     try:
+        fields = {
+            "request": uuid.uuid4().hex,
+            "prompt": _prompt(prompt, template),
+            "sampling": sampling
+            | {"stop": [stop] if isinstance(stop, str) else [] if stop is None else stop},
+            "continuation": None if continuation is None else _prompt(continuation),
+        }
         message = msgspec.convert(fields, Generate)
         size = len(encode(message))
-    except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
+    except (
+        msgspec.MsgspecError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InvalidRequest(f"The request is not valid: {error}.") from None
     if size > MAX_MESSAGE_BYTES:
         raise InvalidRequest(f"The request takes {size} bytes; at most {MAX_MESSAGE_BYTES} are sent.")

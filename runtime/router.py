@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import logging
-import math
 import os
 import secrets
 from collections import defaultdict
@@ -70,6 +69,7 @@ from clo.runtime.wire.messages import (
     store_identity,
 )
 from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
+from clo.runtime.wire.strangers import INTRUDER, Strangers
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
@@ -79,7 +79,6 @@ TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
 FLUSH_S = 1.0
-WARN_S = 60.0  # between two warnings of the same
 THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
 TURN_CHARACTERS = 50  # as many take as long as an empty message of a chat
 THREADS = 4  # that tokenise, each for another client
@@ -140,7 +139,7 @@ class Router:
                 min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
                 UNREAD_BYTES,
                 self._hear_client,
-                self._warn_of_wrong_key,
+                Strangers(_logger, "A client was turned away: it has another API key, or none.").turned_away,
             )
         except OSError as error:
             self._context.destroy(linger=0)
@@ -150,12 +149,11 @@ class Router:
             self._context, endpoint, FromChild, queue=0, key=key
         )
         self._arrivals = Arrivals()
-        self._workers.hear(self._arrivals, self._hear_worker)
+        self._workers.hear(self._arrivals, self._hear_worker, strangers=Strangers(_logger, INTRUDER))
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
-        self._warned = -math.inf  # when it was said last that a client did not know the key
         self._children = Children()
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
@@ -225,12 +223,6 @@ class Router:
             self._send(client, Failed(message.request, PromptTooLong.code, text))
         else:
             self._handlers[type(message)](self, client, message, size)
-
-    def _warn_of_wrong_key(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._warned > WARN_S:
-            self._warned = now
-            _logger.warning("A client was turned away: it has another API key, or none.")
 
     def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError) -> None:
         if isinstance(message, ProtocolError):

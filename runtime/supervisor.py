@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from clo.runtime.config import BlockConfig, ServerConfig, StartedWorker, StoreConfig, WorkerConfig
+from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
 from clo.runtime.model.files import resolve
@@ -98,6 +99,7 @@ class Supervisor:
         self._config, self._worker, self._folder = config, worker, folder
         self._key = secrets.token_hex(32)
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
+        check_nodes(self._nodes)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)
         self._router_endpoint = f"ipc://{folder.path}/router"

@@ -1,12 +1,12 @@
 """From prompts to token ids and from token ids back to text, in the router's process."""
 
 import inspect
-import json
 import re
 from codecs import utf_8_decode
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import tokenizers
 from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
-from clo.runtime.wire.messages import Chat, Text, Tokens, ToolCall, Turn
+from clo.runtime.wire.messages import MAX_JSON, Chat, Text, Tokens, ToolCall, Turn
 
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
 _WINDOW = 64  # tokens that are decoded at most
@@ -159,15 +159,21 @@ class Tokenizer:
             raise InvalidRequest("The model has no chat template; send a text or token ids.")
         if not chat.turns:
             raise InvalidRequest("The chat is empty; give at least one message.")
-        for name in chat.chat_template_kwargs:
+        calls = [call for turn in chat.turns for call in turn.tool_calls or ()]
+        size = len(chat.chat_template_kwargs) + sum(len(call.function.arguments) for call in calls)
+        if size > MAX_JSON:
+            raise InvalidRequest(
+                f"chat_template_kwargs and arguments of tool calls have {size} characters in all; at most "
+                f"{MAX_JSON} are taken."
+            )
+        variables = _object(chat.chat_template_kwargs, "chat_template_kwargs")
+        for name in variables:
             if name in _NOT_VARIABLES:
                 raise InvalidRequest(f"chat_template_kwargs cannot set '{name}'; leave it out.")
+        turns = [_template_turn(turn) for turn in chat.turns]
         try:
             text = self._tokenizer.apply_chat_template(
-                [_template_turn(turn) for turn in chat.turns],
-                add_generation_prompt=True,
-                tokenize=False,
-                **chat.chat_template_kwargs,
+                turns, add_generation_prompt=True, tokenize=False, **variables
             )
         except Exception as error:  # a template computes with what it is given, which can fail in any way
             reason = " ".join(f"{error or type(error).__name__}".split())[:300].rstrip(".")
@@ -189,12 +195,17 @@ def _template_turn(turn: Turn) -> dict[str, Any]:
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
     """Templates write the arguments as JSON themselves, so they get an object, as in vLLM."""
-    arguments = call.function.arguments
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments or "{}")
+    arguments = _object(call.function.arguments, "A tool call's arguments")
     function = {"name": call.function.name, "arguments": arguments}
     named = {} if call.id is None else {"id": call.id}
     return named | {"type": call.type, "function": function}
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{what} must be an object in JSON ({error}).") from None
 
 
 def _spelling_of(backend: tokenizers.Tokenizer, tokens: set[int]) -> Spelling | None:

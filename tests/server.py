@@ -28,8 +28,9 @@ class Server:
     """
 
     def __init__(
-        self, arguments: tuple[str, ...], folder: Path, user: int, closed: tuple[int, ...] = ()
-    ) -> None:
+        self, program: tuple[str, ...], arguments: tuple[str, ...], folder: Path, user: int,
+        closed: tuple[int, ...],
+    ) -> None:  # fmt: skip
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self.runtime = folder / "runtime"
         self.runtime.mkdir(mode=0o700)
@@ -39,7 +40,7 @@ class Server:
             os.chown(self.runtime, user, user)
             environment["HOME"] = str(self.runtime)
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
-            command = [sys.executable, "launch.py", "--port", "0", "--device", "cpu", *arguments]
+            command = [sys.executable, *program, "--port", "0", "--device", "cpu", *arguments]
             if closed:
                 closing = " ".join(f"{number}>&-" for number in closed)
                 command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
@@ -93,7 +94,11 @@ class Server:
 
 @contextmanager
 def launch(
-    *arguments: str, ready: bool = True, user: int | None = None, closed: tuple[int, ...] = ()
+    *arguments: str,
+    ready: bool = True,
+    user: int | None = None,
+    closed: tuple[int, ...] = (),
+    program: tuple[str, ...] = ("launch.py",),
 ) -> Iterator[Server]:
     """Start ``launch.py --port 0 ARGUMENTS``, on the CPU if they do not say otherwise; at the end stop it and
     see that nothing of it is left.
@@ -102,9 +107,10 @@ def launch(
         ready: wait until it serves.
         user: whose processes they are; only root can choose another one.
         closed: descriptors that it has not got.
+        program: what Python runs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(arguments, Path(folder), os.getuid() if user is None else user, closed)
+        server = Server(program, arguments, Path(folder), os.getuid() if user is None else user, closed)
         try:
             if ready:
                 server.wait_ready()

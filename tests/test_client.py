@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import socket
 import subprocess
 import sys
@@ -118,6 +119,7 @@ TOOL_CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments
         ),
         ([{"role": "tool", "content": None, "tool_call_id": "1"}], {}, {}),
         ([{"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}], {}, {}),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}], {}, {}),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"}], {}, {}),
         ([{"role": "user", "content": "x"}], {"chat_template_kwargs": {"enable_thinking": False}}, {}),
     ],
@@ -131,8 +133,12 @@ def test_requests_as_vllm_takes_them(
         assert isinstance(request, Generate)
         assert request.sampling == SamplingParams(**fields)
         if isinstance(request.prompt, Chat):
-            expected = msgspec.convert({"type": "Chat", "turns": prompt} | options, Chat)
-            assert request.prompt == expected
+            variables = json.loads(request.prompt.chat_template_kwargs or "{}")
+            assert variables == options.get("chat_template_kwargs", {})
+            for turn, given in zip(request.prompt.turns, prompt, strict=True):
+                assert (turn.role, turn.name) == (given["role"], given.get("name"))
+                if turn.tool_calls is not None:
+                    assert json.loads(turn.tool_calls[0].function.arguments) == {"x": 1}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,13 @@ def test_requests_as_vllm_takes_them(
         ([{"role": "user", "content": 5}], {}, r"Expected `str | array | null`, got `int`"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], {}, "'image_url'"),
         ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"x": object()}}, "object"),
-        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": 5}, "Expected `object`"),
+        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"x": "\ud800"}}, "surrogates"),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template_kwargs": {"x": "y" * 2**20}},
+            "length <= 1048576",
+        ),
+        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": 5}, "must be a dict"),
     ],
 )
 def test_requests_that_are_not_valid_are_not_sent(

@@ -30,6 +30,7 @@ CANNOT_START = {
     "weights that are not finite": "holds values that are not finite",
     "kv-size beyond memory": "error: The KV cache wants 1024.0 TiB of memory but only ",
     "kv-size below one block": "One block of the KV cache takes 524288 bytes, numa0 has only 524287",
+    "a node that is not there": "error: --kvstore numa999 is none of this machine's nodes: numa0",
     "sparse prefill without a GPU": "--prefill-attention sparse needs a 16-bit --dtype on a GPU",
     "port in use": "of 127.0.0.1 cannot be used (Address already in use); try another --port.",
 }
@@ -61,6 +62,7 @@ def starting(
             "weights that are not finite": ("--model", str(infinite), *SMALL),
             "kv-size beyond memory": ("--model", str(tiny_model), "--kv-size", "1024TiB"),
             "kv-size below one block": ("--model", str(tiny_model), "--kv-size", "524287"),
+            "a node that is not there": ("--model", str(tiny_model), "--kvstore", "numa0,numa999"),
             "sparse prefill without a GPU": (
                 "--model",
                 str(tiny_model),

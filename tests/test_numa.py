@@ -27,6 +27,18 @@ def test_a_store_for_a_node_that_is_missing_warns_once_and_serves() -> None:
     assert "Not bound to NUMA node 999" in warnings
 
 
+def test_a_node_that_the_machine_has_not_got_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the machine does not say which nodes it has."""
+    monkeypatch.setattr(numa, "_NODES", tmp_path)
+    numa.check_nodes([7])
+    write(tmp_path, {f"{name}/cpulist": "0\n" for name in ("node0", "node10", "node2")} | {"has_cpu": ""})
+    numa.check_nodes([10, 0])
+    with pytest.raises(ConfigError, match=r"numa7 is none .* nodes: numa0, numa2, numa10"):
+        numa.check_nodes([0, 7])
+
+
 @pytest.mark.skipif(not NODE_0.exists(), reason="this kernel has no NUMA")
 def test_binding_keeps_threads_and_memory_on_the_node() -> None:
     code = """

@@ -1,6 +1,7 @@
 """Allocation of blocks: order, limits, what a block holds, and bookkeeping under random use."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -12,15 +13,40 @@ def granted(pool: BlockPool) -> list[tuple[int, int]]:
     return [(grant.group, grant.sequence) for grant in pool.grants()]
 
 
-def test_blocks_are_granted_in_order_of_asking_and_the_head_blocks_the_rest() -> None:
+def test_blocks_are_granted_in_order_of_asking() -> None:
     pool = BlockPool(blocks=10, block_tokens=4)
     pool.allocate(0, 1, 8)
     assert list(pool.grants()) == [Grant(0, 1, list(range(8)))]
     pool.allocate(0, 2, 9)
-    pool.allocate(1, 1, 1)  # would fit, but is behind the large one
+    pool.allocate(1, 1, 4)
+    assert granted(pool) == []
+    pool.allocate(0, 3, 1)
+    pool.free(0, 1)
+    assert granted(pool) == [(0, 2), (0, 3)], "the first before those that fit, too"
+    pool.free(0, 2)
+    assert granted(pool) == [(1, 1)]
+    pool.check_integrity()
+
+
+def test_a_small_request_passes_a_large_one_that_has_to_wait_but_not_for_ever() -> None:
+    """Those that pass get as many blocks in all as the large one wants, and no more."""
+    pool = BlockPool(blocks=10, block_tokens=4)
+    pool.allocate(0, 1, 8)
+    pool.allocate(0, 2, 5)
+    assert granted(pool) == [(0, 1)]
+    pool.allocate(1, 3, 2)
+    assert granted(pool) == [(1, 3)]
+    for sequence in (4, 5, 6):
+        pool.free(1, sequence - 1)
+        pool.allocate(1, sequence, 1)
+        assert granted(pool) == [(1, sequence)]
+    pool.free(1, 6)
+    pool.allocate(1, 7, 1)
+    assert granted(pool) == [], "five blocks have passed it"
+    pool.allocate(1, 8, 1)
     assert granted(pool) == []
     pool.free(0, 1)
-    assert granted(pool) == [(0, 2), (1, 1)]
+    assert granted(pool) == [(0, 2), (1, 7), (1, 8)]
     pool.check_integrity()
 
 
@@ -132,6 +158,7 @@ def test_a_sequence_that_waits_holds_its_shared_blocks_already() -> None:
     pool.free(0, 1)
     (grant,) = list(pool.grants())
     assert (grant.sequence, grant.blocks) == (2, first.blocks), "the one it lacked is what became free"
+    pool.check_integrity()
     pool.free(0, 3)
     pool.allocate(0, 4, 2, shared=first.blocks[:1])
     assert granted(pool) == []
@@ -210,6 +237,7 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
     rng = random.Random(seed)
     pool = BlockPool(blocks=20, block_tokens=3)
     queue: list[tuple[int, int, int]] = []  # worker, sequence, blocks
+    passed: Counter[tuple[int, int, int]] = Counter()  # blocks that overtook an entry of the queue
     owned: dict[tuple[int, int], list[int]] = {}
     tokens: dict[tuple[int, int], list[int]] = {}
     for _ in range(1000):
@@ -226,13 +254,21 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
                 tokens[key] += new
             case "free":
                 assert pool.free(worker, sequence) == len(owned.pop(key, []))
-                queue = [entry for entry in queue if entry[:2] != key]
+                for entry in [entry for entry in queue if entry[:2] == key]:
+                    queue.remove(entry)
+                    del passed[entry]
             case "free group" if rng.random() < 0.1:
                 gone = [other for other in owned if other[0] == worker]
                 assert pool.free_group(worker) == sum(len(owned.pop(other)) for other in gone)
-                queue = [entry for entry in queue if entry[0] != worker]
+                for entry in [entry for entry in queue if entry[0] == worker]:
+                    queue.remove(entry)
+                    del passed[entry]
         for grant in pool.grants():
-            assert (grant.group, grant.sequence, len(grant.blocks)) == queue.pop(0)
+            place = queue.index((grant.group, grant.sequence, len(grant.blocks)))
+            passed.pop(queue.pop(place), None)
+            for entry in queue[:place]:
+                passed[entry] += len(grant.blocks)
+                assert passed[entry] <= entry[2]
             assert not set(grant.blocks) & {block for blocks in owned.values() for block in blocks}
             owned[grant.group, grant.sequence] = grant.blocks
             tokens[grant.group, grant.sequence] = []

@@ -98,8 +98,19 @@ def test_sampling_is_repeatable_and_logprobs_are_those_of_the_model(exact: Serve
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+NODES_UNKNOWN = """
+import sys
+from pathlib import Path
+from clo import launch
+from clo.runtime.machine import numa
+numa._NODES = Path("/nowhere")
+sys.exit(launch.main(sys.argv[1:]))
+"""
+"""A launcher on a machine that does not say which nodes it has."""
+
+
 def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_model: Path) -> None:
-    """A node that the machine lacks costs one warning."""
+    """A node to which they cannot be bound costs each process one warning."""
     prompts = prompts_of((30, 200, 600, 900), 512, seed=5)
     options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
     model = load_transformers(str(tiny_model))
@@ -125,7 +136,7 @@ def test_two_workers_and_two_stores_serve_the_same_tokens(launch: Launch, tiny_m
         "--kvstore",
         "numa0,numa1",
     )
-    with launch(*arguments, "--resident", "2000") as server:
+    with launch(*arguments, "--resident", "2000", program=("-c", NODES_UNKNOWN)) as server:
         asyncio.run(run(server.address))
         if not Path("/sys/devices/system/node/node1").exists():
             text = server.stderr.read_text()

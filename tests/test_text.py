@@ -357,7 +357,7 @@ def test_content_is_null_or_parts_and_tool_calls_are_objects(folder: Path) -> No
     set_template(folder, TEMPLATE_OF_EVERYTHING)
     tokenizer = Tokenizer(folder, VOCABULARY)
     tools = [{"type": "function", "function": {"name": "f"}}]
-    chat = Chat(OPENAI, {"tools": tools, "enable_thinking": False})
+    chat = Chat(OPENAI, json.dumps({"tools": tools, "enable_thinking": False}))
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "é"]}}}
     messages: list[dict[str, object]] = [
         {"role": "user", "content": "one\ntwo", "name": "n"},
@@ -377,18 +377,28 @@ def test_a_variable_of_the_template_is_not_an_option_of_the_library(folder: Path
     tokenizer = Tokenizer(folder, VOCABULARY)
     for name in ("chat_template", "tokenize", "continue_final_message", "add_generation_prompt", "padding"):
         with pytest.raises(InvalidRequest, match=f"cannot set '{name}'"):
-            tokenizer.encode(Chat(HELLO.turns, {name: "x"}), 1000)
-    for name, value in (("messages", []), ("tools", 5), ("documents", [5]), ("tools", [object])):
+            tokenizer.encode(Chat(HELLO.turns, json.dumps({name: "x"})), 1000)
+    for name, value in (("messages", []), ("tools", 5), ("documents", [5])):
         with pytest.raises(InvalidRequest, match="refuses the messages"):
-            tokenizer.encode(Chat(HELLO.turns, {name: value}), 1000)
-    assert tokenizer.encode(Chat(HELLO.turns, {"unknown": 5}), 1000) == tokenizer.encode(HELLO, 1000)
+            tokenizer.encode(Chat(HELLO.turns, json.dumps({name: value})), 1000)
+    assert tokenizer.encode(Chat(HELLO.turns, '{"unknown": 5}'), 1000) == tokenizer.encode(HELLO, 1000)
 
 
-@pytest.mark.parametrize("arguments", ["{", "nonsense"])
-def test_a_tool_call_whose_arguments_are_not_json_is_refused(folder: Path, arguments: str) -> None:
-    chat = Chat([Turn("assistant", None, tool_calls=[ToolCall(Function("f", arguments))])])
-    with pytest.raises(InvalidRequest, match="refuses the messages"):
-        Tokenizer(folder, VOCABULARY).encode(chat, 1000)
+@pytest.mark.parametrize("text", ["{", "nonsense", "[]", "5", '{"a": ' + "[" * 100_000])
+def test_what_is_not_an_object_in_json_is_refused(folder: Path, text: str) -> None:
+    """Arguments of a tool call, and variables of the template."""
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    call = Turn("assistant", None, tool_calls=[ToolCall(Function("f", text))])
+    with pytest.raises(InvalidRequest, match="A tool call's arguments must be an object in JSON"):
+        tokenizer.encode(Chat([call]), 1000)
+    with pytest.raises(InvalidRequest, match="chat_template_kwargs must be an object in JSON"):
+        tokenizer.encode(Chat(HELLO.turns, text), 1000)
+
+
+def test_more_json_than_is_parsed_in_a_moment_is_refused(folder: Path) -> None:
+    calls = [ToolCall(Function("f", json.dumps("x" * 400_000))) for _ in range(3)]
+    with pytest.raises(InvalidRequest, match="1200006 characters in all"):
+        Tokenizer(folder, VOCABULARY).encode(Chat([Turn("assistant", None, tool_calls=calls)]), 1000)
 
 
 @pytest.mark.parametrize(

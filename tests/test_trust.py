@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from clo.runtime.wire.strangers import INTRUDER
 from tests.faults import SMALL, WAIT_S, assert_serves
 from tests.server import ROOT, Server
 
@@ -46,12 +47,58 @@ for line in open("/proc/net/unix"):
     if name.startswith("@") and "clo-" in name and "clo-test" not in name:
         attempt(name, lambda: connect("\\0" + name[1:]))
 for pid in pids:
-    for what in ("environ", "mem", "maps"):
+    for what in ("environ", "mem", "maps", "map_files/"):
         attempt(f"{pid} {what}", lambda: open(f"/proc/{pid}/{what}", "rb").read(1))
     for number in range(64):
         attempt(f"{pid} fd {number}", lambda: os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR))
     attempt(f"kill {pid}", lambda: os.kill(pid, 0))
 print(json.dumps(won))
+"""
+
+
+ATTACK = """
+import json, os, sys, zmq
+from clo.runtime.wire.messages import *
+from clo.runtime.wire.sockets import configure, encode
+
+router, store, worker = json.loads(sys.argv[1])
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+context = zmq.Context()
+rows = os.memfd_create("rows")
+os.truncate(rows, 4096 + 2**20)
+ready = Ready(9, os.getpid(), "numa0", 10**6)
+done = Done(0, "stop", NO_STATS)
+steps = Stepped([Step(0, 2**31 - 1, None), Step(1, 5, None)])
+opened = OpenStaging(rows, 2**20, None)
+scripts = {
+    "another worker takes prompts": (router, b"worker-9", [ready, steps, done]),
+    "the worker's place": (router, b"worker-0", [Ready(0, worker, "numa0", 10**6), steps, done]),
+    "the store's place": (router, b"store-numa0", [StoreReady(worker), Pong()]),
+    "tokens for guessed sequences": (router, b"worker-0", [steps, done]),
+    "the worker's blocks": (store, b"", [Attach(0, worker), Allocate(0, 4), Free(0), GetStoreStats()]),
+    "blocks for init": (store, b"", [Attach(0, 1), Allocate(7, 4)]),
+    "rows of others": (store, b"", [Attach(0, os.getpid()), opened, Allocate(7, 1), Push(7, 0, 0, 1, 0, 1)]),
+    "what others wrote": (store, b"", [Attach(0, worker), Describe(0)]),
+    "nonsense": (store, b"", []),
+}
+peers = {}
+for name, (address, identity, messages) in scripts.items():
+    for key in (None, "", "0" * 64):
+        peer = context.socket(zmq.DEALER)
+        configure(peer, key)
+        if identity:
+            peer.setsockopt(zmq.IDENTITY, identity)
+        peers[f"{name}, key {key}"] = peer, peer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        peer.connect("ipc://" + address)
+        for data in [*map(encode, messages), b"x"]:
+            peer.send(data)
+won = []
+for name, (peer, monitor) in peers.items():
+    won += [name] if peer.poll(100) or monitor.poll(0) else []
+print(json.dumps(won))
+os._exit(0)
 """
 
 
@@ -78,6 +125,14 @@ def may_run(user: int) -> bool:
     return done.returncode == 0
 
 
+def attack(sockets: list[Path], worker: int) -> None:
+    """Say what a worker or a store would, as a user who owns nothing."""
+    store, router = map(str, sockets)
+    line = [sys.executable, "-c", ATTACK, json.dumps([router, store, worker])]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", f"{done.stdout} {done.stderr}"
+
+
 def intrude(folder: Path, sockets: list[str], pids: list[int]) -> None:
     """Try everything as a user who owns nothing."""
     line = [sys.executable, "-c", INTRUDE, json.dumps([str(folder), sockets, pids])]
@@ -85,24 +140,37 @@ def intrude(folder: Path, sockets: list[str], pids: list[int]) -> None:
     assert done.stdout == "[]\n", f"{done.stdout} {done.stderr}"
 
 
-@pytest.mark.parametrize("owner", [0, OWNER], ids=["root", "plain user"])
+@pytest.fixture(params=[0, OWNER], ids=["root", "plain user"])
+def owner(request: pytest.FixtureRequest) -> int:
+    """Whose server it is."""
+    owner: int = request.param
+    if owner and not may_run(owner):
+        pytest.skip(f"other users may not run {sys.executable}, or not read what it needs")
+    return owner
+
+
+def sockets_of(server: Server) -> list[Path]:
+    """Wait for the sockets of a server that starts: store and router."""
+    deadline = time.monotonic() + WAIT_S
+    while len(sockets := sorted(server.runtime.glob("clo-*/*"))) < 2:
+        assert server.process.poll() is None and time.monotonic() < deadline, server.stderr.read_text()
+        time.sleep(0.01)
+    assert [path.name for path in sockets] == ["numa0", "router"]
+    return sockets
+
+
 def test_another_user_reaches_no_socket_and_no_memory(
     launch: Launch, readable_model: Path, owner: int
 ) -> None:
     """Neither while the worker is loading, before it has attached, nor when the server is ready; which serves
     as if nothing had been. Once it is ready nobody at all finds its sockets."""
-    if owner and not may_run(owner):
-        pytest.skip(f"other users may not run {sys.executable}, or not read what it needs")
     with launch("--model", str(readable_model), *SMALL, ready=False, user=owner) as server:
-        deadline = time.monotonic() + WAIT_S
-        while len(sockets := sorted(server.runtime.glob("clo-*/*"))) < 2:
-            assert server.process.poll() is None and time.monotonic() < deadline, server.stderr.read_text()
-            time.sleep(0.01)
-        assert [path.name for path in sockets] == ["numa0", "router"]
+        sockets = sockets_of(server)
         assert all(process.uids().real == owner for process in server.children())
         folder = sockets[0].parent
         assert folder.stat().st_mode & 0o777 == 0o700
-        server.runtime.chmod(0o755)  # the folder within has to do on its own
+        for outer in (server.runtime.parent, server.runtime):  # the folder within has to do on its own
+            outer.chmod(0o755)
         pids = [server.process.pid, *(process.pid for process in server.children())]
         intrude(folder, [str(path) for path in sockets], pids)
         assert server.stdout.read_text() == "", "it was ready before the other user could try"
@@ -111,6 +179,28 @@ def test_another_user_reaches_no_socket_and_no_memory(
         intrude(folder, [str(path) for path in sockets], pids)
         assert_serves(server)
         assert server.stderr.read_text() == ""
+
+
+def test_another_user_who_finds_the_sockets_is_not_let_in(
+    launch: Launch, readable_model: Path, owner: int
+) -> None:
+    """As if their folder hid nothing: the kernel says whose process connects, and it does not know the key.
+    The log tells of it, and nothing has changed."""
+    with launch("--model", str(readable_model), *SMALL, ready=False, user=owner) as server:
+        sockets = sockets_of(server)
+        for path in (server.runtime.parent, server.runtime, sockets[0].parent, *sockets):
+            path.chmod(0o777)
+        (worker,) = server.children("gpu_worker")
+        attack(sockets, worker.pid)
+        assert server.stdout.read_text() == "", "it was ready before the other user could try"
+        server.wait_ready()
+        assert_serves(server)
+        log = server.stderr.read_text().splitlines()
+        assert len(log) == 2 and all(INTRUDER in line for line in log), log
+        assert {line.split("[")[0].split()[-1] for line in log} == {
+            "clo.runtime.router",
+            "clo.kvstore.server",
+        }
 
 
 def test_the_key_is_on_no_command_line(launch: Launch, readable_model: Path) -> None:

@@ -4,7 +4,10 @@ import ctypes
 import logging
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
+
+from clo.runtime.wire.errors import ConfigError
 
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}  # system call numbers
 _MPOL_BIND = 2
@@ -27,6 +30,16 @@ def bind(node: int) -> None:
         _bind_memory(node)
     except OSError as error:
         _logger.warning("Not bound to NUMA node %d, memory may be remote: %s.", node, error)
+
+
+def check_nodes(nodes: Iterable[int]) -> None:
+    """Raises ``ConfigError`` for a node that this machine has not got; nothing happens where it does not say
+    which it has, as in some containers."""
+    known = sorted(int(path.name.removeprefix("node")) for path in _NODES.glob("node[0-9]*"))
+    missing = [node for node in nodes if node not in known]
+    if known and missing:
+        names = ", ".join(f"numa{node}" for node in known)
+        raise ConfigError(f"--kvstore numa{missing[0]} is none of this machine's nodes: {names}.")
 
 
 def device_node(device: int) -> int | None:

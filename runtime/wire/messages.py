@@ -4,13 +4,14 @@ The wire format is MessagePack. A message is a map with its class name under ``t
 name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt of 10 M tokens fits
 MAX_LOGPROBS = 20
+MAX_JSON = 2**20  # characters of what a client hands to a chat template as JSON
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -38,11 +39,16 @@ class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid
     text: str
 
 
+# What is JSON here stays text until a thread parses it: as objects it could take seconds to decode, and
+# gigabytes, which the event loop of the router has not got.
+JSONText = Annotated[str, Meta(max_length=MAX_JSON)]
+
+
 class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a tool call calls; arguments in JSON, as OpenAI's API has them, become an object."""
+    """What a tool call calls; its arguments are an object in JSON, as in OpenAI's API."""
 
     name: str
-    arguments: str | dict[str, Any]
+    arguments: JSONText
 
 
 class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,17 +80,18 @@ class Chat(Message, frozen=True):
     """Chat messages; rendered with the model's chat template.
 
     ``chat_template_kwargs`` are further variables of the template, such as ``enable_thinking`` for Qwen3, or
-    ``tools``.
+    ``tools``: an object in JSON, or empty for none. It and the arguments of all tool calls have at most
+    ``MAX_JSON`` characters together.
     """
 
-    turns: list[Turn]
-    chat_template_kwargs: dict[str, Any] = {}
+    turns: Annotated[list[Turn], Meta(max_length=100_000)]
+    chat_template_kwargs: JSONText = ""
 
 
 class Tokens(Message, frozen=True):
     """Token ids, used as they are."""
 
-    ids: list[TokenId]
+    ids: Annotated[list[TokenId], Meta(max_length=10_000_000)]
 
 
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]

@@ -17,6 +17,7 @@ from zmq.utils import z85
 
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
+from clo.runtime.wire.strangers import Strangers, watch
 
 KEEPALIVE_S = 10  # a TCP peer that has been silent is asked so often; three times without an answer end it
 TURN_S = 0.002  # that messages of one socket are handled before the event loop's other tasks have their turn
@@ -268,6 +269,7 @@ class RouterSocket(Generic[Sent, Received]):
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.bind(endpoint)
         self._sent: Callable[[], None] = lambda: None
+        self._watch: zmq.Socket[Any] | None = None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def hear(
@@ -275,12 +277,14 @@ class RouterSocket(Generic[Sent, Received]):
         arrivals: Arrivals,
         handle: Callable[[bytes, Received | ProtocolError], None],
         turn_s: float = TURN_S,
+        strangers: Strangers | None = None,
     ) -> None:
         """Have messages handled with others; see ``Arrivals.add``.
 
         Args:
             handle: gets the name of the peer that sent a message and the message, or an error if it is not
                 valid.
+            strangers: hears of those who are not let in; None where all are.
         """
 
         def decode(frames: list[bytes]) -> None:
@@ -295,6 +299,9 @@ class RouterSocket(Generic[Sent, Received]):
             handle(peer, message)
 
         self._sent = arrivals.add(self._socket, decode, turn_s)
+        if strangers is not None:
+            self._watch = watch(self._socket)
+            arrivals.add(self._watch, lambda _: strangers.turned_away())
 
     def send(self, peer: bytes, message: Sent) -> Delivery:
         data = encode(message)
@@ -313,4 +320,7 @@ class RouterSocket(Generic[Sent, Received]):
 
     def close(self, linger_ms: int) -> None:
         """What was sent gets up to ``linger_ms`` to leave, for which the end of the context waits."""
+        if self._watch is not None:
+            self._socket.disable_monitor()
+            self._watch.close()
         self._socket.close(linger_ms)
