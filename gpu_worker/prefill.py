@@ -84,18 +84,27 @@ class Prefill:
     @property
     def remaining_flops(self) -> float:
         """Arithmetic that is left, about."""
-        decoder, left = self._decoder, self._decoder.shape.layers - self._layer
-        return left * decoder.layer_flops(self.total, 0) - decoder.layer_flops(self._start, 0)
+        decoder, whole = self._decoder, self._decoder.shape.layers - 1 - self._layer
+        if whole == 0:
+            return decoder.last_layer_flops(self.total - self._start)
+        layers = whole * decoder.layer_flops(self.total, 0) + decoder.last_layer_flops(self.total)
+        return layers - decoder.layer_flops(self._start, 0)
 
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
-        cost = self._decoder.layer_flops(1, self._start)
+        cost = self._flops(1)
         tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:
             tokens = left
-        return tokens, self._decoder.layer_flops(tokens, self._start)
+        return tokens, self._flops(tokens)
+
+    def _flops(self, tokens: int) -> float:
+        """Arithmetic of the next tokens in this layer."""
+        if self._layer == self._decoder.shape.layers - 1:
+            return self._decoder.last_layer_flops(tokens)
+        return self._decoder.layer_flops(tokens, self._start)
 
     @torch.inference_mode()
     def advance(self, tokens: int | None = None) -> Tensor | None:

@@ -145,7 +145,8 @@ class KVCache:
     def join_prompts(self) -> None:
         """Later work finds the prompts in the arena, the index and the resident sets."""
         self._storing.join()
-        self._filling.join()
+        if self.sparse_layers:  # else nothing was filled on the side, and a graph cannot wait for that
+            self._filling.join()
 
     @property
     def fitting_tokens(self) -> int | None:

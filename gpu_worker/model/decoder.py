@@ -67,6 +67,10 @@ class Decoder:
         attention = 4 * tokens * (before + tokens / 2) * width
         return 2 * tokens * sum(linear.weight.numel() for linear in products) + attention
 
+    def last_layer_flops(self, tokens: int) -> float:
+        """The same of the last layer, where all tokens but the last few need only their keys and values."""
+        return 2.0 * tokens * self._weights.layers[-1].qkv.weight.numel()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
         return F.embedding(tokens, self._weights.embedding)
