@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import SHARED_BYTES, check_limits
-from clo.kernels.sparse_prompt import block_sparse_attention
+from clo.kernels.sparse_prompt import DENSE_TOKENS, block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor, by_block
-from clo.runtime.config import ResolvedModel, WorkerConfig
+from clo.runtime.config import PrefillAttention, WorkerConfig
 from clo.runtime.machine.numa import bind, device_node
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
@@ -54,6 +55,8 @@ def start(config: WorkerConfig, context: zmq.Context[Any], engine_type: type[Eng
     """
     endpoint = _choose_store(config)
     _check_limits(config)
+    cache = replace(config.cache, prefill_attention=_prefill_attention(config))
+    config = replace(config, cache=cache)
     decoder = load_decoder(config.model)
     store = StoreClient(context, endpoint)
     shape = decoder.shape
@@ -99,23 +102,28 @@ def _check_limits(config: WorkerConfig) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if config.cache.prefill_attention == "sparse":
-        _check_sparse_prefill(model)
 
 
-def _check_sparse_prefill(model: ResolvedModel) -> None:
+def _prefill_attention(config: WorkerConfig) -> PrefillAttention:
+    """What auto stands for: sparse where it runs and where a prompt can be long enough for it."""
+    asked, model = config.cache.prefill_attention, config.model
+    if asked == "dense" or (asked == "auto" and model.max_model_len <= DENSE_TOKENS):
+        return "dense"
     if model.device != "cuda" or model.dtype == "float32" or torch.cuda.get_device_capability() < (9, 0):
-        raise ConfigError(
-            "--prefill-attention sparse needs a 16-bit --dtype on a GPU from Hopper (H100) on; "
-            "use --prefill-attention dense."
-        )
-    try:
-        block_sparse_attention()
-    except ImportError:
-        raise ConfigError(
-            "--prefill-attention sparse needs the package nvidia-cudnn-frontend: "
-            "pip install 'nvidia-cudnn-frontend>=1.32', or use --prefill-attention dense."
-        ) from None
+        missing = "a 16-bit --dtype on a GPU from Hopper (H100) on; use --prefill-attention dense."
+    else:
+        try:
+            block_sparse_attention()
+            return "sparse"
+        except ImportError:
+            missing = (
+                "the package nvidia-cudnn-frontend: pip install 'nvidia-cudnn-frontend>=1.32', or use "
+                "--prefill-attention dense."
+            )
+    if asked == "sparse":
+        raise ConfigError(f"--prefill-attention sparse needs {missing}")
+    _logger.info("Prompts attend to all tokens. Sparse attention, much faster from 64K on, needs %s", missing)
+    return "dense"
 
 
 def _engine(

@@ -59,8 +59,9 @@ class Decoder:
             self._gated, self._rotate, self._norm = gated, _rotate, _norm
             self._add_and_norm = _add_and_norm
 
-    def layer_flops(self, tokens: int, before: int) -> float:
-        """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others."""
+    def layer_flops(self, tokens: int, before: float) -> float:
+        """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others, or
+        attend to as much."""
         layer = self._weights.layers[0]
         products = (layer.qkv, layer.output, layer.gate_up, layer.down)
         width = self.shape.query_heads * self.shape.head_dim
