@@ -1,6 +1,8 @@
 """Prefill, layer by layer: only one layer's KV is on the worker at a time; each row leaves it once."""
 
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,15 +11,25 @@ from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.sparse_prompt import chosen_bytes
+from clo.kernels.sparse_prompt import attend_prompt_sparse, chosen_bytes, equivalent_tokens
 from clo.runtime.model.kv_shape import KVShape
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
+_BUFFERS = {"cpu": 1, "cuda": 2}  # for rows: of this layer, and of the one that is being stored and indexed
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
 
-AttendPrompt = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""What ``attend_prompt`` does, exactly or nearly."""
+
+class PromptAttention(NamedTuple):
+    """How chunks of prompts attend."""
+
+    attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # as ``attend_prompt`` does, or nearly
+    equivalent_tokens: Callable[[int], float]  # so many earlier tokens of a dense chunk take as long
+
+
+DENSE = PromptAttention(attend_prompt, float)
+SPARSE = PromptAttention(attend_prompt_sparse, equivalent_tokens)
 
 
 def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
@@ -27,7 +39,7 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
         sparse: whether it attends to chosen blocks.
     """
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    rows = 3 * shape.kv_heads * shape.row_bytes  # of this layer, and of those being stored and indexed
+    rows = _BUFFERS["cuda"] * shape.kv_heads * shape.row_bytes
     ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
     whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
@@ -46,7 +58,7 @@ class Prefill:
         blocks: those of the sequence.
         block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
-        attend: attention of a chunk; that of the last layer, which is for a few tokens alone, is exact.
+        attention: that of the last layer, which is for a few tokens alone, is dense all the same.
     """
 
     def __init__(
@@ -59,9 +71,9 @@ class Prefill:
         block_table: Tensor,
         page_table: Tensor,
         last: int = 1,
-        attend: AttendPrompt = attend_prompt,
+        attention: PromptAttention = DENSE,
     ) -> None:
-        self._decoder, self._cache, self._last, self._attend = decoder, cache, last, attend
+        self._decoder, self._cache, self._last, self._attention = decoder, cache, last, attention
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
         self._prompts = one_prompt(slot, self.total, blocks, block_table, page_table, shape.block_tokens)
@@ -70,7 +82,12 @@ class Prefill:
         )  # else the copy would wait for the device
         self._hidden = decoder.embed(ids.to(device, non_blocking=True))
         self._rope = decoder.rope(torch.arange(self.total, device=device))
-        self._rows = self._new_rows()
+        # All at once: to ask CUDA for so much memory in the midst of decode steps would hold these up.
+        size = self.total, shape.kv_heads, 2, shape.head_dim
+        self._rows, *spare = (
+            torch.empty(size, dtype=shape.dtype, device=device) for _ in range(_BUFFERS[device.type])
+        )
+        self._spare = deque[tuple[Tensor, tuple[DeviceEvent, ...]]]((rows, ()) for rows in spare)
         most = CHUNK_TOKENS[device.type]
         self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
@@ -83,19 +100,28 @@ class Prefill:
 
     @property
     def remaining_flops(self) -> float:
-        """Arithmetic that is left, about."""
-        decoder, left = self._decoder, self._decoder.shape.layers - self._layer
-        return left * decoder.layer_flops(self.total, 0) - decoder.layer_flops(self._start, 0)
+        """Arithmetic that is left, about: as if all of it were dense."""
+        decoder, whole = self._decoder, self._decoder.shape.layers - 1 - self._layer
+        if whole == 0:
+            return decoder.last_layer_flops(self.total - self._start)
+        layers = whole * decoder.layer_flops(self.total, 0) + decoder.last_layer_flops(self.total)
+        return layers - decoder.layer_flops(self._start, 0)
 
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
-        cost = self._decoder.layer_flops(1, self._start)
+        cost = self._flops(1)
         tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:
             tokens = left
-        return tokens, self._decoder.layer_flops(tokens, self._start)
+        return tokens, self._flops(tokens)
+
+    def _flops(self, tokens: int) -> float:
+        """Arithmetic of the next tokens in this layer."""
+        if self._layer == self._decoder.shape.layers - 1:
+            return self._decoder.last_layer_flops(tokens)
+        return self._decoder.layer_flops(tokens, self._attention.equivalent_tokens(self._start))
 
     @torch.inference_mode()
     def advance(self, tokens: int | None = None) -> Tensor | None:
@@ -123,12 +149,11 @@ class Prefill:
         if final:
             attended, lse = attend_prompt(query[-ranking:], self._rows[:end], decoder.scale)
         else:
-            attended, lse = self._attend(query, self._rows[:end], decoder.scale)
+            attended, lse = self._attention.attend(query, self._rows[:end], decoder.scale)
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
             self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)
-            if not self._rows.is_cpu:
-                self._rows = self._new_rows()  # the former ones are being stored and indexed
+            self._change_rows()
             self._layer, self._start, self._taken = layer + 1, 0, 0
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
@@ -145,8 +170,11 @@ class Prefill:
             self._cache.take_rows(self._layer, self._rows[self._taken : end], part)
             self._taken = end
 
-    def _new_rows(self) -> Tensor:
-        shape = self._decoder.shape
-        return torch.empty(
-            self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=self._decoder.device
-        )
+    def _change_rows(self) -> None:
+        """The next layer's rows do not overwrite those that are being stored and indexed."""
+        if not self._spare:  # the device has done with them
+            return
+        self._spare.append((self._rows, self._cache.rows_taken()))
+        self._rows, taken = self._spare.popleft()
+        for event in taken:
+            event.wait()

@@ -74,7 +74,7 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     model = resolve(config.model)
     model_config = read_config(model.folder)
     shape = kv_shape(model_config, getattr(torch, model.dtype))
-    check_model(model, config.cache)
+    cache = check_model(model, config.cache)
     weights = weight_bytes(model_config, shape.dtype)
     yield (
         f"{model.name}: {shape.layers} layers of {shape.kv_heads} KV heads, in {model.dtype}, "
@@ -85,7 +85,7 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     blocks = kv_size(config, model, nodes) // shape.block_bytes
     longest = blocks * shape.block_tokens / model.max_model_len
     yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
-    sizes = shape, config.cache, config.engine, blocks, model.max_model_len
+    sizes = shape, cache, config.engine, blocks, model.max_model_len
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         slots = plan_gpu_memory(*sizes, (free - weights, total))
