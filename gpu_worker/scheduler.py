@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.fair_queue import FairQueue
 from clo.gpu_worker.outputs import StepHandle
 from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.prompt_queue import PromptQueue
@@ -53,9 +54,9 @@ class InFlightStep:
 class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
-    A sequence waits for a slot, then for its blocks, which the store grants, prefills and decodes;
-    see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that it may generate:
-    nothing runs out in mid-stream.
+    A sequence waits for a slot, for which clients take turns, then for its blocks, which the store grants,
+    prefills and decodes; see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that
+    it may generate: nothing runs out in mid-stream.
 
     Args:
         engine: does the computing.
@@ -81,7 +82,7 @@ class Scheduler:
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = FairQueue()
         self._prompts = PromptQueue(engine, max_tokens)
         self._decoding: dict[int, Sequence] = {}  # by slot
         self._releasing: list[Sequence] = []

@@ -311,7 +311,9 @@ class Router:
         self._sequences += 1
         self._running[request.worker][request.sequence] = request
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._order(request, Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced))
+        client = int.from_bytes(request.client)
+        run = Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced, client)
+        self._order(request, run)
 
     def _check_length(self, prompt: int, max_tokens: int | None) -> None:
         """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""

@@ -40,9 +40,9 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
     """Values of a type, as they are on the wire, its bounds included."""
     match kind:
         case inspect.IntType():
-            return st.integers(-(2**63) if kind.ge is None else kind.ge, (kind.lt or 2**63) - 1).filter(
-                lambda value: kind.le is None or value <= kind.le
-            )
+            first = -(2**63) if kind.ge is None else kind.ge
+            last = kind.le if kind.le is not None else (kind.lt or 2**63) - 1
+            return st.integers(first, min(last, first + 9)) | st.integers(first, last)  # small ones often
         case inspect.FloatType():
             return st.floats(
                 kind.ge, kind.le, exclude_min=False, allow_nan=kind.ge is None and kind.gt is None

@@ -3,9 +3,12 @@
 Some hundreds of each here, other ones in each run of ``python -m tests.fuzz``; see ``tests/fuzz.py``.
 """
 
+import asyncio
 import contextlib
 import json
 import os
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
@@ -20,18 +24,26 @@ from transformers import LlamaConfig
 
 from clo import launch as command_line
 from clo.runtime.client import Client, _request
-from clo.runtime.config import ModelConfig
+from clo.runtime.config import ModelConfig, ResolvedModel
 from clo.runtime.model.files import resolve
 from clo.runtime.model.generation import read_generation
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire import messages
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ProtocolError
-from clo.runtime.wire.messages import Failed, Finished, Generate, Message
+from clo.runtime.wire.messages import Failed, Finished, Generate, Message, SamplingParams
 from clo.runtime.wire.sockets import Decoder, encode
 from tests.conftest import VOCABULARY
 from tests.faults import SMALL, WAIT_S, assert_serves, raw
 from tests.fuzz import EXAMPLES, anything, frames, spoiled, values
+from tests.peers import Wire, running
 from tests.server import Server
+from tests.soak import GROWTH_DESCRIPTORS, held
+from tests.store import running_store
+from tests.test_client import FakeServer
+from tests.test_client_port import GREETING, READY, command
+
+ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe | messages.Push
+"""What a worker asks a store all the time."""
 
 UNIONS = ("ToRouter", "ToClient", "ToWorker", "FromChild", "ToStore", "FromStore")
 
@@ -103,9 +115,12 @@ def test_whatever_a_program_gives_the_client_is_a_request_or_one_error(
 @pytest.fixture(scope="module")
 def server(launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path) -> Iterator[Server]:
     with launch("--model", str(tiny_model), *SMALL) as server:
+        assert_serves(server)
+        before = held(server)["descriptors"]
         yield server
         assert_serves(server)
         assert "Traceback" not in server.stderr.read_text()
+        assert held(server)["descriptors"] <= before + GROWTH_DESCRIPTORS
 
 
 def short(message: Any) -> Any:
@@ -147,6 +162,138 @@ def test_bytes_on_the_port_are_answered_each(server: Server) -> None:
             assert len(client.generate([1, 2], max_tokens=1).tokens) == 1
 
     check()
+
+
+def pieces() -> st.SearchStrategy[bytes]:
+    """Parts of what a peer sends over TCP: frames of messages and commands, and what looks like them."""
+    bodies = (
+        st.binary(max_size=40)
+        | frames(messages.ToRouter)
+        | st.sampled_from([READY, b"\x05HELLO\x03clo\x01k", b"\x04PING\x00\x00x", b"\x08INITIATE"])
+    )
+
+    def framed(body: bytes, flags: int, size: int | None) -> bytes:
+        size = len(body) if size is None else size
+        return (struct.pack(">BQ", flags, size) if flags & 2 else bytes((flags, size & 255))) + body
+
+    flags = st.sampled_from([0, 1, 2, 4, 6]) | st.integers(0, 255)
+    sizes = st.none() | st.integers(0, 2**64 - 1)
+    return st.sampled_from([GREETING, command(READY)]) | st.builds(framed, bodies, flags, sizes)
+
+
+def test_anything_on_the_port_hurts_nobody(server: Server) -> None:
+    """Greetings, commands and frames in any order, of any size, cut anywhere, with and without a farewell."""
+    host, port = server.address.removeprefix("tcp://").split(":")
+    began: st.SearchStrategy[list[bytes]] = st.sampled_from([[GREETING, command(READY)], []])
+
+    @drawn(60)
+    @given(began, st.lists(pieces(), max_size=6), st.booleans())
+    def check(beginning: list[bytes], sent: list[bytes], aborts: bool) -> None:
+        with socket.create_connection((host, int(port))) as peer:
+            if aborts:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):  # the server has closed it
+                peer.sendall(b"".join([*beginning, *sent]))
+        with Client(server.address, timeout=WAIT_S) as client:
+            assert client.info().model
+
+    check()
+
+
+LAST = 2**62  # a sequence that is not drawn
+
+
+def test_a_store_lives_whatever_a_worker_asks() -> None:
+    """And gives all blocks back when the worker attaches anew."""
+    said = frames(messages.ToStore) | values(inspect.type_info(ASKED)).map(msgspec.msgpack.encode)
+
+    with running_store() as store:
+        worker, _ = store.worker(0)
+
+        @drawn(100)
+        @given(st.lists(said, max_size=8))
+        def check(sent: list[bytes]) -> None:
+            for data in sent:
+                worker.socket.send(data)
+            worker.send(messages.Attach(0, os.getpid()))  # the store forgets what it held
+            worker.send(messages.Describe(LAST))
+            worker.send(messages.GetStoreStats())
+            while getattr(worker.receive(1000 * WAIT_S), "sequence", None) != LAST:
+                pass
+            report = worker.receive(1000 * WAIT_S)
+            assert isinstance(report, messages.StoreReport)
+            assert (report.stats.free_blocks, report.stats.waiting) == (report.stats.blocks, 0)
+
+        check()
+
+
+def test_a_router_lives_whatever_a_worker_says(tiny_model: Path) -> None:
+    """Its client's request ends, and a later one is served."""
+    model = ResolvedModel("tiny", str(tiny_model), VOCABULARY, 100, "float32", "cpu", "auto", 0)
+    said = frames(messages.FromChild)
+
+    async def one(wire: Wire, sent: list[bytes]) -> None:
+        client, (worker,) = wire.client(), wire.workers
+        for name, data in (("fuzzed", sent), ("plain", [])):
+            client.send(Generate(name, messages.Tokens([1]), SamplingParams(max_tokens=2)))
+            run = await worker.order()
+            while not isinstance(run, messages.Run):  # an Abort of the last one
+                run = await worker.order()
+            for message in data:
+                worker.socket.send(message)
+            worker.step(run.sequence, 65)
+            worker.send(messages.Done(run.sequence, "length", messages.NO_STATS))
+            answers = await client.to_end(name)
+        assert isinstance(answers[-1], Finished)
+        client.socket.close()
+
+    with asyncio.Runner() as runner:
+        context = running(model)
+        wire = runner.run(context.__aenter__())
+        try:
+
+            @drawn(100)
+            @given(st.lists(said, max_size=8))
+            def check(sent: list[bytes]) -> None:
+                runner.run(one(wire, sent))
+
+            check()
+        finally:
+            runner.run(context.__aexit__(None, None, None))
+
+
+def test_a_client_ends_its_stream_whatever_a_server_says() -> None:
+    """With a result, or with one error."""
+    answer = frames(messages.ToClient) | values(inspect.type_info(messages.ToClient))
+
+    with zmq.Context() as context:
+        fake = FakeServer(context)
+
+        @drawn(100)
+        @given(st.lists(answer, max_size=5))
+        def check(sent: list[Any]) -> None:
+            with Client(fake.address, timeout=WAIT_S) as client:
+                stream = client.stream("a")
+                name = stream.name
+                while fake.receive().request != name:  # a Cancel of the last client
+                    pass
+                for message in sent:
+                    if isinstance(message, dict):  # of this request, or of another one
+                        message = msgspec.msgpack.encode(named(message, name))
+                    fake.send(message)
+                fake.send(Finished(name, "stop", messages.Usage(1, 0), messages.NO_STATS))
+                with contextlib.suppress(CLOError):
+                    for chunk in stream:
+                        assert isinstance(chunk, messages.Chunk)
+
+        check()
+        fake.socket.close()
+
+
+def named(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same message, of this request."""
+    chunks = [[name, *chunk[1:]] for chunk in message.get("chunks", ())]
+    return message | ({"request": name} if "request" in message else {"chunks": chunks})
 
 
 OPTIONS = [action.option_strings[0] for action in command_line.parser("launch.py")._actions[1:]]

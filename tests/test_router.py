@@ -127,7 +127,7 @@ async def test_a_request_from_its_prompt_to_its_last_token(
         client.send(ask(sampling=sampling))
         run = await worker.order()
         decided = Sampling(temperature=0.5, top_p=0.9, top_k=3, max_tokens=7, logprobs=1)
-        assert run == Run(run.sequence, [1, 2, 3, 4, 5], decided, 11, tokenizer.eos, None)
+        assert run == Run(run.sequence, [1, 2, 3, 4, 5], decided, 11, tokenizer.eos, None, run.client)
         worker.send(Prefilled(run.sequence, 2, 5))
         worker.send(Prefilled(run.sequence, 5, 5))
         one, two = ids_of(tokenizer, "H!")
@@ -309,6 +309,17 @@ async def test_chats_that_may_become_long_are_rendered_in_a_thread(
             client.send(Generate("r", chat, SEVEN))
             await worker.order()
     assert (threads[0] is not threading.main_thread()) is apart
+
+
+@in_loop
+async def test_a_worker_hears_whose_a_request_is(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        one, other, (worker,) = wire.client(), wire.client(), wire.workers
+        for client in (one, other, one):
+            client.send(ask(f"{id(client)}-{len(worker.heard)}"))
+            await worker.order()
+        first, second, third = (run.client for run in worker.heard if isinstance(run, Run))
+        assert first == third != second
 
 
 # ---------------------------------------------------------------------- a request before its worker

@@ -68,6 +68,7 @@ class World:
         *,
         first: int = 0,
         forced: list[int] | None = None,
+        client: int = 0,
         **sampling: Any,
     ) -> int:
         """A request of ``prompt`` tokens that end with token ``first``, so that it generates first + 1, ...;
@@ -75,7 +76,7 @@ class World:
         number = len(self.runs)
         tokens = [first] * prompt
         asked = Sampling(temperature=0.0, max_tokens=max_tokens, **sampling)
-        self.runs[number] = run = Run(number, tokens, asked, 100 + number, [END], forced)
+        self.runs[number] = run = Run(number, tokens, asked, 100 + number, [END], forced, client)
         self.scheduler.add(run)
         return number
 
@@ -354,6 +355,26 @@ def test_more_requests_than_slots_and_blocks_are_served_in_their_order() -> None
 
 
 # -------------------------------------------------------------------------- the device and the host
+
+
+def test_clients_take_turns_for_slots() -> None:
+    """Whoever sends many requests delays others by one of them; those of one client keep their order."""
+    world = World()
+    for _ in range(SLOTS + 4):
+        world.add(2, 1, client=1)
+    late = [world.add(2, 1, client=2), world.add(2, 1, client=3), world.add(2, 1, client=2)]
+    served: list[int] = []
+    for _ in range(200):
+        for message in world.asked:
+            if isinstance(message, Allocate):
+                served.append(message.sequence)
+        world.store_works()
+        world.store_answers()
+        world.scheduler.advance()
+        world.engine.finish()
+        world.scheduler.check_integrity()
+    assert served[:SLOTS] == list(range(SLOTS))
+    assert served[SLOTS:] == [SLOTS, late[0], late[1], SLOTS + 1, late[2], SLOTS + 2, SLOTS + 3]
 
 
 def test_two_steps_are_on_their_way_and_no_more() -> None:

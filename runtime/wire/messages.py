@@ -300,7 +300,8 @@ class Ping(Message, frozen=True):
 
 
 class Run(Message, frozen=True):
-    """Serve a request. ``sequence`` is unique in the router's life."""
+    """Serve a request. ``sequence`` is unique in the router's life; ``client`` says whose it is, as clients
+    take turns."""
 
     sequence: Count
     tokens: list[TokenId]
@@ -308,6 +309,7 @@ class Run(Message, frozen=True):
     seed: Count
     eos: list[TokenId]
     forced: list[TokenId] | None
+    client: Count = 0
 
 
 class Abort(Message, frozen=True):
