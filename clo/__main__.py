@@ -27,6 +27,14 @@ USAGE = "\n".join(
 
 def main() -> int:
     """Returns the exit code: 1 where something failed, 2 for a wrong option."""
+    try:
+        return _main()
+    except BrokenPipeError:  # whoever reads has had enough
+        sys.stderr.close()
+        return 1
+
+
+def _main() -> int:
     match sys.argv[1:]:
         case ["serve", *options]:
             from clo import launch
@@ -61,8 +69,6 @@ def run(name: str, options: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-    except BrokenPipeError:  # whoever reads has had enough
-        sys.stderr.close()
     return 1
 
 
