@@ -32,7 +32,7 @@ from clo.runtime.wire.messages import (
     WorkerStats,
     worker_identity,
 )
-from clo.runtime.wire.sockets import DealerSocket
+from clo.runtime.wire.sockets import TURN_S, DealerSocket
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,11 @@ class Worker:
         self.report(self._ready)
         while True:
             poller.poll(0 if self.scheduler.busy else None)
+            turn_ends = time.monotonic() + TURN_S
             while (message := self._receive()) is not None:
                 self._handle(message)
+                if self.scheduler.busy and time.monotonic() >= turn_ends:
+                    break  # or whoever sends without end would stop all streams
             if self.scheduler.busy:
                 if not self.scheduler.advance():
                     time.sleep(_PAUSE_SECONDS)

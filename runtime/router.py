@@ -73,7 +73,7 @@ from clo.runtime.wire.strangers import INTRUDER, Strangers
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
-TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
+TOKEN_BYTES = 16  # of a message for each token of the longest prompt, at most: far more than text takes
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
@@ -304,7 +304,8 @@ class Router:
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             return
         request.move(State.ASSIGNED)
-        request.worker = min(self._ready_workers, key=self._load)
+        workers = list(self._ready_workers)
+        request.worker = min(workers, key=self._load) if len(workers) > 1 else workers[0]
         sampling = self._sampling(params, len(tokens), self._ready_workers[request.worker].capacity_tokens)
         request.max_tokens = sampling.max_tokens
         request.sequence = self._sequences
