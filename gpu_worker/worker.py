@@ -73,7 +73,9 @@ class Worker:
             Pacing(config.engine.max_num_batched_tokens, token_flops), self.report, self._store.send,
             self._drift_check,
         )  # fmt: skip
-        self._ready = Ready(config.worker, os.getpid(), started.store_name, started.capacity_tokens)
+        self._ready = Ready(
+            config.worker, os.getpid(), started.store_name, started.capacity_tokens, self._engine.slots
+        )
 
     def report(self, message: FromWorker) -> None:
         """Send a message to the router."""

@@ -179,8 +179,8 @@ def keep_open(peer: Raw, most: int, ask: Callable[[str], Generate | GetInfo]) ->
                 open_.discard(message.request)
 
 
-def prompts(prompt: Any, most: int = 16, **sampling: Any) -> Callable[[Raw], None]:
-    params = SamplingParams(**sampling)
+def prompts(prompt: Any, most: int = 16, max_tokens: int = 1, **sampling: Any) -> Callable[[Raw], None]:
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
     return lambda peer: keep_open(peer, most, lambda name: Generate(name, prompt, params))
 
 
@@ -231,7 +231,7 @@ ATTACKS: dict[str, Callable[[Raw], None]] = {
     "a chat as long as is read": prompts(Chat([Turn("user", "")] * (READ // 20))),
     "60 MB of ids": prompts(Tokens([1] * 60_000_000)),
     "ids as many as are read": prompts(Tokens([1] * READ)),
-    "ids as many as fit": prompts(Tokens([1] * 131_000), max_tokens=1),
+    "ids as many as fit": prompts(Tokens([1] * 131_000)),
     "a text as long as is read": prompts(Text("a " * (READ // 2))),
     "template variables as many as are read": prompts(variables(49_000)),
     "more template variables": prompts(variables(340_000)),

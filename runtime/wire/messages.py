@@ -356,6 +356,7 @@ class Ready(Message, frozen=True):
     pid: Count
     store: str
     capacity_tokens: Count  # tokens that its store holds
+    slots: Annotated[int, Meta(ge=1, lt=2**31)]  # sequences that it decodes at a time
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
