@@ -48,7 +48,8 @@ from tests.conftest import make_tiny_model
 from tests.faults import WAIT_S, Raw, assert_serves, raw
 from tests.server import ROOT, Server, launch
 
-OPTIONS = ("--kv-size", "16MiB", "--max-num-seqs", "8", "--select-k", "32", "--resident", "128")
+SLOTS = 8
+OPTIONS = ("--kv-size", "16MiB", "--max-num-seqs", f"{SLOTS}", "--select-k", "32", "--resident", "128")
 POSITIONS = 2**17  # of the model: much is read of a message where a model takes long prompts
 FLOODS, FLOOD_MESSAGES = 20, 300_000
 PAUSES, PAUSE_S = 20, (5.0, 15.0, 60.0)  # of each process
@@ -235,13 +236,14 @@ ATTACKS: dict[str, Callable[[Raw], None]] = {
     "a text as long as is read": prompts(Text("a " * (READ // 2))),
     "template variables as many as are read": prompts(variables(49_000)),
     "more template variables": prompts(variables(340_000)),
-    "16 stop strings of 1,000 characters": prompts(Text("a"), 100, stop=STOPS, max_tokens=30),
-    "20 log-probabilities": prompts(Text("a"), 100, logprobs=20, max_tokens=30),
+    "16 stop strings of 1,000 characters": prompts(Text("a"), SLOTS - 1, 200, stop=STOPS),
+    "20 log-probabilities": prompts(Text("a"), SLOTS - 1, 200, logprobs=20),
     "9,000 requests at a time": prompts(Tokens([1]), 9_000, max_tokens=2),
     "9,000 questions at a time": lambda peer: keep_open(peer, 9_000, GetInfo),
     "requests cancelled at once": cancels,
     "cancels of nothing": nothing_to_cancel,
     "connections that come and go": connections,
+    "long answers in every slot": prompts(Text("a"), 1_000, 1_000, ignore_eos=True),
 }
 
 
@@ -284,6 +286,14 @@ def waits() -> list[Result]:
     return results
 
 
+NOTES = {
+    "waits": [
+        "The reference is the p99 of ten seconds before each attack. Attacker, server and client share the "
+        "cores of one machine.",
+        "With long answers in every slot a request waits until one of them ends: nothing is preempted yet. "
+        "Clients take turns, so that it is the next one.",
+    ]
+}
 PARTS = {"floods": floods, "pauses": pauses, "waits": waits}
 
 
@@ -295,7 +305,7 @@ def main() -> None:
     if arguments.part == "attack":
         attack(*arguments.attack)
     else:
-        write(f"siege-{arguments.part}", PARTS[arguments.part]())
+        write(f"siege-{arguments.part}", PARTS[arguments.part](), NOTES.get(arguments.part))
 
 
 if __name__ == "__main__":
