@@ -1,5 +1,6 @@
 """One request in the router: its state, from its arrival until its client has heard the last of it."""
 
+from asyncio import Semaphore
 from enum import Enum
 
 from clo.runtime.tokenizer import Detokenizer
@@ -40,12 +41,16 @@ class Request:
         prefilled: tokens prefilled so far; None while it waits for its prefill.
         sequence: its number on the worker; -1 before it has one.
         worker: name of the worker's connection.
+        admitted: nothing waits any more to give it to a worker.
+        permits: of its client, while a worker has it.
         text: turns its tokens into text; None before it is admitted.
     """
 
     def __init__(self, client: bytes, name: str, size: int, now: float) -> None:
         self.client, self.name, self.size, self.heard = client, name, size, now
         self.state = State.ADMITTING
+        self.admitted = False
+        self.permits: Semaphore | None = None
         self.reason: Reason | None = None
         self.prompt_tokens = self.max_tokens = self.generated = 0
         self.prefilled: int | None = None

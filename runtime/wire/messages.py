@@ -12,6 +12,7 @@ from msgspec import Meta
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt of 10 M tokens fits
 MAX_LOGPROBS = 20
 MAX_JSON = 2**20  # characters of what a client hands to a chat template as JSON
+MAX_JSON_VALUES = 100_000  # in it, so that it is parsed in a moment
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -80,8 +81,8 @@ class Chat(Message, frozen=True):
     """Chat messages; rendered with the model's chat template.
 
     ``chat_template_kwargs`` are further variables of the template, such as ``enable_thinking`` for Qwen3, or
-    ``tools``: an object in JSON, or empty for none. It and the arguments of all tool calls have at most
-    ``MAX_JSON`` characters together.
+    ``tools``: an object in JSON, or empty for none. It and the arguments of all tool calls together are
+    bounded by ``MAX_JSON`` and ``MAX_JSON_VALUES``.
     """
 
     turns: Annotated[list[Turn], Meta(max_length=100_000)]
@@ -355,6 +356,7 @@ class Ready(Message, frozen=True):
     pid: Count
     store: str
     capacity_tokens: Count  # tokens that its store holds
+    slots: Annotated[int, Meta(ge=1, lt=2**31)]  # sequences that it decodes at a time
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
