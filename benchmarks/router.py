@@ -111,7 +111,7 @@ def work(connection: Connection, endpoint: str, text: list[int]) -> None:
     router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
         zmq.Context(), endpoint, ToWorker, KEY, worker_identity(0)
     )
-    router.send(Ready(0, os.getpid(), "numa0", 10**6))
+    router.send(Ready(0, os.getpid(), "numa0", 10**6, 64))
     while True:
         streams, pace = connection.recv()
         runs: list[Run] = []

@@ -14,12 +14,12 @@ from clo.gpu_worker.decode import DecodeStep
 from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
-from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill
 from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
 from clo.gpu_worker.sampler import Sampler
 from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
-from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import attend_prompt_sparse
+from clo.kernels.weigh_blocks import BLOCK
 from clo.runtime.config import CacheConfig
 from clo.runtime.wire.messages import Logprob, Sampling
 
@@ -59,7 +59,7 @@ class Engine:
         self.slots = slots
         self._device = device = decoder.device
         self.depth = 2 if device.type == "cuda" else 1
-        self._attend = attend_prompt_sparse if config.prefill_attention == "sparse" else attend_prompt
+        self._attention = SPARSE if config.prefill_attention == "sparse" else DENSE
         self.cache = KVCache(
             decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type
         )
@@ -109,7 +109,19 @@ class Engine:
             pass
         self.cache.join_prompts()
         self.retire(0)
+        if self._attention is SPARSE:
+            self._warm_up_sparse()
         torch.cuda.synchronize(self._device)
+
+    def _warm_up_sparse(self) -> None:
+        """The same for the attention of long prompts; short and long chunks have kernels of their own."""
+        shape, scale = self.decoder.shape, self.decoder.scale
+        for count in (BLOCK, CHUNK_TOKENS["cuda"]):
+            query = torch.zeros(
+                count, shape.query_heads, shape.head_dim, dtype=shape.dtype, device=self._device
+            )
+            rows = query.new_zeros(count + 4 * BLOCK, shape.kv_heads, 2, shape.head_dim)
+            attend_prompt_sparse(query, rows, scale, dense_tokens=0, own_tokens=0)
 
     @torch.inference_mode()
     def captured(self, size: int) -> DecodeGraphs:
@@ -147,7 +159,7 @@ class Engine:
         """Begin the prefill of a sequence in a free slot; ``last`` and ``score`` as for ``Prefill``."""
         self.place(slot, blocks)
         tables = self.tables(slot)
-        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attend, score)
+        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attention, score)
 
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:

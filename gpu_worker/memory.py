@@ -4,8 +4,6 @@ import logging
 import sys
 from collections.abc import Callable
 
-import torch
-
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.kv_cache import index_pages
 from clo.gpu_worker.drift_check import drift_check_bytes
@@ -14,7 +12,6 @@ from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
 from clo.gpu_worker.sampler import sampler_bytes
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
-from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.units import format_size
 from clo.runtime.wire.errors import ConfigError
@@ -25,7 +22,13 @@ _GRAPH_BYTES = 2**30
 
 
 def plan_gpu_memory(
-    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int, vocab: int
+    shape: KVShape,
+    config: CacheConfig,
+    engine: EngineConfig,
+    blocks: int,
+    max_tokens: int,
+    vocab: int,
+    memory: tuple[int, int],
 ) -> int:
     """Plan, with the weights loaded, what else fits into the GPU memory that may be used, and log it.
 
@@ -33,6 +36,7 @@ def plan_gpu_memory(
         blocks: number of blocks in the arena.
         max_tokens: longest sequence.
         vocab: tokens of the model.
+        memory: bytes of the GPU's memory that are free, and all of them.
 
     Returns:
         Sequences at a time.
@@ -40,7 +44,7 @@ def plan_gpu_memory(
     Raises:
         ConfigError: it does not fit.
     """
-    free, total = torch.cuda.mem_get_info()
+    free, total = memory
     utilization = engine.gpu_memory_utilization
     slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
     beside = beside_tokens(max_tokens)
@@ -77,15 +81,25 @@ def plan_gpu_memory(
 
 
 def plan_cpu_memory(
-    shape: KVShape, config: CacheConfig, engine: EngineConfig, blocks: int, max_tokens: int, vocab: int
+    shape: KVShape,
+    config: CacheConfig,
+    engine: EngineConfig,
+    blocks: int,
+    max_tokens: int,
+    vocab: int,
+    memory: tuple[int, str],
 ) -> int:
-    """The same for a worker without a GPU, with weights and arena in memory already."""
+    """The same for a worker without a GPU, with weights and arena in memory already.
+
+    Args:
+        memory: bytes that are available, and what sets this limit.
+    """
     slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
 
     def wanted(slots: int) -> int:
         return _index_bytes(shape, config, blocks, slots, max_tokens) + slots * slot
 
-    spare, place = available_memory([0])
+    spare, place = memory
     slots = engine.max_num_seqs or _most_slots(wanted, spare, min(blocks, AUTO_SEQS["cpu"]))
     if wanted(slots) > spare:
         raise ConfigError(

@@ -1,6 +1,8 @@
 """Prefill, layer by layer: only one layer's KV is on the worker at a time; each row leaves it once."""
 
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +12,25 @@ from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
+from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.sparse_prompt import chosen_bytes
+from clo.kernels.sparse_prompt import attend_prompt_sparse, chosen_bytes, equivalent_tokens
 from clo.runtime.model.kv_shape import KVShape
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
+_BUFFERS = {"cpu": 1, "cuda": 2}  # for rows: of this layer, and of the one that is being stored and indexed
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
 
-AttendPrompt = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""What ``attend_prompt`` does, exactly or nearly."""
+
+class PromptAttention(NamedTuple):
+    """How chunks of prompts attend."""
+
+    attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # as ``attend_prompt`` does, or nearly
+    equivalent_tokens: Callable[[int], float]  # so many earlier tokens of a dense chunk take as long
+
+
+DENSE = PromptAttention(attend_prompt, float)
+SPARSE = PromptAttention(attend_prompt_sparse, equivalent_tokens)
 
 
 def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
@@ -28,7 +40,7 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
         sparse: whether it attends to chosen blocks.
     """
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    rows = 3 * shape.kv_heads * shape.row_bytes  # of this layer, and of those being stored and indexed
+    rows = _BUFFERS["cuda"] * shape.kv_heads * shape.row_bytes
     ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
     whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
@@ -48,7 +60,7 @@ class Prefill:
         blocks: those of the sequence.
         block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
-        attend: attention of a chunk; that of the last layer, where it is for a few tokens alone, is exact.
+        attention: that of the last layer, where it is for a few tokens alone, is dense all the same.
         score: how many of the most likely tokens at each position are wanted with the log-probabilities of
             the prompt; None for no log-probabilities.
 
@@ -66,10 +78,10 @@ class Prefill:
         block_table: Tensor,
         page_table: Tensor,
         last: int = 1,
-        attend: AttendPrompt = attend_prompt,
+        attention: PromptAttention = DENSE,
         score: int | None = None,
     ) -> None:
-        self._decoder, self._cache, self._last, self._attend = decoder, cache, last, attend
+        self._decoder, self._cache, self._last, self._attention = decoder, cache, last, attention
         self.total = len(tokens)
         device, shape = block_table.device, decoder.shape
         self._prompts = one_prompt(slot, self.total, blocks, block_table, page_table, shape.block_tokens)
@@ -80,7 +92,12 @@ class Prefill:
         self.scores = None if score is None else PromptScores(tokens, ids, score)
         self._hidden = decoder.embed(ids)
         self._rope = decoder.rope(torch.arange(self.total, device=device))
-        self._rows = self._new_rows()
+        # All at once: to ask CUDA for so much memory in the midst of decode steps would hold these up.
+        size = self.total, shape.kv_heads, 2, shape.head_dim
+        self._rows, *spare = (
+            torch.empty(size, dtype=shape.dtype, device=device) for _ in range(_BUFFERS[device.type])
+        )
+        self._spare = deque[tuple[Tensor, tuple[DeviceEvent, ...]]]((rows, ()) for rows in spare)
         most = CHUNK_TOKENS[device.type]
         self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
@@ -93,21 +110,37 @@ class Prefill:
 
     @property
     def remaining_flops(self) -> float:
-        """Arithmetic that is left, about."""
-        decoder, left = self._decoder, self._decoder.shape.layers - self._layer
-        return left * decoder.layer_flops(self.total, 0) - decoder.layer_flops(self._start, 0)
+        """Arithmetic that is left, about: as if all of it were dense."""
+        decoder, whole = self._decoder, self._decoder.shape.layers - 1 - self._layer
+        if self.scores is not None:
+            logits = decoder.logits_flops(self.total - (self._start if whole == 0 else 0))
+            return (
+                (whole + 1) * decoder.layer_flops(self.total, 0)
+                + logits
+                - decoder.layer_flops(self._start, 0)
+            )
+        if whole == 0:
+            return decoder.last_layer_flops(self.total - self._start)
+        layers = whole * decoder.layer_flops(self.total, 0) + decoder.last_layer_flops(self.total)
+        return layers - decoder.layer_flops(self._start, 0)
 
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
-        decoder = self._decoder
-        scored = self.scores is not None and self._layer == decoder.shape.layers - 1
-        cost = decoder.layer_flops(1, self._start) + scored * decoder.logits_flops(1)
+        cost = self._flops(1)
         tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:
             tokens = left
-        return tokens, decoder.layer_flops(tokens, self._start) + scored * decoder.logits_flops(tokens)
+        return tokens, self._flops(tokens)
+
+    def _flops(self, tokens: int) -> float:
+        """Arithmetic of the next tokens in this layer."""
+        decoder, final = self._decoder, self._layer == self._decoder.shape.layers - 1
+        if final and self.scores is None:
+            return decoder.last_layer_flops(tokens)
+        logits = decoder.logits_flops(tokens) if final else 0.0
+        return decoder.layer_flops(tokens, self._attention.equivalent_tokens(self._start)) + logits
 
     @torch.inference_mode()
     def advance(self, tokens: int | None = None) -> Tensor | None:
@@ -136,12 +169,11 @@ class Prefill:
         if few:
             attended, lse = attend_prompt(query[-ranking:], self._rows[:end], decoder.scale)
         else:
-            attended, lse = self._attend(query, self._rows[:end], decoder.scale)
+            attended, lse = self._attention.attend(query, self._rows[:end], decoder.scale)
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
             self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)
-            if not self._rows.is_cpu:
-                self._rows = self._new_rows()  # the former ones are being stored and indexed
+            self._change_rows()
             self._layer, self._start, self._taken = layer + 1, 0, 0
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
@@ -162,8 +194,11 @@ class Prefill:
             self._cache.take_rows(self._layer, self._rows[self._taken : end], part)
             self._taken = end
 
-    def _new_rows(self) -> Tensor:
-        shape = self._decoder.shape
-        return torch.empty(
-            self.total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device=self._decoder.device
-        )
+    def _change_rows(self) -> None:
+        """The next layer's rows do not overwrite those that are being stored and indexed."""
+        if not self._spare:  # the device has done with them
+            return
+        self._spare.append((self._rows, self._cache.rows_taken()))
+        self._rows, taken = self._spare.popleft()
+        for event in taken:
+            event.wait()

@@ -19,6 +19,7 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+        self._device = device
         self._stream = (
             torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
         )
@@ -34,6 +35,11 @@ class SideStream:
             tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             yield
+
+    def event(self) -> "DeviceEvent":
+        """The point at which the branch is through with what it has so far."""
+        with torch.cuda.stream(self._stream):  # which does nothing for None
+            return DeviceEvent(self._device)
 
     def join(self) -> None:
         """Later work waits for the branch."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import SHARED_BYTES, check_limits
-from clo.kernels.sparse_prompt import block_sparse_attention
+from clo.kernels.sparse_prompt import DENSE_TOKENS, block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_tensor, by_block
-from clo.runtime.config import ResolvedModel, WorkerConfig
+from clo.runtime.config import CacheConfig, PrefillAttention, ResolvedModel, WorkerConfig
+from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind, device_node
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.errors import ConfigError
@@ -55,7 +57,7 @@ def start(
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
-    _check_limits(config)
+    config = replace(config, cache=check_model(config.model, config.cache))
     decoder = load_decoder(config.model)
     store = StoreClient(context, endpoint, key)
     attached = store.attach(Attach(config.worker, os.getpid()))
@@ -85,13 +87,19 @@ def _choose_store(config: WorkerConfig) -> str:
     return config.stores[node]
 
 
-def _check_limits(config: WorkerConfig) -> None:
-    """Refuse what the kernels cannot do, before the weights are read."""
-    model = config.model
+def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
+    """Refuse what the kernels cannot do, before the weights are read.
+
+    Returns:
+        The configuration with what "auto" stands for.
+
+    Raises:
+        ConfigError: says what.
+    """
     shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
-    for sizes in set(config.cache.sizes(model.max_model_len, shape.layers)):
+    for sizes in set(cache.sizes(model.max_model_len, shape.layers)):
         try:
             check_limits(
                 shape.head_dim, shape.group, sizes.select_k, sizes.resident, model.max_model_len,
@@ -99,23 +107,28 @@ def _check_limits(config: WorkerConfig) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if config.cache.prefill_attention == "sparse":
-        _check_sparse_prefill(model)
+    return replace(cache, prefill_attention=_prefill_attention(model, cache.prefill_attention))
 
 
-def _check_sparse_prefill(model: ResolvedModel) -> None:
+def _prefill_attention(model: ResolvedModel, asked: PrefillAttention) -> PrefillAttention:
+    """What auto stands for: sparse where it runs and where a prompt can be long enough for it."""
+    if asked == "dense" or (asked == "auto" and model.max_model_len <= DENSE_TOKENS):
+        return "dense"
     if model.device != "cuda" or model.dtype == "float32" or torch.cuda.get_device_capability() < (9, 0):
-        raise ConfigError(
-            "--prefill-attention sparse needs a 16-bit --dtype on a GPU from Hopper (H100) on; "
-            "use --prefill-attention dense."
-        )
-    try:
-        block_sparse_attention()
-    except ImportError:
-        raise ConfigError(
-            "--prefill-attention sparse needs the package nvidia-cudnn-frontend: "
-            "pip install 'nvidia-cudnn-frontend>=1.32', or use --prefill-attention dense."
-        ) from None
+        missing = "a 16-bit --dtype on a GPU from Hopper (H100) on; use --prefill-attention dense."
+    else:
+        try:
+            block_sparse_attention()
+            return "sparse"
+        except ImportError:
+            missing = (
+                "the package nvidia-cudnn-frontend: pip install 'nvidia-cudnn-frontend>=1.32', or use "
+                "--prefill-attention dense."
+            )
+    if asked == "sparse":
+        raise ConfigError(f"--prefill-attention sparse needs {missing}")
+    _logger.info("Prompts attend to all tokens. Sparse attention, much faster from 64K on, needs %s", missing)
+    return "dense"
 
 
 def _engine(
@@ -124,8 +137,11 @@ def _engine(
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
     rows = arena_tensor(shared, shape, attached.blocks)
-    plan = plan_gpu_memory if decoder.device.type == "cuda" else plan_cpu_memory
-    slots = plan(shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab)
+    sizes = shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab
+    if decoder.device.type == "cuda":
+        slots = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
+    else:
+        slots = plan_cpu_memory(*sizes, available_memory([0]))
     if decoder.device.type == "cuda":
         rows = pin(rows)
     arena = by_block(rows)

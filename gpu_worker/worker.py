@@ -32,7 +32,7 @@ from clo.runtime.wire.messages import (
     WorkerStats,
     worker_identity,
 )
-from clo.runtime.wire.sockets import DealerSocket
+from clo.runtime.wire.sockets import TURN_S, DealerSocket
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ class Worker:
             Pacing(config.engine.max_num_batched_tokens, token_flops), self.report, self._store.send,
             self._drift_check, started.constraints,
         )  # fmt: skip
-        self._ready = Ready(config.worker, os.getpid(), started.store_name, started.capacity_tokens)
+        self._ready = Ready(
+            config.worker, os.getpid(), started.store_name, started.capacity_tokens, self._engine.slots
+        )
 
     def report(self, message: FromWorker) -> None:
         """Send a message to the router."""
@@ -87,8 +89,11 @@ class Worker:
         self.report(self._ready)
         while True:
             poller.poll(0 if self.scheduler.busy else None)
+            turn_ends = time.monotonic() + TURN_S
             while (message := self._receive()) is not None:
                 self._handle(message)
+                if self.scheduler.busy and time.monotonic() >= turn_ends:
+                    break  # or whoever sends without end would stop all streams
             if self.scheduler.busy:
                 if not self.scheduler.advance():
                     time.sleep(_PAUSE_SECONDS)

@@ -84,9 +84,8 @@ def score_products(
     weight = (products * scale - lse.view(*products.shape[:3], 1)).exp().sum(2)
     scores = weight.view(torch.int16)[..., 1::2].contiguous()  # the high half of each
     scores[..., :sinks] = NEVER
-    for sequence, length in enumerate(lengths.tolist()):
-        scores[sequence, :, max(length - tail, 0) :] = NEVER
-    return scores
+    places = torch.arange(scores.shape[2], device=scores.device)
+    return scores.masked_fill_((places >= lengths.unsqueeze(1) - tail).unsqueeze(1), NEVER)
 
 
 def score_codes(

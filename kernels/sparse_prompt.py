@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clo.kernels.attend_prompt import attend_prompt
-from clo.kernels.weigh_blocks import BLOCK, weigh_blocks
+from clo.kernels.weigh_blocks import BLOCK, SAMPLED, weigh_blocks
 
 DENSE_TOKENS = 16384  # before a chunk: up to so many are all attended, since choosing would cost more
-_BUDGET = 2.0
+OWN_TOKENS = 8192  # up to the end of a chunk, at least: attended as a chunk's own, however short it is
+_BUDGET = 16
+_SLOWER = 2.5  # what a chosen token costs, and a weighed one, in dense ones; on an H100
 _SORTED = 2**21  # weights, about, that decide how much a chosen block weighs
 
 Weigh = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -33,8 +35,17 @@ Budget = Callable[[int], float]
 
 
 def default_budget(blocks: int) -> float:
-    """Twice as many for four times as many tokens: 6 % of 64K tokens, 1.6 % of a million."""
-    return _BUDGET * math.sqrt(blocks)
+    """Twice as many for sixteen times as many tokens: 9 % of 64K tokens, 1.1 % of a million."""
+    return _BUDGET * math.sqrt(math.sqrt(blocks))
+
+
+def equivalent_tokens(before: int) -> float:
+    """How many earlier tokens of a dense chunk take about as long as ``before`` of a sparse one."""
+    if before <= DENSE_TOKENS:
+        return before
+    blocks = before // BLOCK
+    # weighing takes one product of the two, for some queries
+    return _SLOWER * (BLOCK * default_budget(blocks) + before * SAMPLED / (2 * BLOCK))
 
 
 class ChosenBlocks(NamedTuple):
@@ -51,8 +62,9 @@ def attend_prompt_sparse(
     budget: Budget = default_budget,
     weigh: Weigh = weigh_blocks,
     dense_tokens: int = DENSE_TOKENS,
+    own_tokens: int = OWN_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of a chunk of a prompt over its own rows and over chosen blocks of those before it.
+    """Causal attention of a chunk of a prompt over the latest rows and over chosen blocks of the others.
 
     Nothing here waits for the device. On a GPU it takes 16-bit dtypes and the package nvidia-cudnn-frontend.
 
@@ -63,18 +75,19 @@ def attend_prompt_sparse(
         budget: how many blocks are chosen.
         weigh: in place of ``weigh_blocks``, to compare with.
         dense_tokens: with at most so many tokens before the chunk, all of them are attended.
+        own_tokens: so many up to the chunk's end are always attended, and so is the chunk.
 
     Returns:
         Attended [N, query_heads, head_dim], and the log-sum-exp of the scores of all attended rows
         [N, query_heads] float32.
     """
-    before = len(rows) - len(query)
-    if before <= max(dense_tokens, BLOCK - 1):
+    blocks = (len(rows) - max(len(query), own_tokens)) // BLOCK
+    if len(rows) - len(query) <= dense_tokens or blocks < 1:
         return attend_prompt(query, rows, scale)
-    past = rows[: before // BLOCK * BLOCK]
+    past = rows[: blocks * BLOCK]
     own, own_lse = attend_prompt(query, rows[len(past) :], scale)
     weights = weigh(query, past[:, :, 0], own_lse, scale)
-    chosen = choose_blocks(weights, budget(before // BLOCK))
+    chosen = choose_blocks(weights, budget(blocks))
     out, lse = attend_chosen(query, past, chosen, scale)
     share = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(out.dtype)
     return torch.lerp(own, out, share), torch.logaddexp(own_lse, lse)

@@ -11,7 +11,7 @@ from clo.kernels.arguments import ELEMENT, GROUPED, Argument, Rule, Signature
 BLOCK = 64  # keys, and queries, that are chosen together
 SAMPLED = 4  # queries of a block that choose for it
 
-_M, _N, _TILES = 128, 128, 16  # samples of a program, keys that it takes at a time, and how often
+_M, _N, _TILES = (128, 256), 128, 16  # samples of a program, keys that it takes at a time, and how often
 _LOG2E = 1.4426950408889634
 
 _SIGNATURE = Signature(
@@ -50,12 +50,13 @@ def weigh_blocks(query: Tensor, keys: Tensor, own_lse: Tensor, scale: float) -> 
         sums = weights.unflatten(2, (blocks, BLOCK)).sum(3)
     else:
         sums = torch.empty(heads, len(places), blocks, device=query.device)
-        grid = (-(-len(keys) // (_N * _TILES)), -(-len(places) // _M), heads)
+        most = _M[len(places) > _M[0]]
+        grid = (-(-len(keys) // (_N * _TILES)), -(-len(places) // most), heads)
         _kernel()[grid](
             samples, keys, own * _LOG2E, sums, len(places), blocks, scale * _LOG2E,
             samples.stride(0), samples.stride(1), keys.stride(0), keys.stride(1),
             GROUP=heads // keys.shape[1], DIM=dim, WIDTH=max(16, 1 << (dim - 1).bit_length()), BLOCK=BLOCK,
-            M=_M, N=_N, TILES=_TILES, num_warps=8, num_stages=3,
+            M=most, N=_N, TILES=_TILES, num_warps=8, num_stages=3,
         )  # fmt: skip
     shares = sums / (1 + sums.sum(2, keepdim=True))  # the queries' other keys together weigh 1
     largest: Tensor = shares.unflatten(1, (lines, SAMPLED)).amax(2)

@@ -1,5 +1,7 @@
 """The kernel of ``clo.kernels.weigh_blocks``, in Triton. Only a GPU imports it.
 
+Numbers of samples and blocks are no constants of the compiled kernel, since every chunk has others.
+
 A program takes M sampled queries of one head and a stretch of keys, N at a time.
 """
 
@@ -7,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def weigh(
     samples, keys, references, sums, count, blocks, factor,
     sample_stride, sample_head_stride, key_stride, key_head_stride,

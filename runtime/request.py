@@ -1,5 +1,6 @@
 """One request in the router: its state, from its arrival until its client has heard the last of it."""
 
+from asyncio import Semaphore
 from enum import Enum
 
 from clo.runtime.tokenizer import Detokenizer
@@ -42,6 +43,8 @@ class Request:
         prefilled: tokens prefilled so far; None while it waits for its prefill.
         sequence: its number on the worker; -1 before it has one.
         worker: name of the worker's connection.
+        admitted: nothing waits any more to give it to a worker.
+        permits: of its client, while a worker has it.
         text: turns its tokens into text; None before it is admitted.
         prompt: its tokens, where their log-probabilities are wanted.
         stop_token_ids: tokens that end it and give no text.
@@ -51,6 +54,8 @@ class Request:
         self.client, self.name, self.size = client, name, size
         self.arrived = self.heard = self.stepped = now
         self.state = State.ADMITTING
+        self.admitted = False
+        self.permits: Semaphore | None = None
         self.reason: Reason | None = None
         self.prompt_tokens = self.max_tokens = self.generated = 0
         self.prefilled: int | None = None

@@ -76,7 +76,7 @@ from clo.runtime.wire.strangers import INTRUDER, Strangers
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
-TOKEN_BYTES = 32  # of a message for each token of the longest prompt, at most: far more than text takes
+TOKEN_BYTES = 16  # of a message for each token of the longest prompt, at most: far more than text takes
 OTHER_BYTES = 2**16 + GRAMMAR_BYTES  # that a message may have besides
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
@@ -84,13 +84,14 @@ PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
 FLUSH_S = 1.0
 THREADS = 4  # that tokenise, each for another client
+SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Account:
-    """What a client has open."""
+    """What a client has open, or has closed while it is still being tokenised."""
 
     requests: int = 0
     bytes: int = 0  # of the messages that opened them
@@ -141,7 +142,8 @@ class Router:
         self._workers.hear(self._arrivals, self._hear_worker, strangers=Strangers(_logger, INTRUDER))
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
-        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by client
+        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # to tokenise
+        self._permits: WeakValueDictionary[bytes, asyncio.Semaphore] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self._traffic = TrafficMeter()
         self._children = Children()
@@ -235,7 +237,8 @@ class Router:
         elif self._charge(client, name, size):
             request = Request(client, name, size, asyncio.get_running_loop().time())
             self._open[client, name] = request
-            self._spawn(self._admit(request, message))
+            task = self._spawn(self._admit(request, message))
+            task.add_done_callback(lambda _: self._admitted(request))
 
     def on_cancel(self, client: bytes, message: Cancel, size: int) -> None:
         request = self._open.get((client, message.request))
@@ -306,8 +309,12 @@ class Router:
         if params.prompt_logprobs is not None:
             request.prompt = tokens
         await self._all_ready.wait()
+        permits = self._permits.setdefault(request.client, asyncio.Semaphore(self._most_at_workers()))
+        await permits.acquire()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
+            permits.release()
             return
+        request.permits = permits
         request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
         capacity = self._ready_workers[request.worker].capacity_tokens
@@ -320,6 +327,23 @@ class Router:
         client = int.from_bytes(request.client)
         run = Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced, client)
         self._order(request, run)
+
+    def _most_at_workers(self) -> int:
+        """Requests of one client that workers have at a time: so many that no slot of a batch stays free, and
+        so few that those of other clients are read soon."""
+        return SPARE + 2 * sum(ready.slots for ready in self._ready_workers.values())
+
+    def _admitted(self, request: Request) -> None:
+        request.admitted = True
+        if not request.open:
+            self._discharge(request.client, request.size)
+
+    def _leave_worker(self, worker: bytes, sequence: int) -> Request | None:
+        """A worker has nothing more to do with a request, if it had."""
+        request = self._running[worker].pop(sequence, None)
+        if request is not None and request.permits is not None:
+            request.permits.release()
+        return request
 
     def _check_params(self, params: SamplingParams) -> None:
         """Raises ``InvalidRequest`` where parameters contradict each other or the vocabulary."""
@@ -492,7 +516,7 @@ class Router:
 
     def on_done(self, worker: bytes, message: Done) -> None:
         self._traffic.add_cache(message.cache)
-        request = self._running[worker].pop(message.sequence, None)
+        request = self._leave_worker(worker, message.sequence)
         if request is None or not request.open:
             return
         assert request.text is not None
@@ -515,7 +539,7 @@ class Router:
         self._end(request, Failed(request.name, CLOError.code, "The tokens could not be made into text."))
 
     def on_refused(self, worker: bytes, message: Refused) -> None:
-        request = self._running[worker].pop(message.sequence, None)
+        request = self._leave_worker(worker, message.sequence)
         if request is not None:
             self._end(request, Failed(request.name, message.code, message.text))
 
@@ -543,11 +567,18 @@ class Router:
                     del self._owed[client]
 
     def _stage(self, request: Request) -> Literal["queued", "prefill", "stalled"]:
-        ready = self._ready_workers.get(request.worker)
-        needed = () if ready is None else (request.worker, store_identity(ready.store))
-        if any(map(self._children.is_stalled, needed)):
+        if request.worker:
+            stalls = self._is_stalled(request.worker)
+        else:
+            stalls = self._all_ready.is_set() and all(map(self._is_stalled, self._ready_workers))
+        if stalls:
             return "stalled"
         return "queued" if request.prefilled is None else "prefill"
+
+    def _is_stalled(self, worker: bytes) -> bool:
+        """Whether a worker or its store does not answer."""
+        store = store_identity(self._ready_workers[worker].store)
+        return self._children.is_stalled(worker) or self._children.is_stalled(store)
 
     def _tell(self, request: Request, message: ToClient) -> None:
         if request.open:
@@ -565,7 +596,8 @@ class Router:
         request.move(State.CLOSED)
         self._traffic.end(request, how, asyncio.get_running_loop().time())
         del self._open[request.client, request.name]
-        self._discharge(request.client, request.size)
+        if request.admitted:
+            self._discharge(request.client, request.size)
 
     def _stop(self, request: Request, reason: Reason) -> None:
         """Have the worker end a request for a reason that the worker does not know."""

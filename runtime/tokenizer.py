@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
 from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
-from clo.runtime.wire.messages import MAX_JSON, Chat, Text, Tokens, ToolCall, Turn
+from clo.runtime.wire.messages import MAX_JSON, MAX_JSON_VALUES, Chat, Text, Tokens, ToolCall, Turn
 
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
 _WINDOW = 64  # tokens that are decoded at most
@@ -195,11 +195,13 @@ class Tokenizer:
         if not chat.turns:
             raise InvalidRequest("The chat is empty; give at least one message.")
         calls = [call for turn in chat.turns for call in turn.tool_calls or ()]
-        size = len(chat.chat_template_kwargs) + sum(len(call.function.arguments) for call in calls)
-        if size > MAX_JSON:
+        texts = [chat.chat_template_kwargs, *(call.function.arguments for call in calls)]
+        size = sum(map(len, texts))
+        values = sum(text.count(mark) for text in texts for mark in "[{,")  # at least as many as there are
+        if size > MAX_JSON or values > MAX_JSON_VALUES:
             raise InvalidRequest(
-                f"chat_template_kwargs and arguments of tool calls have {size} characters in all; at most "
-                f"{MAX_JSON} are taken."
+                f"chat_template_kwargs and arguments of tool calls have {size} characters and up to {values} "
+                f"values in all; at most {MAX_JSON} and {MAX_JSON_VALUES} are taken."
             )
         variables = _object(chat.chat_template_kwargs, "chat_template_kwargs")
         for name in variables:

@@ -44,6 +44,7 @@ from clo.runtime.wire.sockets import DealerSocket
 
 HOLD = "HOLD"
 CAPACITY = 100_000
+SLOTS = 64  # as many as the router is told; all that comes is answered at once
 STEP_S = 0.001
 
 
@@ -61,7 +62,7 @@ class Echo:
         self._answers: dict[int, list[int]] = {}  # what is left of them
 
     def serve(self) -> None:
-        self._router.send(Ready(self._config.worker, os.getpid(), "numa0", CAPACITY))
+        self._router.send(Ready(self._config.worker, os.getpid(), "numa0", CAPACITY, SLOTS))
         while True:
             while message := self._router.receive(0 if self._answers else None):
                 self._handle(message)

@@ -1,7 +1,7 @@
 """What the fuzz tests draw: values of any type that a message has, and values that are nearly so.
 
 ``python -m tests.fuzz --minutes 60`` runs the tests of ``tests/test_fuzz.py`` for that long, each time with
-other values, and ends with 1 at the first that fails.
+other values, and ends with 1 at the first that fails; else it writes ``benchmarks/results/fuzz.json``.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from benchmarks.result import Result, write
 from tests.server import ROOT
 
+MANY = 1500  # values in each test of a round
 EXAMPLES = (
     "CLO_FUZZ_EXAMPLES"  # environment variable: values drawn in each test; else as many as take seconds
 )
@@ -113,14 +115,23 @@ def frames(union: Any) -> st.SearchStrategy[bytes]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
-    end = time.monotonic() + 60 * parser.parse_args().minutes
+    began = time.monotonic()
+    end = began + 60 * parser.parse_args().minutes
     rounds = 0
     while time.monotonic() < end:
         tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_fuzz.py", "-p", "no:cacheprovider"]
-        if subprocess.run(tests, cwd=ROOT, env=os.environ | {EXAMPLES: "3000"}).returncode:
+        environment = os.environ | {EXAMPLES: f"{MANY}"}
+        if subprocess.run([*tests, "--timeout", "7200"], cwd=ROOT, env=environment).returncode:
             return 1
         rounds += 1
         print(f"{rounds} rounds, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
+    results = [
+        Result("fuzz", "time", (time.monotonic() - began) / 60, "minutes"),
+        Result("fuzz", "rounds", rounds, "rounds"),
+        Result("fuzz", "values of each test", rounds * MANY, "values"),
+        Result("fuzz", "failures", 0, "failures"),
+    ]
+    write("fuzz", results)
     return 0
 
 

@@ -39,6 +39,8 @@ from clo.runtime.wire.sockets import configure, encode
 from tests.faults import WAIT_S
 from tests.store import KEY, new_endpoint
 
+SLOTS = 2  # of each worker
+
 
 class Peer:
     """One end of a connection to the router; what it hears is kept until somebody asks for it."""
@@ -124,7 +126,7 @@ class Worker(Peer):
         return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
 
     def ready(self) -> None:
-        self.send(Ready(self.number, 1000 + self.number, f"numa{self.number % 2}", 1000))
+        self.send(Ready(self.number, 1000 + self.number, f"numa{self.number % 2}", 1000, SLOTS))
 
     async def order(self) -> Any:
         """The next order."""

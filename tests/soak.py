@@ -2,9 +2,9 @@
 
 Requests are answered, cancelled, timed out, left, dropped unread and wrong in many ways, and their clients
 close or vanish. At ten places on the way nothing may have grown: all blocks are free, and memory and
-descriptors of the server are what they were once the first tenth had warmed everything up. The report is one
-line of JSON for each place. The exit code is 1 where something grew or the log holds a traceback; a request
-that ends otherwise than it should have raises.
+descriptors of the server are what they were once the first tenth had warmed everything up. The report is a
+line of JSON for each place, and at last ``benchmarks/results/soak.json``. The exit code is 1 where
+something grew or the log holds a traceback; a request that ends otherwise than it should raises.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.result import Result, write
 from clo.runtime.client import AsyncClient, Client
 from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, RequestTimeout, ServerUnreachable
 from clo.runtime.wire.messages import Generate, SamplingParams, Tokens
@@ -183,13 +184,15 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng, first = random.Random(arguments.seed), None
+    rng, first, now = random.Random(arguments.seed), None, dict[str, int]()
+    total, began_all = Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder))
         with launch("--model", folder, *SMALL) as server:
             for place in range(1, PLACES + 1):
                 began = time.monotonic()
                 counts = asyncio.run(run(server.address, arguments.requests // PLACES, rng))
+                total += counts
                 with Client(server.address, timeout=WAIT_S) as client:
                     wait_until_idle(client)
                 now = held(server)
@@ -205,6 +208,20 @@ def main() -> int:
             if "Traceback" in (log := server.stderr.read_text()):
                 print(log, file=sys.stderr)
                 return 1
+    assert first is not None
+    results = [
+        Result("soak", f"requests {kind}", number, "requests") for kind, number in sorted(total.items())
+    ] + [
+        Result("soak", "requests", sum(total.values()), "requests"),
+        Result("soak", "time", time.monotonic() - began_all, "s"),
+        *(
+            Result("soak", name, now[name], name, first[name], now[name] / first[name])
+            for name in ("bytes", "descriptors")
+        ),
+    ]
+    write(
+        "soak", results, ["The reference is the state after the first tenth. All blocks were free each time."]
+    )
     return 0
 
 

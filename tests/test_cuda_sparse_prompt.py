@@ -42,7 +42,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 @counts
 def test_all_blocks_are_exact(kv_heads: int, group: int, dim: int, count: int, total: int) -> None:
     query, rows = random_prompt(count, total, kv_heads, group, dim)
-    found, found_lse = attend_prompt_sparse(query, rows, SCALE, float, dense_tokens=0)
+    found, found_lse = attend_prompt_sparse(query, rows, SCALE, float, dense_tokens=0, own_tokens=0)
     expected, lse = attend_prompt(query.float(), rows.float(), SCALE)
     assert found.dtype == query.dtype and error(found, expected) < 0.01
     torch.testing.assert_close(found_lse, lse, rtol=1e-3, atol=2e-3)
@@ -79,10 +79,10 @@ def test_weights_of_blocks(kv_heads: int, group: int, dim: int, count: int) -> N
 
 def test_nothing_waits_for_the_device() -> None:
     query, rows = random_prompt(512, 4096, 8, 4, 128)
-    expected, _ = attend_prompt_sparse(query, rows, SCALE, dense_tokens=0)  # compiles
+    expected, _ = attend_prompt_sparse(query, rows, SCALE, dense_tokens=0, own_tokens=0)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found, _ = attend_prompt_sparse(query, rows, SCALE, dense_tokens=0)
+        found, _ = attend_prompt_sparse(query, rows, SCALE, dense_tokens=0, own_tokens=0)
         _, own_lse = attend_prompt(query, rows[-512:], SCALE)
         choose_blocks(weigh_blocks(query, rows[:-512, :, 0], own_lse, SCALE), 9.0)
     finally:

@@ -21,7 +21,7 @@ from clo.gpu_worker.in_process import (
     wait_for,
 )
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
-from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.prefill import Prefill, PromptAttention
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.runtime.config import CacheConfig, ModelConfig
@@ -134,9 +134,12 @@ def test_a_prompt_that_attends_to_all_blocks_is_as_a_dense_one(decoder: Decoder)
     prompt = random_tokens(decoder, 1300)
     dense, sparse = (make_engine(decoder, CacheConfig(resident=1400), 1, 1400) for _ in range(2))
     expected = prefill(dense, 0, prompt, 1400)
-    blocks, attend = blocks_of(sparse, 0, 1400), partial(attend_prompt_sparse, budget=float, dense_tokens=0)
+    attend = partial(attend_prompt_sparse, budget=float, dense_tokens=0, own_tokens=0)
+    blocks = blocks_of(sparse, 0, 1400)
     sparse.place(0, blocks)
-    work = Prefill(decoder, sparse.cache, 0, prompt, blocks, *sparse.tables(0), attend=attend)
+    work = Prefill(
+        decoder, sparse.cache, 0, prompt, blocks, *sparse.tables(0), attention=PromptAttention(attend, float)
+    )
     while (logits := work.advance()) is None:
         pass
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from clo.runtime.wire.messages import (
     Cancel,
     Chat,
     Chunks,
+    Failed,
     Generate,
     GetInfo,
     Info,
@@ -243,7 +245,17 @@ for _ in Client({server.address!r}).stream("a", max_tokens=1400, ignore_eos=True
 
 
 def test_a_client_that_stops_reading(server: Server, client: Client) -> None:
-    """Its requests are dropped with ``overloaded``; others are served while it floods the server."""
+    """Its requests are dropped with ``overloaded``; others are served while it floods the server. On a busy
+    machine a request may be complete before the flood is large enough: then with another one."""
+    for _ in range(5):
+        end = flooded(server, client)
+        if isinstance(end, Failed):
+            break
+    assert end.code == "overloaded" and "did not read its stream" in end.text
+
+
+def flooded(server: Server, client: Client) -> Any:
+    """How a request ends whose sender floods the server and reads nothing meanwhile."""
     with raw(server.address, RCVHWM=1, RCVBUF=4096, SNDTIMEO=100) as deaf:
         deaf.send(Generate("r", Text("a"), SamplingParams(**ENDLESS)))
         served = threading.Event()
@@ -264,8 +276,7 @@ def test_a_client_that_stops_reading(server: Server, client: Client) -> None:
         finally:
             served.set()
             thread.join()
-        failed = deaf.last("r")
-    assert failed.code == "overloaded" and "did not read its stream" in failed.text
+        return deaf.last("r")
 
 
 def test_floods_whose_senders_go_away_without_reading(server: Server, client: Client) -> None:
@@ -300,18 +311,23 @@ def test_a_heavy_prompt_is_refused_and_names_its_request(server: Server, prompt:
 
 
 def test_a_client_with_too_much_open_is_told_so(server: Server) -> None:
-    """Here by questions, which are answered slowly while the worker is not asked twice at a time."""
+    """Here by questions, which are answered after 2 s while the worker is suspended. A machine that is too
+    busy to take in 10,000 before may answer them all."""
     (worker,) = server.children("gpu_worker")
     with raw(server.address, SNDHWM=0, RCVHWM=0) as client:
         worker.suspend()
         try:
+            began = time.monotonic()
             for number in range(10_050):
                 client.send(GetInfo(f"{number}"))
-            refused = client.receive()
-            assert refused.code == "overloaded" and "10000 requests" in refused.text
+            first = client.receive()
+            quick = time.monotonic() - began < 1.5
         finally:
             worker.resume()
-        ends = [client.receive() for _ in range(10_049)]
+        ends = [first, *(client.receive() for _ in range(10_049))]
+        refused = [end for end in ends if isinstance(end, Failed)]
+        assert refused or not quick
+        assert all(end.code == "overloaded" and "10000 requests" in end.text for end in refused)
         assert sum(isinstance(end, Info) for end in ends) >= 10_000
         client.send(GetInfo("again"))
         assert isinstance(client.receive(), Info)

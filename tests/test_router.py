@@ -66,7 +66,7 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import encode
 from tests.conftest import VOCABULARY
 from tests.faults import WAIT_S
-from tests.peers import Client, Wire, Worker, running
+from tests.peers import SLOTS, Client, Wire, Worker, running
 from tests.store import KEY, new_endpoint
 
 MODEL_LENGTH = 100
@@ -381,7 +381,7 @@ async def test_an_answer_without_a_length_is_bounded_though_there_is_room(
     model = dataclasses.replace(model_in(tiny_model), max_model_len=10**6)
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
-        worker.send(Ready(0, 1000, "numa0", 10**6))
+        worker.send(Ready(0, 1000, "numa0", 10**6, 2))
         while wire.router.capacity_tokens < 10**6:
             await asyncio.sleep(0)
         client.send(Generate("r", Tokens([1] * 10)))
@@ -433,6 +433,61 @@ async def test_chats_that_may_become_long_are_rendered_in_a_thread(
             client.send(Generate("r", chat, SEVEN))
             await worker.order()
     assert (threads[0] is not threading.main_thread()) is apart
+
+
+@in_loop
+async def test_a_client_with_many_requests_leaves_room_for_others(model: ResolvedModel) -> None:
+    """Its own wait in the router, in their order, where those that it cancels reach no worker."""
+    async with running(model) as wire:
+        greedy, other, (worker,) = wire.client(), wire.client(), wire.workers
+        most = router_module.SPARE + 2 * SLOTS
+        for number in range(most + 50):
+            greedy.send(ask(f"{number}"))
+        runs = [await worker.order() for _ in range(most)]
+        for number in range(most, most + 47):
+            greedy.send(Cancel(f"{number}"))
+            assert isinstance(await greedy.next(), Finished)
+        await greedy.info()
+        assert len(worker.heard) == most
+        other.send(ask("late"))
+        assert (await worker.order()).client != runs[0].client
+        for number in range(most, most + 3):
+            worker.send(Done(runs.pop(0).sequence, "length", STATS))
+            assert (await greedy.next()).request == f"{number - most}"
+            runs.append(await worker.order())
+            assert runs[-1].client == runs[0].client and len(worker.heard) == number + 2
+        worker.send(Refused(runs[0].sequence, "internal", "x"))
+        await greedy.next()
+        await greedy.info()
+        assert len(worker.heard) == most + 4
+
+
+@in_loop
+async def test_what_is_cancelled_while_it_is_tokenised_counts_as_open_until_then(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a client could have the router keep any number of prompts."""
+    go_on = threading.Event()
+
+    def slow(*_: Any, **__: Any) -> list[int]:
+        go_on.wait(WAIT_S)
+        return [1]
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    monkeypatch.setattr(router_module, "OPEN_REQUESTS", 3)
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        for number in range(3):
+            client.send(Generate(f"{number}", Text("x" * 20_000), SEVEN))
+            client.send(Cancel(f"{number}"))
+            assert isinstance(await client.next(), Finished)
+        client.send(ask("more"))
+        assert (await client.next()).code == "overloaded"
+        go_on.set()
+        while wire.router._accounts:
+            await asyncio.sleep(0)
+        client.send(ask("again"))
+        assert (await worker.order()).sequence == 0
 
 
 @in_loop
@@ -1083,7 +1138,7 @@ async def test_nobody_speaks_for_a_worker(model: ResolvedModel, caplog: pytest.L
         for stranger in [*strangers, known := wire.stranger(9)]:
             stranger.ready()
             stranger.step(0, 65)
-        workers[0].send(Ready(0, 4321, "numa0", 10**9))  # another process
+        workers[0].send(Ready(0, 4321, "numa0", 10**9, 2))  # another process
         workers[0].step(0, 65)
         client.send(ask())
         _, before = await client.info()

@@ -40,7 +40,7 @@ def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -
 )
 def test_all_blocks_are_exact(kv_heads: int, group: int, dim: int, count: int, total: int) -> None:
     query, rows = random_prompt(count, total, kv_heads, group, dim)
-    found, found_lse = attend_prompt_sparse(query, rows, SCALE, float, dense_tokens=0)
+    found, found_lse = attend_prompt_sparse(query, rows, SCALE, float, dense_tokens=0, own_tokens=0)
     expected, lse = attend_prompt(query, rows, SCALE)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found_lse, lse)
@@ -50,8 +50,29 @@ def test_what_little_comes_before_a_chunk_is_all_attended() -> None:
     query, rows = random_prompt(64, 64 + 5 * BLOCK, 2, 2, 16)
     expected, _ = attend_prompt(query, rows, SCALE)
     for dense_tokens, exact in ((5 * BLOCK, True), (5 * BLOCK - 1, False)):
-        found, _ = attend_prompt_sparse(query, rows, SCALE, exactly(1), dense_tokens=dense_tokens)
+        found, _ = attend_prompt_sparse(
+            query, rows, SCALE, exactly(1), dense_tokens=dense_tokens, own_tokens=0
+        )
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5) is exact
+
+
+def test_the_latest_tokens_are_all_attended_however_short_a_chunk_is() -> None:
+    """Chunks of a few tokens are no further from dense attention than a long one that has all of theirs."""
+    _, rows = random_prompt(0, 12 * BLOCK, 2, 2, 16)
+    own = 4 * BLOCK
+    query = torch.randn(own, 4, 16)
+    expected, _ = attend_prompt(query, rows, SCALE)
+    whole, _ = attend_prompt_sparse(query, rows, SCALE, exactly(3), dense_tokens=0, own_tokens=own)
+    error = (whole - expected).norm()
+    assert error > 0
+    short = []
+    for end in range(BLOCK, own + 1, BLOCK):
+        part, seen = query[end - BLOCK : end], rows[: len(rows) - own + end]
+        short.append(attend_prompt_sparse(part, seen, SCALE, exactly(3), dense_tokens=0, own_tokens=own)[0])
+    assert (torch.cat(short) - expected).norm() < error
+    # its past has two blocks, the first and the last one, which are always chosen
+    last, _ = attend_prompt_sparse(query[-1:], rows, SCALE, exactly(1), dense_tokens=0, own_tokens=10 * BLOCK)
+    torch.testing.assert_close(last, expected[-1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [64, 100])
@@ -143,6 +164,6 @@ def test_what_a_prompt_repeats_is_found_and_little_else() -> None:
     for number, blocks_of in enumerate(([0, 7, 8, 23], [0, 15, 16, 23])):
         for head in range(kv_heads * group):
             assert chosen.numbers[head, number, : chosen.counts[head, number]].tolist() == blocks_of
-    found, _ = attend_prompt_sparse(query, rows, SCALE, exactly(2.0), dense_tokens=0)
+    found, _ = attend_prompt_sparse(query, rows, SCALE, exactly(2.0), dense_tokens=0, own_tokens=0)
     expected, _ = attend_prompt(query, rows, SCALE)
     assert (found - expected).norm() < 0.01 * expected.norm()

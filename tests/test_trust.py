@@ -68,13 +68,13 @@ os.setresuid(65534, 65534, 65534)
 context = zmq.Context()
 rows = os.memfd_create("rows")
 os.truncate(rows, 4096 + 2**20)
-ready = Ready(9, os.getpid(), "numa0", 10**6)
+ready = Ready(9, os.getpid(), "numa0", 10**6, 8)
 done = Done(0, "stop", NO_STATS)
 steps = Stepped([Step(0, 2**31 - 1, None), Step(1, 5, None)])
 opened = OpenStaging(rows, 2**20, None)
 scripts = {
     "another worker takes prompts": (router, b"worker-9", [ready, steps, done]),
-    "the worker's place": (router, b"worker-0", [Ready(0, worker, "numa0", 10**6), steps, done]),
+    "the worker's place": (router, b"worker-0", [Ready(0, worker, "numa0", 10**6, 8), steps, done]),
     "the store's place": (router, b"store-numa0", [StoreReady(worker), Pong()]),
     "tokens for guessed sequences": (router, b"worker-0", [steps, done]),
     "the worker's blocks": (store, b"", [Attach(0, worker), Allocate(0, 4), Free(0), GetStoreStats()]),

@@ -28,7 +28,7 @@ from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.model.weights import Layer
-from clo.gpu_worker.prefill import CHUNK_TOKENS, AttendPrompt, Prefill
+from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill, PromptAttention
 from clo.kernels.attend_prompt import attend_prompt, flash_attention
 from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.runtime.config import CacheConfig
@@ -73,8 +73,8 @@ def measure(machine: Machine) -> list[Result]:
 def measure_sparse(engine: Engine, model: Model, total: int, dense: float) -> list[Result]:
     """One length with sparse attention. dense: seconds without it."""
     shape, scale = model.shape, engine.decoder.scale
-    prefill(engine, total, attend_prompt_sparse)  # compiles
-    took = prefill(engine, total, attend_prompt_sparse)
+    prefill(engine, total, SPARSE)  # compiles
+    took = prefill(engine, total, SPARSE)
     rows = torch.randn(total, shape.kv_heads, 2, shape.head_dim, dtype=shape.dtype, device="cuda")
     size = CHUNK_TOKENS["cuda"]
     query = torch.randn(size, shape.query_heads, shape.head_dim, dtype=shape.dtype, device="cuda")
@@ -95,10 +95,9 @@ def measure_million(machine: Machine) -> list[Result]:
     decoder = random_decoder(model, room)
     arena = arena_of(machine.memory, model.shape, 1, room)
     engine = Engine(decoder, arena, CacheConfig(select_k=256, resident=2048), 1, room)
-    prefill(engine, LENGTHS[0], attend_prompt_sparse)  # compiles
+    prefill(engine, LENGTHS[0], SPARSE)  # compiles
     dense, sparse = (
-        QWEN_7B.layers * layer_seconds(engine, MILLION, attend)
-        for attend in (attend_prompt, attend_prompt_sparse)
+        QWEN_7B.layers * layer_seconds(engine, MILLION, attention) for attention in (DENSE, SPARSE)
     )
     return [
         Result("prefill/1m", "time, dense, all layers like the first", dense, "s"),
@@ -144,11 +143,11 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     ]
 
 
-def prefill(engine: Engine, total: int, attend: AttendPrompt = attend_prompt) -> float:
+def prefill(engine: Engine, total: int, attention: PromptAttention = DENSE) -> float:
     """Seconds of a prefill, until all of it lies in the arena."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    work = begun(engine, total, attend)
+    work = begun(engine, total, attention)
     while work.advance() is None:
         pass
     engine.cache.join_prompts()
@@ -157,10 +156,10 @@ def prefill(engine: Engine, total: int, attend: AttendPrompt = attend_prompt) ->
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def layer_seconds(engine: Engine, total: int, attend: AttendPrompt) -> float:
+def layer_seconds(engine: Engine, total: int, attention: PromptAttention) -> float:
     """Seconds of the first layer of a prefill."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work = begun(engine, total, attend)
+    work = begun(engine, total, attention)
     begin.record()
     while work.done < total // engine.decoder.shape.layers:
         work.advance()
@@ -170,13 +169,13 @@ def layer_seconds(engine: Engine, total: int, attend: AttendPrompt) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def begun(engine: Engine, total: int, attend: AttendPrompt) -> Prefill:
+def begun(engine: Engine, total: int, attention: PromptAttention) -> Prefill:
     """A prefill of random tokens in slot 0."""
     decoder = engine.decoder
     tokens = torch.randint(0, decoder.vocab, (total,)).tolist()
     blocks = list(range(-(-total // decoder.shape.block_tokens)))
     engine.place(0, blocks)
-    return Prefill(decoder, engine.cache, 0, tokens, blocks, *engine.tables(0), attend=attend)
+    return Prefill(decoder, engine.cache, 0, tokens, blocks, *engine.tables(0), attention=attention)
 
 
 def gemm_rate(layer: Layer) -> float:

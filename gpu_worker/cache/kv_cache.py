@@ -13,7 +13,7 @@ from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
-from clo.gpu_worker.side_stream import SideStream
+from clo.gpu_worker.side_stream import DeviceEvent, SideStream
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
@@ -142,10 +142,15 @@ class KVCache:
         for layer in self.layers:
             layer.restore(slot, tokens, block_table, page_table)
 
+    def rows_taken(self) -> tuple[DeviceEvent, DeviceEvent]:
+        """Once both are reached, the rows of prompts that were given so far are not read any more."""
+        return self._storing.event(), self._filling.event()
+
     def join_prompts(self) -> None:
         """Later work finds the prompts in the arena, the index and the resident sets."""
         self._storing.join()
-        self._filling.join()
+        if self.sparse_layers:  # else nothing was filled on the side, and a graph cannot wait for that
+            self._filling.join()
 
     @property
     def fitting_tokens(self) -> int | None:

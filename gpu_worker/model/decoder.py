@@ -59,13 +59,18 @@ class Decoder:
             self._gated, self._rotate, self._norm = gated, _rotate, _norm
             self._add_and_norm = _add_and_norm
 
-    def layer_flops(self, tokens: int, before: int) -> float:
-        """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others."""
+    def layer_flops(self, tokens: int, before: float) -> float:
+        """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others, or
+        attend to as much."""
         layer = self._weights.layers[0]
         products = (layer.qkv, layer.output, layer.gate_up, layer.down)
         width = self.shape.query_heads * self.shape.head_dim
         attention = 4 * tokens * (before + tokens / 2) * width
         return 2 * tokens * sum(linear.weight.numel() for linear in products) + attention
+
+    def last_layer_flops(self, tokens: int) -> float:
+        """The same of the last layer, where all tokens but the last few need only their keys and values."""
+        return 2.0 * tokens * self._weights.layers[-1].qkv.weight.numel()
 
     def logits_flops(self, tokens: int) -> float:
         """Floating-point operations of the logits of some tokens."""

@@ -29,7 +29,7 @@ def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) ->
     free, place = available_memory(nodes)
     weights = 0
     if model.device == "cpu":  # the workers hold them in the same memory
-        weights = config.workers * _parameters(model_config) * shape.dtype.itemsize // len(nodes)
+        weights = config.workers * weight_bytes(model_config, shape.dtype) // len(nodes)
     share = int(SHARE * max(0, free - weights))
     requests = -(-config.workers // len(nodes)) * (config.engine.max_num_seqs or AUTO_SEQS[model.device])
     blocks = -(-model.max_model_len // shape.block_tokens)
@@ -49,10 +49,10 @@ def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) ->
     return size
 
 
-def _parameters(config: Any) -> int:
-    """About the number of a model's weights."""
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """About what a model's weights take, by its configuration."""
     shape = kv_shape(config, torch.float32)
     heads = 2 * (shape.query_heads + shape.kv_heads) * shape.head_dim
     layer = config.hidden_size * (heads + 3 * config.intermediate_size)
     embeddings = 1 if config.tie_word_embeddings else 2
-    return int(shape.layers * layer + embeddings * config.vocab_size * config.hidden_size)
+    return dtype.itemsize * int(shape.layers * layer + embeddings * config.vocab_size * config.hidden_size)

@@ -13,6 +13,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024  # tokens of one request
 MAX_JSON = 2**20  # characters of what a client hands to a chat template as JSON
+MAX_JSON_VALUES = 100_000  # in it, so that it is parsed in a moment
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -82,8 +83,8 @@ class Chat(Message, frozen=True):
     """Chat messages; rendered with the model's chat template.
 
     ``chat_template_kwargs`` are further variables of the template, such as ``enable_thinking`` for Qwen3, or
-    ``tools``: an object in JSON, or empty for none. It and the arguments of all tool calls have at most
-    ``MAX_JSON`` characters together.
+    ``tools``: an object in JSON, or empty for none. It and the arguments of all tool calls together are
+    bounded by ``MAX_JSON`` and ``MAX_JSON_VALUES``.
     """
 
     turns: Annotated[list[Turn], Meta(max_length=100_000)]
@@ -467,6 +468,7 @@ class Ready(Message, frozen=True):
     pid: Count
     store: str
     capacity_tokens: Count  # tokens that its store holds
+    slots: Annotated[int, Meta(ge=1, lt=2**31)]  # sequences that it decodes at a time
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):

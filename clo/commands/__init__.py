@@ -1,0 +1,1 @@
+"""The commands of ``clo``, one module each: ``parser()`` has its options, ``main(argv)`` runs it."""

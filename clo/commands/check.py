@@ -1,0 +1,119 @@
+"""``clo check``: what this machine can run, and what of a model fits into it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+
+from clo import launch
+from clo.runtime.config import ServerConfig
+from clo.runtime.machine.host_memory import available_memory
+from clo.runtime.units import format_size
+from clo.runtime.wire.errors import ConfigError
+
+_PACKAGES = {
+    "cupy": ("cupy-cuda13x", "without it CLO uses no GPU"),
+    "flash_attn.cute": (
+        "flash-attn-4",
+        "without it prompts take about twice as long on Hopper and Blackwell",
+    ),
+    "cudnn": ("nvidia-cudnn-frontend", "without it long prompts attend to everything, which takes longer"),
+    "numba": ("numba", "CLO needs it"),
+}
+"""Modules, the packages that have them, and what is missing without them."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 where a server with these options would start, as far as can be told."""
+    config = launch.config_from(argv, "clo check")
+    for line in machine(config):
+        print(line, flush=True)
+    try:
+        with redirect_stderr(sys.stdout):  # what is chosen is said there
+            for line in fitting(config):
+                print(line, flush=True)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("A server with these options should start.")
+    return 0
+
+
+def machine(config: ServerConfig) -> Iterator[str]:
+    """Lines about machine and packages."""
+    import torch  # here, because it takes seconds
+
+    cpus = len(os.sched_getaffinity(0))
+    yield f"System: {platform.system()} {platform.release()}, Python {platform.python_version()}, {cpus} CPUs"
+    nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
+    free, place = available_memory(nodes)
+    yield f"CPU memory for each of {', '.join(config.kvstore)}: {format_size(free)} {place}"
+    yield f"PyTorch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+    for number in range(torch.cuda.device_count()):
+        yield _gpu(number)
+    if not torch.cuda.is_available():
+        yield "No CUDA GPU: CLO runs on the CPU, for tests and studies"
+        return
+    for module, (package, why) in _PACKAGES.items():
+        yield f"{package}: {_version(module, package) or f'not installed; {why}'}"
+
+
+def fitting(config: ServerConfig) -> Iterator[str]:
+    """Lines about the model. Raises ``ConfigError`` where it cannot be served with these options."""
+    import torch
+
+    from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+    from clo.gpu_worker.startup import check_model
+    from clo.runtime.model.files import resolve
+    from clo.runtime.model.kv_size import kv_size, weight_bytes
+    from clo.runtime.model.model_config import kv_shape, read_config
+
+    model = resolve(config.model)
+    model_config = read_config(model.folder)
+    shape = kv_shape(model_config, getattr(torch, model.dtype))
+    cache = check_model(model, config.cache)
+    weights = weight_bytes(model_config, shape.dtype)
+    yield (
+        f"{model.name}: {shape.layers} layers of {shape.kv_heads} KV heads, in {model.dtype}, "
+        f"up to {model.max_model_len} tokens; {format_size(weights)} of weights, "
+        f"{format_size(shape.token_bytes)} of KV for each token"
+    )
+    nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
+    blocks = kv_size(config, model, nodes) // shape.block_bytes
+    longest = blocks * shape.block_tokens / model.max_model_len
+    yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
+    sizes = shape, cache, config.engine, blocks, model.max_model_len, model.vocab_size
+    if model.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        slots = plan_gpu_memory(*sizes, (free - weights, total))
+    else:
+        free, place = available_memory([0])
+        slots = plan_cpu_memory(*sizes, (free - weights - blocks * shape.block_bytes, place))
+    yield f"Each worker serves {slots} requests at a time"
+
+
+def _gpu(number: int) -> str:
+    import torch
+
+    from clo.runtime.machine.numa import device_node
+
+    about = torch.cuda.get_device_properties(number)
+    text = (
+        f"GPU {number}: {about.name}, {format_size(about.total_memory)}, compute {about.major}.{about.minor}"
+    )
+    if importlib.util.find_spec("cupy") is None:
+        return text
+    node = device_node(number)
+    return text if node is None else f"{text}, on NUMA node {node}"
+
+
+def _version(module: str, package: str) -> str | None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+        return importlib.metadata.version(package)
+    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+        return None
