@@ -109,9 +109,10 @@ def _each(n: int, sampling: dict[str, Any]) -> list[dict[str, Any]]:
     if n > 1 and sampling.get("temperature") == 0:
         raise InvalidRequest("With temperature 0 all completions are the same; set n to 1 or a temperature.")
     seed = sampling.get("seed")
-    if n == 1 or not isinstance(seed, int):
+    if n == 1 or not isinstance(seed, int) or seed == -1:
         return [sampling] * n
-    return [sampling | {"seed": (seed + number) % 2**63} for number in range(n)]
+    others = [sampling | {"seed": (seed + number) % 2**63} for number in range(1, n)]
+    return [sampling, *others]
 
 
 def _prompt(prompt: Any, template: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -323,7 +323,7 @@ class Router:
         request.sequence = self._sequences
         self._sequences += 1
         self._running[request.worker][request.sequence] = request
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = secrets.randbits(63) if params.seed is None or params.seed == -1 else params.seed % 2**63
         client = int.from_bytes(request.client)
         run = Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced, client)
         self._order(request, run)

@@ -374,6 +374,11 @@ def test_several_completions_are_requests_with_seeds_of_their_own(server: FakeSe
             result = await asked
             assert [choice.text for choice in result.choices] == ["text 0", "text 1", "text 2"]
             assert result.text == "text 0" and result.choices[1].choices == [result.others[0]]
+            for seed, expected in ((-2, [-2, 2**63 - 1]), (-1, [-1, -1])):
+                asked = asyncio.create_task(client.generate("a", n=2, seed=seed))
+                requests = await asyncio.to_thread(answer, 2)
+                assert [request.sampling.seed for request in requests] == expected
+                await asked
 
     asyncio.run(run())
     with Client(server.address) as client:

@@ -154,18 +154,28 @@ async def test_a_request_from_its_prompt_to_its_last_token(
         assert worker.heard == [run]
 
 
+@pytest.mark.parametrize("seed", [None, -1])
 @in_loop
 async def test_a_text_is_tokenised_and_a_request_without_a_seed_gets_one(
-    model: ResolvedModel, tokenizer: Tokenizer
+    model: ResolvedModel, tokenizer: Tokenizer, seed: int | None
 ) -> None:
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
         for name in ("a", "b"):
-            client.send(Generate(name, Text("some text"), SEVEN))
+            client.send(Generate(name, Text("some text"), SamplingParams(max_tokens=7, seed=seed)))
         runs = [await worker.order(), await worker.order()]
         assert runs[0].tokens == tokenizer.encode(Text("some text"), 100)
         assert runs[0].sequence != runs[1].sequence
         assert runs[0].seed != runs[1].seed and 0 <= runs[0].seed < 2**63
+
+
+@in_loop
+async def test_any_other_seed_of_64_bits_is_kept(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        for seed, kept in ((0, 0), (2**63 - 1, 2**63 - 1), (-2, 2**63 - 2), (-(2**63), 0)):
+            client.send(ask(f"{seed}", sampling=SamplingParams(seed=seed)))
+            assert (await worker.order()).seed == kept
 
 
 @in_loop

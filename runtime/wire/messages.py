@@ -109,7 +109,7 @@ LogitBias = Annotated[
 MinTokens = Annotated[int, Meta(ge=0, lt=2**31)]
 StopTokenIds = Annotated[list[TokenId], Meta(max_length=128)]
 MaxTokens = Annotated[int, Meta(ge=1, lt=2**31)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -144,10 +144,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     no stop string ends there; a text that ``structured_outputs`` has completed ends nevertheless. One of
     ``stop_token_ids`` ends the answer also where ``ignore_eos`` is set, and gives no text.
 
-    ``seed`` makes a request repeatable in any batch. ``logprobs`` n returns the log-probability of each
-    token and of the n most likely ones, and ``prompt_logprobs`` n the same for the tokens of the prompt but
-    the first; all of them are of the model's own logits, before any of the above. ``echo`` puts the text of
-    the prompt before that of the answer.
+    ``seed`` makes a request repeatable in any batch; -1 is as good as None. ``logprobs`` n returns the
+    log-probability of each token and of the n most likely ones, and ``prompt_logprobs`` n the same for the
+    tokens of the prompt but the first; all of them are of the model's own logits, before any of the above.
+    ``echo`` puts the text of the prompt before that of the answer.
     """
 
     temperature: Temperature | None = None
