@@ -10,7 +10,7 @@ from clo.runtime.wire.messages import Reason
 class State(Enum):
     """Where a request is. It moves on one way only, see ``NEXT``."""
 
-    ADMITTING = "is being tokenised, or waits until the workers are ready"
+    ADMITTING = "is being tokenised, or waits until the workers are ready and have few of its client's"
     ASSIGNED = "a worker has it: it waits there, prefills or decodes"
     STOPPING = "its worker has been told to end it; tokens that still come are dropped"
     CLOSED = "its client has been sent the last message, or is gone; its worker may not be done yet"

@@ -428,6 +428,7 @@ class Router:
             self._send(client, Failed(name, self._failure.code, str(self._failure)))
             return
         stores = {report.store.store: report.store for report in reports}
+        admitting = State.ADMITTING
         info = Info(
             request=name,
             state="ready" if self._all_ready.is_set() else "starting",
@@ -437,6 +438,7 @@ class Router:
             attention=self._config.cache.attention,
             workers=[report.worker for report in reports],
             stores=list(stores.values()),
+            waiting=sum(request.state is admitting for request in self._open.values()),
             traffic=self._traffic.traffic(),
         )
         self._send(client, info)

@@ -517,7 +517,7 @@ def test_a_stream_that_was_left_can_be_read_to_its_end(server: FakeServer) -> No
 
 
 def test_a_server_that_ends_a_request_with_something_else(server: FakeServer) -> None:
-    info = Info("", "ready", "tiny", 1, 1, "clo", [], [], TrafficMeter().traffic())
+    info = Info("", "ready", "tiny", 1, 1, "clo", [], [], 0, TrafficMeter().traffic())
     with Client(server.address) as client:
         stream = client.stream("a")
         server.send(msgspec.structs.replace(info, request=server.receive().request))

@@ -457,7 +457,8 @@ async def test_a_client_with_many_requests_leaves_room_for_others(model: Resolve
         for number in range(most, most + 47):
             greedy.send(Cancel(f"{number}"))
             assert isinstance(await greedy.next(), Finished)
-        await greedy.info()
+        info, _ = await greedy.info()
+        assert isinstance(info, Info) and info.waiting == 3
         assert len(worker.heard) == most
         other.send(ask("late"))
         assert (await worker.order()).client != runs[0].client
@@ -468,7 +469,8 @@ async def test_a_client_with_many_requests_leaves_room_for_others(model: Resolve
             assert runs[-1].client == runs[0].client and len(worker.heard) == number + 2
         worker.send(Refused(runs[0].sequence, "internal", "x"))
         await greedy.next()
-        await greedy.info()
+        info, _ = await greedy.info()
+        assert isinstance(info, Info) and info.waiting == 0
         assert len(worker.heard) == most + 4
 
 

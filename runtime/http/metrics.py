@@ -38,11 +38,10 @@ class _Snapshot(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         workers, traffic = self._info.workers, self._info.traffic
-        for name, text, value in (
-            ("vllm:num_requests_running", "Requests that are prefilled or decoded.", "running"),
-            ("vllm:num_requests_waiting", "Requests that wait for a slot or for memory.", "waiting"),
-        ):
-            yield self._gauge(name, text, sum(getattr(worker, value) for worker in workers))
+        running = sum(worker.running for worker in workers)
+        waiting = self._info.waiting + sum(worker.waiting for worker in workers)
+        yield self._gauge("vllm:num_requests_running", "Requests that are prefilled or decoded.", running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait to be.", waiting)
         for name, text, count in (
             ("vllm:prompt_tokens", "Tokens of prompts that have been prefilled.", traffic.prompt_tokens),
             ("vllm:generation_tokens", "Tokens that have been generated.", traffic.generated_tokens),

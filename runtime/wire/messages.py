@@ -389,6 +389,7 @@ class Info(Message, frozen=True):
     attention: str
     workers: list[WorkerStats]
     stores: list[StoreStats]
+    waiting: Count  # requests that no worker has yet
     traffic: Traffic
 
 
