@@ -28,6 +28,7 @@ from clo.runtime.wire.errors import (
     Overloaded,
     PromptTooLong,
     ProtocolError,
+    context_is,
 )
 from clo.runtime.wire.handlers import handlers_of
 from clo.runtime.wire.messages import (
@@ -210,8 +211,8 @@ class Router:
             self._send(client, Failed("", message.code, str(message)))
         elif isinstance(message, TooLarge):
             text = (
-                f"The request takes {size} bytes, which cannot fit into the model length of "
-                f"{self._model.max_model_len} tokens; shorten it."
+                f"The request takes {size} bytes, which cannot fit: {context_is(self._model.max_model_len)}. "
+                "Shorten it."
             )
             self._send(client, Failed(message.request, PromptTooLong.code, text))
         else:
@@ -366,13 +367,13 @@ class Router:
         if max_tokens is None and prompt + max(1, params.min_tokens) > longest:
             answer = f"an answer of {params.min_tokens} tokens" if params.min_tokens else "an answer"
             raise PromptTooLong(
-                f"The prompt has {prompt} tokens, which leaves no room for {answer} in the model length of "
-                f"{longest}; shorten the prompt."
+                f"The prompt has {prompt} tokens, which leaves no room for {answer}: {context_is(longest)}. "
+                "Shorten the prompt."
             )
         if max_tokens is not None and prompt + max_tokens > longest:
             raise PromptTooLong(
-                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}; together they exceed the "
-                f"model length of {longest}. Shorten the prompt or lower max_tokens."
+                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}, which is too much together: "
+                f"{context_is(longest)}. Shorten the prompt or lower max_tokens."
             )
 
     def _sampling(self, params: SamplingParams, prompt: int, capacity: int, grammar: str | None) -> Sampling:

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
-from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
+from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong, context_is
 from clo.runtime.wire.messages import MAX_JSON, MAX_JSON_VALUES, Chat, Text, Tokens, ToolCall, Turn
 
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
@@ -126,14 +126,13 @@ class Tokenizer:
             tokens = prompt.ids
             if len(tokens) > limit:
                 raise PromptTooLong(
-                    f"The prompt has {len(tokens)} tokens, the model length is {limit}; shorten it."
+                    f"The prompt has {len(tokens)} tokens, and {context_is(limit)}; shorten it."
                 )
         else:
             text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
             if len(text) > limit * self._longest:
                 raise PromptTooLong(
-                    f"The text of {len(text)} characters cannot fit into the model length of {limit} tokens; "
-                    "shorten it."
+                    f"The text of {len(text)} characters cannot fit: {context_is(limit)}. Shorten it."
                 )
             if continues:
                 tokens = self._encode_continuation(text)

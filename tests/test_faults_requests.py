@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[CLOError], str]] = {
     "no tokens": ([], {}, InvalidRequest, "The prompt is empty"),
     "token out of vocabulary": ([5, 512], {}, InvalidRequest, "Token id 512 is not in the vocabulary"),
     "negative token": ([-1], {}, InvalidRequest, r"Expected `int` >= 0 - at `\$.prompt.ids"),
-    "longer than the model": ([1] * 4000, {"max_tokens": 97}, PromptTooLong, "the model length of 4096"),
+    "longer than the model": ([1] * 4000, {"max_tokens": 97}, PromptTooLong, "context length is 4096"),
     "text longer than the model": ("a" * 99_999, {}, PromptTooLong, "99999 characters cannot fit"),
     "larger than the arena": ([1] * 1949, {"max_tokens": 100}, PromptTooLong, "raise --kv-size"),
     "value of a wrong type": (

@@ -175,6 +175,8 @@ def test_wrong_requests(
     assert answer.status_code == (404 if code == "model_not_found" else 400), error
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error"), error
     assert error["message"].endswith(".") and error["message"].count("\n") == 0
+    # words by which clients such as litellm recognise it
+    assert ("this model's maximum context length is 4096" in error["message"]) == (code == TOO_LONG)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,11 @@ def test_a_stop_string_may_end_with_the_sequence(byte_level: Tokenizer) -> None:
         (Tokens([]), InvalidRequest, "prompt is empty"),
         (Chat([]), InvalidRequest, "chat is empty"),
         (Tokens([0, 517]), InvalidRequest, "Token id 517 is not in the vocabulary; ids go up to 516"),
-        (Text("x" * 100_000), PromptTooLong, "100000 characters cannot fit into the model length of 100"),
+        (
+            Text("x" * 100_000),
+            PromptTooLong,
+            "100000 characters cannot fit: this model's maximum context length is 100",
+        ),
         (Chat([Turn("user", "x" * 100_000)]), PromptTooLong, "cannot fit"),
     ],
 )
