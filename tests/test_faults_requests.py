@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from clo.runtime.client import AsyncClient, Client, Result
+from clo.runtime.router import OTHER_BYTES, TOKEN_BYTES
 from clo.runtime.wire.errors import CLOError, InvalidRequest, PromptTooLong, ProtocolError, RequestTimeout
 from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
@@ -289,12 +291,14 @@ def test_floods_whose_senders_go_away_without_reading(server: Server, client: Cl
                 assert len(client.generate("b", max_tokens=5, ignore_eos=True).tokens) == 5
 
 
+READ_BYTES = OTHER_BYTES + TOKEN_BYTES * 4096 - 1000  # of a prompt that is decoded
+TURN_BYTES = len(msgspec.msgpack.encode(Turn("user", "")))
 HEAVY: dict[str, tuple[Any, str]] = {
-    "a million empty turns": (Chat([Turn("user", "")] * 1_000_000), "prompt_too_long"),
-    "a chat as long as is read": (Chat([Turn("user", "")] * 9_000), "prompt_too_long"),
+    "900,000 empty turns": (Chat([Turn("user", "")] * 900_000), "prompt_too_long"),
+    "a chat as long as is read": (Chat([Turn("user", "")] * (READ_BYTES // TURN_BYTES)), "prompt_too_long"),
     "60 MB of text": (Text("a" * 60_000_000), "prompt_too_long"),
     "60 MB of tokens": (Tokens([1] * 60_000_000), "prompt_too_long"),
-    "tokens as many as are read": (Tokens([1] * 190_000), "prompt_too_long"),
+    "tokens as many as are read": (Tokens([1] * READ_BYTES), "prompt_too_long"),
 }
 
 
