@@ -17,7 +17,7 @@ import torch
 from clo.runtime.config import BlockConfig, ServerConfig, StartedWorker, StoreConfig, WorkerConfig
 from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
-from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
+from clo.runtime.machine.process import EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
@@ -213,6 +213,7 @@ class Supervisor:
     async def _announce(self) -> None:
         capacity = await self._router.ready()
         self._folder.remove()
+        end_start_up()
         self._warn()
         name = self._config.model.model
         print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
