@@ -26,7 +26,7 @@ from clo.runtime.http.listener import Listener
 from clo.runtime.machine.addresses import from_this_machine
 from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
-from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
+from clo.runtime.machine.process import EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
@@ -265,6 +265,7 @@ class Supervisor:
     async def _announce(self) -> None:
         capacity = await self._router.ready()
         self._folder.remove()
+        end_start_up()
         self._warn()
         name = self._config.model.model
         words = [f"ready {self._router.address} model={name} capacity={capacity} tokens"]
