@@ -18,7 +18,13 @@ import zmq
 from clo.runtime.config import GatewayProcessConfig
 from clo.runtime.http.app import build
 from clo.runtime.http.gateway import Gateway
-from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
+from clo.runtime.machine.process import (
+    configure_logging,
+    die_with_parent,
+    end_start_up,
+    read_key,
+    run_process,
+)
 from clo.runtime.wire.messages import GATEWAY_IDENTITY, FromChild, GatewayReady, Ping, Pong
 from clo.runtime.wire.sockets import Arrivals, DealerSocket
 
@@ -51,6 +57,7 @@ async def serve(config: GatewayProcessConfig, key: str, api_key: str | None) -> 
             ssl_keyfile=options.ssl_keyfile,
         )
     )
+    end_start_up()
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(gateway.watch()),

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clo import __version__
@@ -197,7 +198,7 @@ def _add_facts(app: FastAPI, gateway: Gateway) -> None:
     async def version() -> Response:
         return _json(answers.Version(__version__))
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=schema.METRICS)
     async def metrics(request: Request) -> Response:
         return await exposition(gateway, request.headers.get("accept", ""))
 
