@@ -39,6 +39,7 @@ from clo.runtime.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
+_BESIDE_PROMPTS = 1  # step more on its way: units of prompts take the host milliseconds, and it may be delayed
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class Scheduler:
         """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
         self._pacing.look()
         moved = False
-        room = len(self._in_flight) < self._engine.depth  # for a step
+        depth = self._engine.depth + (_BESIDE_PROMPTS if self._prompts else 0)
+        room = len(self._in_flight) < depth  # for a step
         if self._prompts and (room or not self._decoding):
             moved = self._prefill()
         if self._decoding and room and not (self._prompts and self._owed > 0):

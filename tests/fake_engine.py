@@ -178,7 +178,7 @@ class FakeEngine:
         assert longest <= MAX_TOKENS
         self._mail[number] = [self.tokens.get(slot, -1) for slot in range(SLOTS)]
         on_way = [step for step in self._mail if step > self.done]
-        assert len(on_way) <= self.depth + SLOTS
+        assert len(on_way) <= self.depth + 1 + SLOTS
         self.log.append("step")
         return StepHandle(number, slots, self._logits)
 
