@@ -39,7 +39,7 @@ from clo.runtime.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
-_BESIDE_PROMPTS = 1  # step more on its way: units of prompts take the host milliseconds, and it may be delayed
+_BESIDE_PROMPTS = 1  # step more on its way: to launch units takes milliseconds, and the host may be delayed
 
 
 @dataclass(frozen=True)
