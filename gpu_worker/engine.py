@@ -14,7 +14,7 @@ from clo.gpu_worker.decode import DecodeStep
 from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
-from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill
+from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill, load_kernels
 from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
 from clo.gpu_worker.sampler import Sampler
 from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
@@ -96,8 +96,8 @@ class Engine:
         self._posted = 0
 
     def warm_up(self) -> None:
-        """Compile what a prompt needs on a GPU, before there is any sequence: it would take the first one ten
-        seconds. The first blocks of the arena are overwritten."""
+        """Compile and load what prompts need on a GPU, before there is any sequence: it would take the first
+        one ten seconds. The first blocks of the arena are overwritten."""
         if self._device.type == "cpu":
             return
         block_tokens = self.decoder.shape.block_tokens
@@ -109,6 +109,7 @@ class Engine:
             pass
         self.cache.join_prompts()
         self.retire(0)
+        load_kernels(self.decoder, longest)
         if self._attention is SPARSE:
             self._warm_up_sparse()
         torch.cuda.synchronize(self._device)

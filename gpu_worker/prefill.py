@@ -20,6 +20,7 @@ from clo.runtime.model.kv_shape import KVShape
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
 _BUFFERS = {"cpu": 1, "cuda": 2}  # for rows: of this layer, and of the one that is being stored and indexed
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
+_STEP = {"cpu": 1, "cuda": 128}  # of which chunks are multiples: tiles of attention
 
 
 class PromptAttention(NamedTuple):
@@ -45,6 +46,22 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
     rope = 8 * shape.head_dim
     whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
     return whole + sparse * chosen_bytes(shape.query_heads, CHUNK_TOKENS["cuda"], tokens)
+
+
+@torch.inference_mode()
+def load_kernels(decoder: Decoder, longest: int) -> None:
+    """Have CUDA load the matrix products of chunks of up to ``longest`` tokens.
+
+    It loads a kernel when that is launched for the first time, which takes 20 ms, and cuBLAS has several for
+    each product, by the number of tokens. In the midst of decode steps that would hold all streams up.
+    """
+    most, step = CHUNK_TOKENS["cuda"], _STEP["cuda"]
+    for count in range(LEAST_TOKENS["cuda"], min(most, longest) + 1, step):
+        hidden = decoder.embed(torch.zeros(count, dtype=torch.int64, device=decoder.device))
+        rope = decoder.rope(torch.arange(count, device=decoder.device))
+        query, _ = decoder.qkv(0, decoder.input_norm(0, hidden), rope)
+        _, normed = decoder.add_attention(0, hidden, query, in_place=True)
+        decoder.add_mlp(0, hidden, normed, in_place=True)
 
 
 class Prefill:
@@ -98,8 +115,9 @@ class Prefill:
             torch.empty(size, dtype=shape.dtype, device=device) for _ in range(_BUFFERS[device.type])
         )
         self._spare = deque[tuple[Tensor, tuple[DeviceEvent, ...]]]((rows, ()) for rows in spare)
-        most = CHUNK_TOKENS[device.type]
-        self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
+        most, self._step = CHUNK_TOKENS[device.type], _STEP[device.type]
+        even = -(-self.total // -(-self.total // most))
+        self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
         self._layer = self._start = self._taken = 0
 
@@ -127,7 +145,7 @@ class Prefill:
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
         cost = self._flops(1)
-        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
+        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost) // self._step * self._step))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.25
 _SCORES = 4096  # log-probabilities of a message
 _REASON_CHARACTERS = 300
+_BESIDE_PROMPTS = 1  # step more on its way: to launch units takes milliseconds, and the host may be delayed
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class Scheduler:
         """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
         self._pacing.look()
         moved = self._look_at_constraints()
-        room = len(self._in_flight) < self._engine.depth  # for a step
+        depth = self._engine.depth + (_BESIDE_PROMPTS if self._prompts else 0)
+        room = len(self._in_flight) < depth  # for a step
         if self._prompts and (room or not self._decoding):
             moved |= self._prefill()
         if self._decoding and room and not (self._prompts and self._owed > 0):

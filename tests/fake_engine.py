@@ -216,7 +216,7 @@ class FakeEngine:
         assert longest <= MAX_TOKENS
         self._mail[number] = list(drawn.values())
         on_way = [step for step in self._mail if step > self.done]
-        assert len(on_way) <= self.depth + SLOTS
+        assert len(on_way) <= self.depth + 1 + SLOTS
         self.log.append("step")
         return StepHandle(number, slots, self._logits)
 

@@ -592,7 +592,8 @@ def test_a_prompt_for_which_there_is_no_memory_waits_for_the_longer_one(
 
 
 def test_no_prefill_is_put_behind_the_steps_that_fill_the_queue() -> None:
-    """It would stand before the next step, whose turn has not come."""
+    """It would stand before the next step, whose turn has not come. Beside a prompt the queue is longer by a
+    step, so that a host that is delayed while it launches units does not delay the streams."""
     world = World()
     world.add(prompt=2, max_tokens=30)
     world.store_works()
@@ -603,7 +604,10 @@ def test_no_prefill_is_put_behind_the_steps_that_fill_the_queue() -> None:
     world.add(prompt=3, max_tokens=2)
     world.store_works()
     world.store_answers()
+    steps = world.engine.log.count("step")
+    world.advance(1)
     before = list(world.engine.log)
+    assert before.count("step") == steps + 1 and before[-1] == "step"
     assert world.scheduler.advance() is False and world.engine.log == before
     world.serve()
     world.check_over()
