@@ -251,6 +251,7 @@ ATTACKS: dict[str, Callable[[Raw], None]] = {
     "cancels of nothing": nothing_to_cancel,
     "connections that come and go": connections,
     "long answers in every slot": prompts(Text("a"), 1_000, 1_000, ignore_eos=True),
+    "long answers in all blocks": prompts(Text("a"), 1_000, 7_000, ignore_eos=True),
 }
 
 
@@ -301,8 +302,10 @@ NOTES = {
     "waits": [
         "The reference is the p99 of ten seconds before each attack. Attacker, server and client share the "
         "cores of one machine.",
-        "With long answers in every slot a request waits until one of them ends: nothing is preempted yet. "
-        "Clients take turns, so that it is the next one.",
+        "While others have asked in the last 30 s, one client gets all slots but one and all blocks but a "
+        "sixteenth. Nothing is preempted: who comes for the first time after a client has filled every slot "
+        "waits until one of its answers ends, and so does whoever comes after one request that needs the "
+        "whole store.",
     ],
 }
 PARTS = {"floods": floods, "pauses": pauses, "waits": waits}
