@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -70,12 +71,12 @@ class Listening:
         return await asyncio.wait_for(self.heard.get(), WAIT_S)
 
     def client(self, **options: Any) -> zmq.asyncio.Socket:
-        socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
+        client = self.context.socket(zmq.DEALER)
+        client.setsockopt(zmq.LINGER, 0)
         for name, value in options.items():
-            setattr(socket, name, value)
-        socket.connect(self.port.endpoint)
-        return socket
+            setattr(client, name, value)
+        client.connect(self.port.endpoint)
+        return client
 
     async def peer(self, greet: bool = True) -> Peer:
         host, port = self.port.endpoint.removeprefix("tcp://").split(":")
@@ -136,6 +137,16 @@ async def test_messages_of_many_clients_come_in_order_and_whole() -> None:
         for requests in seen.values():
             index = requests[0].partition("-")[0]
             assert requests == [f"{index}-{number}" + "x" * (number % 50) for number in range(200)]
+
+
+@in_loop
+async def test_no_message_waits_until_the_one_before_it_is_acknowledged() -> None:
+    async with listening() as found:
+        client = found.client()
+        client.send(encode(GetInfo("first")))
+        name, _, _ = await found.next()
+        connection = found.port._peers[name].transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @in_loop
