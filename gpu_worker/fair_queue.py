@@ -1,7 +1,7 @@
 """Requests that wait for a slot of the batch: clients take turns."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from clo.gpu_worker.sequence import Sequence
 
@@ -24,13 +24,15 @@ class FairQueue:
         """The last of its client's; a client of whom nobody waited comes after all others."""
         self._queues.setdefault(sequence.run.client, deque()).append(sequence)
 
-    def popleft(self) -> Sequence:
-        """Take the next one; then it is the next client's turn."""
-        client, queue = next(iter(self._queues.items()))
-        sequence = queue.popleft()
-        self._queues.move_to_end(client)
-        self._tidy(client)
-        return sequence
+    def pop(self, may_run: Callable[[Sequence], bool]) -> Sequence | None:
+        """Take the first one that may run, of each client's first ones; then it is the next client's turn."""
+        for client, queue in self._queues.items():
+            if may_run(queue[0]):
+                sequence = queue.popleft()
+                self._queues.move_to_end(client)
+                self._tidy(client)
+                return sequence
+        return None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out that ends before its turn."""

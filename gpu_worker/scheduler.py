@@ -18,6 +18,7 @@ from clo.gpu_worker.outputs import StepHandle
 from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.prompt_queue import PromptQueue
 from clo.gpu_worker.sequence import Sequence, State
+from clo.gpu_worker.shares import Shares
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.sample import LATE
 from clo.runtime.wire.errors import InvalidRequest, PromptTooLong
@@ -74,6 +75,7 @@ class Scheduler:
     Args:
         engine: does the computing.
         max_tokens: longest sequence.
+        blocks: of the store.
         pacing: says how much prefill goes between two decode steps.
         report: takes messages for the router.
         ask_store: takes messages for the store.
@@ -85,6 +87,7 @@ class Scheduler:
         self,
         engine: Engine,
         max_tokens: int,
+        blocks: int,
         pacing: Pacing,
         report: Callable[[FromWorker], None],
         ask_store: Callable[[ToStore], None],
@@ -101,6 +104,7 @@ class Scheduler:
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
         self._waiting = FairQueue()
+        self._shares = Shares(engine.slots, blocks)
         self._prompts = PromptQueue(engine, max_tokens)
         self._decoding: dict[int, Sequence] = {}  # by slot
         self._releasing: list[Sequence] = []
@@ -148,6 +152,7 @@ class Scheduler:
             sequence = Sequence(run, self._constraints.begin(grammar))
             self._compiling.append(sequence)
         self._sequences[sequence.id] = sequence
+        self._shares.ask(run.client)
         self._give_slots()
 
     def abort(self, message: Abort) -> None:
@@ -171,7 +176,7 @@ class Scheduler:
         if message.answers != Allocate.__name__ or sequence is None or sequence.state is not State.ALLOCATING:
             logger.error("The KV store denied %s: %s", message.answers, message.text)
             return
-        self._free_slots.append(sequence.slot)
+        self._give_back(sequence)
         sequence.move(State.GONE)
         del self._sequences[sequence.id]
         self._report(Refused(message.sequence, message.code, message.text))
@@ -181,18 +186,32 @@ class Scheduler:
         # The slot comes before the blocks: a sequence that holds blocks without a slot would keep them from
         # those that could use them, while a slot that waits for blocks hardly keeps anybody out, since only
         # small requests pass those for which the store has too few.
-        while self._waiting and self._free_slots:
-            sequence = self._waiting.popleft()
+        while self._free_slots and (sequence := self._waiting.pop(self._may_run)) is not None:
             sequence.slot = min(self._free_slots)
             self._free_slots.remove(sequence.slot)
             sequence.move(State.ALLOCATING)
-            self._ask_store(Allocate(sequence.id, -(-sequence.longest // self._block_tokens)))
+            blocks = self._blocks(sequence)
+            self._shares.take(sequence.run.client, blocks)
+            self._ask_store(Allocate(sequence.id, blocks))
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        return self._shares.may_take(sequence.run.client, self._blocks(sequence))
+
+    def _blocks(self, sequence: Sequence) -> int:
+        """Blocks that a sequence needs."""
+        return -(-sequence.longest // self._block_tokens)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """A sequence no longer has its slot."""
+        self._free_slots.append(sequence.slot)
+        self._shares.give_back(sequence.run.client, self._blocks(sequence))
 
     # ----------------------------------------------------------------------------------------- work
 
     def advance(self) -> bool:
         """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
         self._pacing.look()
+        self._give_slots()  # others may have asked for nothing for a while
         moved = self._look_at_constraints()
         depth = self._engine.depth + (_BESIDE_PROMPTS if self._prompts else 0)
         room = len(self._in_flight) < depth  # for a step
@@ -402,7 +421,7 @@ class Scheduler:
             if sequence.reason == "length":  # also where nothing was generated
                 self._report_scores(sequence)
             self._ask_store(Free(sequence.id))
-            self._free_slots.append(sequence.slot)
+            self._give_back(sequence)
             self._leave(sequence, sequence.release.stats(len(sequence.tokens) - 1, sequence.steps))
         if gone:
             self._give_slots()
@@ -430,6 +449,8 @@ class Scheduler:
         placed = [s.slot for s in sequences if s.state not in (State.COMPILING, State.WAITING)]
         slots = sorted(placed + self._free_slots)
         assert slots == list(range(self._engine.slots)), f"slots used or free more than once: {slots}"
+        taken, held = self._engine.slots - len(self._free_slots), self._shares.slots
+        assert taken == held, f"{taken} slots are in use, of which clients have {held}"
         for slot, sequence in self._decoding.items():
             assert sequence.slot == slot, f"slot {slot} decodes a sequence of slot {sequence.slot}"
         for state, listed in (

@@ -69,7 +69,7 @@ class Worker:
         decoder = self._engine.decoder
         token_flops = decoder.shape.layers * decoder.layer_flops(1, 0)
         self.scheduler = Scheduler(
-            self._engine, config.model.max_model_len,
+            self._engine, config.model.max_model_len, started.capacity_tokens // decoder.shape.block_tokens,
             Pacing(config.engine.max_num_batched_tokens, token_flops), self.report, self._store.send,
             self._drift_check, started.constraints,
         )  # fmt: skip

@@ -8,8 +8,11 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 from hypothesis import strategies as st
@@ -117,18 +120,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     began = time.monotonic()
     end = began + 60 * parser.parse_args().minutes
-    rounds = 0
-    while time.monotonic() < end:
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_fuzz.py", "-p", "no:cacheprovider"]
-        environment = os.environ | {EXAMPLES: f"{MANY}"}
-        if subprocess.run([*tests, "--timeout", "7200"], cwd=ROOT, env=environment).returncode:
-            return 1
-        rounds += 1
-        print(f"{rounds} rounds, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
+    rounds = tests = 0
+    environment = os.environ | {EXAMPLES: f"{MANY}"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        line = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_fuzz.py", "-p", "no:cacheprovider"]
+        line += ["--timeout", "7200", "--junitxml", str(report)]
+        while time.monotonic() < end:
+            if subprocess.run(line, cwd=ROOT, env=environment).returncode:
+                return 1
+            rounds += 1
+            tests = len(list(ElementTree.parse(report).iter("testcase")))
+            print(f"{rounds} rounds, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
     results = [
         Result("fuzz", "time", (time.monotonic() - began) / 60, "minutes"),
         Result("fuzz", "rounds", rounds, "rounds"),
+        Result("fuzz", "tests", tests, "tests"),
         Result("fuzz", "values of each test", rounds * MANY, "values"),
+        Result("fuzz", "values of all tests", rounds * MANY * tests, "values"),
         Result("fuzz", "failures", 0, "failures"),
     ]
     write("fuzz", results)

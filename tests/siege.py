@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -52,7 +53,7 @@ SLOTS = 8
 OPTIONS = ("--kv-size", "16MiB", "--max-num-seqs", f"{SLOTS}", "--select-k", "32", "--resident", "128")
 POSITIONS = 2**17  # of the model: much is read of a message where a model takes long prompts
 FLOODS, FLOOD_MESSAGES = 20, 300_000
-PAUSES, PAUSE_S = 20, (5.0, 15.0, 60.0)  # of each process
+PAUSES, PAUSE_S = 20, (5.0, 15.0, 60.0)  # so many of each length, of each process
 CLIENTS = 6
 QUIET_S, ATTACK_S = 10.0, 30.0
 READ = 2_100_000  # bytes: nearly as many as are read of a message
@@ -138,26 +139,32 @@ async def pause(process: psutil.Process, seconds: float, address: str, rng: rand
     return load.ends
 
 
+def pauses_of(name: str) -> list[Result]:
+    """All pauses of one process of one server, in random order."""
+    rng, ends = random.Random(name), Counter[str]()
+    lengths = list(PAUSE_S) * PAUSES
+    rng.shuffle(lengths)
+    with server() as found:
+        process = psutil.Process(found.process.pid)
+        if name != "launcher":
+            (process,) = found.children(name)
+        at_start = found.stderr.read_text()
+        for number, seconds in enumerate(lengths):
+            new = asyncio.run(pause(process, seconds, found.address, rng))
+            assert name == "launcher" or not new["unreachable"]
+            ends.update(new)
+            assert_serves(found)
+            print(f"{name}, pause {number + 1} of {len(lengths)}, {seconds:g} s: {dict(new)}", flush=True)
+        assert found.stderr.read_text() == at_start, found.stderr.read_text()
+    case = f"siege/pauses/{name}"
+    lasting = [Result(case, f"pauses of {seconds:g} s", PAUSES, "pauses") for seconds in PAUSE_S]
+    return [*lasting, *counted(case, ends)]
+
+
 def pauses() -> list[Result]:
-    results = []
-    for name in ("launcher", "gpu_worker", "kvstore"):
-        rng, ends = random.Random(name), Counter[str]()
-        with server() as found:
-            process = psutil.Process(found.process.pid)
-            if name != "launcher":
-                (process,) = found.children(name)
-            lengths = [PAUSE_S[number % len(PAUSE_S)] for number in range(PAUSES)]
-            rng.shuffle(lengths)
-            for number, seconds in enumerate(lengths):
-                new = asyncio.run(pause(process, seconds, found.address, rng))
-                assert name == "launcher" or not new["unreachable"]
-                ends.update(new)
-                assert_serves(found)
-                print(f"{name}, pause {number + 1} of {PAUSES}, {seconds:g} s: {dict(new)}", flush=True)
-            assert found.stderr.read_text().count("\n") == 2, found.stderr.read_text()
-        case = f"siege/pauses/{name}"
-        results += [Result(case, "pauses", PAUSES, "pauses"), *counted(case, ends)]
-    return results
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(pauses_of, ("launcher", "gpu_worker", "kvstore"))
+        return [result for results in found for result in results]
 
 
 def counted(case: str, ends: Counter[str]) -> list[Result]:
@@ -244,6 +251,7 @@ ATTACKS: dict[str, Callable[[Raw], None]] = {
     "cancels of nothing": nothing_to_cancel,
     "connections that come and go": connections,
     "long answers in every slot": prompts(Text("a"), 1_000, 1_000, ignore_eos=True),
+    "long answers in all blocks": prompts(Text("a"), 1_000, 7_000, ignore_eos=True),
 }
 
 
@@ -287,12 +295,18 @@ def waits() -> list[Result]:
 
 
 NOTES = {
+    "pauses": [
+        "Three servers side by side, each with six clients under load; of each, one process was stopped, at "
+        "random moments and in random order of lengths.",
+    ],
     "waits": [
         "The reference is the p99 of ten seconds before each attack. Attacker, server and client share the "
         "cores of one machine.",
-        "With long answers in every slot a request waits until one of them ends: nothing is preempted yet. "
-        "Clients take turns, so that it is the next one.",
-    ]
+        "While others have asked in the last 30 s, one client gets all slots but one and all blocks but a "
+        "sixteenth. Nothing is preempted: who comes for the first time after a client has filled every slot "
+        "waits until one of its answers ends, and so does whoever comes after one request that needs the "
+        "whole store.",
+    ],
 }
 PARTS = {"floods": floods, "pauses": pauses, "waits": waits}
 

@@ -195,7 +195,8 @@ def main() -> int:
                 total += counts
                 with Client(server.address, timeout=WAIT_S) as client:
                     wait_until_idle(client)
-                now = held(server)
+                    (store,) = client.info().stores
+                now = held(server) | {"free blocks": store.free_blocks}
                 first = first or now
                 seconds = time.monotonic() - began
                 print(json.dumps({"place": place, **now, "seconds": round(seconds), **counts}), flush=True)
@@ -215,8 +216,8 @@ def main() -> int:
         Result("soak", "requests", sum(total.values()), "requests"),
         Result("soak", "time", time.monotonic() - began_all, "s"),
         *(
-            Result("soak", name, now[name], name, first[name], now[name] / first[name])
-            for name in ("bytes", "descriptors")
+            Result("soak", name, now[name], name.split()[-1], first[name], now[name] / first[name])
+            for name in ("bytes", "descriptors", "free blocks")
         ),
     ]
     write(

@@ -71,7 +71,7 @@ def serve(engine: Engine, drift_check: DriftCheck | None, counts: tuple[int, ...
         if isinstance(message, Allocate):
             granted.append(Allocated(message.sequence, [next(blocks) for _ in range(message.blocks)]))
 
-    scheduler = Scheduler(engine, MAX_TOKENS, Pacing(None, 1.0), report, ask_store, drift_check)
+    scheduler = Scheduler(engine, MAX_TOKENS, 1000, Pacing(None, 1.0), report, ask_store, drift_check)
     for number, count in enumerate(counts):
         sampling = Sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
         scheduler.add(Run(number, random_tokens(150 * (number + 1), number), sampling, 0, [], None))

@@ -5,11 +5,13 @@ import random
 from collections import deque
 from collections.abc import Callable
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from clo.gpu_worker import shares
 from clo.gpu_worker.constraint import Constraints, Publish
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
@@ -17,6 +19,7 @@ from clo.gpu_worker.outputs import StepHandle
 from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.scheduler import PROGRESS_SECONDS, Scheduler
 from clo.gpu_worker.sequence import NEXT, Sequence, State
+from clo.gpu_worker.shares import LATELY_S
 from clo.kvstore.pool import BlockPool
 from clo.runtime.wire.errors import PromptTooLong
 from clo.runtime.wire.messages import (
@@ -106,6 +109,7 @@ class World:
         self.scheduler = Scheduler(
             cast(Engine, self.engine),
             MAX_TOKENS,
+            BLOCKS,
             Pacing(tokens, UNIT_FLOPS),
             self.reports.append,
             self.asked.append,
@@ -236,7 +240,7 @@ class World:
         assert (pool.free_blocks, pool.sequences, pool.waiting) == (BLOCKS, 0, 0)
         for number in self.runs:
             assert self.end(number) is not None, number
-        new = [self.add(2, 3) for _ in range(SLOTS)]
+        new = [self.add(2, 3, client=client) for client in range(SLOTS)]
         self.store_works()
         self.store_answers()
         assert scheduler.running == SLOTS, "each of them has a slot and blocks"
@@ -429,7 +433,61 @@ def test_clients_take_turns_for_slots() -> None:
         world.engine.finish()
         world.scheduler.check_integrity()
     assert served[:SLOTS] == list(range(SLOTS))
-    assert served[SLOTS:] == [SLOTS, late[0], late[1], SLOTS + 1, late[2], SLOTS + 2, SLOTS + 3]
+    assert served[SLOTS:] == [late[0], SLOTS, late[1], late[2], SLOTS + 1, SLOTS + 2, SLOTS + 3]
+
+
+def allocated(world: World) -> list[int]:
+    return [message.sequence for message in world.asked if isinstance(message, Allocate)]
+
+
+def test_one_client_leaves_a_slot_and_blocks_to_those_who_have_asked_lately(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once they have been quiet for a while it gets the last slot, too."""
+    now = 1000.0
+    monkeypatch.setattr(shares, "time", SimpleNamespace(monotonic=lambda: now))
+    world = World()
+    world.add(2, 1, client=1)
+    world.serve()
+    greedy = [world.add(2, 14, client=2) for _ in range(SLOTS + 1)]
+    assert allocated(world) == greedy[: SLOTS - 1]
+    short = world.add(2, 1, client=1)
+    assert allocated(world) == [*greedy[: SLOTS - 1], short]
+    world.store_works()
+    world.store_answers()
+    world.until(
+        lambda: any(isinstance(report, Done) and report.sequence == short for report in world.reports)
+    )
+    world.scheduler.check_integrity()
+    assert allocated(world) == [], "the slot is kept for another short one"
+    now += LATELY_S + 1
+    world.advance()
+    assert allocated(world) == [greedy[SLOTS - 1]]
+    world.serve()
+    world.check_over()
+
+
+def test_blocks_are_left_to_others_but_a_client_that_holds_none_gets_all() -> None:
+    world = World()
+    assert BLOCKS - BLOCKS // 16 - 1 == 9
+    world.add(2, 1, client=1)
+    half = [world.add(2, 5 * BLOCK_TOKENS - 2, client=2) for _ in range(2)]
+    assert half[1] not in allocated(world), "both would hold all blocks"
+    short = world.add(2, 1, client=1)
+    assert short in allocated(world)
+    world.serve()
+    everything = world.add(2, BLOCKS * BLOCK_TOKENS - 2, client=2)
+    assert everything in allocated(world)
+    world.serve()
+    world.check_over()
+
+
+def test_a_client_that_is_alone_gets_all_slots() -> None:
+    world = World()
+    numbers = [world.add(2, 1, client=1) for _ in range(SLOTS + 1)]
+    assert allocated(world) == numbers[:SLOTS]
+    world.serve()
+    world.check_over()
 
 
 def test_two_steps_are_on_their_way_and_no_more() -> None:
