@@ -58,8 +58,8 @@ class Listener:
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
             raise not_bound("--http", config.host, port, error) from None
-        # What is accepted inherits this: no event waits until the one before is acknowledged, and a client whose
-        # machine is gone is noticed.
+        # What is accepted inherits this: events do not wait until earlier ones are acknowledged, and a client
+        # whose machine is gone is noticed.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
