@@ -126,6 +126,12 @@ class Scheduler:
         return sum(sequence.state in working for sequence in self._sequences.values())
 
     @property
+    def decoding(self) -> int:
+        """Sequences among these whose prompts are complete."""
+        answering = (State.DECODING, State.DRAINING)
+        return sum(sequence.state in answering for sequence in self._sequences.values())
+
+    @property
     def waiting(self) -> int:
         """Sequences that wait for their grammar, for a slot or for blocks."""
         pending = (State.COMPILING, State.WAITING, State.ALLOCATING)

@@ -133,6 +133,7 @@ class Worker:
         return WorkerStats(
             worker=self._config.worker,
             running=scheduler.running,
+            decoding=scheduler.decoding,
             waiting=scheduler.waiting,
             steps=scheduler.steps,
             generated_tokens=scheduler.generated,

@@ -122,7 +122,7 @@ class Worker(Peer):
                 self._more.set()
 
     def report(self) -> WorkerReport:
-        stats = WorkerStats(self.number, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0))
+        stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0))
         return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
 
     def ready(self) -> None:

@@ -56,7 +56,7 @@ def test_a_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
         f"clo/{path.relative_to(ROOT)}"
         for folder in ("runtime", "kvstore", "gpu_worker", "kernels")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cu", ".cuh")
+        if path.suffix in (".py", ".cu", ".cuh", ".html", ".css", ".js", ".svg")
     }
     assert sources | {"clo/__init__.py", "clo/__main__.py", "clo/launch.py", "clo/py.typed"} <= set(names)
 

@@ -8,6 +8,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from clo.runtime.wire.messages import StoreStats, Traffic, WorkerStats
+
 
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
@@ -171,6 +173,22 @@ class Health(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True):
     server_load: int
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """What the server is doing; counts are since its start. ``open`` are requests for tokens at the gateway,
+    ``waiting`` those of all clients that no worker has yet."""
+
+    model: str
+    state: Literal["starting", "ready"]
+    attention: str
+    max_model_len: int
+    capacity_tokens: int
+    open: int
+    waiting: int
+    workers: list[WorkerStats]
+    stores: list[StoreStats]
+    traffic: Traffic
 
 
 class Version(msgspec.Struct, frozen=True):

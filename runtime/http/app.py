@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clo import __version__
-from clo.runtime.http import answers, schema
+from clo.runtime.http import answers, schema, stats
 from clo.runtime.http.chat import chat, chat_of
 from clo.runtime.http.completions import complete
 from clo.runtime.http.errors import APIError
@@ -35,7 +35,7 @@ from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Text
 Handler = Callable[[Gateway, dict[str, Any], str], Coroutine[Any, Any, Response]]
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
-_OPEN = ("/health",)  # without an API key
+_OPEN = ("/health", *stats.PAGE)  # without an API key
 _NAME = re.compile(rb"[!-~]{1,128}")  # of a request
 
 
@@ -162,6 +162,7 @@ def build(gateway: Gateway) -> FastAPI:
     post("/tokenize", _tokenize, TokenizeRequest, answers.Tokenized)
     post("/detokenize", _detokenize, DetokenizeRequest, answers.Detokenized)
     _add_facts(app, gateway)
+    stats.add_page(app, gateway)
     schema.complete(app)
     return app
 

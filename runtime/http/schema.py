@@ -17,6 +17,7 @@ _ANSWERS = (
     answers.Load,
     answers.Model,
     answers.Models,
+    answers.Stats,
     answers.Tokenized,
     answers.Version,
 )

@@ -270,6 +270,7 @@ class DriftStats(msgspec.Struct, frozen=True):
 class WorkerStats(msgspec.Struct, frozen=True):
     worker: Count
     running: Count
+    decoding: Count  # how many of these have their prompts complete
     waiting: Count
     steps: Count
     generated_tokens: Count
