@@ -1,0 +1,137 @@
+"""The page at ``/`` and the numbers behind it, from a real server and in a real browser."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.faults import WAIT_S
+from tests.server import Server
+
+Launch = Callable[..., AbstractContextManager[Server]]
+
+TOKENS = 3900  # they take the tiny model some seconds, in which a page asks more than once
+PARTS = {"/": "text/html", "/page/page.css": "text/css", "/page/page.js": "text/javascript"}
+PARTS |= {"/page/icon.svg": "image/svg+xml"}
+
+
+@pytest.fixture(scope="module")
+def server(launch: Launch, tiny_model: Path) -> Iterator[Server]:
+    with launch("--model", str(tiny_model), "--http", "0") as server:
+        yield server
+
+
+@contextmanager
+def streaming(server: Server) -> Iterator[Iterator[str]]:
+    """The events of an answer that takes a while."""
+    body = {"prompt": [5] * 40, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+    with httpx.stream(
+        "POST",
+        f"{server.url}/v1/completions",
+        json=body,
+        timeout=WAIT_S,
+    ) as answer:
+        assert answer.status_code == 200
+        yield answer.iter_lines()
+
+
+def stats(server: Server) -> dict[str, Any]:
+    answer = httpx.get(f"{server.url}/stats", timeout=WAIT_S)
+    assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
+    numbers: dict[str, Any] = answer.json()
+    return numbers
+
+
+def test_the_numbers_follow_a_request(server: Server) -> None:
+    before = stats(server)
+    assert before["state"] == "ready" and before["open"] == 0
+    with streaming(server) as events:
+        for _ in range(20):
+            next(events)
+        during = stats(server)
+        (worker,) = during["workers"]
+        assert (during["open"], worker["running"], worker["decoding"]) == (1, 1, 1)
+        assert during["stores"][0]["free_blocks"] < before["stores"][0]["free_blocks"]
+        assert during["traffic"]["generated_tokens"] > before["traffic"]["generated_tokens"]
+    while (after := stats(server))["workers"][0]["running"]:
+        pass
+    assert after["traffic"]["ended"]["cancelled"] == before["traffic"]["ended"]["cancelled"] + 1
+    assert after["traffic"]["cache"]["steps"] > before["traffic"]["cache"]["steps"]
+
+
+@pytest.mark.parametrize(("path", "kind"), PARTS.items())
+def test_a_part_of_the_page_may_load_nothing_from_elsewhere(server: Server, path: str, kind: str) -> None:
+    answer = httpx.get(server.url + path, timeout=WAIT_S)
+    assert answer.status_code == 200 and answer.headers["content-type"].partition(";")[0] == kind
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "//" not in answer.text.replace("http://www.w3.org/2000/svg", "").replace(" // ", "").lstrip("/ ")
+
+
+# -------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, chromium_sandbox=os.getuid() != 0)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Any, url: str, **options: Any) -> Iterator[tuple[Any, list[str]]]:
+    """The page, and what went wrong in it."""
+    context = browser.new_context(**options)
+    page, wrong = context.new_page(), list[str]()
+    page.set_default_timeout(WAIT_S * 1000)
+    page.on("console", lambda line: wrong.append(line.text) if line.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(url)
+    yield page, wrong
+    context.close()
+
+
+def wait_for(page: Any, condition: str) -> None:
+    """Until a text of the page is so; ``text`` gives that of an element."""
+    text = "const text = (id) => document.getElementById(id).textContent;"
+    page.wait_for_function(f"() => {{ {text} return {condition}; }}")
+
+
+def test_a_hidden_page_asks_nothing(server: Server, browser: Any) -> None:
+    with opened(browser, server.url) as (page, wrong):
+        wait_for(page, "text('state') === 'Ready.'")
+        hide = (
+            "(hidden) => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true}); "
+            "document.dispatchEvent(new Event('visibilitychange')); }"
+        )
+        page.evaluate(hide, True)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(2500)
+        assert not asked
+        with page.expect_request("**/stats"):
+            page.evaluate(hide, False)
+        assert not wrong
+
+
+def test_a_name_with_markup_is_shown_as_it_is(server: Server, browser: Any) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    numbers = stats(server) | {"model": name}
+    numbers["stores"][0]["store"] = name
+    with opened(browser, "about:blank") as (page, wrong):
+        page.route("**/stats", lambda route: route.fulfill(json=numbers))
+        page.goto(server.url)
+        wait_for(page, "text('state') === 'Ready.'")
+        assert page.text_content("#model") == name and name in page.text_content("#stores")
+        assert page.locator("img").count() == 0 and not wrong
