@@ -2,12 +2,12 @@
 # CUDA itself comes with the Python packages.
 #
 #   docker build -t clo .
-#   docker run --gpus all --ulimit memlock=-1 --cap-add SYS_NICE -p 127.0.0.1:5555:5555 \
-#       -v clo-cache:/home/clo/.cache clo --model Qwen/Qwen3-8B
+#   docker run --gpus all --ulimit memlock=-1 --cap-add SYS_NICE -p 127.0.0.1:5555:5555 -p 127.0.0.1:8000:8000 \
+#       -v clo-cache:/home/clo/.cache clo --model Qwen/Qwen3-8B --http 8000
 #
 # memlock: the KV cache is pinned for the GPU. SYS_NICE: Docker then lets a process bind its memory to a NUMA node; without
 # it CLO logs a warning and goes on. --ipc and --shm-size are not needed: the KV cache is a memfd, outside /dev/shm.
-# The port has no authentication: publish it on 127.0.0.1, as above, and not on every address.
+# Without CLO_API_KEY whoever reaches a port can use it: publish them on 127.0.0.1, as above, and not on every address.
 
 FROM python:3.12-slim-bookworm AS wheel
 COPY . /src
@@ -25,13 +25,13 @@ RUN apt-get update \
 RUN pip install --no-cache-dir torch==2.11.0 transformers==5.17.0 "cupy-cuda13x[ctk]==14.2.0"
 
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[cuda]"
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[cuda,http,structured]"
 
 # The cache belongs to the user, so that a volume mounted there does too.
 RUN useradd --create-home clo && install -d -o clo -g clo /home/clo/.cache
 USER clo
 WORKDIR /home/clo
 
-EXPOSE 5555
+EXPOSE 5555 8000
 # all addresses of the container; which ones of the host lead here is for -p to say
 ENTRYPOINT ["clo", "serve", "--host", "0.0.0.0"]

@@ -25,15 +25,16 @@ examples:
   python launch.py --workers 1 --kvstore numa0
   python launch.py --model ./Llama-3.1-8B-Instruct --dtype bfloat16 --kv-size 64GiB
   python launch.py --workers 2 --kvstore numa0,numa1 --kv-size 128GiB   # 256 GiB in all
+  python launch.py --http 8000   # OpenAI's API at http://127.0.0.1:8000/v1, too
 
-When the server accepts requests it prints one line:
-  ready tcp://127.0.0.1:5555 model=NAME capacity=N tokens
+When the server accepts requests it prints one line, whose last word is there with --http:
+  ready tcp://127.0.0.1:5555 model=NAME capacity=N tokens http://127.0.0.1:8000
 Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. The exit code is 0
 after such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it
 died."""
 
 try:
-    from clo.runtime.config import CacheConfig, EngineConfig, ModelConfig, Option, ServerConfig
+    from clo.runtime.config import CacheConfig, EngineConfig, GatewayConfig, ModelConfig, Option, ServerConfig
     from clo.runtime.machine.process import configure_logging, set_threads
     from clo.runtime.wire.errors import CLOError, ConfigError
 except ModuleNotFoundError as error:
@@ -44,7 +45,13 @@ except ModuleNotFoundError as error:
         ".venv/bin/python, or install CLO there with 'pip install -e .'."
     )
 
-GROUPS = {"model": ModelConfig, "cache": CacheConfig, "worker": EngineConfig, "server": ServerConfig}
+GROUPS = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "worker": EngineConfig,
+    "server": ServerConfig,
+    "HTTP": GatewayConfig,
+}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -124,6 +131,7 @@ def config_from(argv: list[str], command: str = "python launch.py") -> ServerCon
         model=ModelConfig(**values[ModelConfig]),
         cache=CacheConfig(**values[CacheConfig]),
         engine=EngineConfig(**values[EngineConfig]),
+        gateway=GatewayConfig(**values[GatewayConfig]),
         **values[ServerConfig],
     )
 

@@ -58,7 +58,6 @@ CASES = ((1, 2_000, 0.0), (16, 2_000, 0.0), (64, 2_000, 0.0), (64, 500, 0.004))
 KEY = "the key of the benchmark"
 TOKENS = 16_000  # for the detokenizer
 RUNS = 5
-SETTLED_MS = 100  # without a new request, after which the worker begins
 
 _processes = multiprocessing.get_context("spawn")
 
@@ -94,12 +93,13 @@ def _run(main: Callable[..., None], connection: Connection, parent: int, *argume
 
 
 def serve(connection: Connection, model: ResolvedModel, endpoint: str) -> None:
-    """The router; sends its address, and gets the pid of its worker."""
+    """The router; sends its address, and gets its children: identities, names and pids."""
 
     async def run() -> None:
         router = Router(ServerConfig(port=0), model, endpoint, KEY)
         connection.send(router.address)
-        router.expect(worker_identity(0), "worker 0", connection.recv())
+        for identity, name, pid in connection.recv():
+            router.expect(identity, name, pid)
         await router.serve()
 
     asyncio.run(run())
@@ -107,16 +107,16 @@ def serve(connection: Connection, model: ResolvedModel, endpoint: str) -> None:
 
 def work(connection: Connection, endpoint: str, text: list[int]) -> None:
     """The worker: gives every request the tokens of the text, again and again, all requests together. It
-    gets the seconds from one step to the next through ``connection``."""
+    gets the number of streams and the seconds from one step to the next through ``connection``."""
     router: DealerSocket[FromWorker, ToWorker] = DealerSocket(
         zmq.Context(), endpoint, ToWorker, KEY, worker_identity(0)
     )
     router.send(Ready(0, os.getpid(), "numa0", 10**6, 64))
     while True:
-        pace = connection.recv()
-        runs, timeout = [], None
-        while (message := router.receive(timeout)) is not None:
-            timeout = SETTLED_MS
+        streams, pace = connection.recv()
+        runs: list[Run] = []
+        while len(runs) < streams:
+            message = router.receive(None)
             runs += [message] if isinstance(message, Run) else []
         began = time.perf_counter()
         for step in range(max(run.sampling.max_tokens for run in runs)):
@@ -152,7 +152,7 @@ def ask(connection: Connection, address: str) -> None:
 
 def measure(router: Peer, worker: Peer, client: Peer, streams: int, steps: int, pace: float) -> Costs:
     """One run: of router and client, for a token."""
-    worker.connection.send(pace)
+    worker.connection.send((streams, pace))
     began = cpu_seconds(router.pid), cpu_seconds(client.pid)
     client.connection.send((streams, steps))
     wall = client.connection.recv()
@@ -243,7 +243,7 @@ def main() -> None:
     router = Peer(serve, model, endpoint)
     address = router.connection.recv()
     worker = Peer(work, endpoint, text)
-    router.connection.send(worker.pid)
+    router.connection.send([(worker_identity(0), "worker 0", worker.pid)])
     client = Peer(ask, address)
     results = [
         Result(

@@ -13,7 +13,13 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.startup import start
 from clo.gpu_worker.worker import Worker
 from clo.runtime.config import WorkerConfig
-from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
+from clo.runtime.machine.process import (
+    configure_logging,
+    die_with_parent,
+    end_start_up,
+    read_key,
+    run_process,
+)
 
 
 def main(engine_type: type[Engine] = Engine) -> None:
@@ -23,7 +29,9 @@ def main(engine_type: type[Engine] = Engine) -> None:
     configure_logging(config.log_level)
     key = read_key()
     context: zmq.Context[Any] = zmq.Context()
-    Worker(config, context, key, start(config, context, key, engine_type)).serve()
+    worker = Worker(config, context, key, start(config, context, key, engine_type))
+    end_start_up()
+    worker.serve()
 
 
 if __name__ == "__main__":

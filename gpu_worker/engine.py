@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,10 @@ from clo.gpu_worker.decode import DecodeStep
 from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
-from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill
+from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill, load_kernels
 from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
+from clo.gpu_worker.sampler import Sampler
 from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
-from clo.kernels.sample import sample
 from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.kernels.weigh_blocks import BLOCK
 from clo.runtime.config import CacheConfig
@@ -41,6 +42,7 @@ class Engine:
     Attributes:
         depth: steps that should be on their way at a time, so that the device does not wait for the host.
         prompt_graphs: the prefill of short prompts.
+        sampler: how every slot draws.
     """
 
     def __init__(
@@ -75,10 +77,8 @@ class Engine:
         self._held: dict[int, tuple[list[int], list[int]]] = {}  # blocks of a slot, and their pages
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._temperature = torch.zeros(slots, device=device)
-        self._top_p = torch.ones(slots, device=device)
-        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._all_slots = torch.arange(slots, device=device)
+        self.sampler = Sampler(slots, decoder.vocab, device)
         self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mailbox = Mailbox(slots, device)
         self._posted = 0
@@ -96,8 +96,8 @@ class Engine:
         self._posted = 0
 
     def warm_up(self) -> None:
-        """Compile what a prompt needs on a GPU, before there is any sequence: it would take the first one ten
-        seconds. The first blocks of the arena are overwritten."""
+        """Compile and load what prompts need on a GPU, before there is any sequence: it would take the first
+        one ten seconds. The first blocks of the arena are overwritten."""
         if self._device.type == "cpu":
             return
         block_tokens = self.decoder.shape.block_tokens
@@ -109,6 +109,7 @@ class Engine:
             pass
         self.cache.join_prompts()
         self.retire(0)
+        load_kernels(self.decoder, longest)
         if self._attention is SPARSE:
             self._warm_up_sparse()
         torch.cuda.synchronize(self._device)
@@ -153,11 +154,13 @@ class Engine:
         return self._blocks[slot], self._pages[slot]
 
     @torch.inference_mode()
-    def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
-        """Begin the prefill of a sequence in a free slot; ``last`` as for ``Prefill``."""
+    def prefill(
+        self, slot: int, tokens: list[int], blocks: list[int], last: int = 1, score: int | None = None
+    ) -> Prefill:
+        """Begin the prefill of a sequence in a free slot; ``last`` and ``score`` as for ``Prefill``."""
         self.place(slot, blocks)
         tables = self.tables(slot)
-        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attention)
+        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attention, score)
 
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
@@ -178,12 +181,23 @@ class Engine:
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
         self.cache.join_prompts()
-        # an assignment of a number would wait for the device
         self._lengths[slot].fill_(length)
-        self._temperature[slot].fill_(sampling.temperature)
-        self._top_p[slot].fill_(sampling.top_p)
-        self._top_k[slot].fill_(sampling.top_k)
-        self._seed[slot].fill_(seed)
+        self.sampler.set(slot, sampling, seed)
+
+    @torch.inference_mode()
+    def adjust(self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int]) -> None:
+        """Adjust the logits of an activated slot before each draw; see ``Sampler.adjust``."""
+        self.sampler.adjust(slot, sampling, prompt, ends)
+
+    def constrain(self, slot: int, mask: np.ndarray, length: int) -> None:
+        """Say which tokens may follow in a slot whose sampling has a grammar; any thread may call this.
+
+        Args:
+            mask: [ceil(vocab / 32)] int32, a bit for each token, low bits first.
+            length: tokens of the sequence, the latest one included. The mask of a shorter one is no longer
+                needed.
+        """
+        self.sampler.constrain(slot, mask, length)
 
     @torch.inference_mode()
     def retire(self, slot: int) -> SlotRelease:
@@ -231,8 +245,7 @@ class Engine:
         """Draw the first tokens of activated slots from the logits [len(slots), vocab] of their prefill."""
         places = torch.tensor(slots, pin_memory=self._device.type == "cuda")
         places = places.to(self._device, non_blocking=True)
-        drawn = self._sample(logits, places)
-        self._tokens.index_copy_(0, places, drawn)
+        drawn = self.sampler.draw(logits, places, self._lengths, self._tokens)
         self._mailbox.post(drawn)
         self._posted += 1
         return StepHandle(self._posted, list(range(len(slots))), logits)
@@ -269,17 +282,8 @@ class Engine:
 
     def _step(self, slots: int, longest: int | None = None) -> Tensor:
         logits = self.forward(slots, longest)
-        drawn = self._sample(logits, slice(slots))
-        in_use = self._lengths[:slots] > 0
-        self._tokens[:slots] = drawn.where(in_use, 0)  # elsewhere it may be no token at all
-        self._mailbox.post(drawn)
+        self._mailbox.post(self.sampler.draw(logits, self._all_slots[:slots], self._lengths, self._tokens))
         return logits
-
-    def _sample(self, logits: Tensor, slots: slice | Tensor) -> Tensor:
-        return sample(
-            logits, self._temperature[slots], self._top_p[slots], self._top_k[slots], self._seed[slots],
-            self._lengths[slots],
-        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- results
 

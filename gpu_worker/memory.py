@@ -10,6 +10,7 @@ from clo.gpu_worker.drift_check import drift_check_bytes
 from clo.gpu_worker.prefill import prefill_bytes
 from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
+from clo.gpu_worker.sampler import sampler_bytes
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.units import format_size
@@ -26,6 +27,7 @@ def plan_gpu_memory(
     engine: EngineConfig,
     blocks: int,
     max_tokens: int,
+    vocab: int,
     memory: tuple[int, int],
 ) -> int:
     """Plan, with the weights loaded, what else fits into the GPU memory that may be used, and log it.
@@ -33,6 +35,7 @@ def plan_gpu_memory(
     Args:
         blocks: number of blocks in the arena.
         max_tokens: longest sequence.
+        vocab: tokens of the model.
         memory: bytes of the GPU's memory that are free, and all of them.
 
     Returns:
@@ -43,7 +46,7 @@ def plan_gpu_memory(
     """
     free, total = memory
     utilization = engine.gpu_memory_utilization
-    slot = _slot_bytes(shape, config, max_tokens)
+    slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
     beside = beside_tokens(max_tokens)
     prefill = prefill_bytes(shape, max_tokens + beside, sparse=config.prefill_attention == "sparse")
     graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
@@ -83,6 +86,7 @@ def plan_cpu_memory(
     engine: EngineConfig,
     blocks: int,
     max_tokens: int,
+    vocab: int,
     memory: tuple[int, str],
 ) -> int:
     """The same for a worker without a GPU, with weights and arena in memory already.
@@ -90,7 +94,7 @@ def plan_cpu_memory(
     Args:
         memory: bytes that are available, and what sets this limit.
     """
-    slot = _slot_bytes(shape, config, max_tokens)
+    slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
 
     def wanted(slots: int) -> int:
         return _index_bytes(shape, config, blocks, slots, max_tokens) + slots * slot

@@ -11,6 +11,7 @@ from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
+from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import attend_prompt_sparse, chosen_bytes, equivalent_tokens
@@ -19,6 +20,7 @@ from clo.runtime.model.kv_shape import KVShape
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
 _BUFFERS = {"cpu": 1, "cuda": 2}  # for rows: of this layer, and of the one that is being stored and indexed
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
+_STEP = {"cpu": 1, "cuda": 128}  # of which chunks are multiples: tiles of attention
 
 
 class PromptAttention(NamedTuple):
@@ -46,9 +48,28 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
     return whole + sparse * chosen_bytes(shape.query_heads, CHUNK_TOKENS["cuda"], tokens)
 
 
+@torch.inference_mode()
+def load_kernels(decoder: Decoder, longest: int) -> None:
+    """Have CUDA load the matrix products of chunks of up to ``longest`` tokens.
+
+    It loads a kernel when that is launched for the first time, which takes 20 ms, and cuBLAS has dozens for a
+    product, by the number of tokens. In the midst of decode steps that would hold all streams up.
+    """
+    most = CHUNK_TOKENS["cuda"]
+    for count in (*range(16, 2048, 16), *range(2048, most + 1, 64)):
+        if count > longest:
+            break
+        hidden = decoder.embed(torch.zeros(count, dtype=torch.int64, device=decoder.device))
+        rope = decoder.rope(torch.arange(count, device=decoder.device))
+        query, _ = decoder.qkv(0, decoder.input_norm(0, hidden), rope)
+        _, normed = decoder.add_attention(0, hidden, query, in_place=True)
+        decoder.add_mlp(0, hidden, normed, in_place=True)
+
+
 class Prefill:
     """The prefill of one prompt, cut into units of one layer of one chunk, so that decode steps fit in
-    between. In the last layer only the last tokens need more than their keys and values.
+    between. In the last layer only the last tokens need more than their keys and values, unless the prompt is
+    scored.
 
     Args:
         decoder: the model.
@@ -58,7 +79,12 @@ class Prefill:
         blocks: those of the sequence.
         block_table, page_table: [max_blocks] int64, those of the sequence, on the device.
         last: last tokens whose logits are wanted.
-        attention: that of the last layer, which is for a few tokens alone, is dense all the same.
+        attention: that of the last layer, where it is for a few tokens alone, is dense all the same.
+        score: how many of the most likely tokens at each position are wanted with the log-probabilities of
+            the prompt; None for no log-probabilities.
+
+    Attributes:
+        scores: those log-probabilities.
     """
 
     def __init__(
@@ -72,6 +98,7 @@ class Prefill:
         page_table: Tensor,
         last: int = 1,
         attention: PromptAttention = DENSE,
+        score: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._last, self._attention = decoder, cache, last, attention
         self.total = len(tokens)
@@ -80,7 +107,9 @@ class Prefill:
         ids = torch.tensor(
             tokens, pin_memory=device.type == "cuda"
         )  # else the copy would wait for the device
-        self._hidden = decoder.embed(ids.to(device, non_blocking=True))
+        ids = ids.to(device, non_blocking=True)
+        self.scores = None if score is None else PromptScores(tokens, ids, score)
+        self._hidden = decoder.embed(ids)
         self._rope = decoder.rope(torch.arange(self.total, device=device))
         # All at once: to ask CUDA for so much memory in the midst of decode steps would hold these up.
         size = self.total, shape.kv_heads, 2, shape.head_dim
@@ -88,8 +117,9 @@ class Prefill:
             torch.empty(size, dtype=shape.dtype, device=device) for _ in range(_BUFFERS[device.type])
         )
         self._spare = deque[tuple[Tensor, tuple[DeviceEvent, ...]]]((rows, ()) for rows in spare)
-        most = CHUNK_TOKENS[device.type]
-        self._chunk = -(-self.total // -(-self.total // most))  # equal chunks
+        most, self._step = CHUNK_TOKENS[device.type], _STEP[device.type]
+        even = -(-self.total // -(-self.total // most))
+        self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
         self._layer = self._start = self._taken = 0
 
@@ -102,6 +132,13 @@ class Prefill:
     def remaining_flops(self) -> float:
         """Arithmetic that is left, about: as if all of it were dense."""
         decoder, whole = self._decoder, self._decoder.shape.layers - 1 - self._layer
+        if self.scores is not None:
+            logits = decoder.logits_flops(self.total - (self._start if whole == 0 else 0))
+            return (
+                (whole + 1) * decoder.layer_flops(self.total, 0)
+                + logits
+                - decoder.layer_flops(self._start, 0)
+            )
         if whole == 0:
             return decoder.last_layer_flops(self.total - self._start)
         layers = whole * decoder.layer_flops(self.total, 0) + decoder.last_layer_flops(self.total)
@@ -110,7 +147,7 @@ class Prefill:
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
         cost = self._flops(1)
-        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost)))
+        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost) // self._step * self._step))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:
@@ -119,9 +156,11 @@ class Prefill:
 
     def _flops(self, tokens: int) -> float:
         """Arithmetic of the next tokens in this layer."""
-        if self._layer == self._decoder.shape.layers - 1:
-            return self._decoder.last_layer_flops(tokens)
-        return self._decoder.layer_flops(tokens, self._attention.equivalent_tokens(self._start))
+        decoder, final = self._decoder, self._layer == self._decoder.shape.layers - 1
+        if final and self.scores is None:
+            return decoder.last_layer_flops(tokens)
+        logits = decoder.logits_flops(tokens) if final else 0.0
+        return decoder.layer_flops(tokens, self._attention.equivalent_tokens(self._start)) + logits
 
     @torch.inference_mode()
     def advance(self, tokens: int | None = None) -> Tensor | None:
@@ -142,11 +181,12 @@ class Prefill:
         final = layer == decoder.shape.layers - 1
         self._start = end
         self._take_blocks()
-        if final and not ending:
+        few = final and self.scores is None  # of this layer's outputs are needed
+        if few and not ending:
             return None
-        wanted = self._last if final else tokens
+        wanted = self._last if few else tokens
         ranking = PROMPT_QUERIES + self._last - 1  # from the first one whose logits are wanted
-        if final:
+        if few:
             attended, lse = attend_prompt(query[-ranking:], self._rows[:end], decoder.scale)
         else:
             attended, lse = self._attention.attend(query, self._rows[:end], decoder.scale)
@@ -158,7 +198,11 @@ class Prefill:
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
         _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
-        return decoder.logits(normed) if final else None
+        if final and self.scores is not None:
+            rows = self.scores.rows(decoder.vocab)
+            for first in range(0, tokens, rows):
+                self.scores.take(start + first, decoder.logits(normed[first : first + rows]))
+        return decoder.logits(normed[-self._last :]) if final and ending else None
 
     def _take_blocks(self) -> None:
         """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share

@@ -63,7 +63,11 @@ class PromptQueue:
         if self._short(sequence):
             return self._together(sequence, flops)
         if sequence.prefill is None:
-            sequence.prefill = self._engine.prefill(sequence.slot, sequence.run.tokens, sequence.blocks)
+            score = sequence.run.sampling.prompt_logprobs
+            sequence.prefill = self._engine.prefill(
+                sequence.slot, sequence.run.tokens, sequence.blocks, score=score
+            )
+            sequence.scores = sequence.prefill.scores
         tokens, flops = sequence.prefill.unit(flops)
         logits = sequence.prefill.advance(tokens)
         if logits is not None:
@@ -71,6 +75,8 @@ class PromptQueue:
         return Unit(flops, [sequence], logits)
 
     def _short(self, sequence: Sequence) -> bool:
+        if sequence.run.sampling.prompt_logprobs is not None:  # a graph keeps the last tokens' logits alone
+            return False
         return len(sequence.run.tokens) <= self._engine.prompt_graphs.longest
 
     def _next(self) -> Sequence:

@@ -6,9 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from clo.gpu_worker.constraint import Constraints
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.fair_queue import FairQueue
@@ -18,17 +20,21 @@ from clo.gpu_worker.prompt_queue import PromptQueue
 from clo.gpu_worker.sequence import Sequence, State
 from clo.gpu_worker.shares import Shares
 from clo.gpu_worker.side_stream import DeviceEvent
+from clo.kernels.sample import LATE
+from clo.runtime.wire.errors import InvalidRequest, PromptTooLong
 from clo.runtime.wire.messages import (
     NO_STATS,
     Abort,
     Allocate,
     Allocated,
+    CacheStats,
     Commit,
     Denied,
     Done,
     Free,
     FromWorker,
     Prefilled,
+    PromptScored,
     Reason,
     Refused,
     Run,
@@ -40,6 +46,9 @@ from clo.runtime.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
+_SCORES = 4096  # log-probabilities of a message
+_REASON_CHARACTERS = 300
+_BESIDE_PROMPTS = 1  # step more on its way: to launch units takes milliseconds, and the host may be delayed
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class Scheduler:
     prefills and decodes; see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that
     it may generate: nothing runs out in mid-stream.
 
+    A sequence with a grammar takes part in every step as the others do. While a step runs, threads compute
+    what may follow the token before, and the step looks at that when it draws. Nobody waits for them: where
+    they are late the sequence draws nothing in that step and repeats it.
+
     Args:
         engine: does the computing.
         max_tokens: longest sequence.
@@ -67,6 +80,7 @@ class Scheduler:
         report: takes messages for the router.
         ask_store: takes messages for the store.
         drift_check: compares some steps with full attention.
+        constraints: makes grammars; None for none.
     """
 
     def __init__(
@@ -78,7 +92,11 @@ class Scheduler:
         report: Callable[[FromWorker], None],
         ask_store: Callable[[ToStore], None],
         drift_check: DriftCheck | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
+        self._constraints = constraints
+        self._compiling: list[Sequence] = []
+        self._constrained: list[Sequence] = []  # those that decode with a grammar
         self._engine, self._max_tokens, self._drift_check = engine, max_tokens, drift_check
         self._pacing = pacing
         self._block_tokens = engine.decoder.shape.block_tokens
@@ -98,7 +116,8 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether ``advance`` has work to do."""
-        return bool(self._prompts or self._decoding or self._in_flight or self._releasing)
+        work = (self._prompts, self._decoding, self._in_flight, self._releasing, self._compiling)
+        return any(map(bool, work))
 
     @property
     def running(self) -> int:
@@ -108,21 +127,31 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a slot or for blocks."""
-        pending = (State.WAITING, State.ALLOCATING)
+        """Sequences that wait for their grammar, for a slot or for blocks."""
+        pending = (State.COMPILING, State.WAITING, State.ALLOCATING)
         return sum(sequence.state in pending for sequence in self._sequences.values())
 
     # ------------------------------------------------------------------------- from router and store
 
     def add(self, run: Run) -> None:
         """Take a request; it is refused at once where it could never run."""
-        sequence = Sequence(run)
-        if not run.tokens or sequence.longest > self._max_tokens:
-            text = f"{sequence.longest} tokens with the prompt; the longest sequence is {self._max_tokens}."
-            self._report(Refused(run.sequence, "prompt_too_long", text))
+        longest, grammar = len(run.tokens) + run.sampling.max_tokens, run.sampling.grammar
+        if not run.tokens or longest > self._max_tokens:
+            text = f"{longest} tokens with the prompt; the longest sequence is {self._max_tokens}."
+            self._report(Refused(run.sequence, PromptTooLong.code, text))
             return
+        if grammar is None:
+            sequence = Sequence(run)
+            self._waiting.append(sequence)
+        elif self._constraints is None or self._constraints.missing:
+            reason = "it has none" if self._constraints is None else self._constraints.missing
+            text = f"This server has no structured output: {reason}."
+            self._report(Refused(run.sequence, InvalidRequest.code, text))
+            return
+        else:
+            sequence = Sequence(run, self._constraints.begin(grammar))
+            self._compiling.append(sequence)
         self._sequences[sequence.id] = sequence
-        self._waiting.append(sequence)
         self._shares.ask(run.client)
         self._give_slots()
 
@@ -183,10 +212,11 @@ class Scheduler:
         """Prefill a little, launch a step, take in what arrived; False if all of it waits for the device."""
         self._pacing.look()
         self._give_slots()  # others may have asked for nothing for a while
-        moved = False
-        room = len(self._in_flight) < self._engine.depth  # for a step
+        moved = self._look_at_constraints()
+        depth = self._engine.depth + (_BESIDE_PROMPTS if self._prompts else 0)
+        room = len(self._in_flight) < depth  # for a step
         if self._prompts and (room or not self._decoding):
-            moved = self._prefill()
+            moved |= self._prefill()
         if self._decoding and room and not (self._prompts and self._owed > 0):
             self._launch_step()
             self._owed = self._pacing.between_steps(len(self._prompts))
@@ -195,6 +225,31 @@ class Scheduler:
             self._process_output(self._in_flight.popleft(), tokens)
             moved = True
         return self._release_finished() or moved
+
+    def _look_at_constraints(self) -> bool:
+        """Take in what the threads of the grammars have found: sequences that may begin, texts that are
+        complete, grammars that cannot be followed."""
+        compiled = [s for s in self._compiling if s.constraint is not None and s.constraint.done]
+        for sequence in compiled:
+            assert sequence.constraint is not None
+            self._compiling.remove(sequence)
+            if sequence.constraint.error:
+                sequence.failure = sequence.constraint.error
+                self._leave(sequence, NO_STATS)
+            else:
+                sequence.move(State.WAITING)
+                self._waiting.append(sequence)
+        if compiled:
+            self._give_slots()
+        for sequence in self._constrained[:]:
+            constraint = sequence.constraint
+            assert constraint is not None
+            if self._engine.depth == 1:
+                constraint.wait()  # a step that begins now draws at once
+            if constraint.done and (constraint.complete or constraint.error):
+                sequence.failure = constraint.error
+                self._finish(sequence, "stop")
+        return bool(compiled)
 
     def _prefill(self) -> bool:
         """Launch what is owed before the next step or, where nothing decodes, one unit of any size; False if
@@ -226,12 +281,20 @@ class Scheduler:
                 self._report(Prefilled(sequence.id, prefill.done, total))
 
     def _start(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Sequences whose prompts are complete decode from now on."""
+        """Sequences whose prompts are complete decode from now on, but those that are only scored."""
         for sequence in sequences:
-            run = sequence.run
+            run, slot = sequence.run, sequence.slot
             sequence.move(State.DECODING)
-            self._decoding[sequence.slot] = sequence
-            self._engine.activate(sequence.slot, len(run.tokens), run.sampling, run.seed)
+            self._engine.activate(slot, len(run.tokens), run.sampling, run.seed)
+            if run.sampling.max_tokens == 0:  # it is alone, as its prompt was not computed with others
+                self._finish(sequence, "length")
+                return
+            self._decoding[slot] = sequence
+            if run.sampling.adjusts:
+                self._engine.adjust(slot, run.sampling, run.tokens, sequence.ends)
+            if sequence.constraint is not None:
+                self._engine.constrain(slot, sequence.constraint.mask, len(run.tokens))
+                self._constrained.append(sequence)
         handle = self._engine.start([sequence.slot for sequence in sequences], logits)
         self._track(handle, sequences)
 
@@ -262,7 +325,8 @@ class Scheduler:
             if run.sampling.logprobs is not None:
                 logits[sequence.id] = handle.logits[row].clone()
             sequence.launched += 1
-            if sequence.launched == run.sampling.max_tokens:
+            # one with a grammar may have to repeat its last step
+            if sequence.launched == run.sampling.max_tokens and sequence.constraint is None:
                 self._retire(sequence)
                 sequence.move(State.DRAINING)
         event = self._engine.event() if logits else None
@@ -275,6 +339,10 @@ class Scheduler:
             run = sequence.run
             if sequence.reason is not None:  # it ended while this step was on its way
                 continue
+            if token == LATE:
+                sequence.launched -= 1
+                continue
+            self._report_scores(sequence)
             if not sequence.committed or len(sequence.tokens) % self._block_tokens == 0:
                 self._commit(sequence)
             if run.forced is not None:
@@ -285,15 +353,27 @@ class Scheduler:
             if wanted is not None and step.event is not None:
                 logprob = self._engine.logprob(step.logits[sequence.id], step.event, token, wanted)
             steps.append(Step(sequence.id, token, logprob))
-            if run.forced is None and token in run.eos and not run.sampling.ignore_eos:
+            if run.forced is None and token in sequence.ends:
                 sequence.reason = "stop"
             elif sequence.generated >= run.sampling.max_tokens:
                 sequence.reason = "length"
+            elif sequence.constraint is not None:
+                publish = partial(self._engine.constrain, sequence.slot)
+                sequence.constraint.advance(token, len(sequence.tokens), publish)
         if steps:
             self._report(Stepped(steps))
         for sequence in step.sequences:
             if sequence.reason is not None and sequence.state in (State.DECODING, State.DRAINING):
                 self._finish(sequence, sequence.reason)
+
+    def _report_scores(self, sequence: Sequence) -> None:
+        """Report what the model thought of a prompt; the device is done with it."""
+        if sequence.scores is None:
+            return
+        scores = sequence.scores.read()
+        sequence.scores = None
+        for first in range(0, max(1, len(scores)), _SCORES):
+            self._report(PromptScored(sequence.id, 1 + first, scores[first : first + _SCORES]))
 
     # -------------------------------------------------------------------------------------- leaving
 
@@ -311,12 +391,12 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence; its slot and blocks are free once the device has left them."""
         sequence.reason = reason
-        if sequence.state is State.WAITING:
-            self._waiting.remove(sequence)
-            sequence.move(State.GONE)
-            del self._sequences[sequence.id]
-            self._report(Done(sequence.id, reason, NO_STATS))
+        if sequence.state in (State.COMPILING, State.WAITING):
+            (self._compiling if sequence.state is State.COMPILING else self._waiting).remove(sequence)
+            self._leave(sequence, NO_STATS)
             return
+        if sequence in self._constrained:
+            self._constrained.remove(sequence)
         if sequence.state is State.PREFILLING:
             self._prompts.remove(sequence)
             self._engine.cache.join_prompts()  # its blocks are free only when nothing is written to them
@@ -329,21 +409,35 @@ class Scheduler:
     def _release_finished(self) -> bool:
         """Free what the sequences held whose last step is over."""
         gone = [
-            sequence for sequence in self._releasing if sequence.release and sequence.release.event.reached
+            sequence
+            for sequence in self._releasing
+            if sequence.release
+            and sequence.release.event.reached
+            and (sequence.constraint is None or sequence.constraint.done)  # it writes to the slot's mask
         ]
         for sequence in gone:
-            release, reason = sequence.release, sequence.reason
-            assert release is not None and reason is not None
+            assert sequence.release is not None
             self._releasing.remove(sequence)
-            sequence.move(State.GONE)
-            del self._sequences[sequence.id]
+            if sequence.reason == "length":  # also where nothing was generated
+                self._report_scores(sequence)
             self._ask_store(Free(sequence.id))
             self._give_back(sequence)
-            stats = release.stats(len(sequence.tokens) - 1, sequence.steps)
-            self._report(Done(sequence.id, reason, stats))
+            self._leave(sequence, sequence.release.stats(len(sequence.tokens) - 1, sequence.steps))
         if gone:
             self._give_slots()
         return bool(gone)
+
+    def _leave(self, sequence: Sequence, stats: CacheStats) -> None:
+        """The last report of a sequence, which holds nothing any more."""
+        sequence.move(State.GONE)
+        del self._sequences[sequence.id]
+        if sequence.failure:
+            reason = " ".join(sequence.failure.split())[:_REASON_CHARACTERS].rstrip(".")
+            text = f"The answer cannot follow structured_outputs any further: {reason}."
+            self._report(Refused(sequence.id, InvalidRequest.code, text))
+        else:
+            assert sequence.reason is not None
+            self._report(Done(sequence.id, sequence.reason, stats))
 
     def check_integrity(self) -> None:
         """Every slot is free or used once, and every list agrees with the states.
@@ -352,13 +446,15 @@ class Scheduler:
             AssertionError: says what is wrong.
         """
         sequences = self._sequences.values()
-        slots = sorted([s.slot for s in sequences if s.state is not State.WAITING] + self._free_slots)
+        placed = [s.slot for s in sequences if s.state not in (State.COMPILING, State.WAITING)]
+        slots = sorted(placed + self._free_slots)
         assert slots == list(range(self._engine.slots)), f"slots used or free more than once: {slots}"
         taken, held = self._engine.slots - len(self._free_slots), self._shares.slots
         assert taken == held, f"{taken} slots are in use, of which clients have {held}"
         for slot, sequence in self._decoding.items():
             assert sequence.slot == slot, f"slot {slot} decodes a sequence of slot {sequence.slot}"
         for state, listed in (
+            (State.COMPILING, self._compiling),
             (State.WAITING, self._waiting),
             (State.PREFILLING, self._prompts),
             (State.DECODING, self._decoding.values()),

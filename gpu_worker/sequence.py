@@ -2,14 +2,17 @@
 
 from enum import Enum
 
+from clo.gpu_worker.constraint import Constraint
 from clo.gpu_worker.outputs import SlotRelease
 from clo.gpu_worker.prefill import Prefill
+from clo.gpu_worker.prompt_scores import PromptScores
 from clo.runtime.wire.messages import Reason, Run
 
 
 class State(Enum):
     """Where a sequence is. It moves on one way only, see ``NEXT``."""
 
+    COMPILING = "its grammar is being compiled"
     WAITING = "waits for a slot of the batch"
     ALLOCATING = "has a slot and waits for blocks"
     PREFILLING = "has blocks; its prompt is being computed, or waits for its turn"
@@ -20,6 +23,7 @@ class State(Enum):
 
 
 NEXT = {
+    State.COMPILING: {State.WAITING, State.GONE},
     State.WAITING: {State.ALLOCATING, State.GONE},
     State.ALLOCATING: {State.PREFILLING, State.RELEASING, State.GONE},
     State.PREFILLING: {State.DECODING, State.RELEASING},
@@ -36,10 +40,12 @@ class Sequence:
 
     Args:
         run: the request.
+        constraint: its grammar, where it has one.
 
     Attributes:
         state: see ``State``; ``move`` changes it.
         tokens: the prompt and all tokens generated so far.
+        ends: tokens that end it.
         slot: its slot of the batch, -1 before it has one.
         blocks: its blocks of the arena, empty before they are granted.
         prefill: the work on its prompt, None before its turn and afterwards.
@@ -48,19 +54,28 @@ class Sequence:
         committed: tokens that the store knows of.
         reported: when its progress was last reported, in seconds of ``time.monotonic``.
         reason: why it ended, None before.
+        failure: what went wrong with it, where something did.
+        scores: log-probabilities of its prompt, where they are wanted.
         release: the slot on its way out, from ``State.DRAINING`` or ``State.RELEASING`` on.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.state = State.WAITING
+    def __init__(self, run: Run, constraint: Constraint | None = None) -> None:
+        self.run, self.constraint = run, constraint
+        self.state = State.WAITING if constraint is None else State.COMPILING
         self.tokens = list(run.tokens)
+        self.ends = (
+            run.sampling.stop_token_ids
+            if run.sampling.ignore_eos
+            else [*run.eos, *run.sampling.stop_token_ids]
+        )
         self.slot = -1
         self.blocks: list[int] = []
         self.prefill: Prefill | None = None
         self.launched = self.steps = self.committed = 0
         self.reported = 0.0
         self.reason: Reason | None = None
+        self.failure = ""
+        self.scores: PromptScores | None = None
         self.release: SlotRelease | None = None
 
     @property

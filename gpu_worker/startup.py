@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import zmq
 
+from clo.gpu_worker.constraint import Constraints
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
@@ -34,6 +35,7 @@ class Started(NamedTuple):
 
     engine: Engine
     drift_check: DriftCheck | None
+    constraints: Constraints | None
     store: StoreClient
     store_name: str
     capacity_tokens: int  # tokens that the store holds
@@ -61,7 +63,8 @@ def start(
     attached = store.attach(Attach(config.worker, os.getpid()))
     engine, drift_check = _engine(config, decoder, attached, engine_type)
     capacity = attached.blocks * decoder.shape.block_tokens
-    return Started(engine, drift_check, store, attached.store, capacity)
+    constraints = Constraints(config.model.folder, decoder.vocab)
+    return Started(engine, drift_check, constraints, store, attached.store, capacity)
 
 
 def _choose_store(config: WorkerConfig) -> str:
@@ -134,7 +137,7 @@ def _engine(
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
     rows = arena_tensor(shared, shape, attached.blocks)
-    sizes = shape, config.cache, config.engine, attached.blocks, max_tokens
+    sizes = shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab
     if decoder.device.type == "cuda":
         slots = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
     else:

@@ -71,7 +71,7 @@ class Worker:
         self.scheduler = Scheduler(
             self._engine, config.model.max_model_len, started.capacity_tokens // decoder.shape.block_tokens,
             Pacing(config.engine.max_num_batched_tokens, token_flops), self.report, self._store.send,
-            self._drift_check,
+            self._drift_check, started.constraints,
         )  # fmt: skip
         self._ready = Ready(
             config.worker, os.getpid(), started.store_name, started.capacity_tokens, self._engine.slots

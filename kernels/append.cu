@@ -14,7 +14,10 @@ extern "C" __global__ void append(
     const int place = at < sinks ? at : (int)sinks + (at - (int)sinks) % (int)recent;
     const int oldest = at - (int)recent, home = oldest - (int)sinks;
     uint4* rows = resident_rows + line * (first + capacity) * chunks;
-    if (home >= 0 && home < capacity) {
+    // where the displaced token has moved already, this step is repeated
+    const bool moves = home >= 0 && home < capacity && positions[line * capacity + home] != oldest;
+    __syncthreads();
+    if (moves) {
         rows[(int64)(first + home) * chunks + chunk] = rows[(int64)place * chunks + chunk];
         if (chunk == 0) {
             positions[line * capacity + home] = oldest;

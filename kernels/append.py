@@ -23,7 +23,7 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
 
     The token that the new one displaces from the ring moves into the set while the set still has room for the
     whole context (into row ``position - sinks``), so that rows 0 to length - 1 are those in use; later it is
-    left to the selection, since its row is in the arena.
+    left to the selection, since its row is in the arena. To append a row a second time changes nothing.
 
     Args:
         kv: [B, kv_heads, 2, head_dim], the new rows; those of a sequence contiguous.
@@ -48,7 +48,8 @@ def append(kv: Tensor, lengths: Tensor, resident: ResidentSet) -> None:
         oldest = at - recent  # position that the ring holds in this place
         home = oldest - sinks
         if 0 <= home < resident.capacity:
-            rows[sequence, :, resident.first + home] = rows[sequence, :, ring]
+            heads = positions[sequence, :, home] != oldest  # where it has moved, this step is repeated
+            rows[sequence, heads, resident.first + home] = rows[sequence, heads, ring]
             positions[sequence, :, home] = oldest
-            last_used[sequence, :, home] = at
+            last_used[sequence, heads, home] = at
         rows[sequence, :, ring] = kv[sequence]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
@@ -14,6 +15,9 @@ from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
+
+_MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN: PyTorch 2.11 masks there by adding -65504, which larger scores of stale rows survive."""
 
 _SPLIT_BYTES = 128 * 1024  # rows that a block of threads attends to, about
 _THREADS = 128
@@ -274,7 +278,8 @@ def attend_all(query: Tensor, arena: Tensor, block_table: Tensor, lengths: Tenso
     rows = gather_tokens(arena, block_table)  # [B, kv_heads, T, 2, D]
     mask = torch.arange(rows.shape[2], device=lengths.device) < lengths.clamp_min(1).unsqueeze(1)
     grouped = query.view(query.shape[0], rows.shape[1], -1, query.shape[2])
-    out = scaled_dot_product_attention(
-        grouped, rows[:, :, :, 0], rows[:, :, :, 1], attn_mask=mask[:, None, None], scale=scale
-    )
+    with sdpa_kernel(_MASKING):
+        out = scaled_dot_product_attention(
+            grouped, rows[:, :, :, 0], rows[:, :, :, 1], attn_mask=mask[:, None, None], scale=scale
+        )
     return out.flatten(1, 2)

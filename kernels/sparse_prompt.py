@@ -23,7 +23,7 @@ from clo.kernels.weigh_blocks import BLOCK, SAMPLED, weigh_blocks
 
 DENSE_TOKENS = 16384  # before a chunk: up to so many are all attended, since choosing would cost more
 OWN_TOKENS = 8192  # up to the end of a chunk, at least: attended as a chunk's own, however short it is
-_BUDGET = 16
+_BUDGET = 15
 _SLOWER = 2.5  # what a chosen token costs, and a weighed one, in dense ones; on an H100
 _SORTED = 2**21  # weights, about, that decide how much a chosen block weighs
 
@@ -35,7 +35,7 @@ Budget = Callable[[int], float]
 
 
 def default_budget(blocks: int) -> float:
-    """Twice as many for sixteen times as many tokens: 9 % of 64K tokens, 1.1 % of a million."""
+    """Twice as many for sixteen times as many tokens: 8 % of 64K tokens, 1 % of a million."""
     return _BUDGET * math.sqrt(math.sqrt(blocks))
 
 

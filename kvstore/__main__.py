@@ -14,7 +14,13 @@ from clo.kvstore.server import Launcher, StoreServer, listen
 from clo.runtime.config import StoreConfig
 from clo.runtime.machine import numa
 from clo.runtime.machine.host_memory import check_memory
-from clo.runtime.machine.process import configure_logging, die_with_parent, read_key, run_process
+from clo.runtime.machine.process import (
+    configure_logging,
+    die_with_parent,
+    end_start_up,
+    read_key,
+    run_process,
+)
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Ping, store_identity
 from clo.runtime.wire.sockets import DealerSocket
@@ -36,7 +42,9 @@ def main() -> None:
         check_memory({config.node: config.arena_bytes})
         arena, pool = Arena.create(config.arena_bytes), BlockPool(blocks, config.block.tokens)
         launcher: Launcher = DealerSocket(context, config.router, Ping, key, store_identity(config.name))
-        StoreServer(config, arena, pool, socket, launcher).run()
+        store = StoreServer(config, arena, pool, socket, launcher)
+        end_start_up()
+        store.run()
 
 
 if __name__ == "__main__":

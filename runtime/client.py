@@ -8,6 +8,8 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,11 +25,94 @@ from clo.runtime.wire.messages import (
     GetInfo,
     Info,
     Progress,
+    PromptChunk,
 )
 from clo.runtime.wire.sockets import encode
 
 Prompt = str | list[int] | list[dict[str, Any]]
 T = TypeVar("T")
+
+MAX_N = 128  # completions of one prompt
+
+
+class _JSONSchema(msgspec.Struct):
+    """The part of OpenAI's ``json_schema`` that decides about the answer; it is always followed strictly."""
+
+    schema: dict[str, Any]
+
+
+class _TextFormat(msgspec.Struct, tag_field="type", tag="text"):
+    pass
+
+
+class _ObjectFormat(msgspec.Struct, tag_field="type", tag="json_object"):
+    pass
+
+
+class _SchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
+    json_schema: _JSONSchema
+
+
+def structured_outputs(response_format: Any) -> dict[str, Any] | None:
+    """What OpenAI's ``response_format`` is as ``SamplingParams.structured_outputs``.
+
+    Raises:
+        InvalidRequest: it is of no known type, or has no schema.
+    """
+    try:
+        found = msgspec.convert(response_format, _TextFormat | _ObjectFormat | _SchemaFormat)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The response_format is not valid: {error}.") from None
+    match found:
+        case _ObjectFormat():
+            return {"json_object": True}
+        case _SchemaFormat():
+            return {"json": found.json_schema.schema}
+    return None
+
+
+def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``SamplingParams``, from what a caller may write instead; they are not checked here.
+
+    Raises:
+        InvalidRequest: the ``response_format`` is not valid, or ``n`` is not 1.
+    """
+    fields = {name: value for name, value in options.items() if value is not None}
+    if fields.pop("n", 1) != 1:
+        raise InvalidRequest("stream() and score() give one completion; use generate() or streams() with n.")
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if isinstance(fields.get("logit_bias"), dict):  # JSON has no keys but texts
+        with suppress(ValueError):
+            fields["logit_bias"] = {
+                int(key) if isinstance(key, str) else key: value
+                for key, value in fields["logit_bias"].items()
+            }
+    wanted = structured_outputs(fields.pop("response_format", {"type": "text"}))
+    if wanted is not None:
+        if "structured_outputs" in fields:
+            raise InvalidRequest(
+                "response_format and structured_outputs say the same; leave one of them out."
+            )
+        fields["structured_outputs"] = wanted
+    return fields
+
+
+def _each(n: int, sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of each of ``n`` completions: as in vLLM, their seeds follow each other.
+
+    Raises:
+        InvalidRequest: ``n`` is out of range, or all of them would be the same.
+    """
+    if not isinstance(n, int) or not 1 <= n <= MAX_N:
+        raise InvalidRequest(f"n is {n!r}, and must be a whole number from 1 to {MAX_N}.")
+    if n > 1 and sampling.get("temperature") == 0:
+        raise InvalidRequest("With temperature 0 all completions are the same; set n to 1 or a temperature.")
+    seed = sampling.get("seed")
+    if n == 1 or not isinstance(seed, int) or seed == -1:
+        return [sampling] * n
+    others = [sampling | {"seed": (seed + number) % 2**63} for number in range(1, n)]
+    return [sampling, *others]
 
 
 def _prompt(prompt: Any, template: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -72,13 +157,11 @@ def _request(
     Raises:
         InvalidRequest: a field has the wrong type or value, or the message would be too large.
     """
-    stop = sampling.get("stop", [])
     try:
         fields = {
             "request": uuid.uuid4().hex,
             "prompt": _prompt(prompt, template),
-            "sampling": sampling
-            | {"stop": [stop] if isinstance(stop, str) else [] if stop is None else stop},
+            "sampling": sampling_fields(sampling),
             "continuation": None if continuation is None else _prompt(continuation),
         }
         message = msgspec.convert(fields, Generate)
@@ -105,7 +188,7 @@ class _Question(Answer):
         super().__init__(name)
         self.answered = asyncio.Event()
 
-    def add(self, message: Chunk | Progress) -> None:
+    def add(self, message: Chunk | Progress | PromptChunk) -> None:
         """Nothing comes before the end."""
 
     def wake(self) -> None:
@@ -140,6 +223,7 @@ class AsyncClient:
         self,
         prompt: Prompt,
         *,
+        n: int = 1,
         chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
@@ -150,22 +234,33 @@ class AsyncClient:
         Args:
             prompt: chat messages are dicts with ``role`` and ``content``, which is a text, a list of parts
                 ``{"type": "text", "text": ...}`` or None; see ``clo.runtime.wire.messages.Turn``.
+            n: completions, 128 at most; ``Result.choices`` has all of them. Each is a request of its own,
+                with a prefill of its own, and their seeds are ``seed``, ``seed`` + 1, ... where there is one.
             chat_template_kwargs: variables of the model's chat template, such as ``enable_thinking``.
             timeout: seconds, instead of the client's own.
             on_progress: called with ``Progress`` while the request waits and prefills.
-            sampling: fields of ``clo.runtime.wire.messages.SamplingParams``; ``stop`` may also be one text.
+            sampling: fields of ``clo.runtime.wire.messages.SamplingParams``. ``stop`` may also be one text,
+                the keys of ``logit_bias`` may be texts, and OpenAI's ``response_format`` may stand in the
+                place of ``structured_outputs``.
 
         Raises:
             CLOError: one of ``clo.runtime.wire.errors``, saying what went wrong.
         """
-        stream = self.stream(
+        streams = self.streams(
             prompt,
+            n=n,
             chat_template_kwargs=chat_template_kwargs,
             timeout=timeout,
             on_progress=on_progress,
             **sampling,
         )
-        return await stream.to_end()
+        tasks = [asyncio.ensure_future(stream.to_end()) for stream in streams]
+        try:
+            first, *others = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # one has failed, or nobody waits any more
+                task.cancel()
+        return replace(first, others=others)
 
     def stream(
         self,
@@ -179,6 +274,21 @@ class AsyncClient:
         """Like ``generate``, piece by piece: ``async for chunk in client.stream(...)``."""
         request = _request(prompt, sampling, template=chat_template_kwargs)
         return AsyncStream(self._connection, request, self._limit(timeout), on_progress)
+
+    def streams(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        on_progress: OnProgress | None = None,
+        **sampling: Any,
+    ) -> list[AsyncStream]:
+        """``n`` completions of one prompt, see ``generate``, each as a stream of its own."""
+        requests = [_request(prompt, one, template=chat_template_kwargs) for one in _each(n, sampling)]
+        limit = self._limit(timeout)
+        return [AsyncStream(self._connection, request, limit, on_progress) for request in requests]
 
     async def score(
         self,
@@ -266,6 +376,20 @@ class Client:
         """See ``AsyncClient.stream``; ``on_progress`` is called in the thread that reads the stream."""
         request = _request(prompt, sampling, template=chat_template_kwargs)
         return self._call(self._open(request, timeout, on_progress))
+
+    def streams(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        on_progress: OnProgress | None = None,
+        **sampling: Any,
+    ) -> list[Stream]:
+        """See ``AsyncClient.streams`` and ``stream``."""
+        requests = [_request(prompt, one, template=chat_template_kwargs) for one in _each(n, sampling)]
+        return [self._call(self._open(request, timeout, on_progress)) for request in requests]
 
     async def _open(self, request: Generate, timeout: float | None, on_progress: OnProgress | None) -> Stream:
         client = self._client

@@ -6,7 +6,7 @@ A field made by ``option`` is also an option of the command line: ``max_model_le
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,8 @@ LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
+ReasoningParser = Literal["auto", "think", "none"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -275,12 +277,79 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class GatewayConfig:
+    """How the server speaks HTTP, with OpenAI's API. ``http`` is the port; with None it does not."""
+
+    http: int | None = option(
+        None,
+        "port for HTTP with OpenAI's API, beside --port; 0 takes a free one, which the ready line names; "
+        "needs the packages of the extra http",
+        "PORT",
+        int,
+        none="off",
+    )
+    served_model_name: tuple[str, ...] | None = option(
+        None,
+        "names by which HTTP clients may ask for the model: a or a,b; answers have the first; auto takes "
+        "--model",
+        "NAMES",
+        _names,
+        none="auto",
+    )
+    tool_call_parser: ToolCallParser = option(
+        "auto",
+        "how the model writes calls of tools: hermes in <tool_call> tags, as Qwen does; llama3_json as one "
+        "object, as Llama 3 does; auto looks at the chat template; none refuses requests with tools",
+    )
+    reasoning_parser: ReasoningParser = option(
+        "auto",
+        "how the model marks what it thinks before an answer: think in <think> tags, and it comes apart from "
+        "the answer; auto looks at the chat template; none leaves it in the answer",
+    )
+    ssl_certfile: str | None = option(
+        None, "certificate, and those above it, as PEM: HTTP is encrypted", "FILE", str, none="off"
+    )
+    ssl_keyfile: str | None = option(
+        None,
+        "the key of --ssl-certfile as PEM; in-certfile takes the one that stands there",
+        "FILE",
+        str,
+        none="in-certfile",
+    )
+    allowed_origins: tuple[str, ...] | None = option(
+        None,
+        "origins whose pages may use the server from a browser: http://localhost:3000 or several with "
+        "commas; * for all",
+        "ORIGINS",
+        _names,
+        none="off",
+    )
+
+    def __post_init__(self) -> None:
+        if self.http is None:
+            for name in _GATEWAY_ONLY:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(f"--{name.replace('_', '-')} is about HTTP; give --http PORT, too.")
+            return
+        if not 0 <= self.http <= 65535:
+            raise ConfigError(f"--http is {self.http}; it must be from 0 to 65535, or 'off'.")
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ConfigError("--served-model-name has an empty name; write a or a,b.")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("--ssl-keyfile goes with --ssl-certfile; give both.")
+
+
+_GATEWAY_ONLY = [item.name for item in fields(GatewayConfig) if item.name != "http"]
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Everything that ``launch.py`` was asked for."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     workers: int = option(1, "worker processes, one for each GPU; each holds the whole model", "N", int)
     kvstore: tuple[str, ...] = option(
         ("numa0",),
@@ -358,6 +427,19 @@ class StoreConfig:
     router: str
     block: BlockConfig
     workers: dict[int, StartedWorker]
+    log_level: LogLevel = "warning"
+
+
+@dataclass(frozen=True)
+class GatewayProcessConfig:
+    """The HTTP gateway: ``descriptor`` is a socket that listens, ``server`` the address of the router's
+    client port, ``router`` the one where children connect."""
+
+    gateway: GatewayConfig
+    model: ResolvedModel
+    descriptor: int
+    server: str
+    router: str
     log_level: LogLevel = "warning"
 
 

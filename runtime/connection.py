@@ -28,6 +28,7 @@ from clo.runtime.wire.messages import (
     Info,
     Message,
     Progress,
+    PromptChunk,
     ToClient,
 )
 from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode
@@ -61,7 +62,7 @@ class Answer(ABC):
         self.end: Finished | Info | CLOError | None = None
 
     @abstractmethod
-    def add(self, message: Chunk | Progress) -> None:
+    def add(self, message: Chunk | Progress | PromptChunk) -> None:
         """Take a message that is not the last one."""
 
     @abstractmethod
@@ -195,12 +196,12 @@ class Connection:
         else:
             self._take(message, now)
 
-    def _take(self, message: Progress | Finished | Failed | Info, now: float) -> None:
+    def _take(self, message: Progress | PromptChunk | Finished | Failed | Info, now: float) -> None:
         answer = self._open.get(message.request)
         if answer is not None:
             answer.heard = now
             match message:
-                case Progress():
+                case Progress() | PromptChunk():
                     answer.add(message)
                 case Failed():
                     self._end(answer, error_from(message.code, message.text))

@@ -10,7 +10,7 @@ from clo.runtime.wire.messages import Reason
 class State(Enum):
     """Where a request is. It moves on one way only, see ``NEXT``."""
 
-    ADMITTING = "is being tokenised, or waits until the workers are ready"
+    ADMITTING = "is being tokenised, or waits until the workers are ready and have few of its client's"
     ASSIGNED = "a worker has it: it waits there, prefills or decodes"
     STOPPING = "its worker has been told to end it; tokens that still come are dropped"
     CLOSED = "its client has been sent the last message, or is gone; its worker may not be done yet"
@@ -36,7 +36,9 @@ class Request:
 
     Attributes:
         state: see ``State``; ``move`` changes it.
+        arrived: when it came.
         heard: when the client was last sent something for it.
+        stepped: when its latest token came.
         reason: why it ends, if the worker cannot know: "stop" (a stop string) or "cancelled".
         prefilled: tokens prefilled so far; None while it waits for its prefill.
         sequence: its number on the worker; -1 before it has one.
@@ -44,10 +46,13 @@ class Request:
         admitted: nothing waits any more to give it to a worker.
         permits: of its client, while a worker has it.
         text: turns its tokens into text; None before it is admitted.
+        prompt: its tokens, where their log-probabilities are wanted.
+        stop_token_ids: tokens that end it and give no text.
     """
 
     def __init__(self, client: bytes, name: str, size: int, now: float) -> None:
-        self.client, self.name, self.size, self.heard = client, name, size, now
+        self.client, self.name, self.size = client, name, size
+        self.arrived = self.heard = self.stepped = now
         self.state = State.ADMITTING
         self.admitted = False
         self.permits: Semaphore | None = None
@@ -57,6 +62,8 @@ class Request:
         self.sequence = -1
         self.worker = b""
         self.text: Detokenizer | None = None
+        self.prompt: list[int] = []
+        self.stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def open(self) -> bool:

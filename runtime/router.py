@@ -1,9 +1,7 @@
 """The router, in the launcher's process: tokenises requests, gives them to workers, streams text back."""
 
 import asyncio
-import errno
 import logging
-import os
 import secrets
 from collections import defaultdict
 from collections.abc import Coroutine
@@ -17,18 +15,20 @@ import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
-from clo.runtime.machine.addresses import numeric_host
+from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
+from clo.runtime.machine.addresses import not_bound, numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
-from clo.runtime.tokenizer import Detokenizer, Tokenizer
+from clo.runtime.tokenizer import Detokenizer, Tokenizer, takes_long
+from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
 from clo.runtime.wire.errors import (
     CLOError,
-    ConfigError,
     InvalidRequest,
     Overloaded,
     PromptTooLong,
     ProtocolError,
+    context_is,
 )
 from clo.runtime.wire.handlers import handlers_of
 from clo.runtime.wire.messages import (
@@ -43,14 +43,18 @@ from clo.runtime.wire.messages import (
     Failed,
     Finished,
     FromChild,
+    GatewayReady,
     Generate,
     GetInfo,
     GetWorkerStats,
     Info,
+    Logprob,
     Ping,
     Pong,
     Prefilled,
     Progress,
+    PromptChunk,
+    PromptScored,
     Ready,
     Reason,
     Refused,
@@ -74,13 +78,12 @@ from clo.runtime.wire.strangers import INTRUDER, Strangers
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
 OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
 TOKEN_BYTES = 16  # of a message for each token of the longest prompt, at most: far more than text takes
+OTHER_BYTES = 2**16 + GRAMMAR_BYTES  # that a message may have besides
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
 FLUSH_S = 1.0
-THREAD_CHARACTERS = 10_000  # longer prompts are tokenised in a thread; shorter ones take milliseconds
-TURN_CHARACTERS = 50  # as many take as long as an empty message of a chat
 THREADS = 4  # that tokenise, each for another client
 SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
 
@@ -93,17 +96,6 @@ class _Account:
 
     requests: int = 0
     bytes: int = 0  # of the messages that opened them
-
-
-def _not_bound(config: ServerConfig, error: OSError) -> ConfigError:
-    """Why clients cannot be listened to."""
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT):
-        return ConfigError(
-            f"--host {config.host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all of "
-            "its addresses."
-        )
-    reason = os.strerror(error.errno or 0)
-    return ConfigError(f"Port {config.port} of {config.host} cannot be used ({reason}); try another --port.")
 
 
 class Router:
@@ -127,9 +119,7 @@ class Router:
         self._handlers = handlers_of(Router, ToRouter | FromChild)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
         self._defaults = read_generation(model.folder)
-        if self._defaults.ignored:
-            ignored = ", ".join(self._defaults.ignored)
-            _logger.warning("generation_config.json has %s, which CLO does not do.", ignored)
+        self._grammars = Grammars()
         host = numeric_host(config.host)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
@@ -137,14 +127,14 @@ class Router:
                 host,
                 config.port,
                 config.api_key,
-                min(2**16 + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
+                min(OTHER_BYTES + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
                 UNREAD_BYTES,
                 self._hear_client,
                 Strangers(_logger, "A client was turned away: it has another API key, or none.").turned_away,
             )
         except OSError as error:
             self._context.destroy(linger=0)
-            raise _not_bound(config, error) from None
+            raise not_bound("--port", config.host, config.port, error) from None
         self.address = self._clients.endpoint
         self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
             self._context, endpoint, FromChild, queue=0, key=key
@@ -156,6 +146,7 @@ class Router:
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # to tokenise
         self._permits: WeakValueDictionary[bytes, asyncio.Semaphore] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._traffic = TrafficMeter()
         self._children = Children()
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
@@ -210,6 +201,7 @@ class Router:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._arrivals.close()
+        await self._grammars.close()
         await self._clients.close(FLUSH_S)
         self._workers.close(linger_ms=0)
         self._context.term()
@@ -219,8 +211,8 @@ class Router:
             self._send(client, Failed("", message.code, str(message)))
         elif isinstance(message, TooLarge):
             text = (
-                f"The request takes {size} bytes, which cannot fit into the model length of "
-                f"{self._model.max_model_len} tokens; shorten it."
+                f"The request takes {size} bytes, which cannot fit: {context_is(self._model.max_model_len)}. "
+                "Shorten it."
             )
             self._send(client, Failed(message.request, PromptTooLong.code, text))
         else:
@@ -229,7 +221,7 @@ class Router:
     def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError) -> None:
         if isinstance(message, ProtocolError):
             _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-        elif isinstance(message, Ready | StoreReady) or self._children.has_begun(worker):
+        elif isinstance(message, Ready | StoreReady | GatewayReady) or self._children.has_begun(worker):
             self._handlers[type(message)](self, worker, message)
         else:
             _logger.error("%s speaks before it is ready.", worker.decode(errors="replace"))
@@ -287,13 +279,24 @@ class Router:
 
     async def _admit(self, request: Request, message: Generate) -> None:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
+        grammar: str | None = None
         try:
             tokens = await self._tokens(request, message.prompt)
             forced, params = None, message.sampling
             if message.continuation is not None:
                 forced = await self._tokens(request, message.continuation, continues=True)
                 params = SamplingParams(max_tokens=len(forced), logprobs=params.logprobs or 0)
-            self._check_length(len(tokens), params.max_tokens)
+            self._check_params(params)
+            self._check_length(len(tokens), params)
+            if params.structured_outputs is not None:
+                grammar = await self._grammars.compile(params.structured_outputs)
+            if params.echo:
+                text = (
+                    message.prompt.text
+                    if isinstance(message.prompt, Text)
+                    else self._tokenizer.decode(tokens)
+                )
+                self._tell(request, Chunks([Chunk(request.name, text, [], None)]))
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
             return
@@ -302,7 +305,10 @@ class Router:
             self._end(request, Failed(request.name, CLOError.code, "The prompt could not be tokenised."))
             return
         request.prompt_tokens = len(tokens)
-        request.text = Detokenizer(self._tokenizer, tokens, params.stop)
+        request.text = Detokenizer(self._tokenizer, tokens, params.stop, params.min_tokens)
+        request.stop_token_ids = frozenset(params.stop_token_ids)
+        if params.prompt_logprobs is not None:
+            request.prompt = tokens
         await self._all_ready.wait()
         permits = self._permits.setdefault(request.client, asyncio.Semaphore(self._most_at_workers()))
         await permits.acquire()
@@ -312,12 +318,13 @@ class Router:
         request.permits = permits
         request.move(State.ASSIGNED)
         request.worker = min(self._ready_workers, key=self._load)
-        sampling = self._sampling(params, len(tokens), self._ready_workers[request.worker].capacity_tokens)
+        capacity = self._ready_workers[request.worker].capacity_tokens
+        sampling = self._sampling(params, len(tokens), capacity, grammar)
         request.max_tokens = sampling.max_tokens
         request.sequence = self._sequences
         self._sequences += 1
         self._running[request.worker][request.sequence] = request
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = secrets.randbits(63) if params.seed is None or params.seed == -1 else params.seed % 2**63
         client = int.from_bytes(request.client)
         run = Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced, client)
         self._order(request, run)
@@ -339,48 +346,66 @@ class Router:
             request.permits.release()
         return request
 
-    def _check_length(self, prompt: int, max_tokens: int | None) -> None:
+    def _check_params(self, params: SamplingParams) -> None:
+        """Raises ``InvalidRequest`` where parameters contradict each other or the vocabulary."""
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            raise InvalidRequest("max_tokens is 0, which only scores a prompt; set prompt_logprobs too.")
+        if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens} and max_tokens is {params.max_tokens}; lower min_tokens."
+            )
+        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if max(tokens, default=0) >= self._model.vocab_size:
+                raise InvalidRequest(
+                    f"{name} has the token id {max(tokens)}, which is not in the vocabulary; ids go up to "
+                    f"{self._model.vocab_size - 1}."
+                )
+
+    def _check_length(self, prompt: int, params: SamplingParams) -> None:
         """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""
-        longest = self._model.max_model_len
-        if max_tokens is None and prompt >= longest:
+        longest, max_tokens = self._model.max_model_len, params.max_tokens
+        if max_tokens is None and prompt + max(1, params.min_tokens) > longest:
+            answer = f"an answer of {params.min_tokens} tokens" if params.min_tokens else "an answer"
             raise PromptTooLong(
-                f"The prompt has {prompt} tokens, which leaves no room for an answer in the model length of "
-                f"{longest}; shorten the prompt."
+                f"The prompt has {prompt} tokens, which leaves no room for {answer}: {context_is(longest)}. "
+                "Shorten the prompt."
             )
         if max_tokens is not None and prompt + max_tokens > longest:
             raise PromptTooLong(
-                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}; together they exceed the "
-                f"model length of {longest}. Shorten the prompt or lower max_tokens."
+                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}, which is too much together: "
+                f"{context_is(longest)}. Shorten the prompt or lower max_tokens."
             )
 
-    def _sampling(self, params: SamplingParams, prompt: int, capacity: int) -> Sampling:
+    def _sampling(self, params: SamplingParams, prompt: int, capacity: int, grammar: str | None) -> Sampling:
         """What a client wants, with the model's defaults; a store holds ``capacity`` tokens."""
         defaults = self._defaults
         room = min(self._model.max_model_len, capacity) - prompt
+        max_tokens, penalty = params.max_tokens, params.repetition_penalty
+        if max_tokens is None:
+            max_tokens = max(1, params.min_tokens, min(defaults.max_tokens, room))
         return Sampling(
             temperature=defaults.temperature if params.temperature is None else params.temperature,
             top_p=defaults.top_p if params.top_p is None else params.top_p,
             top_k=defaults.top_k if params.top_k is None else max(0, params.top_k),
-            max_tokens=params.max_tokens or max(1, min(defaults.max_tokens, room)),
+            min_p=defaults.min_p if params.min_p is None else params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+            logit_bias=params.logit_bias,
+            max_tokens=max_tokens,
+            min_tokens=params.min_tokens,
+            stop_token_ids=params.stop_token_ids,
             ignore_eos=params.ignore_eos,
             logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            grammar=grammar,
         )
 
     async def _tokens(
         self, request: Request, prompt: Text | Chat | Tokens, continues: bool = False
     ) -> list[int]:
-        match prompt:
-            case Text():
-                characters = len(prompt.text)
-            case Chat():
-                # What a template makes of variables and tool calls may be long though the messages are short.
-                more = prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns)
-                turns = sum(len(turn.text) + TURN_CHARACTERS for turn in prompt.turns)
-                characters = THREAD_CHARACTERS if more else turns
-            case Tokens():
-                characters = 0
         encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
-        if characters < THREAD_CHARACTERS:
+        if not takes_long(prompt):
             return encode()
         async with self._turns.setdefault(request.client, asyncio.Lock()):
             if not request.open:
@@ -404,14 +429,18 @@ class Router:
             self._send(client, Failed(name, self._failure.code, str(self._failure)))
             return
         stores = {report.store.store: report.store for report in reports}
+        admitting = State.ADMITTING
         info = Info(
             request=name,
+            state="ready" if self._all_ready.is_set() else "starting",
             model=self._model.name,
             max_model_len=self._model.max_model_len,
             capacity_tokens=self.capacity_tokens,
             attention=self._config.cache.attention,
             workers=[report.worker for report in reports],
             stores=list(stores.values()),
+            waiting=sum(request.state is admitting for request in self._open.values()),
+            traffic=self._traffic.traffic(),
         )
         self._send(client, info)
 
@@ -424,6 +453,10 @@ class Router:
 
     def on_store_ready(self, store: bytes, message: StoreReady) -> None:
         if self._begin(store, message.pid):
+            self._check_ready()
+
+    def on_gateway_ready(self, gateway: bytes, message: GatewayReady) -> None:
+        if self._begin(gateway, message.pid):
             self._check_ready()
 
     def _begin(self, child: bytes, pid: int) -> bool:
@@ -447,24 +480,36 @@ class Router:
             request.prefilled = message.done
             self._tell(request, Progress(request.name, "prefill", message.done, message.total))
 
+    def on_prompt_scored(self, worker: bytes, message: PromptScored) -> None:
+        request = self._running[worker].get(message.sequence)
+        if request is None or request.state is not State.ASSIGNED:
+            return
+        start, logprobs = message.start, list[Logprob | None](message.logprobs)
+        if start == 1:
+            start, logprobs = 0, [None, *logprobs]
+        tokens = request.prompt[start : start + len(logprobs)]
+        self._tell(request, PromptChunk(request.name, tokens, logprobs))
+
     def on_stepped(self, worker: bytes, message: Stepped) -> None:
         """The new tokens of a step, as text: one message to each client."""
         now = asyncio.get_running_loop().time()
         assigned = State.ASSIGNED  # to look up a member of an enum takes longer than all the rest of a test
         chunks: defaultdict[bytes, list[Chunk]] = defaultdict(list)
         running = self._running[worker]
+        self._traffic.step(len(message.steps))
         for step in message.steps:
             request = running.get(step.sequence)
             if request is None or request.state is not assigned:  # the worker has not read the Abort yet
                 continue
             assert request.text is not None
             try:
-                text = request.text.push(step.token)
+                text = "" if step.token in request.stop_token_ids else request.text.push(step.token)
             except Exception:  # it runs code of the model's authors; it must not end the server
                 self._fail_text(request)
                 continue
             if request.text.stopped:
                 self._stop(request, "stop")
+            self._traffic.token(request, now)
             request.generated += 1
             request.heard = now
             logprobs = None if step.logprob is None else [step.logprob]
@@ -473,6 +518,7 @@ class Router:
             self._send(client, Chunks(new))
 
     def on_done(self, worker: bytes, message: Done) -> None:
+        self._traffic.add_cache(message.cache)
         request = self._leave_worker(worker, message.sequence)
         if request is None or not request.open:
             return
@@ -547,10 +593,11 @@ class Router:
         if request.open:
             self._tell(request, message)
             if request.open:  # not if the client turned out to be gone
-                self._forget(request)
+                self._forget(request, message.reason if isinstance(message, Finished) else "failed")
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: Request, how: Reason | Literal["failed"]) -> None:
         request.move(State.CLOSED)
+        self._traffic.end(request, how, asyncio.get_running_loop().time())
         del self._open[request.client, request.name]
         if request.admitted:
             self._discharge(request.client, request.size)
@@ -570,7 +617,7 @@ class Router:
             _logger.info("Request %s is dropped: its client is %s.", request.name, delivery.value)
             if request.state is State.ASSIGNED:
                 self._order(request, Abort(request.sequence))
-            self._forget(request)
+            self._forget(request, "cancelled")
             if delivery is Delivery.FULL:
                 text = "The client did not read its stream and its requests were dropped; read it faster."
                 self._owed.setdefault(client, []).append(Failed(request.name, Overloaded.code, text))

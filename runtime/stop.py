@@ -23,6 +23,10 @@ class StopString:
         self._advance(character)
         return self.matched == self.length
 
+    def overlook(self) -> None:
+        """Go on after the string was complete, as if it had not been."""
+        self.matched = self._shorter[-1]
+
     def _advance(self, character: str) -> None:
         while self.matched and self._text[self.matched] != character:
             self.matched = self._shorter[self.matched - 1]

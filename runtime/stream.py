@@ -3,19 +3,31 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
 
 from clo.runtime.connection import Answer, Connection
 from clo.runtime.wire.errors import CLOError, ProtocolError
-from clo.runtime.wire.messages import CacheStats, Chunk, Finished, Generate, Logprob, Progress, Usage
+from clo.runtime.wire.messages import (
+    CacheStats,
+    Chunk,
+    Finished,
+    Generate,
+    Logprob,
+    Progress,
+    PromptChunk,
+    Usage,
+)
 
 OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request. ``finish_reason`` is "stop", "length" or "cancelled"."""
+    """A finished request. ``finish_reason`` is "stop", "length" or "cancelled".
+
+    Where ``prompt_logprobs`` were asked for, they stand beside ``prompt_tokens``, and the first one is None.
+    """
 
     text: str
     tokens: list[int]
@@ -23,6 +35,14 @@ class Result:
     finish_reason: str
     usage: Usage
     cache: CacheStats
+    prompt_tokens: list[int] | None = None
+    prompt_logprobs: list[Logprob | None] | None = None
+    others: "list[Result]" = field(default_factory=list)  # the other completions of the same prompt
+
+    @property
+    def choices(self) -> "list[Result]":
+        """All completions of the prompt, this one first."""
+        return [self, *self.others]
 
 
 def _join(chunks: list[Chunk]) -> Chunk:
@@ -55,10 +75,12 @@ class _Pieces(Answer):
     ) -> None:
         super().__init__(request.request)
         self._connection, self._on_progress = connection, on_progress
-        self._arrived: list[Chunk | Progress] = []  # since the last piece was read
+        self._arrived: list[Chunk | Progress | PromptChunk] = []  # since the last piece was read
         self._texts: list[str] = []  # of the pieces that were read
         self._tokens: list[int] = []
         self._logprobs: list[Logprob] = []
+        self._prompt_tokens: list[int] = []
+        self._prompt_logprobs: list[Logprob | None] = []
         self._result: Result | None = None
         connection.open(request, self, timeout)
 
@@ -80,6 +102,10 @@ class _Pieces(Answer):
         piece = _join(chunks) if chunks else None
         if piece is not None:
             self._keep(piece)  # first, as the caller's function may raise
+        for message in new:
+            if isinstance(message, PromptChunk):
+                self._prompt_tokens += message.tokens
+                self._prompt_logprobs += message.logprobs
         for message in new:
             if isinstance(message, Progress) and self._on_progress is not None:
                 self._on_progress(message)
@@ -104,6 +130,8 @@ class _Pieces(Answer):
             finish_reason=self.end.reason,
             usage=self.end.usage,
             cache=self.end.cache,
+            prompt_tokens=self._prompt_tokens or None,
+            prompt_logprobs=self._prompt_logprobs or None,
         )
 
 
@@ -116,7 +144,7 @@ class AsyncStream(_Pieces):
     _is_read = False  # whether a task reads it
     _patient = False  # whether that task waits for the end alone
 
-    def add(self, message: Chunk | Progress) -> None:
+    def add(self, message: Chunk | Progress | PromptChunk) -> None:
         if self._patient and isinstance(message, Chunk):
             self._keep(message)
         else:
@@ -138,7 +166,7 @@ class AsyncStream(_Pieces):
             pass
         return self.result
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         if self._is_read:
             raise RuntimeError("The stream is being read already; one task can read it.")
         self._is_read = True
@@ -171,7 +199,7 @@ class Stream(_Pieces):
         self._loop = asyncio.get_running_loop()
         super().__init__(connection, request, timeout, on_progress)
 
-    def add(self, message: Chunk | Progress) -> None:
+    def add(self, message: Chunk | Progress | PromptChunk) -> None:
         self._arrived.append(message)
         self.wake()
 

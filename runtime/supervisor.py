@@ -14,16 +14,25 @@ from urllib.parse import urlsplit
 import msgspec
 import torch
 
-from clo.runtime.config import BlockConfig, ServerConfig, StartedWorker, StoreConfig, WorkerConfig
+from clo.runtime.config import (
+    BlockConfig,
+    GatewayProcessConfig,
+    ServerConfig,
+    StartedWorker,
+    StoreConfig,
+    WorkerConfig,
+)
+from clo.runtime.http.listener import Listener
+from clo.runtime.machine.addresses import from_this_machine
 from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
-from clo.runtime.machine.process import EXIT_EXPLAINED, set_threads
+from clo.runtime.machine.process import EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
-from clo.runtime.wire.messages import store_identity, worker_identity
+from clo.runtime.wire.messages import GATEWAY_IDENTITY, store_identity, worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
 
@@ -39,13 +48,19 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, module: str, config: StoreConfig | WorkerConfig, key: str, threads: int
+        cls,
+        name: str,
+        module: str,
+        config: StoreConfig | WorkerConfig | GatewayProcessConfig,
+        secret: str,
+        threads: int,
+        descriptors: tuple[int, ...] = (),
     ) -> "Child":
         """Run ``python -m MODULE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
 
-        The child reads ``key`` from its stdin. What it prints goes to stderr, so that stdout carries the
-        ready line and nothing else. To be called in the main thread: a child dies with the thread that
-        started it.
+        The child reads ``secret`` from its stdin, and has ``descriptors`` of this process. What it prints
+        goes to stderr, so that stdout carries the ready line and nothing else. To be called in the main
+        thread: a child dies with the thread that started it.
         """
         environment = dict(os.environ)
         set_threads(environment, threads)
@@ -55,9 +70,10 @@ class Child:
             stdout=sys.stderr,
             start_new_session=True,
             env=environment,
+            pass_fds=descriptors,
         )
         assert process.stdin is not None
-        process.stdin.write(key.encode())
+        process.stdin.write(secret.encode())
         process.stdin.close()
         _logger.info("Started %s as process %d.", name, process.pid)
         return cls(name, process)
@@ -100,12 +116,14 @@ class Supervisor:
         self._key = secrets.token_hex(32)
         self._nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
         check_nodes(self._nodes)
+        self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)
         self._router_endpoint = f"ipc://{folder.path}/router"
         self._router = Router(config, self._model, self._router_endpoint, self._key)
-        self._stores: list[Child] = []
+        self._gateways: list[Child] = []  # one or none
         self._workers: list[Child] = []
+        self._stores: list[Child] = []
         self._stopping = asyncio.Event()
 
     def _warn(self) -> None:
@@ -114,8 +132,23 @@ class Supervisor:
         if self._config.api_key is None and host is not None and not ip_address(host).is_loopback:
             _logger.warning(
                 "Whoever reaches %s can use this server; set CLO_API_KEY, or listen on 127.0.0.1.",
-                self._router.address,
+                self._addresses,
             )
+
+    @property
+    def _addresses(self) -> str:
+        """Where clients connect."""
+        return (
+            self._router.address
+            if self._listener is None
+            else f"{self._router.address} or {self._listener.url}"
+        )
+
+    @property
+    def _children(self) -> list[Child]:
+        """All that have been started, in the order in which they leave: the gateway first, which hands the
+        last errors on, and the stores last, or workers would report a lost one."""
+        return self._gateways + self._workers + self._stores
 
     async def run(self) -> int:
         """Serve until a signal comes or something fails; returns the launcher's exit code. Signals that come
@@ -134,19 +167,21 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, ServerStopped):
             return 0
-        if not any(child.process.returncode == EXIT_EXPLAINED for child in self._stores + self._workers):
+        if not any(child.process.returncode == EXIT_EXPLAINED for child in self._children):
             print(f"error: {error}", file=sys.stderr)
         return 1
 
     def _on_signal(self) -> None:
         if self._stopping.is_set():
-            for child in self._stores + self._workers:
+            for child in self._children:
                 child.send(signal.SIGKILL)
         self._stopping.set()
 
     async def _start_children(self) -> None:
-        """Workers first, as stores have to know which processes they are."""
+        """Workers before stores, which have to know which processes they are."""
         config = self._config
+        if self._listener is not None:
+            await self._start_gateway(self._listener)
         endpoints = {node: f"ipc://{self._folder.path}/numa{node}" for node in self._nodes}
         threads = len(os.sched_getaffinity(0)) // config.workers
         for index in range(config.workers):
@@ -182,6 +217,23 @@ class Supervisor:
             self._stores.append(child)
             self._router.expect(store_identity(name), child.name, child.process.pid)
 
+    async def _start_gateway(self, listener: Listener) -> None:
+        gateway_config = GatewayProcessConfig(
+            gateway=self._config.gateway,
+            model=self._model,
+            descriptor=listener.descriptor,
+            server=from_this_machine(self._router.address),
+            router=self._router_endpoint,
+            log_level=self._config.log_level,
+        )
+        secret = f"{self._key}\n{self._config.api_key or ''}"
+        child = await Child.start(
+            "HTTP gateway", "clo.runtime.http", gateway_config, secret, 1, (listener.descriptor,)
+        )
+        listener.close()  # here: nobody else shall keep the port open
+        self._gateways.append(child)
+        self._router.expect(GATEWAY_IDENTITY, child.name, child.process.pid)
+
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
 
@@ -191,7 +243,7 @@ class Supervisor:
             asyncio.create_task(work)
             for work in (
                 self._until_stopped(),
-                *(child.watch() for child in self._stores + self._workers),
+                *(child.watch() for child in self._children),
                 self._router.watch_children(),
                 self._router.serve(),
                 self._announce(),
@@ -213,14 +265,17 @@ class Supervisor:
     async def _announce(self) -> None:
         capacity = await self._router.ready()
         self._folder.remove()
+        end_start_up()
         self._warn()
         name = self._config.model.model
-        print(f"ready {self._router.address} model={name} capacity={capacity} tokens", flush=True)
+        words = [f"ready {self._router.address} model={name} capacity={capacity} tokens"]
+        words += [] if self._listener is None else [self._listener.url]
+        print(*words, flush=True)
 
     async def _stop_children(self) -> None:
-        """SIGTERM and up to 5 s; then SIGKILL. Workers leave first, or they would report a lost store."""
+        """SIGTERM and up to 5 s; then SIGKILL."""
         deadline = asyncio.get_running_loop().time() + STOP_S
-        for children in (self._workers, self._stores):
+        for children in (self._gateways, self._workers, self._stores):
             for child in children:
                 child.send(signal.SIGTERM)
             endings = [asyncio.create_task(child.process.wait()) for child in children]

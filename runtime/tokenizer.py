@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clo.runtime.model.generation import read_generation
 from clo.runtime.stop import StopString
-from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong
+from clo.runtime.wire.errors import ConfigError, InvalidRequest, PromptTooLong, context_is
 from clo.runtime.wire.messages import MAX_JSON, MAX_JSON_VALUES, Chat, Text, Tokens, ToolCall, Turn
 
 _CONTEXT = 8  # tokens, or a few more, that are decoded again before the new ones
@@ -22,6 +22,8 @@ _WINDOW = 64  # tokens that are decoded at most
 _CHARACTER_TOKENS = 4  # a character has at most 4 bytes, so at most 4 tokens
 _UNKNOWN = "\ufffd"  # stands for bytes that are not UTF-8, perhaps because a character is incomplete
 _MARK = "\n"  # no tokenizer joins it with a letter
+LONG_CHARACTERS = 10_000  # of a prompt that takes more than a few milliseconds
+_TURN_CHARACTERS = 50  # as many take as long as an empty message of a chat
 
 # What ``apply_chat_template`` takes beside variables of the template; a template of a client's own, for one,
 # could compute for ever.
@@ -43,6 +45,21 @@ class Spelling(NamedTuple):
     drops_space: bool  # whether a space at the beginning of a text is left out
 
 
+def takes_long(prompt: Text | Chat | Tokens) -> bool:
+    """Whether to tokenise a prompt takes so long that an event loop should have it done by a thread."""
+    match prompt:
+        case Text():
+            characters = len(prompt.text)
+        case Chat():
+            # What a template makes of variables and tool calls may be long though the messages are short.
+            if prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns):
+                return True
+            characters = sum(len(turn.text) + _TURN_CHARACTERS for turn in prompt.turns)
+        case Tokens():
+            characters = 0
+    return characters >= LONG_CHARACTERS
+
+
 class Tokenizer:
     """The tokenizer of a model folder. Threads may share it.
 
@@ -54,6 +71,7 @@ class Tokenizer:
         eos: ids that end a text, by the tokenizer and by the model.
         spoken: ids that give text: all that the tokenizer knows but special ones and those that end a text.
         spelling: of all spoken ids; None where what they stand for depends on those beside them.
+        chat_template: the text of the model's chat template, or of all of them; "" without one.
 
     Raises:
         ConfigError: the folder holds no tokenizer that can be loaded, or what it says about the end of a text
@@ -79,6 +97,8 @@ class Tokenizer:
             raise ConfigError(
                 f"The tokenizer in {folder} cannot be loaded ({reason}); copy the model again."
             ) from error
+        template = self._tokenizer.chat_template or ""
+        self.chat_template: str = "\n".join(template.values()) if isinstance(template, dict) else template
         self._vocab_size = vocab_size
         self.eos = sorted(ends | {self._tokenizer.eos_token_id} - {None})
         special = {token for token, entry in added.items() if entry.special}
@@ -87,13 +107,15 @@ class Tokenizer:
         plain = fast and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
         self.spelling = _spelling_of(self._tokenizer.backend_tokenizer, self.spoken) if plain else None
 
-    def encode(self, prompt: Text | Chat | Tokens, limit: int, *, continues: bool = False) -> list[int]:
+    def encode(
+        self, prompt: Text | Chat | Tokens, limit: int, *, continues: bool = False, special: bool = True
+    ) -> list[int]:
         """Token ids of a prompt, at least one.
 
         Args:
             limit: tokens of the longest prompt; a text that is certainly longer is not tokenised at all.
-            continues: whether a plain text goes on after another one. Otherwise it gets the special tokens
-                that the tokenizer adds.
+            continues: whether a plain text goes on after another one. It gets no special tokens then.
+            special: whether a plain text gets the special tokens that the tokenizer adds.
 
         Raises:
             InvalidRequest: the prompt is empty, an id is not in the vocabulary, or the chat template is
@@ -104,19 +126,18 @@ class Tokenizer:
             tokens = prompt.ids
             if len(tokens) > limit:
                 raise PromptTooLong(
-                    f"The prompt has {len(tokens)} tokens, the model length is {limit}; shorten it."
+                    f"The prompt has {len(tokens)} tokens, and {context_is(limit)}; shorten it."
                 )
         else:
             text = prompt.text if isinstance(prompt, Text) else self._render(prompt)
             if len(text) > limit * self._longest:
                 raise PromptTooLong(
-                    f"The text of {len(text)} characters cannot fit into the model length of {limit} tokens; "
-                    "shorten it."
+                    f"The text of {len(text)} characters cannot fit: {context_is(limit)}. Shorten it."
                 )
             if continues:
                 tokens = self._encode_continuation(text)
             else:
-                tokens = self._encode(text, add_special_tokens=isinstance(prompt, Text))
+                tokens = self._encode(text, add_special_tokens=special and isinstance(prompt, Text))
         if not tokens:
             raise InvalidRequest("The prompt is empty; give at least one token.")
         if max(tokens) >= self._vocab_size:  # a tokenizer may know more tokens than the model
@@ -125,12 +146,25 @@ class Tokenizer:
             )
         return tokens
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, tokens: list[int], *, special: bool = False) -> str:
+        """Text of tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            special: whether special tokens are spelled out; they give no text otherwise.
+        """
         text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
+
+    def spell(self, token: int) -> bytes:
+        """What one token stands for by itself, special ones included; it may begin or end within a
+        character."""
+        if self.spelling is not None and token in self.spoken:
+            whole = self.spelling.whole.get(token)
+            return self.spelling.parts[token] if whole is None else whole.encode()
+        mark = self._encode(_MARK)  # at the beginning of a text some tokenizers drop a space
+        return self.decode([*mark, token], special=True)[len(self.decode(mark)) :].encode()
 
     def ending(self, tokens: list[int]) -> list[int]:
         """A few tokens at the end of a prompt, such that the text of an answer is what it adds to theirs: at
@@ -190,6 +224,8 @@ def _template_turn(turn: Turn) -> dict[str, Any]:
         message["name"] = turn.name
     if turn.tool_call_id is not None:
         message["tool_call_id"] = turn.tool_call_id
+    if turn.reasoning_content is not None:
+        message["reasoning_content"] = turn.reasoning_content
     if turn.tool_calls:
         message["tool_calls"] = [_template_call(call) for call in turn.tool_calls]
     return message
@@ -259,12 +295,13 @@ class Detokenizer:
         prompt: the tokens before the sequence, which give no text here.
         stop: strings that end the text, each at least one character. The text ends before the first one
             that is complete.
+        min_tokens: first tokens in whose text no stop string ends.
 
     Attributes:
         stopped: a stop string was found; there is no more text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], min_tokens: int = 0) -> None:
         spelling = tokenizer.spelling
         self._pieces: _Spelled | _Window
         if spelling is None:
@@ -274,6 +311,7 @@ class Detokenizer:
             self._pieces = _Spelled(spelling, begins=begins)
         self._stops = [StopString(text) for text in stop]
         self._held = ""  # may be the beginning of a stop string
+        self._unstopped = min_tokens  # tokens to come in whose text no stop string ends
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -281,7 +319,11 @@ class Detokenizer:
         if self.stopped:
             return ""
         new = self._pieces.push(token)
-        return self._until_stop(new) if self._stops else new
+        if not self._stops:
+            return new
+        text = self._until_stop(new)
+        self._unstopped -= 1
+        return text
 
     def flush(self) -> str:
         """The rest, at the end of the sequence."""
@@ -294,11 +336,13 @@ class Detokenizer:
         """The part of the text held back and ``new`` that cannot belong to a stop string."""
         text = self._held + new
         for end, character in enumerate(new, len(self._held) + 1):
-            complete = [stop.length for stop in self._stops if stop.push(character)]
-            if complete:
+            complete = [stop for stop in self._stops if stop.push(character)]
+            if complete and self._unstopped <= 0:
                 self.stopped = True
                 self._held = ""
-                return text[: end - max(complete)]
+                return text[: end - max(stop.length for stop in complete)]
+            for stop in complete:
+                stop.overlook()
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]

@@ -5,10 +5,12 @@ The token that follows token n is n + 1. What is launched stands in one queue, a
 or where a slot goes to a sequence while work on the former one is still in the queue.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clo.gpu_worker.outputs import StepHandle
+from clo.kernels.sample import LATE
 from clo.runtime.wire.messages import CacheStats, Logprob, Sampling
 
 SLOTS, BLOCK_TOKENS, MAX_TOKENS = 3, 4, 48
@@ -54,9 +56,20 @@ class FakeGraphs:
         return next((size for size in (4, 8, 16) if size >= tokens), None)
 
 
+class FakeScores:
+    """What the model thought of a prompt: minus its own number of each token."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def read(self) -> list[Logprob]:
+        return [Logprob(token, -float(token), []) for token in self._tokens[1:]]
+
+
 class FakePrefill:
-    def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int]) -> None:
+    def __init__(self, engine: "FakeEngine", slot: int, tokens: list[int], score: int | None) -> None:
         self._engine, self._slot, self._tokens = engine, slot, tokens
+        self.scores = None if score is None else FakeScores(tokens)
         self._units = 0
         self.total = len(tokens)
 
@@ -114,6 +127,8 @@ class FakeEngine:
         self.log: list[str] = []
         self.joined = 0
         self.activated: list[tuple[Sampling, int]] = []  # with their seeds
+        self.adjusted: list[tuple[int, list[int], list[int]]] = []  # slots, their prompts and ends
+        self.masks: dict[int, tuple[set[int], int]] = {}  # what may follow in a slot, and after which length
         self._mail: dict[int, list[int]] = {}  # work number -> drawn tokens, by slot
         self._logits = torch.zeros(SLOTS, 1)  # one buffer, as a graph has
 
@@ -130,11 +145,13 @@ class FakeEngine:
 
     # what the scheduler calls
 
-    def prefill(self, slot: int, tokens: list[int], blocks: list[int]) -> FakePrefill:
+    def prefill(
+        self, slot: int, tokens: list[int], blocks: list[int], score: int | None = None
+    ) -> FakePrefill:
         assert slot not in self.owner and slot not in self.lengths, f"slot {slot} is in use"
         assert self.last_use[slot] <= self.done, f"slot {slot} is given away while work on it is in the queue"
         assert len(blocks) * BLOCK_TOKENS >= len(tokens)
-        self.owner[slot] = prefill = FakePrefill(self, slot, tokens)
+        self.owner[slot] = prefill = FakePrefill(self, slot, tokens, score)
         return prefill
 
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
@@ -158,9 +175,24 @@ class FakeEngine:
         self.lengths[slot] = length
         self.activated.append((sampling, seed))
 
+    def adjust(self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int]) -> None:
+        assert slot in self.lengths
+        self.adjusted.append((slot, prompt, ends))
+
+    def constrain(self, slot: int, mask: np.ndarray, length: int) -> None:
+        if slot in self.lengths:
+            self.masks[slot] = set(mask.tolist()), length
+        else:
+            assert slot not in self.owner, "the slot has gone to another sequence"
+
     def start(self, slots: list[int], logits: Tensor) -> StepHandle:
         assert len(logits) == len(slots)
         drawn = [int(token) for token in logits[:, 0]]
+        for place, slot in enumerate(slots):
+            if slot in self.masks:
+                allowed, length = self.masks[slot]
+                assert length == self.lengths[slot], "the first mask is there before the first draw"
+                drawn[place] = min(allowed)
         self.tokens.update(zip(slots, drawn, strict=True))
         number = self.launch(*slots)
         self._mail[number] = drawn
@@ -170,15 +202,21 @@ class FakeEngine:
     def step(self, slots: list[int], longest: int) -> StepHandle:
         assert slots == sorted(self.lengths), "a step takes all slots in use, and no other"
         number = self.launch(*slots)
+        drawn = dict.fromkeys(range(SLOTS), -7)
         for slot in slots:
+            allowed, length = self.masks.get(slot, ({self.tokens[slot] + 1}, self.lengths[slot] + 1))
+            if length != self.lengths[slot] + 1:  # the mask is late, so the step is repeated
+                assert length <= self.lengths[slot]
+                drawn[slot] = LATE
+                continue
             self.lengths[slot] += 1
-            self.tokens[slot] += 1
+            self.tokens[slot] = drawn[slot] = min(allowed)
             self._logits[slot] = self.tokens[slot]
-        assert longest == max(self.lengths.values())
+        assert longest == max(self.lengths.values()) or self.masks
         assert longest <= MAX_TOKENS
-        self._mail[number] = [self.tokens.get(slot, -1) for slot in range(SLOTS)]
+        self._mail[number] = list(drawn.values())
         on_way = [step for step in self._mail if step > self.done]
-        assert len(on_way) <= self.depth + SLOTS
+        assert len(on_way) <= self.depth + 1 + SLOTS
         self.log.append("step")
         return StepHandle(number, slots, self._logits)
 
@@ -202,6 +240,7 @@ class FakeEngine:
     def retire(self, slot: int) -> FakeRelease:
         self.lengths.pop(slot, None)
         self.owner.pop(slot, None)
+        self.masks.pop(slot, None)
         return FakeRelease(self, slot)
 
     def join_prompts(self) -> None:

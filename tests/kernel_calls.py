@@ -19,9 +19,10 @@ from clo.kernels.gate import gate
 from clo.kernels.mailbox import post
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
-from clo.kernels.sample import sample
+from clo.kernels.sample import Adjustments, SamplingState, sample
 from clo.kernels.score import score_codes
 from clo.kernels.store import store_new, store_prompts
+from clo.kernels.take import take
 from clo.kernels.update_resident import FetchList, update_resident
 
 
@@ -66,6 +67,8 @@ class Sizes:
     block_tokens: int = 64
     max_blocks: int = 5
     vocab: int = 50
+    slots: int = 13
+    biases: int = 8
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,16 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     reselect = zeros(*heads, dtype=torch.bool)
     lse = zeros(batch, kv_heads * group, dtype=torch.float32)
     rotation = zeros(head_dim, head_dim, dtype=torch.float32)
-    numbers, shares = zeros(batch, dtype=torch.int64), zeros(batch, dtype=torch.float32)
+    numbers = zeros(batch, dtype=torch.int64)
+    many = max(sizes.slots, batch)
+    of_slots, shares = zeros(many, dtype=torch.int64), zeros(many, dtype=torch.float32)
+    state_of_slots = SamplingState(shares, shares + 1, of_slots, of_slots, of_slots)
+    adjustments = Adjustments(
+        zeros(many, dtype=torch.bool), zeros(many, sizes.vocab, dtype=torch.int16),
+        zeros(many, 3, dtype=torch.float32), of_slots,
+        zeros(many, sizes.biases, dtype=torch.int32), zeros(many, sizes.biases, dtype=torch.float32),
+        zeros(many, dtype=torch.bool), zeros(many, -(-sizes.vocab // 32), dtype=torch.int32), of_slots,
+    )  # fmt: skip
     prompts = zeros(tokens, kv_heads, 2, head_dim)
     parts = torch.arange(sizes.max_blocks, device=device)
     prompt_blocks = PromptBlocks(
@@ -217,8 +229,15 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         Call(
             sample,
             {
-                "logits": zeros(batch, sizes.vocab, dtype=torch.float32), "temperature": shares,
-                "top_p": shares + 1, "top_k": numbers, "seed": numbers, "position": numbers,
+                "logits": zeros(batch, sizes.vocab, dtype=torch.float32), "slots": slots[:batch],
+                "lengths": of_slots, "state": state_of_slots, "adjustments": adjustments,
+            },
+        ),
+        Call(
+            take,
+            {
+                "drawn": numbers, "slots": slots[:batch], "lengths": of_slots, "tokens": of_slots,
+                "adjustments": adjustments,
             },
         ),
         Call(

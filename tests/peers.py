@@ -13,6 +13,7 @@ import zmq.asyncio
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
 from clo.runtime.wire.messages import (
+    GATEWAY_IDENTITY,
     Chunk,
     Chunks,
     DriftStats,
@@ -23,6 +24,7 @@ from clo.runtime.wire.messages import (
     Info,
     Logprob,
     Message,
+    Ping,
     Ready,
     Step,
     Stepped,
@@ -152,6 +154,10 @@ class Wire:
     def stranger(self, number: int, key: str | None = KEY) -> Worker:
         """Somebody who says to be a worker of this number."""
         return Worker(self._context, self._endpoint, key, number)
+
+    def gateway(self) -> Peer:
+        """What only speaks as the HTTP gateway."""
+        return Peer(self._context, self._endpoint, Ping, KEY, IDENTITY=GATEWAY_IDENTITY)
 
     def client(self, **options: Any) -> Client:
         return Client(self._context, self.router.address, **options)

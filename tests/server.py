@@ -24,6 +24,7 @@ class Server:
         process: the launcher.
         stdout, stderr: files that collect its output and its children's.
         address: where clients connect; empty until the server is ready.
+        url: the same for HTTP clients; empty where there is no HTTP.
         runtime: folder in which it makes one for its sockets.
     """
 
@@ -55,7 +56,7 @@ class Server:
                 group=os.getgid() if user == os.getuid() else user,
                 extra_groups=None if user == os.getuid() else [],
             )
-        self.address = ""
+        self.address = self.url = ""
 
     def wait_ready(self) -> None:
         """Wait for the ready line; ``AssertionError`` where the launcher ends or is too slow."""
@@ -64,7 +65,9 @@ class Server:
             assert self.process.poll() is None, f"the launcher ended: {self.stderr.read_text()}"
             assert time.monotonic() < deadline, f"not ready in {READY_S} s: {self.stderr.read_text()}"
             time.sleep(0.02)
-        self.address = line.split()[1]
+        words = line.split()
+        self.address = words[1]
+        self.url = words[-1] if words[-1].startswith("http") else ""
 
     def children(self, package: str = "") -> list[psutil.Process]:
         """Its stores (``package`` "kvstore"), workers ("gpu_worker") or both, by their command lines, so that

@@ -43,6 +43,9 @@ WRONG: list[tuple[Any, dict[str, Any], type[CLOError]]] = [
     ("a", {"stop": [""]}, InvalidRequest),
     ([{"role": "user", "content": 5}], {}, InvalidRequest),
     ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"tokenize": True}}, InvalidRequest),
+    ("a", {"min_tokens": 9, "max_tokens": 8}, InvalidRequest),
+    ("a", {"logit_bias": {600: 1}}, InvalidRequest),
+    ("a", {"structured_outputs": {"regex": "("}}, InvalidRequest),
     ([1] * 5000, {}, PromptTooLong),
     ([1] * 100, {"max_tokens": 4090}, PromptTooLong),
     ([1] * 2000, {"max_tokens": 1000}, PromptTooLong),
@@ -57,6 +60,31 @@ async def answered(client: AsyncClient, rng: random.Random) -> None:
     )
     result = await client.generate(prompt, top_k=-1, seed=rng.randrange(9), **options)
     assert len(result.tokens) == count
+
+
+async def adjusted(client: AsyncClient, rng: random.Random) -> None:
+    result = await client.generate(
+        "a b", max_tokens=9, min_tokens=9, seed=rng.randrange(9), min_p=0.01, repetition_penalty=1.2,
+        presence_penalty=rng.uniform(-2, 2), frequency_penalty=rng.uniform(-2, 2),
+        logit_bias={rng.randrange(512): 3.0}, prompt_logprobs=rng.choice([None, 0]),
+    )  # fmt: skip
+    assert len(result.tokens) == 9
+
+
+async def structured(client: AsyncClient, rng: random.Random) -> None:
+    letters = rng.choice("abc") + rng.choice("xyz")
+    wanted = {"regex": f"[{letters}]{{{rng.randrange(1, 30)}}}"}
+    if rng.random() < 0.2:
+        async for _ in client.stream("a", max_tokens=40, structured_outputs=wanted):
+            return
+    result = await client.generate("a", max_tokens=40, structured_outputs=wanted)
+    assert result.finish_reason == "stop" and set(result.text) <= set(letters)
+
+
+async def prompt_scored(client: AsyncClient, rng: random.Random) -> None:
+    count = rng.randrange(1, 300)
+    result = await client.generate([7] * count, max_tokens=0, prompt_logprobs=rng.choice([0, 20]))
+    assert len(result.prompt_logprobs or ()) == count
 
 
 async def scored(client: AsyncClient, rng: random.Random) -> None:
@@ -117,7 +145,8 @@ async def vanished(client: AsyncClient, rng: random.Random) -> None:
 
 
 KINDS = {
-    answered: 8, scored: 1, stopped: 2, cancelled: 2, timed_out: 1, left: 1, dropped: 1, wrong: 3, closed: 1,
+    answered: 8, adjusted: 2, structured: 2, prompt_scored: 1, scored: 1, stopped: 2, cancelled: 2,
+    timed_out: 1, left: 1, dropped: 1, wrong: 3, closed: 1,
     vanished: 1,
 }  # fmt: skip
 """How often each comes."""

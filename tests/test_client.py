@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import zmq
 from clo.runtime import connection
 from clo.runtime.client import AsyncClient, Client
 from clo.runtime.stream import AsyncStream
+from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.errors import CLOError, InvalidRequest, ProtocolError, RequestTimeout, ServerUnreachable
 from clo.runtime.wire.messages import (
     NO_STATS,
@@ -32,7 +34,9 @@ from clo.runtime.wire.messages import (
     Logprob,
     Message,
     Progress,
+    PromptChunk,
     SamplingParams,
+    StructuredOutputs,
     ToRouter,
     Usage,
 )
@@ -117,6 +121,34 @@ TOOL_CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments
             {"top_k": -1, "temperature": 1, "logprobs": 0},
             {"top_k": -1, "temperature": 1.0, "logprobs": 0},
         ),
+        (
+            "a",
+            {"presence_penalty": None, "logit_bias": None, "min_tokens": None, "stop_token_ids": None},
+            {},
+        ),
+        ("a", {"logit_bias": {"15": -100, 7: 1}, "n": 1}, {"logit_bias": {15: -100.0, 7: 1.0}}),
+        ("a", {"response_format": None}, {}),
+        ("a", {"response_format": {"type": "text"}}, {}),
+        (
+            "a",
+            {"response_format": {"type": "json_object"}},
+            {"structured_outputs": StructuredOutputs(json_object=True)},
+        ),
+        (
+            "a",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": {"b": 1, "a": [2]}},
+                }
+            },
+            {"structured_outputs": StructuredOutputs(json={"b": 1, "a": [2]})},
+        ),
+        (
+            "a",
+            {"structured_outputs": {"choice": ["x"]}, "response_format": {"type": "text"}},
+            {"structured_outputs": StructuredOutputs(choice=["x"])},
+        ),
         ([{"role": "tool", "content": None, "tool_call_id": "1"}], {}, {}),
         ([{"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}], {}, {}),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}], {}, {}),
@@ -148,6 +180,31 @@ def test_requests_as_vllm_takes_them(
         ("a", {"stop": 5}, "Expected `array`, got `int`"),
         ("a", {"top_k": -2}, "`int` >= -1"),
         ("a", {"chat_template_kwargs": {"enable_thinking": False}}, "go with chat messages"),
+        ("a", {"min_p": 1.5}, "`float` <= 1.0 - at `$.sampling.min_p`"),
+        ("a", {"min_p": -0.1}, "`float` >= 0.0 - at `$.sampling.min_p`"),
+        ("a", {"presence_penalty": 2.1}, "`float` <= 2.0 - at `$.sampling.presence_penalty`"),
+        ("a", {"frequency_penalty": -2.1}, "`float` >= -2.0 - at `$.sampling.frequency_penalty`"),
+        ("a", {"repetition_penalty": 0}, "`float` > 0.0 - at `$.sampling.repetition_penalty`"),
+        ("a", {"repetition_penalty": float("nan")}, "`$.sampling.repetition_penalty`"),
+        ("a", {"logit_bias": {5: 101}}, "`float` <= 100.0 - at `$.sampling.logit_bias"),
+        ("a", {"logit_bias": {"x": 1}}, "Expected `int`, got `str` - at `key` in `$.sampling.logit_bias`"),
+        ("a", {"logit_bias": {-1: 1}}, "Expected `int` >= 0 - at `key` in `$.sampling.logit_bias`"),
+        ("a", {"logit_bias": dict.fromkeys(range(1025), 1.0)}, "`object` of length <= 1024"),
+        ("a", {"min_tokens": -1}, "`int` >= 0 - at `$.sampling.min_tokens`"),
+        ("a", {"max_tokens": -1}, "`int` >= 0 - at `$.sampling.max_tokens`"),
+        ("a", {"stop_token_ids": [-1]}, r"`int` >= 0 - at `$.sampling.stop_token_ids"),
+        ("a", {"stop_token_ids": [1] * 129}, "`array` of length <= 128"),
+        ("a", {"prompt_logprobs": 21}, "`int` <= 20 - at `$.sampling.prompt_logprobs`"),
+        ("a", {"n": 2}, "use generate() or streams() with n"),
+        ("a", {"structured_outputs": {"xml": "a"}}, "unknown field `xml`"),
+        ("a", {"response_format": {"type": "xml"}}, "response_format is not valid: Invalid value 'xml'"),
+        ("a", {"response_format": "json"}, "response_format is not valid"),
+        ("a", {"response_format": {"type": "json_schema"}}, "missing required field `json_schema`"),
+        (
+            "a",
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "say the same",
+        ),
         ([{"role": "user", "content": 5}], {}, r"Expected `str | array | null`, got `int`"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], {}, "'image_url'"),
         ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"x": object()}}, "object"),
@@ -163,7 +220,7 @@ def test_requests_as_vllm_takes_them(
 def test_requests_that_are_not_valid_are_not_sent(
     server: FakeServer, prompt: Any, options: dict[str, Any], sentence: str
 ) -> None:
-    with Client(server.address) as client, pytest.raises(InvalidRequest, match=sentence):
+    with Client(server.address) as client, pytest.raises(InvalidRequest, match=re.escape(sentence)):
         client.stream(prompt, **options)
     assert not server.socket.poll(0)
 
@@ -297,6 +354,82 @@ def test_threads_share_a_client(server: FakeServer) -> None:
     assert results == {str(number): f"answer to {number}" for number in range(8)}
 
 
+# ------------------------------------------------------------------------------ several completions
+
+
+def test_several_completions_are_requests_with_seeds_of_their_own(server: FakeServer) -> None:
+    def answer(count: int) -> list[Generate]:
+        requests = [server.receive() for _ in range(count)]
+        for number, request in enumerate(requests):
+            server.send(Chunks([Chunk(request.request, f"text {number}", [number], None)]))
+            server.send(Finished(request.request, "stop", Usage(1, 1), NO_STATS))
+        return [request for request in requests if isinstance(request, Generate)]
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            asked = asyncio.create_task(client.generate("a", n=3, seed=2**63 - 2, top_p=0.5))
+            requests = await asyncio.to_thread(answer, 3)
+            params = [SamplingParams(seed=seed, top_p=0.5) for seed in (2**63 - 2, 2**63 - 1, 0)]
+            assert [request.sampling for request in requests] == params
+            result = await asked
+            assert [choice.text for choice in result.choices] == ["text 0", "text 1", "text 2"]
+            assert result.text == "text 0" and result.choices[1].choices == [result.others[0]]
+            for seed, expected in ((-2, [-2, 2**63 - 1]), (-1, [-1, -1])):
+                asked = asyncio.create_task(client.generate("a", n=2, seed=seed))
+                requests = await asyncio.to_thread(answer, 2)
+                assert [request.sampling.seed for request in requests] == expected
+                await asked
+
+    asyncio.run(run())
+    with Client(server.address) as client:
+        streams = client.streams("a", n=2)
+        assert [request.sampling for request in answer(2)] == [SamplingParams()] * 2, "each gets its own"
+        assert [[piece.text for piece in stream] for stream in streams] == [["text 0"], ["text 1"]]
+
+
+def test_where_one_of_several_completions_fails_the_others_are_cancelled(server: FakeServer) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            asked = asyncio.create_task(client.generate("a", n=3))
+            requests = [(await asyncio.to_thread(server.receive)).request for _ in range(3)]
+            server.send(Failed(requests[1], "overloaded", "No."))
+            with pytest.raises(CLOError, match="No"):
+                await asked
+            left = {(await asyncio.to_thread(server.receive)).request for _ in range(2)}
+            assert left == {requests[0], requests[2]}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"n": 0}, "n is 0, and must be a whole number from 1 to 128"),
+        ({"n": 129}, "n is 129"),
+        ({"n": "2"}, "n is '2'"),
+        ({"n": 2, "temperature": 0}, "all completions are the same"),
+    ],
+)
+def test_numbers_of_completions_that_cannot_be(
+    server: FakeServer, options: dict[str, Any], sentence: str
+) -> None:
+    with Client(server.address) as client, pytest.raises(InvalidRequest, match=sentence):
+        client.generate("a", **options)
+
+
+def test_log_probabilities_of_the_prompt_are_part_of_the_result(server: FakeServer) -> None:
+    scores = [None, Logprob(2, -1.0, []), Logprob(3, -2.0, [])]
+    with Client(server.address) as client:
+        stream = client.stream([1, 2, 3], max_tokens=0, prompt_logprobs=0)
+        request = server.receive().request
+        server.send(PromptChunk(request, [1, 2], scores[:2]))
+        server.send(PromptChunk(request, [3], scores[2:]))
+        server.send(Finished(request, "length", Usage(3, 0), NO_STATS))
+        assert list(stream) == []
+        assert (stream.result.prompt_tokens, stream.result.prompt_logprobs) == ([1, 2, 3], scores)
+        assert (stream.result.tokens, stream.result.text) == ([], "")
+
+
 # ------------------------------------------------------------------------------------ pieces
 
 
@@ -384,7 +517,7 @@ def test_a_stream_that_was_left_can_be_read_to_its_end(server: FakeServer) -> No
 
 
 def test_a_server_that_ends_a_request_with_something_else(server: FakeServer) -> None:
-    info = Info("", "tiny", 1, 1, "clo", [], [])
+    info = Info("", "ready", "tiny", 1, 1, "clo", [], [], 0, TrafficMeter().traffic())
     with Client(server.address) as client:
         stream = client.stream("a")
         server.send(msgspec.structs.replace(info, request=server.receive().request))

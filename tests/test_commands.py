@@ -113,6 +113,23 @@ def test_a_wrong_line_is_named_before_anything_is_asked(line: str, expected: str
     assert done.stderr.startswith(f"error: Line 2 of {prompts} {expected}") and done.stderr.count("\n") == 1
 
 
+def test_a_line_may_ask_for_what_the_client_takes(server: Server, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    properties = {"a": {"enum": [1]}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    lines = [
+        {"id": "s", "prompt": "a", "max_tokens": 100, "response_format": wanted},
+        {"id": "b", "prompt": "a", "max_tokens": 3, "logit_bias": {"7": 100}, "echo": True},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    done = clo("run", "--input", str(prompts), "--output", str(output), *GREEDY, server=server)
+    assert done.returncode == 0, done.stderr
+    answers = lines_of(output)
+    assert json.loads(answers["s"]["text"]) == {"a": 1}
+    assert answers["b"]["text"].startswith("a")
+
+
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
     prompts = tmp_path / "in.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"id": 1, "prompt": "b"}\n')

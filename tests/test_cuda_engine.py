@@ -2,18 +2,28 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.in_process import divergence, make_engine, prefill, stats_of, teacher_force, wait_for
+from clo.gpu_worker.in_process import (
+    blocks_of,
+    divergence,
+    make_engine,
+    prefill,
+    stats_of,
+    teacher_force,
+    wait_for,
+)
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.kernels.sample import LATE
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
-from clo.runtime.wire.messages import Text
+from clo.runtime.wire.messages import Sampling, Text
 from examples.document import document
 
 pytestmark = pytest.mark.gpu
@@ -171,6 +181,103 @@ def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]
         assert release.stats(704, 4).steps == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_does_not_wait_for_what_changes_logits_and_scores_prompts(
+    decoders: tuple[Decoder, Decoder],
+) -> None:
+    engine = make_engine(decoders[1], CacheConfig(resident=128, select_k=32), 2, 800)
+    engine.capture()
+    prompt = random_tokens(700, 1)
+    sampling = Sampling(
+        temperature=0.0, min_p=0.1, repetition_penalty=1.2, frequency_penalty=0.1, logit_bias={5: 1.0},
+        min_tokens=3, grammar="any",
+    )  # fmt: skip
+    everything = np.full(engine.decoder.vocab // 32, -1, np.int32)
+
+    def request() -> list[int]:
+        work = engine.prefill(0, prompt, blocks_of(engine, 0, 705), score=2)
+        while (logits := work.advance()) is None:
+            pass
+        engine.activate(0, len(prompt), sampling, 0)
+        engine.adjust(0, sampling, prompt, [7])
+        engine.constrain(0, everything, len(prompt))
+        handle, tokens = engine.start([0], logits), []
+        for step in range(1, 5):
+            engine.constrain(0, everything, len(prompt) + step)
+            following = engine.step([0], 700 + step)
+            tokens += wait_for(engine, handle)
+            handle = following
+        tokens += wait_for(engine, handle)
+        release = engine.retire(0)
+        while not release.event.reached:
+            pass
+        assert work.scores is not None and len(work.scores.read()) == 699
+        return tokens
+
+    first = request()  # what is made at its first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert request() == first
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masks_that_arrive_while_their_step_runs_and_later(decoders: tuple[Decoder, Decoder]) -> None:
+    """Two steps are on their way at a time. One slot has a mask for each token, some of them late, and has
+    the tokens that it has on the CPU in time; the slot beside it has penalties."""
+    prompts, count = [random_tokens(5, 1), random_tokens(300, 2)], 40
+    allowed = torch.rand(count, 512, generator=torch.Generator().manual_seed(1)) < 0.5
+    bits = np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32)
+    samplings = [
+        Sampling(temperature=0.0, grammar="any"),
+        Sampling(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.2),
+    ]
+
+    def run(decoder: Decoder, late: set[int]) -> list[list[int]]:
+        engine = make_engine(decoder, CacheConfig(resident=400, select_k=64), 2, 400)
+        engine.capture()
+        logits = [prefill(engine, slot, prompt, 400) for slot, prompt in enumerate(prompts)]
+        for slot, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            engine.activate(slot, len(prompt), sampling, seed=0)
+            engine.adjust(slot, sampling, prompt, [])
+        engine.constrain(0, bits[0], len(prompts[0]))
+        handles = [engine.start([0, 1], torch.cat(logits))]
+        found: list[list[int]] = [[], []]
+        steps = 0
+        while len(found[0]) < count:
+            if len(handles) < engine.depth:
+                handles.append(engine.step([0, 1], 400))
+            mine, its = wait_for(engine, handles.pop(0))
+            found[1].append(its)
+            if mine != LATE:
+                found[0].append(mine)
+            if steps not in late and len(found[0]) < count:
+                engine.constrain(0, bits[len(found[0])], len(prompts[0]) + len(found[0]))
+            steps += 1
+        return [found[0], found[1][:count]]
+
+    expected = run(decoders[0], set())
+    assert all(allowed[place, token] for place, token in enumerate(expected[0]))
+    assert run(decoders[1], set()) == expected
+    assert run(decoders[1], {3, 4, 11, 12, 13, 30}) == expected
+
+
+@pytest.mark.parametrize("length", [2, 70, 1500])
+def test_prompts_are_scored_as_on_the_cpu(decoders: tuple[Decoder, Decoder], length: int) -> None:
+    prompt, found = random_tokens(length, 3), []
+    for decoder in decoders:
+        engine = make_engine(decoder, CacheConfig(resident=128), 1, 1600)
+        work = engine.prefill(0, prompt, blocks_of(engine, 0, 1600), score=1)
+        while work.advance() is None:
+            pass
+        if decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        assert work.scores is not None
+        found.append(work.scores.read())
+    for mine, its in zip(*found, strict=True):
+        assert mine.token == its.token and abs(mine.logprob - its.logprob) < 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,9 @@ def test_append_and_store_new(dim: int, kv_heads: int, group: int, dtype: torch.
         lengths = starts + step
         lengths[3] = 0
         kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
-        append(kv, lengths, resident)
-        append(inner(kv), lengths.cuda(), resident_gpu)
+        for _ in range(1 + step % 2):  # every second step is repeated
+            append(kv, lengths, resident)
+            append(inner(kv), lengths.cuda(), resident_gpu)
         store_new(kv, lengths, block_table, arena)
         store_new(inner(kv), lengths.cuda(), block_table.cuda(), arena_gpu)
     same((arena, arena_gpu), *zip(resident[:3], resident_gpu[:3], strict=True))

@@ -21,6 +21,7 @@ from clo.runtime.wire.errors import ConfigError, DeviceStuck
 from tests.server import Server
 
 GIB = 2**30
+VOCAB = 128_256
 LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 
 
@@ -28,9 +29,8 @@ def check(
     config: CacheConfig, slots: int | None, tokens: int, utilization: float = 0.9, longest: int = 131_072
 ) -> int:
     engine = EngineConfig(slots, utilization)
-    return plan_gpu_memory(
-        LLAMA, config, engine, tokens // LLAMA.block_tokens, longest, torch.cuda.mem_get_info()
-    )
+    memory = torch.cuda.mem_get_info()
+    return plan_gpu_memory(LLAMA, config, engine, tokens // LLAMA.block_tokens, longest, VOCAB, memory)
 
 
 def test_what_does_not_fit_into_the_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +102,10 @@ def test_what_does_not_fit_into_cpu_memory_is_refused_in_one_sentence() -> None:
     with pytest.raises(
         ConfigError, match=r"100000 requests at a time take .* lower --max-num-seqs"
     ) as caught:
-        plan_cpu_memory(LLAMA, CacheConfig(), EngineConfig(100_000), 4, 131_072, (2**40, "here"))
+        plan_cpu_memory(LLAMA, CacheConfig(), EngineConfig(100_000), 4, 131_072, VOCAB, (2**40, "here"))
     assert "\n" not in str(caught.value)
-    assert (
-        plan_cpu_memory(LLAMA, CacheConfig(attention="full"), EngineConfig(3), 4, 1000, (2**40, "here")) == 3
-    )
+    full = CacheConfig(attention="full")
+    assert plan_cpu_memory(LLAMA, full, EngineConfig(3), 4, 1000, VOCAB, (2**40, "here")) == 3
 
 
 @pytest.mark.parametrize(("blocks", "slots"), [(100, 8), (3, 3)])
@@ -114,7 +113,8 @@ def test_on_the_cpu_some_sequences_are_taken_by_default(
     capsys: pytest.CaptureFixture[str], blocks: int, slots: int
 ) -> None:
     small = KVShape((LayerSpec(),) * 2, query_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-    assert plan_cpu_memory(small, CacheConfig(), EngineConfig(), blocks, 4096, (2**34, "here")) == slots
+    slots_planned = plan_cpu_memory(small, CacheConfig(), EngineConfig(), blocks, 4096, 512, (2**34, "here"))
+    assert slots_planned == slots
     assert capsys.readouterr().err.startswith(f"--max-num-seqs auto: {slots} (with ")
 
 

@@ -30,7 +30,7 @@ from clo.runtime.model.generation import read_generation
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire import messages
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ProtocolError
-from clo.runtime.wire.messages import Failed, Finished, Generate, Message, SamplingParams
+from clo.runtime.wire.messages import Failed, Finished, Generate, Message, SamplingParams, StructuredOutputs
 from clo.runtime.wire.sockets import Decoder, encode
 from tests.conftest import VOCABULARY
 from tests.faults import SMALL, WAIT_S, assert_serves, raw
@@ -93,13 +93,18 @@ def test_every_valid_message_is_read(union: str) -> None:
     check()
 
 
-FIELDS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "ignore_eos", "logprobs", "beams")
+structures = st.dictionaries(
+    st.sampled_from([*StructuredOutputs.__struct_fields__, "type", "json_schema", "schema"]),
+    anything | st.sampled_from(["text", "json_object", "json_schema", "a+"]),
+    max_size=2,
+)
+FIELDS = (*SamplingParams.__struct_fields__, "response_format", "n", "beams")
 
 
 @drawn(300)
 @given(
     anything | st.lists(st.dictionaries(st.sampled_from(["role", "content", "name"]), anything), max_size=2),
-    st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3),
+    st.dictionaries(st.sampled_from(FIELDS), anything | structures, max_size=3),
     st.none() | anything,
     st.none() | anything,
 )
@@ -127,6 +132,8 @@ def short(message: Any) -> Any:
     """A request that soon ends, and whose id is known."""
     if isinstance(message, dict) and isinstance(message.get("sampling"), dict):
         message["sampling"]["max_tokens"] = 3
+        if isinstance(least := message["sampling"].get("min_tokens"), int):
+            message["sampling"]["min_tokens"] = min(least, 4)
     elif isinstance(message, dict) and message.get("type") == "Generate":
         message["sampling"] = {"max_tokens": 3}
     return message
@@ -350,7 +357,12 @@ def test_any_config_file_is_a_model_or_one_sentence(
 @drawn(150)
 @given(
     st.dictionaries(
-        st.sampled_from(["eos_token_id", "temperature", "top_p", "top_k", "max_new_tokens", "min_p"]),
+        st.sampled_from(
+            [
+                *("eos_token_id", "temperature", "top_p", "top_k", "max_new_tokens", "min_p"),
+                "repetition_penalty",
+            ]
+        ),
         json_values,
     )
     | json_values

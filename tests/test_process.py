@@ -36,6 +36,18 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_exit_code_1() -> N
     assert "Traceback" in done.stderr and "KeyError: 'missing'" in done.stderr
 
 
+def test_what_start_up_made_is_not_collected_again() -> None:
+    done = run(
+        """
+    import gc
+    from clo.runtime.machine.process import end_start_up
+    kept = [[] for _ in range(1000)]
+    end_start_up()
+    print(any(kept is other for other in gc.get_objects()), gc.get_freeze_count() > 1000, gc.isenabled())"""
+    )
+    assert done.stdout == "False True True\n"
+
+
 def test_sigterm_ends_the_process_and_sigint_does_not() -> None:
     done = run(
         """

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import random
@@ -17,12 +18,14 @@ import msgspec
 import pytest
 
 from clo.runtime import router as router_module
+from clo.runtime import tokenizer as tokenizer_module
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
 from clo.runtime.wire.messages import (
+    GATEWAY_IDENTITY,
     NO_STATS,
     Abort,
     CacheStats,
@@ -33,12 +36,17 @@ from clo.runtime.wire.messages import (
     Failed,
     Finished,
     Function,
+    GatewayReady,
     Generate,
     GetInfo,
     Info,
     Logprob,
+    Ping,
+    Pong,
     Prefilled,
     Progress,
+    PromptChunk,
+    PromptScored,
     Ready,
     Reason,
     Refused,
@@ -47,6 +55,7 @@ from clo.runtime.wire.messages import (
     SamplingParams,
     Step,
     Stepped,
+    StructuredOutputs,
     Text,
     TextPart,
     Tokens,
@@ -145,18 +154,28 @@ async def test_a_request_from_its_prompt_to_its_last_token(
         assert worker.heard == [run]
 
 
+@pytest.mark.parametrize("seed", [None, -1])
 @in_loop
 async def test_a_text_is_tokenised_and_a_request_without_a_seed_gets_one(
-    model: ResolvedModel, tokenizer: Tokenizer
+    model: ResolvedModel, tokenizer: Tokenizer, seed: int | None
 ) -> None:
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
         for name in ("a", "b"):
-            client.send(Generate(name, Text("some text"), SEVEN))
+            client.send(Generate(name, Text("some text"), SamplingParams(max_tokens=7, seed=seed)))
         runs = [await worker.order(), await worker.order()]
         assert runs[0].tokens == tokenizer.encode(Text("some text"), 100)
         assert runs[0].sequence != runs[1].sequence
         assert runs[0].seed != runs[1].seed and 0 <= runs[0].seed < 2**63
+
+
+@in_loop
+async def test_any_other_seed_of_64_bits_is_kept(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        for seed, kept in ((0, 0), (2**63 - 1, 2**63 - 1), (-2, 2**63 - 2), (-(2**63), 0)):
+            client.send(ask(f"{seed}", sampling=SamplingParams(seed=seed)))
+            assert (await worker.order()).seed == kept
 
 
 @in_loop
@@ -180,6 +199,34 @@ async def test_a_continuation_is_forced(model: ResolvedModel) -> None:
         (ask(tokens=MODEL_LENGTH, sampling=SamplingParams()), "prompt_too_long", "leaves no room"),
         (ask(tokens=MODEL_LENGTH - 6), "prompt_too_long", "94 tokens and max_tokens is 7"),
         (Generate("r", Tokens([1] * 95), SEVEN, Tokens([1] * 6)), "prompt_too_long", "95 tokens"),
+        (ask(sampling=SamplingParams(min_tokens=96)), "prompt_too_long", "room for an answer of 96 tokens"),
+        (
+            ask(sampling=SamplingParams(max_tokens=7, min_tokens=8)),
+            "invalid_request",
+            "min_tokens is 8 and max_tokens is 7; lower min_tokens.",
+        ),
+        (ask(sampling=SamplingParams(max_tokens=0)), "invalid_request", "set prompt_logprobs too"),
+        (
+            ask(sampling=SamplingParams(logit_bias={1: 1.0, VOCABULARY: 1.0})),
+            "invalid_request",
+            f"logit_bias has the token id {VOCABULARY}, which is not in the vocabulary; ids go up to "
+            f"{VOCABULARY - 1}.",
+        ),
+        (
+            ask(sampling=SamplingParams(stop_token_ids=[VOCABULARY])),
+            "invalid_request",
+            "stop_token_ids has the token id",
+        ),
+        (
+            ask(sampling=SamplingParams(structured_outputs=StructuredOutputs())),
+            "invalid_request",
+            "takes one of json, json_object (true), regex, choice and grammar, and not none.",
+        ),
+        (
+            ask(sampling=SamplingParams(structured_outputs=StructuredOutputs(regex="a", choice=["b"]))),
+            "invalid_request",
+            "and not regex and choice.",
+        ),
     ],
 )
 @in_loop
@@ -213,6 +260,16 @@ async def test_what_can_never_run_is_refused_and_reaches_no_worker(
             Sampling(temperature=0.0, max_tokens=10),
         ),
         (
+            {"min_p": 0.1, "repetition_penalty": 1.05, "do_sample": True},
+            SamplingParams(max_tokens=7),
+            Sampling(min_p=0.1, repetition_penalty=1.05, max_tokens=7),
+        ),
+        (
+            {"min_p": 0.1, "repetition_penalty": 1.05},
+            SamplingParams(min_p=0.0, repetition_penalty=1.0, max_tokens=7, min_tokens=7),
+            Sampling(max_tokens=7, min_tokens=7),
+        ),
+        (
             {"temperature": None, "top_k": -1, "max_new_tokens": 5000},
             SamplingParams(),
             Sampling(max_tokens=MODEL_LENGTH - 5),
@@ -235,6 +292,83 @@ async def test_what_a_request_leaves_open_the_model_decides(
         client, (worker,) = wire.client(), wire.workers
         client.send(ask(sampling=params))
         assert (await worker.order()).sampling == expected
+
+
+@in_loop
+async def test_a_worker_is_told_everything_about_sampling(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        wanted: dict[str, Any] = {
+            "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "presence_penalty": -2.0,
+            "frequency_penalty": 2.0, "repetition_penalty": 1.5, "logit_bias": {3: -100.0, 4: 100.0},
+            "max_tokens": 7, "min_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "logprobs": 1,
+            "prompt_logprobs": 2,
+        }  # fmt: skip
+        assert wanted.keys() == set(Sampling.__struct_fields__) - {"grammar"}
+        client.send(ask(sampling=SamplingParams(**wanted)))
+        assert (await worker.order()).sampling == Sampling(**wanted)
+
+
+@in_loop
+async def test_a_stop_token_gives_no_text_and_the_prompt_comes_first_where_it_is_echoed(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        a, b = ids_of(tokenizer, "ab")
+        params = SamplingParams(max_tokens=7, stop_token_ids=[b], echo=True)
+        for name, prompt in (("r", Text("a text")), ("s", Tokens(ids_of(tokenizer, "xyz")))):
+            client.send(Generate(name, prompt, params))
+            run = await worker.order()
+            worker.step(run.sequence, a)
+            worker.step(run.sequence, b)
+            worker.send(Done(run.sequence, "stop", STATS))
+            *chunks, finished = await client.to_end(name)
+            assert [chunk.text for chunk in chunks] == ["a text" if name == "r" else "xyz", "a", ""]
+            assert [chunk.tokens for chunk in chunks] == [[], [a], [b]]
+            assert finished == Finished(name, "stop", Usage(len(run.tokens), 2), STATS)
+
+
+@in_loop
+async def test_log_probabilities_of_a_prompt_come_with_its_tokens(model: ResolvedModel) -> None:
+    """The first token has none, whatever the pieces."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        scores = [Logprob(token, -float(token), []) for token in range(2, 6)]
+        for name, cuts in (("r", [0, 4]), ("s", [0, 1, 4])):
+            client.send(ask(name, sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+            run = await worker.order()
+            assert (run.sampling.max_tokens, run.sampling.prompt_logprobs) == (0, 0)
+            for first, last in itertools.pairwise(cuts):
+                worker.send(PromptScored(run.sequence, 1 + first, scores[first:last]))
+            worker.send(Done(run.sequence, "length", NO_STATS))
+            *pieces, finished = await client.to_end(name)
+            assert [token for piece in pieces for token in piece.tokens] == [1, 2, 3, 4, 5]
+            assert [entry for piece in pieces for entry in piece.logprobs] == [None, *scores]
+            assert all(isinstance(piece, PromptChunk) for piece in pieces)
+            assert finished == Finished(name, "length", Usage(5, 0), NO_STATS)
+        client.send(ask("t", tokens=1, sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+        run = await worker.order()
+        worker.send(PromptScored(run.sequence, 1, []))
+        worker.send(Done(run.sequence, "length", NO_STATS))
+        assert (await client.to_end("t"))[0] == PromptChunk("t", [1], [None])
+
+
+@in_loop
+async def test_no_stop_string_ends_an_answer_before_the_least_number_of_tokens(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """One that begins among them may end behind them."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=SamplingParams(max_tokens=50, min_tokens=4, stop=["ab"])))
+        run = await worker.order()
+        for token in ids_of(tokenizer, "abxabz"):
+            worker.step(run.sequence, token)
+        worker.send(Done(run.sequence, "length", STATS))
+        *chunks, finished = await client.to_end("r")
+        assert "".join(chunk.text for chunk in chunks) == "abx"
+        assert finished.reason == "stop"
 
 
 @pytest.mark.parametrize(("length", "tokens", "answer"), [(100, 99, 1), (5000, 30, 970), (5000, 1200, 1)])
@@ -323,7 +457,8 @@ async def test_a_client_with_many_requests_leaves_room_for_others(model: Resolve
         for number in range(most, most + 47):
             greedy.send(Cancel(f"{number}"))
             assert isinstance(await greedy.next(), Finished)
-        await greedy.info()
+        info, _ = await greedy.info()
+        assert isinstance(info, Info) and info.waiting == 3
         assert len(worker.heard) == most
         other.send(ask("late"))
         assert (await worker.order()).client != runs[0].client
@@ -334,7 +469,8 @@ async def test_a_client_with_many_requests_leaves_room_for_others(model: Resolve
             assert runs[-1].client == runs[0].client and len(worker.heard) == number + 2
         worker.send(Refused(runs[0].sequence, "internal", "x"))
         await greedy.next()
-        await greedy.info()
+        info, _ = await greedy.info()
+        assert isinstance(info, Info) and info.waiting == 0
         assert len(worker.heard) == most + 4
 
 
@@ -394,14 +530,76 @@ async def test_requests_wait_until_all_workers_are_ready(model: ResolvedModel) -
         while isinstance(info, Info) and not info.workers:  # it has not heard of the first one
             info, before = await client.info()
         assert isinstance(info, Info) and [worker.worker for worker in info.workers] == [0]
+        assert info.state == "starting"
         assert before == [] and first.heard == second.heard == []
         second.ready()
         assert await asyncio.wait_for(wire.router.ready(), WAIT_S) == 2000, "tokens of both stores"
         run = await first.order()
         first.send(Done(run.sequence, "stop", STATS))
         assert [type(message) for message in await client.to_end("b")] == [Finished]
-        await client.info()
+        info, _ = await client.info()
+        assert isinstance(info, Info) and info.state == "ready"
         assert (len(first.heard), len(second.heard)) == (1, 0), "the cancelled one reaches nobody"
+
+
+@in_loop
+async def test_an_http_gateway_is_waited_for_and_asked_whether_it_is_alive(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "PING_S", 0.01)
+    async with running(model, ready=False) as wire:
+        wire.router.expect(GATEWAY_IDENTITY, "HTTP gateway", 4321)
+        wire.workers[0].ready()
+        waiting = asyncio.create_task(wire.router.ready())
+        gateway = wire.gateway()
+        gateway.send(GatewayReady(1234))  # another process
+        info, _ = await wire.client().info()
+        assert isinstance(info, Info) and info.state == "starting" and not waiting.done()
+        gateway.send(GatewayReady(4321))
+        assert await asyncio.wait_for(waiting, WAIT_S) == 1000
+        watching = asyncio.create_task(wire.router.watch_children())
+        for _ in range(2):
+            assert await gateway.message() == Ping()
+            gateway.send(Pong())
+        watching.cancel()
+
+
+@in_loop
+async def test_traffic_is_counted_for_all_clients_together(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    async with running(model) as wire:
+        (worker,) = wire.workers
+        clients = wire.client(), wire.client()
+        for client, tokens in zip(clients, (5, 6), strict=True):
+            client.send(ask("a", tokens))
+        runs = [await worker.order() for _ in clients]
+        letter, *_ = ids_of(tokenizer, "a")
+        for _ in range(3):
+            worker.send(Stepped([Step(run.sequence, letter, None) for run in runs]))
+        worker.step(runs[0].sequence, letter)
+        worker.send(Done(runs[0].sequence, "length", STATS))
+        worker.send(Done(runs[1].sequence, "stop", STATS))
+        for client in clients:
+            await client.to_end("a")
+        clients[0].send(ask("too long", MODEL_LENGTH))
+        clients[0].send(ask("cancelled"))
+        run = await worker.order()
+        clients[0].send(Cancel("cancelled"))
+        await worker.order()
+        worker.send(Done(run.sequence, "cancelled", NO_STATS))
+        await clients[0].to_end("too long")
+        await clients[0].to_end("cancelled")
+        info, _ = await clients[0].info()
+        assert isinstance(info, Info)
+        traffic = info.traffic
+        assert (traffic.prompt_tokens, traffic.generated_tokens) == (11, 7)
+        assert traffic.ended == {"stop": 1, "length": 1, "cancelled": 1, "failed": 1}
+        assert traffic.cache == CacheStats(2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
+        counted = [sum(each.counts) for each in (traffic.first_token, traffic.token_gap, traffic.request)]
+        assert counted == [2, 5, 4]
+        assert traffic.step_tokens.counts[:2] == [1, 3] and traffic.step_tokens.sum == 7
+        assert len(traffic.step_tokens.counts) == len(traffic.step_tokens.bounds) + 1
 
 
 @in_loop
@@ -448,7 +646,7 @@ async def test_a_long_prompt_is_tokenised_while_others_are_served(
     model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is cancelled meanwhile, and its name given to another request; what comes of it is dropped."""
-    monkeypatch.setattr(router_module, "THREAD_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "LONG_CHARACTERS", 10)
     begun, go_on = threading.Event(), threading.Event()
     encode_prompt = tokenizer.encode
 

@@ -2,14 +2,17 @@
 
 import logging
 import random
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from clo.gpu_worker import shares
+from clo.gpu_worker.constraint import Constraints, Publish
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.outputs import StepHandle
@@ -30,6 +33,7 @@ from clo.runtime.wire.messages import (
     Free,
     FromWorker,
     Prefilled,
+    PromptScored,
     Refused,
     Run,
     Sampling,
@@ -40,6 +44,54 @@ from tests.fake_engine import BLOCK_TOKENS, MAX_TOKENS, SLOTS, UNIT_FLOPS, UNITS
 
 BLOCKS = 10
 END = 1000  # an end token; no other token is as large but those of `ending`
+
+
+class FakeConstraint:
+    """Lets through the numbers of a grammar such as "5 6 7", one after the other; at "!" it cannot go on. It
+    works only when ``work`` is called."""
+
+    def __init__(self, grammar: str) -> None:
+        self._left = deque(grammar.split())
+        self._waiting: list[tuple[int, Publish] | None] = [None]
+        self.mask, self.complete, self.error = np.zeros(0, np.int32), False, ""
+
+    @property
+    def done(self) -> bool:
+        return not self._waiting
+
+    def wait(self) -> None:
+        self.work()
+
+    def advance(self, token: int, length: int, publish: Publish) -> None:
+        assert self.done and str(token) == self._left.popleft(), "tokens come in order, each once"
+        self._waiting.append((length, publish))
+
+    def work(self) -> None:
+        while self._waiting:
+            waiting = self._waiting.pop()
+            if not self._left:
+                self.complete = True
+            elif self._left[0] == "!":
+                self.error = "too\n hard."
+            else:
+                self.mask = np.array([int(self._left[0])])
+                if waiting is not None:
+                    waiting[1](self.mask, waiting[0])
+
+
+class FakeConstraints:
+    missing = ""
+
+    def __init__(self) -> None:
+        self.made: list[FakeConstraint] = []
+
+    def begin(self, grammar: str) -> FakeConstraint:
+        self.made.append(FakeConstraint(grammar))
+        return self.made[-1]
+
+    def work(self) -> None:
+        for constraint in self.made:
+            constraint.work()
 
 
 class World:
@@ -53,6 +105,7 @@ class World:
         self.answers: list[Allocated | Denied] = []  # on their way from it
         self.freed: list[int] = []
         self.runs: dict[int, Run] = {}
+        self.constraints = FakeConstraints()
         self.scheduler = Scheduler(
             cast(Engine, self.engine),
             MAX_TOKENS,
@@ -61,6 +114,7 @@ class World:
             self.reports.append,
             self.asked.append,
             cast(DriftCheck, drift_check),
+            cast(Constraints, self.constraints),
         )
 
     # -------------------------------------------------------------------------------- what happens
@@ -126,6 +180,7 @@ class World:
             self.store_works()
             self.store_answers()
             self.engine.finish()
+            self.constraints.work()
             self.check()
             if not (self.scheduler.busy or self.asked or self.answers):
                 return
@@ -166,7 +221,7 @@ class World:
                 about = [step.sequence for step in report.steps]
                 assert report.steps and len(about) == len(set(about))
             else:
-                assert isinstance(report, Prefilled | Done | Refused)
+                assert isinstance(report, Prefilled | PromptScored | Done | Refused)
                 about = [report.sequence]
             if number in about:
                 assert end is None, f"{report} after {end}"
@@ -595,7 +650,8 @@ def test_a_prompt_for_which_there_is_no_memory_waits_for_the_longer_one(
 
 
 def test_no_prefill_is_put_behind_the_steps_that_fill_the_queue() -> None:
-    """It would stand before the next step, whose turn has not come."""
+    """It would stand before the next step, whose turn has not come. Beside a prompt the queue is longer by a
+    step, so that a host that is delayed while it launches units does not delay the streams."""
     world = World()
     world.add(prompt=2, max_tokens=30)
     world.store_works()
@@ -606,7 +662,10 @@ def test_no_prefill_is_put_behind_the_steps_that_fill_the_queue() -> None:
     world.add(prompt=3, max_tokens=2)
     world.store_works()
     world.store_answers()
+    steps = world.engine.log.count("step")
+    world.advance(1)
     before = list(world.engine.log)
+    assert before.count("step") == steps + 1 and before[-1] == "step"
     assert world.scheduler.advance() is False and world.engine.log == before
     world.serve()
     world.check_over()
@@ -1067,4 +1126,180 @@ def test_random_requests_get_their_tokens_and_give_all_back(seed: int) -> None:
             assert found == "cancelled" or (found, given) == (reason, tokens)
         else:
             assert (found, given) == (reason, tokens)
+    world.check_over()
+
+
+# --------------------------------------------------------- what ends or shapes an answer besides
+
+
+def test_one_of_the_stop_token_ids_ends_an_answer_also_where_end_tokens_do_not() -> None:
+    world = World()
+    numbers = [
+        world.add(prompt=3, max_tokens=9, first=END - 3, stop_token_ids=[END + 1], ignore_eos=True),
+        world.add(prompt=3, max_tokens=9, first=END - 3, stop_token_ids=[END - 1]),
+    ]
+    world.serve()
+    assert done(world, numbers[0]) == ("stop", [END - 2, END - 1, END, END + 1])
+    assert done(world, numbers[1]) == ("stop", [END - 2, END - 1])
+    world.check_over()
+
+
+def test_only_what_wants_its_logits_adjusted_is_adjusted() -> None:
+    world = World()
+    world.add(prompt=3, max_tokens=2)
+    number = world.add(prompt=3, max_tokens=2, first=5, min_tokens=2, stop_token_ids=[8], logit_bias={1: 2.0})
+    world.serve()
+    slot = 1
+    assert world.engine.adjusted == [(slot, world.runs[number].tokens, [END, 8])]
+    world.check_over()
+
+
+def test_a_prompt_is_scored_before_its_first_token() -> None:
+    world = World()
+    number = world.add(prompt=6, max_tokens=2, first=4, prompt_logprobs=0)
+    world.serve()
+    kinds = [type(report) for report in world.reports if not isinstance(report, Prefilled)]
+    assert kinds == [PromptScored, Stepped, Stepped, Done]
+    (scored,) = [report for report in world.reports if isinstance(report, PromptScored)]
+    assert (scored.sequence, scored.start) == (number, 1)
+    assert [entry.logprob for entry in scored.logprobs] == [-4.0] * 5
+    world.check_over()
+
+
+@pytest.mark.parametrize("prompt", [1, 6, 17])
+def test_a_prompt_that_is_only_scored_takes_no_step(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one that decodes; in pieces where it is long, and not among short prompts."""
+    monkeypatch.setattr("clo.gpu_worker.scheduler._SCORES", 10)
+    world = World()
+    monkeypatch.setattr(world.engine.prompt_graphs, "longest", 8)
+    other = world.add(prompt=3, max_tokens=6)
+    number = world.add(prompt, max_tokens=0, first=4, prompt_logprobs=1)
+    world.serve()
+    assert done(world, number) == ("length", []) and done(world, other)[1] == [1, 2, 3, 4, 5, 6]
+    scored = [report for report in world.reports if isinstance(report, PromptScored)]
+    assert [report.start for report in scored] == [1, 11][: 1 + (prompt > 11)]
+    assert sum(len(report.logprobs) for report in scored) == prompt - 1
+    assert world.engine.together == [[0]]
+    world.check_over()
+
+
+def test_a_scored_prompt_that_is_cancelled_gives_everything_back() -> None:
+    world = World()
+    number = world.add(prompt=6, max_tokens=0, prompt_logprobs=1)
+    world.store_works()
+    world.store_answers()
+    world.advance()
+    world.abort(number)
+    world.serve()
+    assert done(world, number) == ("cancelled", [])
+    world.check_over()
+
+
+# ------------------------------------------------------------------------------------ grammars
+
+
+def test_a_request_with_a_grammar_follows_it_beside_others() -> None:
+    world = World()
+    number = world.add(prompt=3, max_tokens=9, grammar="5 9 2 7")
+    other = world.add(prompt=3, max_tokens=6)
+    world.serve()
+    assert done(world, number) == ("stop", [5, 9, 2, 7]), "nothing may follow, so it waits for no end token"
+    assert done(world, other) == ("length", [1, 2, 3, 4, 5, 6])
+    world.check_over()
+
+
+def test_a_grammar_whose_answer_may_go_on_ends_at_an_end_token_and_at_the_last_one() -> None:
+    world = World()
+    ending = world.add(prompt=3, max_tokens=9, grammar=f"5 {END} 7")
+    ignoring = world.add(prompt=3, max_tokens=9, grammar=f"5 {END} 7", ignore_eos=True)
+    long = world.add(prompt=3, max_tokens=2, grammar="5 9 2 7")
+    world.serve()
+    assert done(world, ending) == ("stop", [5, END])
+    assert done(world, ignoring) == ("stop", [5, END, 7])
+    assert done(world, long) == ("length", [5, 9])
+    world.check_over()
+
+
+def test_others_do_not_wait_for_a_mask() -> None:
+    """The threads of a grammar do nothing, and the device everything: it repeats its step, in vain."""
+    world = World()
+    number = world.add(prompt=3, max_tokens=9, grammar="5 9 2")
+    world.constraints.work()
+    other = world.add(prompt=3, max_tokens=20)
+    world.advance()
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: len(world.tokens(other)) == 12)
+    slot = world.scheduler._sequences[number].slot
+    assert world.tokens(number) == [5] and world.engine.lengths[slot] == 3
+    world.constraints.work()
+    world.serve()
+    assert done(world, number) == ("stop", [5, 9, 2])
+    assert world.tokens(other) == list(range(1, 21))
+    world.check_over()
+
+
+def test_a_request_waits_for_its_grammar_without_a_slot() -> None:
+    world = World()
+    number = world.add(prompt=3, max_tokens=9, grammar="5 9")
+    assert world.state(number) is State.COMPILING and world.scheduler.busy
+    assert (world.scheduler.waiting, world.scheduler.running) == (1, 0)
+    world.advance(3)
+    assert not world.asked
+    world.constraints.work()
+    world.advance()
+    assert world.state(number) is State.ALLOCATING
+    world.serve()
+    assert done(world, number) == ("stop", [5, 9])
+    world.check_over()
+
+
+@pytest.mark.parametrize(("grammar", "tokens"), [("!", []), ("5 9 !", [5, 9])])
+def test_a_grammar_that_cannot_be_followed_ends_its_request_with_a_sentence(
+    grammar: str, tokens: list[int]
+) -> None:
+    world = World()
+    number = world.add(prompt=3, max_tokens=9, grammar=grammar)
+    other = world.add(prompt=3, max_tokens=6)
+    world.serve()
+    end = world.end(number)
+    assert isinstance(end, Refused) and end.code == "invalid_request"
+    assert end.text == "The answer cannot follow structured_outputs any further: too hard."
+    assert world.tokens(number) == tokens
+    assert done(world, other) == ("length", [1, 2, 3, 4, 5, 6])
+    world.check_over()
+
+
+def test_grammars_that_cannot_be_had_are_refused() -> None:
+    world = World()
+    world.constraints.missing = "the package llguidance is not installed"
+    number = world.add(prompt=3, max_tokens=9, grammar="5")
+    end = world.end(number)
+    assert isinstance(end, Refused) and end.code == "invalid_request"
+    assert end.text == "This server has no structured output: the package llguidance is not installed."
+    world.check_over()
+
+
+@pytest.mark.parametrize("rounds", range(12))
+def test_a_request_with_a_grammar_may_be_cancelled_at_any_time(rounds: int) -> None:
+    """Its slot is free only when the threads no longer write to its mask."""
+    world = World()
+    number = world.add(prompt=3, max_tokens=9, grammar="5 9 2 7 3 1")
+    other = world.add(prompt=3, max_tokens=9)
+    for turn in range(rounds):
+        world.store_works()
+        world.store_answers()
+        if turn % 3 != 2:
+            world.constraints.work()
+        world.engine.finish()
+        world.advance()
+    world.abort(number)
+    constraint = world.constraints.made[0]
+    if not constraint.done and world.state(number) is State.RELEASING:
+        world.engine.finish()
+        world.advance()
+        assert world.state(number) is State.RELEASING
+    world.serve()
+    assert done(world, number)[0] == "cancelled"
+    assert done(world, other)[1] == list(range(1, 10))
     world.check_over()

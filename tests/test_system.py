@@ -42,6 +42,86 @@ def exact(launch: Launch, tiny_model: Path, request: pytest.FixtureRequest) -> I
         yield server
 
 
+def test_every_parameter_has_the_effect_that_it_has_in_transformers(exact: Server, tiny_model: Path) -> None:
+    """Requests of all kinds at once; greedy, so that tokens can be compared."""
+    model = load_transformers(str(tiny_model))
+    prompts = prompts_of((5, 40, 600), 509, seed=8)
+    bias = {token: 4.0 * (-1) ** token for token in range(0, 509, 7)}
+    ends = transformers_greedy(model, prompts[0], 3)
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"logit_bias": bias}, {"sequence_bias": [[[token], value] for token, value in bias.items()]}),
+        (
+            {"min_tokens": 9, "stop_token_ids": ends},
+            {"min_new_tokens": 9, "eos_token_id": ends},
+        ),
+        ({"min_p": 0.5, "top_k": 3, "seed": 1}, {}),
+    ]
+
+    def expected(prompt: list[int], options: dict[str, Any]) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0,
+            **{"eos_token_id": None, **options},
+        )  # fmt: skip
+        tokens: list[int] = out[0, len(prompt) :].tolist()
+        return tokens
+
+    async def ask(address: str) -> list[list[int]]:
+        common: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            results = await asyncio.gather(
+                *(client.generate(prompt, **common, **mine) for prompt in prompts for mine, _ in kinds)
+            )
+        return [result.tokens for result in results]
+
+    wanted = [expected(prompt, theirs) for prompt in prompts for _, theirs in kinds]
+    assert asyncio.run(ask(exact.address)) == wanted
+
+
+def test_prompts_are_scored_as_by_transformers_beside_streams(exact: Server, tiny_model: Path) -> None:
+    """With an answer and without; of any length."""
+    model = load_transformers(str(tiny_model))
+    prompts = prompts_of((1, 2, 300, 513, 2500), 509, seed=9)
+
+    async def ask(address: str) -> list[Any]:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            stream = asyncio.create_task(client.generate([1, 2], max_tokens=100, ignore_eos=True))
+            results = await asyncio.gather(
+                *(
+                    client.generate(prompt, max_tokens=count, prompt_logprobs=1, ignore_eos=True)
+                    for prompt in prompts
+                    for count in (0, 3)
+                )
+            )
+            assert len((await stream).tokens) == 100
+            await assert_all_free(client)
+            return results
+
+    results = asyncio.run(ask(exact.address))
+    for number, result in enumerate(results):
+        prompt = prompts[number // 2]
+        assert (result.prompt_tokens, len(result.tokens)) == (prompt, 3 * (number % 2))
+        with torch.inference_mode():
+            reference = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        first, *rest = result.prompt_logprobs
+        assert first is None and len(rest) == len(prompt) - 1
+        for position, entry in enumerate(rest):
+            assert abs(entry.logprob - float(reference[position, prompt[position + 1]])) < 2e-3
+            assert abs(entry.top[0][1] - float(reference[position].max())) < 2e-3
+
+
+def test_completions_of_one_prompt_are_those_of_their_seeds(exact: Server) -> None:
+    with Client(exact.address, timeout=WAIT_S) as client:
+        options: dict[str, Any] = {"max_tokens": 12, "echo": True}
+        together = client.generate("Once", n=3, seed=41, **options)
+        alone = [client.generate("Once", seed=41 + number, **options) for number in range(3)]
+    assert [choice.tokens for choice in together.choices] == [result.tokens for result in alone]
+    assert len({tuple(choice.tokens) for choice in together.choices}) == 3
+    assert all(choice.text.startswith("Once") for choice in together.choices)
+
+
 def test_concurrent_streams_equal_the_ones_generated_alone(exact: Server) -> None:
     """Eight clients of different lengths, one cancelled, one refused."""
     lengths = (5, 40, 180, 513, 700, 1100, 2000, 3000)

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from clo.runtime.model.generation import read_generation
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, PromptTooLong
 from clo.runtime.wire.messages import Chat, Function, Text, TextPart, Tokens, ToolCall, Turn
@@ -216,6 +215,23 @@ def test_special_tokens_give_no_text_and_do_not_part_characters(byte_level: Toke
     assert pieces_of(byte_level, [*start, *special, *end, *special]) == ["", "", "", "", "👍", "", ""]
 
 
+@pytest.mark.parametrize("name", ["byte_level", "decoded_again", "byte_fallback", "metaspace"])
+def test_each_token_can_be_spelled(name: str, request: pytest.FixtureRequest) -> None:
+    """Together they are the text; what is part of a character is bytes, and special tokens have their
+    names."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    text = "ab a,é👍" if name == "metaspace" else "abc a é 👍"
+    tokens = tokenizer.encode(Text(text), LIMIT)
+    spelled = b"".join(map(tokenizer.spell, tokens))
+    if name != "decoded_again":  # which has no bytes to show
+        assert spelled.decode().strip() == text
+    special = tokenizer.eos[0]
+    assert tokenizer.spell(special).decode() == tokenizer.decode([special], special=True) != ""
+    assert tokenizer.decode([*tokens, special]) == text
+    assert tokenizer.decode([*tokens, special], special=True).startswith(text)
+    assert tokenizer.spell(VOCABULARY + 1) == b""
+
+
 def test_ids_that_the_tokenizer_does_not_know_give_no_text(byte_level: Tokenizer, smollm2: Path) -> None:
     """A model may have more tokens than its tokenizer, and may generate them."""
     rng = random.Random(8)
@@ -295,7 +311,11 @@ def test_a_stop_string_may_end_with_the_sequence(byte_level: Tokenizer) -> None:
         (Tokens([]), InvalidRequest, "prompt is empty"),
         (Chat([]), InvalidRequest, "chat is empty"),
         (Tokens([0, 517]), InvalidRequest, "Token id 517 is not in the vocabulary; ids go up to 516"),
-        (Text("x" * 100_000), PromptTooLong, "100000 characters cannot fit into the model length of 100"),
+        (
+            Text("x" * 100_000),
+            PromptTooLong,
+            "100000 characters cannot fit: this model's maximum context length is 100",
+        ),
         (Chat([Turn("user", "x" * 100_000)]), PromptTooLong, "cannot fit"),
     ],
 )
@@ -349,6 +369,7 @@ OPENAI = [
     Turn("user", []),
     Turn("assistant", None, tool_calls=[CALL]),
     Turn("tool", None, tool_call_id="1"),
+    Turn("assistant", "three", reasoning_content="hm"),
 ]
 
 
@@ -364,6 +385,7 @@ def test_content_is_null_or_parts_and_tool_calls_are_objects(folder: Path) -> No
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "three", "reasoning_content": "hm"},
     ]
     reference = AutoTokenizer.from_pretrained(folder)
     expected = reference.apply_chat_template(
@@ -444,6 +466,7 @@ def test_special_tokens_are_added_to_texts_alone_and_only_when_asked(
     tokenizer = Tokenizer(folder, VOCABULARY)
     plain = tokenizer.encode(Text("plain"), LIMIT, continues=True)
     assert tokenizer.encode(Text("plain"), LIMIT) == bos + plain
+    assert tokenizer.encode(Text("plain"), LIMIT, special=False) == plain
     assert tokenizer.encode(Tokens(plain), LIMIT) == plain
     chat = tokenizer.encode(HELLO, LIMIT)
     assert chat[0] == bos[0] != chat[1], "the template has put its own"
@@ -511,6 +534,8 @@ DAMAGED = [
     '{"top_p": 0}',
     '{"top_k": 1.5}',
     '{"max_new_tokens": 0}',
+    '{"min_p": 1.5}',
+    '{"repetition_penalty": 0}',
 ]
 
 
@@ -519,14 +544,6 @@ def test_a_damaged_generation_config_is_refused(folder: Path, text: str) -> None
     (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"generation_config\.json is damaged"):
         Tokenizer(folder, VOCABULARY)
-
-
-def test_what_the_model_asks_for_and_clo_does_not_do_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "generation_config.json"
-    path.write_text('{"repetition_penalty": 1.05, "min_p": 0.0, "do_sample": true}')
-    assert read_generation(tmp_path).ignored == ("repetition_penalty 1.05",)
-    path.write_text('{"repetition_penalty": 1.0, "min_p": 0.1}')
-    assert read_generation(tmp_path).ignored == ("min_p 0.1",)
 
 
 def damage(name: str, text: str | None) -> Callable[[Path], object]:

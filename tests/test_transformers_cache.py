@@ -91,6 +91,7 @@ def test_what_it_cannot_do_is_said(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="generate without beams"):
         model.generate(
             tokens,
+            attention_mask=torch.ones_like(tokens),  # or the random tokens may hold the one of padding
             cache=OffloadedSparseCache(model, 200, 2),
             num_beams=2,
             max_new_tokens=5,

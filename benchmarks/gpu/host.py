@@ -80,7 +80,7 @@ class Prefilled(Prefill):
     """
 
     def __init__(self, total: int, logits: Tensor) -> None:  # in place of that of Prefill, which would begin
-        self.total, self._logits = total, logits
+        self.total, self._logits, self.scores = total, logits, None
 
     @property
     def done(self) -> int:
@@ -100,7 +100,9 @@ class Prefilled(Prefill):
 class PrefilledEngine(Engine):
     """Whose prompts count as prefilled, in the blocks that their slots have already. None is a short one."""
 
-    def prefill(self, slot: int, tokens: list[int], blocks: list[int], last: int = 1) -> Prefill:
+    def prefill(
+        self, slot: int, tokens: list[int], blocks: list[int], last: int = 1, score: int | None = None
+    ) -> Prefill:
         return Prefilled(len(tokens), self._logits)
 
     @cached_property
@@ -210,7 +212,7 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
         try:
             store = StoreClient(context, endpoint, KEY)
             store.attach(Attach(0, os.getpid()), 20.0)
-            started = Started(engine, None, store, "numa0", len(prompts) * max_tokens)
+            started = Started(engine, None, None, store, "numa0", len(prompts) * max_tokens)
             config = WorkerConfig(0, router, {0: endpoint}, model)
             with listen(context, router, KEY):  # where nobody reads
                 worker = ObservedWorker(config, context, started, prompts, pid)

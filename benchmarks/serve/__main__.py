@@ -18,7 +18,6 @@ of tokens of one request, several of which may come together.
 
 import argparse
 import asyncio
-import gc
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -33,6 +32,7 @@ from benchmarks.serve.server import Running, serving
 from benchmarks.serve.tables import CPU, GPU, REFERENCE_NOTE, Table
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import ModelConfig
+from clo.runtime.machine.process import end_start_up
 from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.errors import CLOError
@@ -143,7 +143,7 @@ def main() -> int:
     try:
         default = resolve(ModelConfig(device="cpu"))
         text = text_of(Tokenizer(default.folder, default.vocab_size))
-        gc.freeze()  # else the collector would go through all modules again and again, while tokens wait
+        end_start_up()
         if given.peer is None:
             notes = run(table, given.device, text, names, results)
         else:

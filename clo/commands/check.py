@@ -85,7 +85,7 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     blocks = kv_size(config, model, nodes) // shape.block_bytes
     longest = blocks * shape.block_tokens / model.max_model_len
     yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
-    sizes = shape, cache, config.engine, blocks, model.max_model_len
+    sizes = shape, cache, config.engine, blocks, model.max_model_len, model.vocab_size
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         slots = plan_gpu_memory(*sizes, (free - weights, total))

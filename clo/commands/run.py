@@ -1,9 +1,9 @@
 """``clo run``: one prompt, or a file of prompts, to a server.
 
 A file of prompts has one JSON object a line: ``prompt`` (text or token ids) or ``messages`` (a chat), and
-where wanted ``id`` and fields of ``SamplingParams``, which go before the options. Each answer is written as
-one line with the same ``id`` as soon as it is there, in any order. A run that was interrupted goes on where
-it ended: prompts whose answers are in the output already are not asked again.
+where wanted ``id``, ``response_format`` and fields of ``SamplingParams``, which go before the options. Each
+answer is written as one line with the same ``id`` as soon as it is there, in any order. A run that was
+interrupted goes on where it ended: prompts whose answers are in the output already are not asked again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from clo.runtime.client import AsyncClient
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerUnreachable, Unauthorized
 from clo.runtime.wire.messages import SamplingParams
 
-_SAMPLING = frozenset(SamplingParams.__struct_fields__)
+_SAMPLING = frozenset((*SamplingParams.__struct_fields__, "response_format"))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def page(info: Info, before: Info, seconds: float) -> Group:
     title = Text.assemble(
         (info.model, "bold"),
         f"  {info.attention}, up to {info.max_model_len} tokens a request, {info.capacity_tokens} in all",
+        f"; {info.waiting} requests wait for a worker" if info.waiting else "",
     )
     return Group(title, _workers(info.workers, before.workers, seconds), _stores(info.stores))
 

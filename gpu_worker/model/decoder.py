@@ -72,6 +72,10 @@ class Decoder:
         """The same of the last layer, where all tokens but the last few need only their keys and values."""
         return 2.0 * tokens * self._weights.layers[-1].qkv.weight.numel()
 
+    def logits_flops(self, tokens: int) -> float:
+        """Floating-point operations of the logits of some tokens."""
+        return 2 * tokens * self._weights.head.numel()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
         return F.embedding(tokens, self._weights.embedding)

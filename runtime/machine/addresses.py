@@ -1,5 +1,7 @@
-"""From the address that a user names to the one that a socket is bound to."""
+"""From the address that a user names to the one that a socket is bound to, and to where it is reached."""
 
+import errno
+import os
 import socket
 
 from clo.runtime.wire.errors import ConfigError
@@ -27,3 +29,19 @@ def numeric_host(host: str) -> str:
         ) from None
     *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 where there is one
     return str(address[0])
+
+
+def not_bound(option: str, host: str, port: int, error: OSError) -> ConfigError:
+    """Why an address cannot be listened to; ``option`` is the one that chose the port."""
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT):
+        return ConfigError(
+            f"--host {host} is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all of its "
+            "addresses."
+        )
+    reason = os.strerror(error.errno or 0)
+    return ConfigError(f"Port {port} of {host} cannot be used ({reason}); try another {option}.")
+
+
+def from_this_machine(endpoint: str) -> str:
+    """Where processes of this machine reach what listens at an endpoint, such as ``tcp://0.0.0.0:5555``."""
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 
 from clo.runtime.wire.errors import ConfigError
-from clo.runtime.wire.messages import MaxTokens, Temperature, TokenId, TopK, TopP
+from clo.runtime.wire.messages import MaxTokens, MinP, RepetitionPenalty, Temperature, TokenId, TopK, TopP
 
 DEFAULT_MAX_TOKENS = 4096  # where neither the request nor the model says: blocks are reserved for all of them
 
@@ -26,8 +26,8 @@ class _GenerationConfig(_Ends, frozen=True):
     top_p: TopP | None = None
     top_k: TopK | None = None
     max_new_tokens: MaxTokens | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
@@ -36,15 +36,15 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     Attributes:
         eos: ids that end a text.
         max_tokens: the most tokens of an answer.
-        ignored: what the model asks for and CLO does not do, such as "repetition_penalty 1.05".
     """
 
     eos: tuple[int, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int = DEFAULT_MAX_TOKENS
-    ignored: tuple[str, ...] = ()
 
 
 def read_generation(folder: Path) -> GenerationDefaults:
@@ -61,14 +61,14 @@ def read_generation(folder: Path) -> GenerationDefaults:
     if eos is None:
         eos = _read(folder / "config.json", _Ends).eos_token_id
     ends: list[int] = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    neutral = (("repetition_penalty", found.repetition_penalty, 1.0), ("min_p", found.min_p, 0.0))
     return GenerationDefaults(
         eos=tuple(ends),
         temperature=1.0 if found.temperature is None else found.temperature,
         top_p=1.0 if found.top_p is None else found.top_p,
         top_k=max(0, found.top_k or 0),
+        min_p=found.min_p or 0.0,
+        repetition_penalty=found.repetition_penalty or 1.0,
         max_tokens=found.max_new_tokens or DEFAULT_MAX_TOKENS,
-        ignored=tuple(f"{name} {value:g}" for name, value, none in neutral if value not in (None, none)),
     )
 
 

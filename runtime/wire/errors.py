@@ -27,6 +27,11 @@ class PromptTooLong(CLOError):
     code = "prompt_too_long"
 
 
+def context_is(tokens: int) -> str:
+    """How a ``PromptTooLong`` names the longest sequence: in the words that clients of OpenAI look for."""
+    return f"this model's maximum context length is {tokens} tokens"
+
+
 class Overloaded(CLOError):
     """The client does not read its stream; its requests were dropped."""
 

@@ -4,13 +4,14 @@ The wire format is MessagePack. A message is a map with its class name under ``t
 name, the fields and their types (``msgspec``), so a handler only ever sees valid values.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt of 10 M tokens fits
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024  # tokens of one request
 MAX_JSON = 2**20  # characters of what a client hands to a chat template as JSON
 MAX_JSON_VALUES = 100_000  # in it, so that it is parsed in a moment
 
@@ -68,6 +69,7 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # what the assistant thought before its answer; for templates
 
     @property
     def text(self) -> str:
@@ -98,41 +100,107 @@ class Tokens(Message, frozen=True):
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
+MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)
+]
+MinTokens = Annotated[int, Meta(ge=0, lt=2**31)]
+StopTokenIds = Annotated[list[TokenId], Meta(max_length=128)]
 MaxTokens = Annotated[int, Meta(ge=1, lt=2**31)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a client wants tokens to be chosen. Names and meanings are vLLM's.
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the text of an answer must be; exactly one of the fields is set. Names and meanings are vLLM's.
 
-    Where ``temperature``, ``top_p`` or ``top_k`` is None the model's generation_config.json decides, and
-    without an entry there it is 1, 1 and 0. ``temperature`` 0 is greedy; ``top_k`` 0 or -1 keeps all.
+    ``json`` is a JSON schema, as an object or as text; ``json_object`` True is any JSON object; ``regex`` a
+    regular expression that the whole text matches; ``choice`` texts of which it is one; ``grammar`` a grammar
+    in the syntax of Lark or of llama.cpp (GBNF).
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a client wants tokens to be chosen. Names and meanings are vLLM's, and so is the order in which
+    they have an effect, which ``clo.kernels.sample`` says.
+
+    Where one of ``temperature``, ``top_p``, ``top_k``, ``min_p`` and ``repetition_penalty`` is None the
+    model's generation_config.json decides, and without an entry there it is 1, 1, 0, 0 and 1, which change
+    nothing. ``temperature`` 0 is greedy; ``top_k`` 0 or -1 keeps all. ``repetition_penalty`` is about the
+    tokens of prompt and answer, the other two penalties are about those of the answer alone. ``logit_bias``
+    is added to the logits of tokens.
+
     ``max_tokens`` None takes what generation_config.json says as ``max_new_tokens``, or else all that is left
-    of the context and of the KV store, up to 4,096. ``seed`` makes a request repeatable in any batch;
-    ``logprobs`` n returns the log-probability of each token and of the n most likely ones.
+    of the context and of the KV store, up to 4,096; 0 scores the prompt and goes with ``prompt_logprobs``
+    alone. Among the first ``min_tokens`` tokens is neither an end token nor one of ``stop_token_ids``, and
+    no stop string ends there; a text that ``structured_outputs`` has completed ends nevertheless. One of
+    ``stop_token_ids`` ends the answer also where ``ignore_eos`` is set, and gives no text.
+
+    ``seed`` makes a request repeatable in any batch; -1 is as good as None. ``logprobs`` n returns the
+    log-probability of each token and of the n most likely ones, and ``prompt_logprobs`` n the same for the
+    tokens of the prompt but the first; all of them are of the model's own logits, before any of the above.
+    ``echo`` puts the text of the prompt before that of the answer.
     """
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
-    max_tokens: MaxTokens | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias = {}
+    max_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    min_tokens: MinTokens = 0
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1000)]], Meta(max_length=16)] = []
+    stop_token_ids: StopTokenIds = []
     seed: Seed | None = None
     ignore_eos: bool = False
     logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    echo: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a worker chooses the tokens of one request: ``SamplingParams`` with every default filled in.
-    ``top_k`` 0 keeps all."""
+    ``top_k`` 0 keeps all; ``max_tokens`` 0 scores the prompt; ``grammar`` is one of llguidance."""
 
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    max_tokens: MaxTokens = 256
+    min_p: MinP = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    logit_bias: LogitBias = {}
+    max_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 256
+    min_tokens: MinTokens = 0
+    stop_token_ids: StopTokenIds = []
     ignore_eos: bool = False
     logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    grammar: str | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether it changes logits, as few requests want."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+            or self.grammar
+        )
 
 
 class Logprob(msgspec.Struct, frozen=True):
@@ -212,6 +280,27 @@ class WorkerStats(msgspec.Struct, frozen=True):
     drift_check: DriftStats | None  # None without --drift-check
 
 
+class Histogram(msgspec.Struct, frozen=True):
+    """How many values were at most each bound and above the one before; the last count has no bound."""
+
+    bounds: list[float]
+    counts: list[Count]
+    sum: float
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What a server has done since its start, for all clients together. Times are in seconds."""
+
+    prompt_tokens: Count  # of requests whose first token has come
+    generated_tokens: Count
+    ended: dict[Reason | Literal["failed"], Count]  # requests, by how they ended
+    first_token: Histogram  # from a request's arrival to its first token
+    token_gap: Histogram  # from one token of a request to the next
+    request: Histogram  # from a request's arrival to its end
+    step_tokens: Histogram  # tokens that one step of a worker brought
+    cache: CacheStats  # summed over all requests that have left their workers
+
+
 # ------------------------------------------------------------------- client -> router (TCP, DEALER)
 
 
@@ -265,6 +354,15 @@ class Chunks(Message, frozen=True):
     chunks: list[Chunk]
 
 
+class PromptChunk(Message, frozen=True):
+    """Tokens of a prompt whose log-probabilities were asked for, in order; all of them come before the first
+    token of the answer. The first one of a prompt has None, as nothing predicts it."""
+
+    request: str
+    tokens: list[int]
+    logprobs: list[Logprob | None]
+
+
 class Finished(Message, frozen=True):
     request: str
     reason: Reason
@@ -281,19 +379,24 @@ class Failed(Message, frozen=True):
 
 
 class Info(Message, frozen=True):
+    """The answer to ``GetInfo``. A server is "starting" until all of its processes are ready."""
+
     request: str
+    state: Literal["starting", "ready"]
     model: str
     max_model_len: int
     capacity_tokens: int
     attention: str
     workers: list[WorkerStats]
     stores: list[StoreStats]
+    waiting: Count  # requests that no worker has yet
+    traffic: Traffic
 
 
-ToClient = Progress | Chunks | Finished | Failed | Info
+ToClient = Progress | PromptChunk | Chunks | Finished | Failed | Info
 
 
-# ------------------------------------------------------------------ router -> worker or store (ipc, DEALER)
+# ------------------------------------------------- router -> worker, store or HTTP gateway (ipc, DEALER)
 
 
 class Ping(Message, frozen=True):
@@ -326,12 +429,16 @@ class GetWorkerStats(Message, frozen=True):
 ToWorker = Run | Abort | GetWorkerStats | Ping
 
 
-# ------------------------------------------------------------------------------ worker or store -> router
+# ------------------------------------------------------------- worker, store or HTTP gateway -> router
 
 
 def worker_identity(worker: int) -> bytes:
     """Name of a worker's connection to the router."""
     return b"worker-%d" % worker
+
+
+GATEWAY_IDENTITY = b"gateway"
+"""Name of the HTTP gateway's connection to the router."""
 
 
 def store_identity(store: str) -> bytes:
@@ -345,6 +452,12 @@ class Pong(Message, frozen=True):
 
 class StoreReady(Message, frozen=True):
     """First message of a store, once its arena is there."""
+
+    pid: Count
+
+
+class GatewayReady(Message, frozen=True):
+    """First message of the HTTP gateway, once it listens. Its requests come as a client's."""
 
     pid: Count
 
@@ -379,6 +492,14 @@ class Prefilled(Message, frozen=True):
     total: Count
 
 
+class PromptScored(Message, frozen=True):
+    """Log-probabilities of a prompt's tokens from its token ``start`` on, which is at least 1."""
+
+    sequence: Count
+    start: Count
+    logprobs: list[Logprob]
+
+
 class Done(Message, frozen=True):
     sequence: Count
     reason: Reason
@@ -396,8 +517,8 @@ class WorkerReport(Message, frozen=True):
     store: StoreStats
 
 
-FromWorker = Ready | Stepped | Prefilled | Done | Refused | WorkerReport | Pong
-FromChild = FromWorker | StoreReady
+FromWorker = Ready | Stepped | Prefilled | PromptScored | Done | Refused | WorkerReport | Pong
+FromChild = FromWorker | StoreReady | GatewayReady
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
