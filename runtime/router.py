@@ -4,11 +4,11 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import zmq
@@ -87,6 +87,7 @@ FLUSH_S = 1.0
 THREADS = 4  # that tokenise, each for another client
 SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -291,11 +292,11 @@ class Router:
             if params.structured_outputs is not None:
                 grammar = await self._grammars.compile(params.structured_outputs)
             if params.echo:
-                text = (
-                    message.prompt.text
-                    if isinstance(message.prompt, Text)
-                    else self._tokenizer.decode(tokens)
-                )
+                prompt = message.prompt
+                if isinstance(prompt, Text):
+                    text = prompt.text
+                else:
+                    text = await self._aside(request, partial(self._tokenizer.decode, tokens))
                 self._tell(request, Chunks([Chunk(request.name, text, [], None)]))
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
@@ -407,10 +408,18 @@ class Router:
         encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
         if not takes_long(prompt):
             return encode()
+        return await self._aside(request, encode)
+
+    async def _aside(self, request: Request, work: Callable[[], T]) -> T:
+        """Do what may take long in a thread, one piece after another for each client.
+
+        Raises:
+            CLOError: the request has ended before its turn.
+        """
         async with self._turns.setdefault(request.client, asyncio.Lock()):
             if not request.open:
                 raise CLOError("The request ended before it was tokenised.")
-            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _load(self, worker: bytes) -> int:
         return sum(request.outstanding for request in self._running[worker].values())
