@@ -1,6 +1,7 @@
 """The CUDA kernels of sampling against their references on the CPU, token by token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_masks_in_the_memory_of_the_host_and_tokens_that_are_taken() -> None:
     for slot in range(0, count, 2):
         row = some_row(rng, vocab)
         if slot == 0:  # its mask will be late
-            row = row._replace(allowed=[1, 2, 3])
+            row = replace(row, allowed=[1, 2, 3])
         write(adjustments, slot, row, int(lengths[slot]))
     pinned = {name: getattr(adjustments, name).pin_memory() for name in ("mask", "mask_length")}
     theirs = Adjustments(*(part.cuda() for part in adjustments))._replace(**pinned)
