@@ -45,11 +45,10 @@ from clo.runtime.wire.messages import (
     Stepped,
     Text,
     ToClient,
-    ToRouter,
     ToWorker,
     worker_identity,
 )
-from clo.runtime.wire.sockets import DealerSocket, Delivery, RouterSocket
+from clo.runtime.wire.sockets import DealerSocket, Decoder, encode
 from examples.document import document
 
 CASES = ((1, 2_000, 0.0), (16, 2_000, 0.0), (64, 2_000, 0.0), (64, 500, 0.004))
@@ -168,10 +167,11 @@ def send_bare(
     connection: Connection, streams: int, steps: int, pace: float, text: list[int], words: list[str]
 ) -> None:
     """Sends the same chunks to ``reader``, and nothing else; each time its parent asks for it."""
-    socket: RouterSocket[ToClient, ToRouter] = RouterSocket(
-        zmq.Context(), "tcp://127.0.0.1:0", ToRouter, queue=0, key=None
-    )
-    connection.send(socket.endpoint)
+    socket = zmq.Context().socket(zmq.ROUTER)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.bind("tcp://127.0.0.1:0")
+    connection.send(socket.getsockopt_string(zmq.LAST_ENDPOINT))
     names = [f"{number:032x}" for number in range(streams)]
     while True:
         connection.recv()
@@ -181,16 +181,22 @@ def send_bare(
                 time.sleep(max(0.0, began + pace * step - time.perf_counter()))
             place = step % len(text)
             chunks = [Chunk(name, words[place], [text[place]], None) for name in names]
-            while socket.send(b"reader", Chunks(chunks)) is Delivery.GONE:
-                time.sleep(0.01)
+            while True:
+                try:
+                    socket.send_multipart([b"reader", encode(Chunks(chunks))], copy=True)
+                    break
+                except zmq.ZMQError:  # it is not connected yet
+                    time.sleep(0.01)
 
 
 def read_bare(connection: Connection, address: str, steps: int) -> None:
     """Reads chunks with a bare socket, and tells its parent when they are all there."""
-    server: DealerSocket[ToRouter, ToClient] = DealerSocket(zmq.Context(), address, ToClient, None, b"reader")
+    server, decode = zmq.Context().socket(zmq.DEALER), Decoder[ToClient](ToClient)
+    server.setsockopt(zmq.IDENTITY, b"reader")
+    server.connect(address)
     while True:
         for _ in range(steps):
-            server.receive(None)
+            decode(server.recv())
         connection.send(None)
 
 

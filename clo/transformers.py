@@ -3,6 +3,8 @@
     cache = OffloadedSparseCache(model, max_tokens=32768)
     output = model.generate(**inputs, cache=cache, max_new_tokens=200)
 
+(``past_key_values=cache`` before transformers 5.24.)
+
 It does in one process what a server does, without CUDA graphs and without prefetching: to study the cache in
 a program that has a model already, or to fit a context into a small GPU. A server is faster.
 """
@@ -205,7 +207,7 @@ def _attend(
     cache: OffloadedSparseCache | None = getattr(key, "clo_cache", None)
     if cache is None:
         raise ValueError(
-            "This model attends through an OffloadedSparseCache: pass one as cache, or call "
+            "This model attends through an OffloadedSparseCache: pass one to it, or call "
             "model.set_attn_implementation('sdpa')."
         )
     if dropout:

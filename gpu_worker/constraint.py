@@ -3,6 +3,7 @@
 llguidance does the work, without Python's lock, in tens of microseconds for most tokens.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -134,9 +135,24 @@ def _load(folder: Path, vocab: int) -> Any:
     """The model's tokenizer, as llguidance has it."""
     from llguidance import LLTokenizer
 
-    text = (folder / "tokenizer.json").read_text()
+    text = _byte_level((folder / "tokenizer.json").read_text())
     ends = list(read_generation(folder).eos) or None  # else llguidance guesses
     try:
         return LLTokenizer(text, n_vocab=vocab, eos_token=ends)
     except ValueError:  # some tokenizers know more tokens than their models
         return LLTokenizer(text, eos_token=ends)
+
+
+def _byte_level(text: str) -> str:
+    """A tokenizer.json whose decoder, where it ends in bytes of GPT-2's kind, says only that.
+
+    Older versions of transformers (5.17) give converted GGUF files a decoder that first does what
+    SentencePiece's tokenizers need and then decodes GPT-2's bytes. llguidance takes such a tokenizer for one
+    of SentencePiece's and reads every blank wrong.
+    """
+    tokenizer = json.loads(text)
+    decoder = tokenizer.get("decoder") or {}
+    levels = [part for part in decoder.get("decoders", ()) if part["type"] == "ByteLevel"]
+    if not levels:
+        return text
+    return json.dumps({**tokenizer, "decoder": levels[0]})

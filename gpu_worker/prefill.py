@@ -52,11 +52,13 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
 def load_kernels(decoder: Decoder, longest: int) -> None:
     """Have CUDA load the matrix products of chunks of up to ``longest`` tokens.
 
-    It loads a kernel when that is launched for the first time, which takes 20 ms, and cuBLAS has several for
-    each product, by the number of tokens. In the midst of decode steps that would hold all streams up.
+    It loads a kernel when that is launched for the first time, which takes 20 ms, and cuBLAS has dozens for a
+    product, by the number of tokens. In the midst of decode steps that would hold all streams up.
     """
-    most, step = CHUNK_TOKENS["cuda"], _STEP["cuda"]
-    for count in range(LEAST_TOKENS["cuda"], min(most, longest) + 1, step):
+    most = CHUNK_TOKENS["cuda"]
+    for count in (*range(16, 2048, 16), *range(2048, most + 1, 64)):
+        if count > longest:
+            break
         hidden = decoder.embed(torch.zeros(count, dtype=torch.int64, device=decoder.device))
         rope = decoder.rope(torch.arange(count, device=decoder.device))
         query, _ = decoder.qkv(0, decoder.input_norm(0, hidden), rope)

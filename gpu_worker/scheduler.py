@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.25
 _SCORES = 4096  # log-probabilities of a message
 _REASON_CHARACTERS = 300
-_BESIDE_PROMPTS = 1  # step more on its way: to launch units takes milliseconds, and the host may be delayed
+_BESIDE_PROMPTS = 1  # more steps on their way: launching units takes milliseconds, and the host may be late
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ class Shares:
         self._most_blocks = blocks - -(-blocks // KEPT_BLOCKS)
         self._slots: Counter[int] = Counter()
         self._blocks: Counter[int] = Counter()
-        self._asked: OrderedDict[int, float] = (
-            OrderedDict()
-        )  # client -> when it last did, the latest at the end
+        # When each client last asked, the latest at the end.
+        self._asked: OrderedDict[int, float] = OrderedDict()
 
     @property
     def slots(self) -> int:

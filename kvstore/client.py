@@ -24,7 +24,7 @@ class StoreClient(DealerSocket[ToStore, FromStore]):
     """A ``DealerSocket`` that knows how a worker begins; all else is ``send`` and ``receive``."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, key: str) -> None:
-        super().__init__(context, endpoint, FromStore, key)
+        super().__init__(context, endpoint, FromStore, key, encrypted=True)
 
     def attach(self, message: Attach, timeout_s: float = STARTING_S) -> Attached:
         """Make this worker known to the store and wait for the answer, which comes once the store has touched

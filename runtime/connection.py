@@ -31,7 +31,7 @@ from clo.runtime.wire.messages import (
     PromptChunk,
     ToClient,
 )
-from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode
+from clo.runtime.wire.sockets import Arrivals, Decoder, configure, encode, present
 
 _TURNED_AWAY = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
@@ -92,7 +92,7 @@ class Connection:
         # For all others, or ZeroMQ would look up names as IPv6 first.
         self._socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))
         if api_key is not None:
-            self._socket.plain_username, self._socket.plain_password = b"clo", api_key.encode()
+            present(self._socket, api_key)
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _TURNED_AWAY)
         try:
             self._socket.connect(address)

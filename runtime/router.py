@@ -2,16 +2,15 @@
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
-
-import zmq
 
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
@@ -21,7 +20,6 @@ from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
 from clo.runtime.tokenizer import Detokenizer, Tokenizer, takes_long
 from clo.runtime.traffic import TrafficMeter
-from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
 from clo.runtime.wire.errors import (
     CLOError,
     InvalidRequest,
@@ -72,7 +70,7 @@ from clo.runtime.wire.messages import (
     WorkerReport,
     store_identity,
 )
-from clo.runtime.wire.sockets import Arrivals, Delivery, RouterSocket
+from clo.runtime.wire.port import Delivery, Port, TooLarge, listen_tcp, listen_unix
 from clo.runtime.wire.strangers import INTRUDER, Strangers
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
@@ -87,6 +85,9 @@ FLUSH_S = 1.0
 THREADS = 4  # that tokenise, each for another client
 SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
 
+_TURNED_AWAY = "A client was turned away: it has another API key, or none."
+
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -121,26 +122,32 @@ class Router:
         self._defaults = read_generation(model.folder)
         self._grammars = Grammars()
         host = numeric_host(config.host)
-        self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._clients = ClientPort(
-                host,
-                config.port,
-                config.api_key,
-                min(OTHER_BYTES + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES),
-                UNREAD_BYTES,
-                self._hear_client,
-                Strangers(_logger, "A client was turned away: it has another API key, or none.").turned_away,
-            )
+            listener = listen_tcp(host, config.port)
         except OSError as error:
-            self._context.destroy(linger=0)
             raise not_bound("--port", config.host, config.port, error) from None
-        self.address = self._clients.endpoint
-        self._workers: RouterSocket[ToWorker, FromChild] = RouterSocket(
-            self._context, endpoint, FromChild, queue=0, key=key
+        largest = min(OTHER_BYTES + TOKEN_BYTES * model.max_model_len, MAX_MESSAGE_BYTES)
+        self._clients: Port[ToClient, ToRouter] = Port(
+            listener,
+            ToRouter,
+            config.api_key,
+            named=False,
+            largest=largest,
+            unread=UNREAD_BYTES,
+            handle=self._hear_client,
+            refuse=Strangers(_logger, _TURNED_AWAY).turned_away,
         )
-        self._arrivals = Arrivals()
-        self._workers.hear(self._arrivals, self._hear_worker, strangers=Strangers(_logger, INTRUDER))
+        self.address = self._clients.endpoint
+        self._workers: Port[ToWorker, FromChild] = Port(
+            listen_unix(endpoint),
+            FromChild,
+            key,
+            named=True,
+            largest=MAX_MESSAGE_BYTES,
+            unread=math.inf,
+            handle=self._hear_worker,
+            refuse=Strangers(_logger, INTRUDER).turned_away,
+        )
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # to tokenise
@@ -174,7 +181,7 @@ class Router:
     async def serve(self) -> None:
         """Serve until cancelled. Requests that come before the workers are ready wait for them."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._arrivals.listen())
+            group.create_task(self._workers.listen())
             group.create_task(self._clients.listen())
             group.create_task(self._keep_in_touch())
 
@@ -200,13 +207,11 @@ class Router:
         for task in self._tasks:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._arrivals.close()
         await self._grammars.close()
         await self._clients.close(FLUSH_S)
-        self._workers.close(linger_ms=0)
-        self._context.term()
+        await self._workers.close(0)
 
-    def _hear_client(self, client: bytes, message: Heard, size: int) -> None:
+    def _hear_client(self, client: bytes, message: ToRouter | ProtocolError | TooLarge, size: int) -> None:
         if isinstance(message, ProtocolError):
             self._send(client, Failed("", message.code, str(message)))
         elif isinstance(message, TooLarge):
@@ -218,8 +223,8 @@ class Router:
         else:
             self._handlers[type(message)](self, client, message, size)
 
-    def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError) -> None:
-        if isinstance(message, ProtocolError):
+    def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError | TooLarge, size: int) -> None:
+        if isinstance(message, ProtocolError | TooLarge):
             _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
         elif isinstance(message, Ready | StoreReady | GatewayReady) or self._children.has_begun(worker):
             self._handlers[type(message)](self, worker, message)
@@ -291,11 +296,11 @@ class Router:
             if params.structured_outputs is not None:
                 grammar = await self._grammars.compile(params.structured_outputs)
             if params.echo:
-                text = (
-                    message.prompt.text
-                    if isinstance(message.prompt, Text)
-                    else self._tokenizer.decode(tokens)
-                )
+                prompt = message.prompt
+                if isinstance(prompt, Text):
+                    text = prompt.text
+                else:
+                    text = await self._aside(request, partial(self._tokenizer.decode, tokens))
                 self._tell(request, Chunks([Chunk(request.name, text, [], None)]))
         except CLOError as error:
             self._end(request, Failed(request.name, error.code, str(error)))
@@ -407,10 +412,18 @@ class Router:
         encode = partial(self._tokenizer.encode, prompt, self._model.max_model_len, continues=continues)
         if not takes_long(prompt):
             return encode()
+        return await self._aside(request, encode)
+
+    async def _aside(self, request: Request, work: Callable[[], T]) -> T:
+        """Do what may take long in a thread, one piece after another for each client.
+
+        Raises:
+            CLOError: the request has ended before its turn.
+        """
         async with self._turns.setdefault(request.client, asyncio.Lock()):
             if not request.open:
                 raise CLOError("The request ended before it was tokenised.")
-            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _load(self, worker: bytes) -> int:
         return sum(request.outstanding for request in self._running[worker].values())

@@ -35,7 +35,7 @@ from clo.runtime.wire.messages import (
     WorkerStats,
     worker_identity,
 )
-from clo.runtime.wire.sockets import configure, encode
+from clo.runtime.wire.sockets import configure, encode, present
 from tests.faults import WAIT_S
 from tests.store import KEY, new_endpoint
 
@@ -49,7 +49,9 @@ class Peer:
         self, context: zmq.asyncio.Context, endpoint: str, union: Any, key: str | None, **options: Any
     ) -> None:
         self.socket = context.socket(zmq.DEALER)
-        configure(self.socket, key)
+        configure(self.socket)
+        if key is not None:
+            present(self.socket, key)
         for name, value in options.items():
             self.socket.setsockopt(getattr(zmq, name), value)
         self.socket.connect(endpoint)

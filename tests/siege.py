@@ -55,7 +55,7 @@ POSITIONS = 2**17  # of the model: much is read of a message where a model takes
 FLOODS, FLOOD_MESSAGES = 20, 300_000
 PAUSES, PAUSE_S = 20, (5.0, 15.0, 60.0)  # so many of each length, of each process
 CLIENTS = 6
-QUIET_S, ATTACK_S = 10.0, 30.0
+QUIET_S, ATTACK_S = 10.0, 20.0
 READ = 2_100_000  # bytes: nearly as many as are read of a message
 
 

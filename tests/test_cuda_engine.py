@@ -204,10 +204,9 @@ def test_the_host_does_not_wait_for_what_changes_logits_and_scores_prompts(
         engine.constrain(0, everything, len(prompt))
         handle, tokens = engine.start([0], logits), []
         for step in range(1, 5):
+            tokens += wait_for(engine, handle)  # which has read its mask
             engine.constrain(0, everything, len(prompt) + step)
-            following = engine.step([0], 700 + step)
-            tokens += wait_for(engine, handle)
-            handle = following
+            handle = engine.step([0], 700 + step)
         tokens += wait_for(engine, handle)
         release = engine.retire(0)
         while not release.event.reached:
@@ -216,6 +215,7 @@ def test_the_host_does_not_wait_for_what_changes_logits_and_scores_prompts(
         return tokens
 
     first = request()  # what is made at its first use
+    assert LATE not in first
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,6 +1,7 @@
 """The CUDA kernels of sampling against their references on the CPU, token by token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,10 +103,14 @@ def test_masks_in_the_memory_of_the_host_and_tokens_that_are_taken() -> None:
         torch.rand(count) * 2 * (zeros + torch.arange(count) % 2), *[zeros + 1.0], *[zeros] * 3
     )
     adjustments = plain(count, vocab)
-    slots, lengths, tokens = torch.randperm(count)[:16], torch.randint(60, 99, (count,)), zeros.clone()
+    slots = torch.cat((torch.zeros(1, dtype=torch.int64), torch.randperm(count - 1)[:15] + 1))
+    lengths, tokens = torch.randint(60, 99, (count,)), zeros.clone()
     lengths[slots[3]] = 0
     for slot in range(0, count, 2):
-        write(adjustments, slot, some_row(rng, vocab), int(lengths[slot]))
+        row = some_row(rng, vocab)
+        if slot == 0:  # its mask will be late
+            row = replace(row, allowed=[1, 2, 3])
+        write(adjustments, slot, row, int(lengths[slot]))
     pinned = {name: getattr(adjustments, name).pin_memory() for name in ("mask", "mask_length")}
     theirs = Adjustments(*(part.cuda() for part in adjustments))._replace(**pinned)
     their_lengths, their_tokens = lengths.cuda(), tokens.cuda()

@@ -184,7 +184,9 @@ def test_a_request_that_fits_after_others_end(server: Server) -> None:
                 if waits.is_set():
                     waits.clear()
                     info = await client.info()
-                    assert [(store.free_blocks, store.waiting) for store in info.stores] == [(1, 1)]
+                    assert info.stores[0].free_blocks == 1
+                    # At the store, or before it where other clients have asked for something lately.
+                    assert info.workers[0].waiting == 1
                     assert not second.done()
                     await first.cancel()
             assert second is not None

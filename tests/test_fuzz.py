@@ -40,7 +40,7 @@ from tests.server import Server
 from tests.soak import GROWTH_DESCRIPTORS, held
 from tests.store import running_store
 from tests.test_client import FakeServer
-from tests.test_client_port import GREETING, READY, command
+from tests.test_port import GREETING, READY, command
 
 ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe | messages.Push
 """What a worker asks a store all the time."""

@@ -446,6 +446,26 @@ async def test_chats_that_may_become_long_are_rendered_in_a_thread(
 
 
 @in_loop
+async def test_a_prompt_of_ids_is_made_into_text_in_a_thread(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, decode, threads = ids_of(tokenizer, "xyz"), tokenizer.decode, []
+
+    def record(tokens: list[int], **options: Any) -> str:
+        if tokens == ids:
+            threads.append(threading.current_thread())
+        return decode(tokens, **options)
+
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "decode", record)
+            client.send(Generate("r", Tokens(ids), SamplingParams(max_tokens=7, echo=True)))
+            await worker.order()
+    assert threads[0] is not threading.main_thread()
+
+
+@in_loop
 async def test_a_client_with_many_requests_leaves_room_for_others(model: ResolvedModel) -> None:
     """Its own wait in the router, in their order, where those that it cancels reach no worker."""
     async with running(model) as wire:

@@ -165,6 +165,19 @@ def test_a_vocabulary_of_another_size_than_the_tokenizer_has(tiny_model: Path) -
         assert len(allowed(constraint)) > 200 and len(constraint.mask) == -(-vocab // 32)
 
 
+def test_a_decoder_that_decodes_bytes_after_other_things(tiny_model: Path, tmp_path: Path) -> None:
+    """As older versions of transformers convert GGUF files; blanks are marked in such a vocabulary."""
+    tokenizer = json.loads((tiny_model / "tokenizer.json").read_text())
+    blanks = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}, blanks, tokenizer["decoder"]]
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": decoders}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (grammar,) = compiled(StructuredOutputs(regex="[ ü]+"))
+    found = allowed(Constraints(tmp_path, VOCABULARY).begin(grammar))
+    assert found == allowed(Constraints(tiny_model, VOCABULARY).begin(grammar))
+    assert set(byte_level_tokenizer().encode(" ")) <= found
+
+
 def test_a_model_whose_tokenizer_cannot_be_used_has_no_constraints(tmp_path: Path) -> None:
     assert "llguidance cannot use the model's tokenizer" in Constraints(tmp_path, 512).missing
     (tmp_path / "tokenizer.json").write_text("{}")

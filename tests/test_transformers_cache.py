@@ -1,10 +1,11 @@
 """The cache in transformers' own ``generate``: the tokens of full attention, and those of CLO's engine."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from clo.gpu_worker.in_process import make_engine, prefill, wait_for
 from clo.gpu_worker.model.decoder import load_decoder
@@ -14,6 +15,8 @@ from clo.transformers import OffloadedSparseCache
 from tests.conftest import VOCABULARY
 
 COUNT = 40
+# transformers before 5.24 has another name for it.
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -34,8 +37,8 @@ def generate(
     padded = torch.tensor([[0] * (longest - len(line)) + line for line in tokens])
     mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in tokens])
     output = model.generate(
-        padded.to(device), attention_mask=mask.to(device), cache=cache, max_new_tokens=COUNT,
-        do_sample=False, eos_token_id=None, pad_token_id=0,
+        padded.to(device), attention_mask=mask.to(device), max_new_tokens=COUNT, do_sample=False,
+        eos_token_id=None, pad_token_id=0, **{CACHE: cache},
     )  # fmt: skip
     continuations: list[list[int]] = output[:, longest:].tolist()
     return continuations
@@ -92,14 +95,14 @@ def test_what_it_cannot_do_is_said(model: PreTrainedModel) -> None:
         model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),  # or the random tokens may hold the one of padding
-            cache=OffloadedSparseCache(model, 200, 2),
             num_beams=2,
             max_new_tokens=5,
+            **{CACHE: OffloadedSparseCache(model, 200, 2)},
         )
     with pytest.raises(ValueError, match="padded on the left"):
         model(
             tokens, attention_mask=torch.tensor([[1] * 40 + [0] * 10], device=model.device),
-            cache=OffloadedSparseCache(model, 200),
+            **{CACHE: OffloadedSparseCache(model, 200)},
         )  # fmt: skip
-    with pytest.raises(ValueError, match="pass one as cache, or call"):
+    with pytest.raises(ValueError, match="pass one to it, or call"):
         model(tokens)

@@ -59,7 +59,7 @@ print(json.dumps(won))
 ATTACK = """
 import json, os, sys, zmq
 from clo.runtime.wire.messages import *
-from clo.runtime.wire.sockets import configure, encode
+from clo.runtime.wire.sockets import configure, encode, present
 
 router, store, worker = json.loads(sys.argv[1])
 os.setgroups([])
@@ -87,8 +87,10 @@ peers = {}
 for name, (address, identity, messages) in scripts.items():
     for key in (None, "", "0" * 64):
         peer = context.socket(zmq.DEALER)
-        configure(peer, key)
+        configure(peer, None if identity else key)
         if identity:
+            if key:
+                present(peer, key)
             peer.setsockopt(zmq.IDENTITY, identity)
         peers[f"{name}, key {key}"] = peer, peer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         peer.connect("ipc://" + address)

@@ -4,6 +4,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -112,13 +113,17 @@ async def _tokenize(gateway: Gateway, body: dict[str, Any], name: str) -> Respon
         tokens = []
         if request.prompt:
             tokens = await gateway.tokens(Text(request.prompt), special=request.add_special_tokens)
-    texts = [gateway.spell(token).decode(errors="replace") for token in tokens]
+    texts: list[str] | None = None
+    if request.return_token_strs:
+        texts = await gateway.aside(
+            lambda: [gateway.spell(token).decode(errors="replace") for token in tokens]
+        )
     return _json(
         answers.Tokenized(
             count=len(tokens),
             max_model_len=gateway.max_model_len,
             tokens=tokens,
-            token_strs=texts if request.return_token_strs else None,
+            token_strs=texts,
         )
     )
 
@@ -126,7 +131,8 @@ async def _tokenize(gateway: Gateway, body: dict[str, Any], name: str) -> Respon
 async def _detokenize(gateway: Gateway, body: dict[str, Any], name: str) -> Response:
     request = read_plain(body, DetokenizeRequest)
     gateway.check_model(request.model)
-    return _json(answers.Detokenized(gateway.tokenizer.decode(request.tokens, special=True)))
+    text = await gateway.aside(partial(gateway.tokenizer.decode, request.tokens, special=True))
+    return _json(answers.Detokenized(text))
 
 
 def build(gateway: Gateway) -> FastAPI:

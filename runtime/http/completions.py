@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -57,6 +58,9 @@ async def complete(gateway: Gateway, body: dict[str, Any], name: str) -> Respons
     tokens = await gather([gateway.tokens(prompt) for prompt in prompts])
     if scores:
         sampling["prompt_logprobs"] = request.logprobs
+    echoes = [""] * len(prompts)
+    if request.echo:
+        echoes = await gather([_text(gateway, *pair) for pair in zip(prompts, tokens, strict=True)])
     accepted = asyncio.Event()
     streams = []
     if scores or request.max_tokens != 0:
@@ -64,9 +68,7 @@ async def complete(gateway: Gateway, body: dict[str, Any], name: str) -> Respons
     begin = head(gateway, f"cmpl-{name}")
     speller = Speller(gateway, request.return_tokens_as_token_ids)
     writers: list[_Writer] = []
-    for prompt, ids in zip(prompts, tokens, strict=True):
-        text = prompt.text if isinstance(prompt, Text) else gateway.tokenizer.decode(ids)
-        echo = text if request.echo else ""
+    for ids, echo in zip(tokens, echoes, strict=True):
         for _ in range(request.n):
             offsets = Offsets(gateway)
             writers.append(_Writer(begin, len(writers), request, speller, offsets, ids, echo))
@@ -93,6 +95,13 @@ async def complete(gateway: Gateway, body: dict[str, Any], name: str) -> Respons
         return EventStream([], accepted, first, last, "prompt")
     answer = Completion(**begin, choices=whole, usage=counts())
     return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def _text(gateway: Gateway, prompt: Text | Tokens, ids: list[int]) -> str:
+    """A prompt as text."""
+    if isinstance(prompt, Text):
+        return prompt.text
+    return await gateway.aside(partial(gateway.tokenizer.decode, ids))
 
 
 class _Writer(ChoiceWriter):

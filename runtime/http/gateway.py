@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import GatewayProcessConfig
@@ -22,6 +22,7 @@ from clo.runtime.wire.messages import Chat, Text, Tokens
 WATCH_S = 1.0  # between two questions for the server's state
 STALE_S = 10.0  # after which the last answer says nothing about it any more
 THREADS = 4  # that tokenise long prompts
+T = TypeVar("T")
 _TAIL_TOKENS = 16  # at the end of a prompt, among which a "<think>" would be
 
 
@@ -91,11 +92,15 @@ class Gateway:
         try:
             if not takes_long(prompt):
                 return encode()
-            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+            return await self.aside(encode)
         except CLOError as error:
             raised = APIError.of(error)
             raised.param = "messages" if isinstance(prompt, Chat) else "prompt"
             raise raised from None
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do in a thread what takes long for many tokens, while others are served."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def begins_thinking(self, prompt: list[int]) -> bool:
         """Whether a prompt ends with the beginning of what the model is going to think."""

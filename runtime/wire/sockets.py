@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +16,6 @@ from zmq.utils import z85
 
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
-from clo.runtime.wire.strangers import Strangers, watch
 
 KEEPALIVE_S = 10  # a TCP peer that has been silent is asked so often; three times without an answer end it
 TURN_S = 0.002  # that messages of one socket are handled before the event loop's other tasks have their turn
@@ -82,6 +80,11 @@ def configure(socket: zmq.Socket[Any], key: str | None = None, *, listens: bool 
         else:
             socket.curve_serverkey = public
             socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+
+
+def present(socket: zmq.Socket[Any], key: str) -> None:
+    """Have a socket show the key of the ``Port`` to which it is going to be connected."""
+    socket.plain_username, socket.plain_password = b"clo", key.encode()
 
 
 @lru_cache
@@ -203,8 +206,9 @@ class DealerSocket(Generic[Sent, Received]):
     Args:
         endpoint: address to connect to.
         received: the union of messages that may arrive.
-        key: the other end's, see ``configure``.
+        key: the other end's.
         identity: name under which the other end knows this one, or None for one chosen by ZeroMQ.
+        encrypted: whether the other end is a socket that was made with ``configure``; else it is a ``Port``.
     """
 
     def __init__(
@@ -212,12 +216,16 @@ class DealerSocket(Generic[Sent, Received]):
         context: zmq.Context[Any],
         endpoint: str,
         received: Any,
-        key: str | None,
+        key: str,
         identity: bytes | None = None,
+        *,
+        encrypted: bool = False,
     ) -> None:
         self._decode: Decoder[Received] = Decoder(received)
         self.socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
-        configure(self.socket, key)
+        configure(self.socket, key if encrypted else None)
+        if not encrypted:
+            present(self.socket, key)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)
@@ -233,94 +241,3 @@ class DealerSocket(Generic[Sent, Received]):
 
     def close(self) -> None:
         self.socket.close()
-
-
-class Delivery(Enum):
-    """What became of a message to a peer."""
-
-    SENT = "sent"
-    FULL = "full"  # the peer has not read for long and its queue is full
-    GONE = "gone"  # no peer of this name is connected
-
-
-class RouterSocket(Generic[Sent, Received]):
-    """A ROUTER that sends ``Sent`` to its peers and receives ``Received`` from them, in one event loop.
-
-    Args:
-        endpoint: address to bind.
-        received: the union of messages that may arrive.
-        queue: the most messages that may wait for one peer; 0 means no limit.
-        key: only peers that know it can connect, see ``configure``; None for all.
-
-    Attributes:
-        endpoint: the address bound, with the port that was chosen for port 0.
-
-    Raises:
-        zmq.ZMQError: the address cannot be bound.
-    """
-
-    def __init__(
-        self, context: zmq.Context[Any], endpoint: str, received: Any, queue: int, key: str | None
-    ) -> None:
-        self._decode: Decoder[Received] = Decoder(received)
-        self._socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-        configure(self._socket, key, listens=True)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.SNDHWM, queue)
-        self._socket.bind(endpoint)
-        self._sent: Callable[[], None] = lambda: None
-        self._watch: zmq.Socket[Any] | None = None
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-
-    def hear(
-        self,
-        arrivals: Arrivals,
-        handle: Callable[[bytes, Received | ProtocolError], None],
-        turn_s: float = TURN_S,
-        strangers: Strangers | None = None,
-    ) -> None:
-        """Have messages handled with others; see ``Arrivals.add``.
-
-        Args:
-            handle: gets the name of the peer that sent a message and the message, or an error if it is not
-                valid.
-            strangers: hears of those who are not let in; None where all are.
-        """
-
-        def decode(frames: list[bytes]) -> None:
-            peer, *rest = frames
-            message: Received | ProtocolError
-            try:
-                if len(rest) != 1:
-                    raise ProtocolError(f"A message has one frame, not {len(rest)}.")
-                message = self._decode(rest[0])
-            except ProtocolError as error:
-                message = error
-            handle(peer, message)
-
-        self._sent = arrivals.add(self._socket, decode, turn_s)
-        if strangers is not None:
-            self._watch = watch(self._socket)
-            arrivals.add(self._watch, lambda _: strangers.turned_away())
-
-    def send(self, peer: bytes, message: Sent) -> Delivery:
-        data = encode(message)
-        try:
-            self._socket.send(peer, _MORE)
-            self._socket.send(data, _NOW)
-        except zmq.Again:
-            return Delivery.FULL
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return Delivery.GONE
-        finally:
-            self._sent()
-        return Delivery.SENT
-
-    def close(self, linger_ms: int) -> None:
-        """What was sent gets up to ``linger_ms`` to leave, for which the end of the context waits."""
-        if self._watch is not None:
-            self._socket.disable_monitor()
-            self._watch.close()
-        self._socket.close(linger_ms)

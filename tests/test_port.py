@@ -1,4 +1,4 @@
-"""The port for clients: real ZeroMQ clients, and peers that speak as no ZeroMQ does."""
+"""A port: real ZeroMQ peers, and some that speak as no ZeroMQ does."""
 
 import asyncio
 import random
@@ -13,13 +13,25 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from clo.runtime.wire import client_port
-from clo.runtime.wire.client_port import ClientPort, Heard, TooLarge
+from clo.runtime.wire import port as port_module
 from clo.runtime.wire.errors import ProtocolError
-from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Cancel, Failed, Generate, GetInfo, Text
-from clo.runtime.wire.sockets import Delivery, encode
+from clo.runtime.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    Failed,
+    Generate,
+    GetInfo,
+    Text,
+    ToClient,
+    ToRouter,
+)
+from clo.runtime.wire.port import Delivery, Port, TooLarge, listen_tcp, listen_unix
+from clo.runtime.wire.sockets import configure, encode, present
 from tests.faults import WAIT_S
+from tests.store import new_endpoint
 from tests.test_router import in_loop
+
+Heard = ToRouter | ProtocolError | TooLarge
 
 LARGEST = 10_000
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -61,7 +73,7 @@ class Peer:
 class Listening:
     """A running port, and what it has heard."""
 
-    def __init__(self, port: ClientPort) -> None:
+    def __init__(self, port: Port[ToClient, ToRouter]) -> None:
         self.port = port
         self.heard: asyncio.Queue[tuple[bytes, Heard, int]] = asyncio.Queue()
         self.refused = 0
@@ -100,7 +112,10 @@ class Listening:
 
 
 @asynccontextmanager
-async def listening(key: str | None = None, unread: int = 10**6) -> AsyncIterator[Listening]:
+async def listening(
+    key: str | None = None, unread: int = 10**6, endpoint: str | None = None
+) -> AsyncIterator[Listening]:
+    """Listen to clients, or at an endpoint to peers with names."""
     found: Listening
 
     def handle(name: bytes, message: Heard, size: int) -> None:
@@ -109,7 +124,9 @@ async def listening(key: str | None = None, unread: int = 10**6) -> AsyncIterato
     def refuse() -> None:
         found.refused += 1
 
-    found = Listening(ClientPort("127.0.0.1", 0, key, LARGEST, unread, handle, refuse))
+    listener = listen_tcp("127.0.0.1", 0) if endpoint is None else listen_unix(endpoint)
+    named = endpoint is not None
+    found = Listening(Port(listener, ToRouter, key, named, LARGEST, unread, handle, refuse))
     task = asyncio.create_task(found.port.listen())
     try:
         yield found
@@ -324,7 +341,7 @@ async def test_random_frames_hurt_nobody(seed: int) -> None:
 @in_loop
 async def test_a_peer_that_never_says_who_it_is_loses_its_connection() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_port, "HANDSHAKE_S", 0.05)
+        patch.setattr(port_module, "HANDSHAKE_S", 0.05)
         async with listening() as found:
             silent, half = await found.peer(greet=False), await found.peer(greet=False)
             half.send(GREETING)
@@ -386,3 +403,73 @@ async def test_the_kernel_asks_whether_a_silent_client_is_still_there() -> None:
         with open("/proc/net/tcp") as table:
             (row,) = (line.split() for line in table if line.split()[2].endswith(f":{ours:04X}"))
         assert row[5].startswith("02"), "timer 2 is that of keepalive"
+
+
+@in_loop
+async def test_peers_with_names_are_heard_and_answered_by_them() -> None:
+    """Each name is there once; one without a name, with another key or with none is not let in."""
+    async with listening("key", endpoint=new_endpoint()) as found:
+
+        def peer(name: bytes, key: str | None = "key") -> zmq.asyncio.Socket:
+            socket = found.context.socket(zmq.DEALER)
+            configure(socket)
+            socket.setsockopt(zmq.RECONNECT_IVL, -1)
+            if name:
+                socket.setsockopt(zmq.IDENTITY, name)
+            if key is not None:
+                present(socket, key)
+            socket.connect(found.port.endpoint)
+            socket.send(encode(Cancel(name.decode())))
+            return socket
+
+        peers = {name: peer(name) for name in (b"worker-0", b"worker-1", b"x" * 60)}
+        heard = {name: message for name, message, _ in [await found.next() for _ in peers]}
+        assert heard == {name: Cancel(name.decode()) for name in peers}
+        for name, socket in peers.items():
+            assert found.port.send(name, Failed(name.decode(), "internal", "x")) is Delivery.SENT
+            assert name in await asyncio.wait_for(socket.recv(), WAIT_S)
+        intruders = [peer(b"worker-1"), peer(b""), peer(b"worker-2", None), peer(b"worker-3", "another key")]
+        while found.refused < 2:
+            await asyncio.sleep(0.01)
+        assert found.port.send(b"worker-1", Failed("own", "internal", "x")) is Delivery.SENT
+        assert b"own" in await asyncio.wait_for(peers[b"worker-1"].recv(), WAIT_S)
+        for name in (b"", b"worker-2", b"worker-3"):
+            assert found.port.send(name, Failed("r", "internal", "x")) is Delivery.GONE
+        peers[b"worker-1"].close()
+        while found.port.send(b"worker-1", Failed("r", "internal", "x")) is not Delivery.GONE:
+            await asyncio.sleep(0.01)
+        again = peer(b"worker-1")
+        assert (await found.next())[:2] == (b"worker-1", Cancel("worker-1"))
+        for socket in (*intruders, again):
+            assert not await socket.poll(0)
+
+
+@in_loop
+async def test_a_peer_is_heard_at_once_and_the_tasks_that_it_sets_off_before_its_next_message() -> None:
+    """Whatever the number of messages that one read of the connection brings."""
+    order: list[str] = []
+
+    async def note(text: str) -> None:
+        order.append(text)
+
+    def handle(name: bytes, message: Heard, size: int) -> None:
+        assert isinstance(message, Cancel)
+        order.append(f"message {message.request}")
+        tasks.append(asyncio.create_task(note(f"task {message.request}")))
+
+    tasks: list[asyncio.Task[None]] = []
+    port: Port[ToClient, ToRouter] = Port(
+        listen_unix(new_endpoint()), ToRouter, None, True, LARGEST, 10**6, handle, lambda: None
+    )
+    listen = asyncio.create_task(port.listen())
+    _, writer = await asyncio.open_unix_connection("\0" + port.endpoint.removeprefix("ipc://@"))
+    identity = b"\x08Identity\x00\x00\x00\x01a"
+    messages = [encode(Cancel(f"{number}")) for number in range(3)]
+    writer.write(b"".join([GREETING, command(READY + identity), *map(frame, messages)]))
+    while len(order) < 6:
+        await asyncio.sleep(0.001)
+    assert order == [f"{what} {number}" for number in range(3) for what in ("message", "task")]
+    listen.cancel()
+    await asyncio.gather(listen, *tasks, return_exceptions=True)
+    await port.close(0)
+    writer.close()

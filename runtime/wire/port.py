@@ -1,21 +1,24 @@
-"""The port for clients: what a ROUTER of ZeroMQ is, with a bound on all that a client can make it do or keep.
+"""A port of the router: what a ROUTER of ZeroMQ is, with a bound on all that a peer can make it do or keep.
 
-It speaks ZMTP 3.0 (rfc.zeromq.org/spec/23) in the router's event loop, and clients connect a DEALER. libzmq's
+It speaks ZMTP 3.0 (rfc.zeromq.org/spec/23) in the router's event loop, and peers connect a DEALER. libzmq's
 own ROUTER will not do: any peer can abort its process, by sending a PING behind a full queue and going away
-(4.3.5, ``Assertion failed: !_io_error``), and its queues are bounded by messages, of any size.
+(4.3.5, ``Assertion failed: !_io_error``), and its queues are bounded by messages, of any size. Nor does a
+message have to pass through another thread here, which takes more time than all else that is done with it.
 """
 
 import asyncio
 import hmac
+import os
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from clo.runtime.wire.errors import ProtocolError
-from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, ToClient, ToRouter
-from clo.runtime.wire.sockets import KEEPALIVE_S, Decoder, Delivery, encode
+from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
+from clo.runtime.wire.sockets import KEEPALIVE_S, Decoder, encode
 
 HANDSHAKE_S = 30.0  # for a new connection to say who it is
 _GREETING_BYTES = 64
@@ -33,7 +36,36 @@ class TooLarge(NamedTuple):
     size: int
 
 
-Heard = ToRouter | ProtocolError | TooLarge
+class Delivery(Enum):
+    """What became of a message to a peer."""
+
+    SENT = "sent"
+    FULL = "full"  # the peer has not read for long
+    GONE = "gone"  # no peer of this name is connected
+
+
+Sent = TypeVar("Sent", bound=Message)
+Received = TypeVar("Received", bound=Message)
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A socket for a ``Port``: the host as a number, port 0 for a free one. Raises ``OSError``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+def listen_unix(endpoint: str) -> socket.socket:
+    """A socket for a ``Port``: at an address such as ``ipc:///tmp/x``, or ``ipc://@x`` for one that is no
+    file. Raises ``OSError``."""
+    path = endpoint.removeprefix("ipc://")
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind("\0" + path[1:] if path.startswith("@") else path)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _greeting(mechanism: bytes) -> bytes:
@@ -65,8 +97,8 @@ class _Refused(Exception):
 class _Peer(asyncio.Protocol):
     """One connection. It reads no more while it has a whole message that waits to be handled."""
 
-    def __init__(self, port: "ClientPort", name: bytes) -> None:
-        self.name = name
+    def __init__(self, port: "Port[Any, Any]", name: bytes) -> None:
+        self.name = name  # or else it says it itself
         self._port = port
         self._arrived = bytearray()
         self._greeted = self._authenticated = self.open = False
@@ -80,13 +112,19 @@ class _Peer(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         connection: socket.socket = transport.get_extra_info("socket")
-        # asyncio does so only where a socket was made for TCP by name. Otherwise what follows another message
-        # would wait until the client acknowledges that, up to 40 ms.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 3_000 * KEEPALIVE_S)
+        if connection.family == socket.AF_UNIX:
+            if _user_of(connection) != os.geteuid():
+                self._port.refuse()
+                transport.abort()
+                return
+        else:
+            # asyncio does so only where a socket was made for TCP by name. Otherwise what follows another
+            # message would wait until the peer acknowledges that, up to 40 ms.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 3_000 * KEEPALIVE_S)
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, transport.abort)
         transport.write(_greeting(b"NULL" if self._port.key is None else b"PLAIN"))
 
@@ -102,9 +140,8 @@ class _Peer(asyncio.Protocol):
             self._skip -= skipped
             data = data[skipped:]
         self._arrived += data
-        if self._is_due():
-            self.transport.pause_reading()
-            self._port.look_soon(self)
+        if self.is_due():
+            self._port.look_at(self)
 
     def take(self) -> tuple[bytes | TooLarge | ProtocolError, int] | None:
         """Read one frame; returns the message that it completes, with its size, if it does."""
@@ -112,21 +149,25 @@ class _Peer(asyncio.Protocol):
             return self._read()
         except _Refused:
             self.transport.close()
-            self._arrived.clear()
+            self.drop()
             return None
 
-    def goes_on(self) -> bool:
-        """Whether there is more to take; if not, more is read from the connection."""
-        if self._is_due():
-            return True
+    def drop(self) -> None:
+        """Forget what has arrived."""
+        self._arrived.clear()
+
+    def wait(self) -> None:
+        """Read no more from the connection until ``go_on``."""
+        self.transport.pause_reading()
+
+    def go_on(self) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
-        return False
 
     def send(self, data: bytes) -> None:
         self.transport.write(_frame(data))
 
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether there is something to take: a greeting, a frame, or enough of one that is too large."""
         if not self._greeted:
             return len(self._arrived) >= _GREETING_BYTES
@@ -151,7 +192,7 @@ class _Peer(asyncio.Protocol):
         return arrived[0], 9, int.from_bytes(arrived[1:9], "big")
 
     def _read(self) -> tuple[bytes | TooLarge | ProtocolError, int] | None:
-        """Take in what ``_is_due`` has found."""
+        """Take in what ``is_due`` has found."""
         if not self._greeted:
             self._greet(bytes(self._arrived[:_GREETING_BYTES]))
             del self._arrived[:_GREETING_BYTES]
@@ -200,7 +241,7 @@ class _Peer(asyncio.Protocol):
             if name == b"PING" and self.transport.get_write_buffer_size() == 0:
                 self.transport.write(_frame(b"\x04PONG" + rest[2:18], _COMMAND))
         elif self._port.key is None and name == b"READY":
-            self._open()
+            self._open(rest)
         elif self._port.key is not None and name == b"HELLO" and not self._authenticated:
             if not hmac.compare_digest(_password(rest), self._port.key.encode()):
                 self.transport.write(_frame(_ERROR, _COMMAND))
@@ -209,12 +250,16 @@ class _Peer(asyncio.Protocol):
             self._authenticated = True
             self.transport.write(_frame(b"\x07WELCOME", _COMMAND))
         elif self._authenticated and name == b"INITIATE":
+            self._open(rest)
             self.transport.write(_frame(_READY, _COMMAND))
-            self._open()
         else:
             raise _Refused
 
-    def _open(self) -> None:
+    def _open(self, metadata: bytes) -> None:
+        if not self.name:
+            self.name = _identity(metadata)
+        if not self._port.admit(self):
+            raise _Refused
         self.open = True
         if self._deadline is not None:
             self._deadline.cancel()
@@ -226,63 +271,82 @@ def _password(hello: bytes) -> bytes:
     return rest[1 : 1 + rest[0]] if rest else b""
 
 
-class ClientPort:
-    """Listens for clients, in one event loop.
+def _identity(metadata: bytes) -> bytes:
+    """The peer's name, or nothing."""
+    while metadata:
+        name_end = 1 + metadata[0]
+        value_start = name_end + 4
+        value_end = value_start + int.from_bytes(metadata[name_end:value_start], "big")
+        if metadata[1:name_end].lower() == b"identity":
+            return metadata[value_start:value_end]
+        metadata = metadata[value_end:]
+    return b""
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Whose process is at the other end of a local connection."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    return int(user)
+
+
+class Port(Generic[Sent, Received]):
+    """Listens for peers, in one event loop. A local socket lets in no other user's processes.
 
     Args:
-        host, port: where, the host as a number; port 0 for a free one.
-        key: only clients that know it can connect; None for all.
+        listener: from ``listen_tcp`` or ``listen_unix``.
+        received: the union of messages that may arrive.
+        key: only peers that know it can connect; None for all.
+        named: whether peers have names of their own, their identities; each can be there once. Else they are
+            numbered.
         largest: bytes of a message that is read; of larger ones only the beginning is.
-        unread: bytes that a client may leave unread.
-        handle: gets the name of a client's connection, what it sent, and how many bytes that were. Clients
-            take turns, and so do the event loop's other tasks, after each message.
-        refuse: is called when a client does not know the key, or has one where none is wanted.
+        unread: bytes that a peer may leave unread.
+        handle: gets the name of a peer, what it sent, and how many bytes that were. Peers take turns, and so
+            do the event loop's other tasks, after each message.
+        refuse: is called when a peer does not know the key, or has one where none is wanted, or is another
+            user's.
 
     Attributes:
         endpoint: the address bound, such as ``tcp://127.0.0.1:5555`` or ``tcp://[::1]:5555``.
-
-    Raises:
-        OSError: the address cannot be bound.
     """
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        listener: socket.socket,
+        received: Any,
         key: str | None,
+        named: bool,
         largest: int,
-        unread: int,
-        handle: Callable[[bytes, Heard, int], None],
+        unread: float,
+        handle: Callable[[bytes, Received | ProtocolError | TooLarge, int], None],
         refuse: Callable[[], None],
     ) -> None:
         self.key, self.largest, self.refuse = key, largest, refuse
-        self._unread, self._handle = unread, handle
-        self._decode: Decoder[ToRouter] = Decoder(ToRouter)
-        self._peers: dict[bytes, _Peer] = {}
+        self._named, self._unread, self._handle = named, unread, handle
+        self._decode: Decoder[Received] = Decoder(received)
+        self._connections: set[_Peer] = set()
+        self._peers: dict[bytes, _Peer] = {}  # those that may send, by name
         self._lost = asyncio.Event()  # set whenever a connection ends
         self._due: deque[_Peer] = deque()  # those with a message that waits
         self._will_look = False
         self._count = 0
         self._failure: asyncio.Future[None] | None = None  # while somebody listens
-        ipv6 = ":" in host
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        name = f"[{host}]" if ipv6 else host
-        self.endpoint = f"tcp://{name}:{self._socket.getsockname()[1]}"
+        self._listener = listener
+        self.endpoint = _endpoint(listener)
 
     async def listen(self) -> None:
         """Have messages handled until this is cancelled. What ``handle`` raises ends it."""
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
-        server = await loop.create_server(self._connect, sock=self._socket)
+        server = await loop.create_server(self._connect, sock=self._listener)
         try:
             await self._failure
         finally:
             server.close()
 
-    def send(self, client: bytes, message: ToClient) -> Delivery:
-        peer = self._peers.get(client)
-        if peer is None or not peer.open:
+    def send(self, name: bytes, message: Sent) -> Delivery:
+        peer = self._peers.get(name)
+        if peer is None:
             return Delivery.GONE
         if peer.transport.get_write_buffer_size() >= self._unread:
             return Delivery.FULL
@@ -291,59 +355,86 @@ class ClientPort:
 
     async def close(self, linger_s: float) -> None:
         """What was sent gets up to ``linger_s`` seconds to leave."""
-        self._socket.close()
+        self._listener.close()
         self._failure = None
-        for peer in self._peers.values():
+        for peer in self._connections:
             peer.transport.close()
         try:
             async with asyncio.timeout(linger_s):
-                while self._peers:
+                while self._connections:
                     self._lost.clear()
                     await self._lost.wait()
         except TimeoutError:
-            for peer in list(self._peers.values()):
+            for peer in self._connections:
                 peer.transport.abort()
+
+    def admit(self, peer: _Peer) -> bool:
+        """Whether a peer may be there, which is so now. Its connection may have ended meanwhile."""
+        if not peer.name or peer.name in self._peers or peer not in self._connections:
+            return False
+        self._peers[peer.name] = peer
+        return True
 
     def forget(self, peer: _Peer) -> None:
         """A connection has ended. What came before that is handled."""
-        del self._peers[peer.name]
+        self._connections.discard(peer)
+        if self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
         self._lost.set()
 
-    def look_soon(self, peer: _Peer) -> None:
-        """A connection has something to read."""
-        self._due.append(peer)
+    def look_at(self, peer: _Peer) -> None:
+        """A connection has something to take: at once, if that is the first in this turn of the loop."""
         if not self._will_look:
-            self._will_look = True
-            asyncio.get_running_loop().call_soon(self._look)
+            self._take(peer)
+            if not peer.is_due():
+                return
+        peer.wait()
+        self._due.append(peer)
 
     def _connect(self) -> _Peer:
         self._count += 1
-        peer = _Peer(self, self._count.to_bytes(8, "big"))
-        self._peers[peer.name] = peer
+        peer = _Peer(self, b"" if self._named else self._count.to_bytes(8, "big"))
+        self._connections.add(peer)
         return peer
 
     def _look(self) -> None:
-        """Take one frame of the connection whose turn it is."""
+        """Take one frame of the connection whose turn it is, if one waits."""
         self._will_look = False
-        if self._failure is None or self._failure.done() or not self._due:
+        if not self._due:
             return
         peer = self._due.popleft()
+        self._take(peer)
+        if peer.is_due():
+            self._due.append(peer)
+        else:
+            peer.go_on()
+
+    def _take(self, peer: _Peer) -> None:
+        """Take one frame, unless nobody listens, and look at the others after what that has set off."""
+        if self._failure is None or self._failure.done():
+            peer.drop()
+            return
         try:
             if (taken := peer.take()) is not None:
                 self._handle(peer.name, self._message(taken[0]), taken[1])
-            if peer.goes_on():
-                self._due.append(peer)
         except Exception as error:
             self._failure.set_exception(error)
-            return
-        if self._due and not self._will_look:
-            self._will_look = True
-            asyncio.get_running_loop().call_soon(self._look)
+        self._will_look = True
+        asyncio.get_running_loop().call_soon(self._look)
 
-    def _message(self, taken: bytes | TooLarge | ProtocolError) -> Heard:
+    def _message(self, taken: bytes | TooLarge | ProtocolError) -> Received | TooLarge | ProtocolError:
         if not isinstance(taken, bytes):
             return taken
         try:
             return self._decode(taken)
         except ProtocolError as error:
             return error
+
+
+def _endpoint(listener: socket.socket) -> str:
+    address = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        name: str | bytes = address
+        return f"ipc://@{name[1:].decode()}" if isinstance(name, bytes) else f"ipc://{name}"
+    host = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
+    return f"tcp://{host}:{address[1]}"
