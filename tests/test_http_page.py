@@ -1,7 +1,10 @@
 """The page at ``/`` and the numbers behind it, from a real server and in a real browser."""
 
+import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from tests.server import Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
 
+KEY = "a-key"
 TOKENS = 3900  # they take the tiny model some seconds, in which a page asks more than once
 PARTS = {"/": "text/html", "/page/page.css": "text/css", "/page/page.js": "text/javascript"}
 PARTS |= {"/page/icon.svg": "image/svg+xml"}
@@ -108,6 +112,48 @@ def wait_for(page: Any, condition: str) -> None:
     page.wait_for_function(f"() => {{ {text} return {condition}; }}")
 
 
+@contextmanager
+def busy(server: Server) -> Iterator[None]:
+    """One answer after another, for as long as a page needs."""
+    enough = threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            with streaming(server) as events:
+                for _ in events:
+                    pass
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        asking.join()
+
+
+def number(page: Any, id: str) -> int:
+    return int(page.text_content(f"#{id}").replace(",", ""))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_move_while_an_answer_is_streamed(server: Server, browser: Any, scheme: str) -> None:
+    phone = {"width": 360, "height": 740}
+    with opened(browser, server.url, viewport=phone, color_scheme=scheme) as (page, wrong):
+        wait_for(page, "text('state') === 'Ready.'")
+        before = number(page, "generated")
+        with busy(server):
+            wait_for(page, f"text('decoding') === '1' && text('open') === '1' && text('rate') !== '0' "
+                     f"&& text('generated') !== '{before:,}'")  # fmt: skip
+        wait_for(page, "text('decoding') === '0' && text('hits').endsWith('%')")
+        assert number(page, "generated") == stats(server)["traffic"]["generated_tokens"]
+        assert page.locator("#token-gap rect").count() > 10 and page.locator("#rates path").count() == 1
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide == 0, "a phone would scroll sideways"
+        nameless = page.locator("svg[role=img]:not([aria-label]), meter:not([aria-label])").count()
+        assert not wrong and not nameless
+
+
 def test_a_hidden_page_asks_nothing(server: Server, browser: Any) -> None:
     with opened(browser, server.url) as (page, wrong):
         wait_for(page, "text('state') === 'Ready.'")
@@ -135,3 +181,25 @@ def test_a_name_with_markup_is_shown_as_it_is(server: Server, browser: Any) -> N
         wait_for(page, "text('state') === 'Ready.'")
         assert page.text_content("#model") == name and name in page.text_content("#stores")
         assert page.locator("img").count() == 0 and not wrong
+
+
+def test_the_numbers_ask_for_the_key_and_the_page_says_when_the_server_has_gone(
+    launch: Launch, tiny_model: Path, browser: Any
+) -> None:
+    options = ("--model", str(tiny_model), "--http", "0", "--api-key", KEY)
+    with launch(*options) as server:
+        refused = httpx.get(f"{server.url}/stats", timeout=WAIT_S)
+        assert refused.status_code == 401 and json.loads(refused.text)["error"]["code"] == "invalid_api_key"
+        with opened(browser, server.url) as (page, _):  # a browser reports every 401 in its console
+            wait_for(page, "text('state') === 'The API key is needed.'")
+            assert page.is_hidden("#numbers")
+            for key, said in (("wrong", "The API key is wrong."), (KEY, "Ready.")):
+                page.fill("#key", key)
+                page.click("#ask button")
+                wait_for(page, f"text('state') === '{said}'")
+            assert page.is_visible("#numbers") and page.is_hidden("#ask")
+            page.reload()
+            wait_for(page, "text('state') === 'Ready.'")
+            server.signal(signal.SIGTERM)
+            server.wait()
+            wait_for(page, "text('state') === 'The server cannot be reached. These numbers are old.'")
