@@ -29,14 +29,19 @@ class SlotRelease:
 
     def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
         self._cache = cache
-        self._counters = torch.empty(4, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._counters.copy_(cache.counters(slot), non_blocking=True)
+        counters = cache.head_counters(slot)
+        self._counters = torch.empty(counters.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._counters.copy_(counters, non_blocking=True)
         cache.reset_counters(slot)
         self.event = DeviceEvent(device)
 
-    def stats(self, tokens: int, steps: int) -> CacheStats:
-        """What the cache did for the sequence, ``tokens`` long, in ``steps`` decode steps."""
-        return self._cache.stats(self._counters.tolist(), tokens, steps) if steps else NO_STATS
+    def finish(self, tokens: int, steps: int) -> CacheStats:
+        """Once, after ``event``: what the cache did for the sequence, ``tokens`` long, in ``steps`` decode
+        steps. The cache adds it to what it did for others."""
+        if not steps:
+            return NO_STATS
+        self._cache.add_ended(self._counters)
+        return self._cache.stats(self._counters.sum((0, 1)).tolist(), tokens, steps)
 
 
 class Mailbox:

@@ -428,7 +428,7 @@ class Scheduler:
                 self._report_scores(sequence)
             self._ask_store(Free(sequence.id))
             self._give_back(sequence)
-            self._leave(sequence, sequence.release.stats(len(sequence.tokens) - 1, sequence.steps))
+            self._leave(sequence, sequence.release.finish(len(sequence.tokens) - 1, sequence.steps))
         if gone:
             self._give_slots()
         return bool(gone)

@@ -142,4 +142,5 @@ class Worker:
             private_bytes=private_bytes(),
             gpu_bytes=torch.cuda.memory_reserved(),
             drift_check=None if self._drift_check is None else self._drift_check.stats(),
+            head_rows=cache.head_rows,
         )

@@ -85,7 +85,9 @@ class Echo:
                 self._router.send(Pong())
             case GetWorkerStats():
                 held = len(self._runs) - len(self._answers)
-                stats = WorkerStats(0, len(self._answers), len(self._answers), held, 0, 0, 0, 0, 0, 0, None)
+                stats = WorkerStats(
+                    0, len(self._answers), len(self._answers), held, 0, 0, 0, 0, 0, 0, None, None
+                )
                 self._router.send(WorkerReport(stats, StoreStats("numa0", 0, 0, 1, 1, 0, 0)))
 
     def _begin(self, run: Run, answer: list[int]) -> None:

@@ -99,7 +99,7 @@ class FakeRelease:
         self._engine, self._slot = engine, slot
         self.event = Event(engine)
 
-    def stats(self, tokens: int, steps: int) -> CacheStats:
+    def finish(self, tokens: int, steps: int) -> CacheStats:
         assert self.event.reached, "the counters are not there yet"
         return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
 

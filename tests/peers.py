@@ -21,6 +21,7 @@ from clo.runtime.wire.messages import (
     Finished,
     GetInfo,
     GetWorkerStats,
+    HeadRows,
     Info,
     Logprob,
     Message,
@@ -124,7 +125,8 @@ class Worker(Peer):
                 self._more.set()
 
     def report(self) -> WorkerReport:
-        stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0))
+        heads = HeadRows(selected=[[9, 8]], fetched=[[1, 0]])
+        stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0), heads)
         return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
 
     def ready(self) -> None:

@@ -178,7 +178,7 @@ def test_the_host_does_not_wait_for_the_device(decoders: tuple[Decoder, Decoder]
         while not release.event.reached:
             pass
         assert len(wait_for(engine, handle)) == 1
-        assert release.stats(704, 4).steps == 4
+        assert release.finish(704, 4).steps == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.faults import WAIT_S
@@ -19,6 +20,7 @@ from tests.server import Server
 Launch = Callable[..., AbstractContextManager[Server]]
 
 KEY = "a-key"
+LAYERS, KV_HEADS = 4, 2  # of the tiny model
 TOKENS = 3900  # they take the tiny model some seconds, in which a page asks more than once
 PARTS = {"/": "text/html", "/page/page.css": "text/css", "/page/page.js": "text/javascript"}
 PARTS |= {"/page/icon.svg": "image/svg+xml"}
@@ -27,6 +29,14 @@ PARTS |= {"/page/icon.svg": "image/svg+xml"}
 @pytest.fixture(scope="module")
 def server(launch: Launch, tiny_model: Path) -> Iterator[Server]:
     with launch("--model", str(tiny_model), "--http", "0") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sparse(launch: Launch, tiny_model: Path) -> Iterator[Server]:
+    """One whose resident sets are much smaller than contexts."""
+    options = ("--select-k", "8", "--resident", "8")
+    with launch("--model", str(tiny_model), "--http", "0", *options) as server:
         yield server
 
 
@@ -66,6 +76,32 @@ def test_the_numbers_follow_a_request(server: Server) -> None:
         pass
     assert after["traffic"]["ended"]["cancelled"] == before["traffic"]["ended"]["cancelled"] + 1
     assert after["traffic"]["cache"]["steps"] > before["traffic"]["cache"]["steps"]
+
+
+def test_the_rows_of_the_heads_are_those_of_all_requests(sparse: Server) -> None:
+    """Requests that share their steps, and one that is cancelled while it decodes."""
+    body = {"prompt": [[5, 6] * 60, [7] * 100], "max_tokens": 30, "ignore_eos": True}
+    answer = httpx.post(f"{sparse.url}/v1/completions", json=body, timeout=WAIT_S)
+    assert answer.status_code == 200
+    with streaming(sparse) as events:
+        for _ in range(40):
+            next(events)
+    while (numbers := stats(sparse))["workers"][0]["running"]:
+        pass
+    heads, cache = numbers["workers"][0]["head_rows"], numbers["traffic"]["cache"]
+    selected, fetched = np.array(heads["selected"]), np.array(heads["fetched"])
+    assert selected.shape == fetched.shape == (LAYERS, KV_HEADS)
+    assert (selected.sum(), fetched.sum()) == (cache["selected_rows"], cache["fetched_rows"])
+    assert (selected > 0).all() and (selected >= fetched).all() and fetched.sum() > 0
+    assert len(np.unique(fetched)) > 1, "the heads are told apart"
+
+
+def test_full_attention_has_no_rows_of_heads(launch: Launch, tiny_model: Path, browser: Any) -> None:
+    with launch("--model", str(tiny_model), "--http", "0", "--attention", "full") as server:
+        assert stats(server)["workers"][0]["head_rows"] is None
+        with opened(browser, server.url) as (page, wrong):
+            wait_for(page, "text('heads-text') === 'Full attention selects no rows.'")
+            assert page.is_hidden("#heads") and not wrong
 
 
 @pytest.mark.parametrize(("path", "kind"), PARTS.items())
@@ -152,6 +188,65 @@ def test_numbers_move_while_an_answer_is_streamed(server: Server, browser: Any, 
         assert wide == 0, "a phone would scroll sideways"
         nameless = page.locator("svg[role=img]:not([aria-label]), meter:not([aria-label])").count()
         assert not wrong and not nameless
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_map_shows_each_head(sparse: Server, browser: Any, scheme: str) -> None:
+    numbers = stats(sparse)
+    rates = {  # by layer and KV head, of two workers together
+        (0, 0): (100, 50), (0, 1): (100, 0), (1, 0): (300, 30), (1, 1): (0, 0),
+    }  # fmt: skip
+    halves = [[[0] * 2, [0] * 2], [[0] * 2, [0] * 2]]
+    for (layer, head), pair in rates.items():
+        for kind, rows in enumerate(pair):
+            halves[kind][layer][head] = rows // 2
+    numbers["workers"] *= 2
+    for worker in numbers["workers"]:
+        worker["head_rows"] = dict(zip(("selected", "fetched"), halves, strict=True))
+    with opened(browser, "about:blank", color_scheme=scheme) as (page, wrong):
+        page.route("**/stats", lambda route: route.fulfill(json=numbers))
+        page.goto(sparse.url)
+        wait_for(page, "text('state') === 'Ready.'")
+        cells = page.locator("#heads rect")
+        assert [cell.text_content() for cell in cells.all()] == [
+            "layer 0, KV head 0: 50.0 % of 100 selected rows were resident",
+            "layer 0, KV head 1: 100.0 % of 100 selected rows were resident",
+            "layer 1, KV head 0: 90.0 % of 300 selected rows were resident",
+            "layer 1, KV head 1: no rows selected",
+        ]
+        strengths = [float(cell.get_attribute("fill-opacity")) for cell in cells.all()]
+        assert strengths[0] < strengths[2] < strengths[1] == 1.0
+        said = "Lowest 50.0 % (layer 0, KV head 0), highest 100.0 %, 80.0 % on average over the heads."
+        assert said in page.text_content("#heads-text")
+        assert said in page.get_attribute("#heads", "aria-label") and not wrong
+
+
+def test_the_map_of_a_large_model_fits_a_phone(server: Server, browser: Any) -> None:
+    numbers = stats(server)
+    rows = [[1000 + layer + head for head in range(8)] for layer in range(80)]
+    numbers["workers"][0]["head_rows"] = {"selected": rows, "fetched": [[7] * 8] * 80}
+    phone = {"width": 360, "height": 740}
+    with opened(browser, "about:blank", viewport=phone) as (page, wrong):
+        page.route("**/stats", lambda route: route.fulfill(json=numbers))
+        page.goto(server.url)
+        wait_for(page, "text('state') === 'Ready.'")
+        assert page.locator("#heads rect").count() == 640
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        place = page.locator("#heads").bounding_box()
+        assert wide == 0 and place["height"] < 740 and not wrong
+
+
+def test_a_tooltip_stays_while_the_numbers_change(sparse: Server, browser: Any) -> None:
+    with opened(browser, sparse.url) as (page, wrong):
+        wait_for(page, "text('state') === 'Ready.'")
+        cells = page.locator("#heads rect")
+        assert cells.count() == LAYERS * KV_HEADS
+        cell = cells.first.element_handle()
+        before = cell.text_content()
+        body = {"prompt": [9] * 100, "max_tokens": 20, "ignore_eos": True}
+        httpx.post(f"{sparse.url}/v1/completions", json=body, timeout=WAIT_S)
+        page.wait_for_function("([cell, text]) => cell.textContent !== text", arg=[cell, before])
+        assert cell.evaluate("cell => cell.isConnected") and not wrong
 
 
 def test_a_hidden_page_asks_nothing(server: Server, browser: Any) -> None:

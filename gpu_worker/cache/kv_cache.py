@@ -18,7 +18,7 @@ from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape
-from clo.runtime.wire.messages import CacheStats
+from clo.runtime.wire.messages import CacheStats, HeadRows
 
 _NEVER_REUSE = 2.0  # above any cosine
 
@@ -69,6 +69,7 @@ class KVCache:
         self._storing, self._filling, self._recording = (SideStream(device) for _ in range(3))
         heads = (shape.layers, slots, shape.kv_heads)
         self._counters = torch.zeros(*heads, 4, dtype=torch.int64, device=device)
+        self._ended = torch.zeros(shape.layers, shape.kv_heads, 4, dtype=torch.int64)  # of former sequences
         self.thresholds = _thresholds(config, shape, device)
         self.layers: list[LayerCache | FullLayer] = []
         self._index_token_bytes = 0
@@ -187,11 +188,26 @@ class KVCache:
 
     def counters(self, slot: int) -> Tensor:
         """[4] int64 since ``reset_counters``: gate checks, selections, rows selected, rows fetched."""
-        return self._counters[:, slot].sum((0, 1))
+        return self.head_counters(slot).sum((0, 1))
+
+    def head_counters(self, slot: int) -> Tensor:
+        """[layers, kv_heads, 4] int64, those of each head; a view that goes on counting."""
+        return self._counters[:, slot]
 
     def reset_counters(self, slot: int) -> None:
         """Start counting again for the next sequence of a slot."""
         self._counters[:, slot].zero_()
+
+    def add_ended(self, counters: Tensor) -> None:
+        """Add what the heads did for a sequence that has ended: [layers, kv_heads, 4] int64, on the CPU."""
+        self._ended += counters
+
+    @property
+    def head_rows(self) -> HeadRows | None:
+        """What the heads did for the sequences given to ``add_ended``; None with full attention."""
+        if not self.sparse_layers:
+            return None
+        return HeadRows(selected=self._ended[..., 2].tolist(), fetched=self._ended[..., 3].tolist())
 
     def stats(self, counters: list[int], tokens: int, steps: int) -> CacheStats:
         """What the cache did for a sequence.

@@ -267,6 +267,15 @@ class DriftStats(msgspec.Struct, frozen=True):
     agreement: float  # share of checks with the same most likely token
 
 
+class HeadRows(msgspec.Struct, frozen=True):
+    """Rows that the heads of a worker selected, and those of them that came from CPU memory, by layer and KV
+    head: [layers][kv_heads]. They are summed over all requests that have left the worker, as those of
+    ``Traffic.cache`` are over all workers."""
+
+    selected: list[list[Count]]
+    fetched: list[list[Count]]
+
+
 class WorkerStats(msgspec.Struct, frozen=True):
     worker: Count
     running: Count
@@ -279,6 +288,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
     private_bytes: Count  # memory of the worker process that is not the arena (RssAnon)
     gpu_bytes: Count  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
     drift_check: DriftStats | None  # None without --drift-check
+    head_rows: HeadRows | None  # None with full attention, which selects nothing
 
 
 class Histogram(msgspec.Struct, frozen=True):

@@ -6,17 +6,22 @@ const PATIENCE_MS = 5000;
 const KEPT_MS = 120_000; // of what was seen
 const KEY = "clo-api-key";
 const SVG = "http://www.w3.org/2000/svg";
+const MAP_LEFT = 10; // percent of the map's width for the layers' numbers
+const MAP_TOP = 16; // pixels for the KV heads' numbers
+const MAP_SPAN = 0.1; // hit rates that the colours of a map span at least, or noise would look like a difference
 
 const element = (id) => document.getElementById(id);
 const show = (id, text) => { element(id).textContent = text; };
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const count = (value) => Math.round(value).toLocaleString("en");
+const percent = (share) => `${(share * 100).toFixed(1)} %`;
 
 class Refusal extends Error {} // in the server's own words
 
 let seen = []; // {at, stats}, the oldest first
 let timer = null;
 let asking = null; // the question that is being asked
+let cells = []; // of the map of hit rates: [layers][KV heads]
 
 function size(bytes) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -109,6 +114,7 @@ function draw() {
   drawTokens(stats);
   drawMemory(stats);
   drawCache(stats.traffic.cache);
+  drawHeads(stats);
   const oldest = seen[0].stats.traffic;
   const recent = element("period").value === "recent";
   for (const [id, field] of [["first-token", "first_token"], ["token-gap", "token_gap"]]) {
@@ -186,10 +192,81 @@ function drawMemory(stats) {
 
 function drawCache(cache) {
   const share = cache.selected_rows ? 1 - cache.fetched_rows / cache.selected_rows : null;
-  show("hits", share === null ? "–" : `${(share * 100).toFixed(1)} %`);
+  show("hits", share === null ? "–" : percent(share));
   show("selected", count(cache.selected_rows));
   show("fetched", count(cache.fetched_rows));
   show("bytes", size(cache.fetched_bytes));
+}
+
+function svg(name, attributes, text) {
+  const made = document.createElementNS(SVG, name);
+  for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function makeCells(layers, heads) {
+  const height = Math.max(6, Math.min(14, Math.floor(480 / layers)));
+  const width = (100 - MAP_LEFT) / heads;
+  const chart = element("heads");
+  chart.setAttribute("height", MAP_TOP + layers * height);
+  const every = { layer: Math.ceil(14 / height), head: Math.ceil(heads / 12) }; // or numbers would touch
+  const numbers = [];
+  for (let head = 0; head < heads; head += every.head) {
+    const place = { x: `${MAP_LEFT + (head + 0.5) * width}%`, y: MAP_TOP - 5, "text-anchor": "middle" };
+    numbers.push(svg("text", place, head));
+  }
+  for (let layer = 0; layer < layers; layer += every.layer) {
+    const place = { x: `${MAP_LEFT - 1.5}%`, y: MAP_TOP + (layer + 0.5) * height + 4, "text-anchor": "end" };
+    numbers.push(svg("text", place, layer));
+  }
+  cells = Array.from({ length: layers }, (_, layer) => Array.from({ length: heads }, (_, head) => {
+    const cell = svg("rect", {
+      x: `${MAP_LEFT + head * width}%`, y: MAP_TOP + layer * height, width: `${width}%`, height,
+    });
+    cell.append(svg("title", {}));
+    return cell;
+  }));
+  chart.replaceChildren(...numbers, ...cells.flat());
+}
+
+function drawHeads(stats) {
+  const maps = stats.workers.map((worker) => worker.head_rows).filter((rows) => rows !== null);
+  const chart = element("heads");
+  chart.toggleAttribute("hidden", !maps.length);
+  if (!maps.length) {
+    show("heads-text", stats.attention === "full" ? "Full attention selects no rows." : "Nothing yet.");
+    return;
+  }
+  const layers = maps[0].selected.length;
+  const heads = maps[0].selected[0].length;
+  // Cells that are there already are changed, as a new one would close the tooltip over it.
+  if (cells.length !== layers || cells[0].length !== heads) makeCells(layers, heads);
+  const found = cells.flatMap((row, layer) => row.map((cell, head) => {
+    const selected = sum(maps.map((rows) => rows.selected[layer][head]));
+    const fetched = sum(maps.map((rows) => rows.fetched[layer][head]));
+    const name = `layer ${layer}, KV head ${head}`;
+    const rate = selected ? 1 - fetched / selected : null;
+    const said = rate === null ? "no rows selected"
+      : `${percent(rate)} of ${count(selected)} selected rows were resident`;
+    const title = cell.firstChild;
+    if (title.textContent !== `${name}: ${said}`) title.textContent = `${name}: ${said}`;
+    return { cell, name, rate };
+  }));
+  const used = found.filter(({ rate }) => rate !== null).sort((one, other) => one.rate - other.rate);
+  const lowest = used.at(0);
+  const highest = used.at(-1);
+  const low = used.length ? Math.min(lowest.rate, highest.rate - MAP_SPAN) : 0;
+  for (const { cell, rate } of found) {
+    cell.classList.toggle("unused", rate === null);
+    const share = rate === null ? 0 : (rate - low) / (highest.rate - low);
+    cell.setAttribute("fill-opacity", (0.1 + 0.9 * share).toFixed(3));
+  }
+  const mean = sum(used.map(({ rate }) => rate)) / used.length;
+  const text = used.length ? `Lowest ${percent(lowest.rate)} (${lowest.name}), highest ${percent(highest.rate)}, `
+    + `${percent(mean)} on average over the heads.` : "Nothing yet.";
+  show("heads-text", `A row for each layer, a column for each KV head. ${text} Stronger colours are higher rates.`);
+  chart.setAttribute("aria-label", `Hit rate by layer and KV head. ${text}`);
 }
 
 function quantile(bounds, counts, total, share) {
