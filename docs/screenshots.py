@@ -25,7 +25,7 @@ from clo.runtime.wire.errors import CLOError
 
 FOLDER = Path(__file__).resolve().parent
 DOCUMENTS = ("http.md", "errors.md", "requests.md", "structure.md")  # in front of a question each
-CHARACTERS = 4000  # of a document: enough that its rows do not all stay resident
+CHARACTERS = 2500  # of a document: enough that its rows do not all stay resident
 SERVER = ("--http", "0", "--port", "0", "--device", "cpu", "--resident", "256", "--select-k", "64")
 PAGES = {  # of what the browser shows: width, height, colour scheme
     "page.png": (1180, 800, "light"),
@@ -63,7 +63,7 @@ def streaming(address: str) -> Iterator[None]:
                     "role": "user",
                     "content": f"{text}\n\nSay in a few sentences what this is about.",
                 }
-                client.generate([question], max_tokens=100, ignore_eos=True)
+                client.generate([question], max_tokens=150, ignore_eos=True)
 
     with ThreadPoolExecutor(len(DOCUMENTS)) as threads:
         for document in DOCUMENTS:
