@@ -1,10 +1,12 @@
-"""A long run of mixed requests against one server: ``python -m tests.soak --requests 50000``.
+"""A long run of mixed requests against one server: ``python -m tests.soak --requests 50000``; with ``--http``
+over HTTP.
 
 Requests are answered, cancelled, timed out, left, dropped unread and wrong in many ways, and their clients
 close or vanish. At ten places on the way nothing may have grown: all blocks are free, and memory and
 descriptors of the server are what they were once the first tenth had warmed everything up. The report is a
-line of JSON for each place, and at last ``benchmarks/results/soak.json``. The exit code is 1 where
-something grew or the log holds a traceback; a request that ends otherwise than it should raises.
+line of JSON for each place, and at last ``benchmarks/results/soak.json`` or ``soak-http.json``. The exit
+code is 1 where something grew or the log holds a traceback; a request that ends otherwise than it should
+raises.
 """
 
 import argparse
@@ -15,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -29,6 +33,9 @@ from clo.runtime.wire.messages import Generate, SamplingParams, Tokens
 from tests.conftest import make_tiny_model
 from tests.faults import SMALL, WAIT_S, raw, wait_until_idle
 from tests.server import Server, launch
+
+Kind = Callable[[Any, random.Random], Awaitable[None]]
+"""What a client does, once."""
 
 CLIENTS = 8
 PLACES = 10
@@ -144,7 +151,92 @@ async def vanished(client: AsyncClient, rng: random.Random) -> None:
     await asyncio.to_thread(send)
 
 
-KINDS = {
+# ---------------------------------------------------------------------------------- over HTTP
+
+
+async def completed(client: httpx.AsyncClient, rng: random.Random) -> None:
+    count = rng.randrange(1, 12)
+    body = {"prompt": [7] * rng.randrange(1, 300), "max_tokens": count, "ignore_eos": True}
+    answer = await client.post("/v1/completions", json=body | {"logprobs": rng.choice([None, 0, 5])})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == count
+
+
+async def chatted(client: httpx.AsyncClient, rng: random.Random) -> None:
+    messages = [{"role": "user", "content": "a b"}]
+    body = {"messages": messages, "max_tokens": 9, "n": rng.randrange(1, 4), "seed": rng.randrange(9)}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == body["n"]
+
+
+async def streamed(client: httpx.AsyncClient, rng: random.Random) -> None:
+    count = rng.randrange(1, 40)
+    async with client.stream("POST", "/v1/completions", json=STREAM | {"max_tokens": count}) as answer:
+        lines = [line async for line in answer.aiter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+
+
+async def left_in_the_middle(client: httpx.AsyncClient, rng: random.Random) -> None:
+    async with client.stream("POST", "/v1/completions", json=STREAM) as answer:
+        async for _ in answer.aiter_lines():
+            if rng.random() < 0.2:
+                break
+
+
+async def read_slowly(client: httpx.AsyncClient, rng: random.Random) -> None:
+    """A kilobyte a second, and not to the end."""
+    read = 0
+    async with client.stream("POST", "/v1/completions", json=STREAM) as answer:
+        async for part in answer.aiter_raw(1000):
+            read += len(part)
+            await asyncio.sleep(len(part) / 1000)
+            if read >= 3000:
+                break
+
+
+async def constrained(client: httpx.AsyncClient, rng: random.Random) -> None:
+    body = {"prompt": "a", "max_tokens": 40, "structured_outputs": {"regex": "[ab]{5}"}}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200 and set(answer.json()["choices"][0]["text"]) <= set("ab")
+
+
+async def refused(client: httpx.AsyncClient, rng: random.Random) -> None:
+    path, body = rng.choice(REFUSED)
+    answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"], (body[:80], answer.text)
+
+
+async def asked(client: httpx.AsyncClient, rng: random.Random) -> None:
+    for path in ("/health", "/v1/models", "/metrics", "/load"):
+        assert (await client.get(path)).status_code == 200
+
+
+async def vanished_over_http(client: httpx.AsyncClient, rng: random.Random) -> None:
+    _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    body = json.dumps(STREAM).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    writer.write((head + body)[: rng.randrange(len(head + body) + 1)])
+    await asyncio.sleep(0.02 * rng.random())
+    writer.transport.abort()
+
+
+STREAM = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+REFUSED = [
+    ("/v1/completions", b"{"),
+    ("/v1/completions", b'{"prompt": 5}'),
+    ("/v1/completions", b'{"prompt": "a", "model": "another"}'),
+    ("/v1/completions", b'{"prompt": "a", "max_tokens": -1}'),
+    ("/v1/completions", json.dumps({"prompt": [1] * 5000}).encode()),
+    ("/v1/chat/completions", b'{"messages": []}'),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": 5}]}'),
+]
+HTTP_KINDS: dict[Kind, int] = {
+    completed: 8, chatted: 4, streamed: 6, left_in_the_middle: 4, read_slowly: 1, constrained: 2, refused: 4,
+    asked: 1, vanished_over_http: 2,
+}  # fmt: skip
+
+KINDS: dict[Kind, int] = {
     answered: 8, adjusted: 2, structured: 2, prompt_scored: 1, scored: 1, stopped: 2, cancelled: 2,
     timed_out: 1, left: 1, dropped: 1, wrong: 3, closed: 1,
     vanished: 1,
@@ -152,13 +244,19 @@ KINDS = {
 """How often each comes."""
 
 
-async def run(address: str, requests: int, rng: random.Random) -> Counter[str]:
+async def run(server: Server, over_http: bool, requests: int, rng: random.Random) -> Counter[str]:
     """Some requests of each kind, ``CLIENTS`` at a time; how many there were of each."""
-    kinds = rng.choices(list(KINDS), list(KINDS.values()), k=requests)
+    weights = HTTP_KINDS if over_http else KINDS
+    kinds = rng.choices(list(weights), list(weights.values()), k=requests)
     counts: Counter[str] = Counter(kind.__name__ for kind in kinds)
 
+    def connect() -> Any:
+        if over_http:
+            return httpx.AsyncClient(base_url=server.url, timeout=WAIT_S)
+        return AsyncClient(server.address, timeout=WAIT_S)
+
     async def work() -> None:
-        async with AsyncClient(address, timeout=WAIT_S) as client:
+        async with connect() as client:
             while kinds:
                 await kinds.pop()(client, rng)
 
@@ -183,15 +281,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--http", action="store_true", help="over HTTP")
     arguments = parser.parse_args()
+    case = "soak-http" if arguments.http else "soak"
     rng, first, now = random.Random(arguments.seed), None, dict[str, int]()
     total, began_all = Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder))
-        with launch("--model", folder, *SMALL) as server:
+        with launch("--model", folder, *SMALL, *(("--http", "0") if arguments.http else ())) as server:
             for place in range(1, PLACES + 1):
                 began = time.monotonic()
-                counts = asyncio.run(run(server.address, arguments.requests // PLACES, rng))
+                counts = asyncio.run(run(server, arguments.http, arguments.requests // PLACES, rng))
                 total += counts
                 with Client(server.address, timeout=WAIT_S) as client:
                     wait_until_idle(client)
@@ -211,17 +311,17 @@ def main() -> int:
                 return 1
     assert first is not None
     results = [
-        Result("soak", f"requests {kind}", number, "requests") for kind, number in sorted(total.items())
+        Result(case, f"requests {kind}", number, "requests") for kind, number in sorted(total.items())
     ] + [
-        Result("soak", "requests", sum(total.values()), "requests"),
-        Result("soak", "time", time.monotonic() - began_all, "s"),
+        Result(case, "requests", sum(total.values()), "requests"),
+        Result(case, "time", time.monotonic() - began_all, "s"),
         *(
-            Result("soak", name, now[name], name.split()[-1], first[name], now[name] / first[name])
+            Result(case, name, now[name], name.split()[-1], first[name], now[name] / first[name])
             for name in ("bytes", "descriptors", "free blocks")
         ),
     ]
     write(
-        "soak", results, ["The reference is the state after the first tenth. All blocks were free each time."]
+        case, results, ["The reference is the state after the first tenth. All blocks were free each time."]
     )
     return 0
 
