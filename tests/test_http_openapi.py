@@ -26,4 +26,4 @@ def test_no_request_is_an_error_of_the_server_and_answers_are_as_described(
         )
         done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "Tested: 10" in done.stdout
+        assert "Tested: 11" in done.stdout

@@ -185,7 +185,7 @@ def test_wrong_requests(
         ("GET", "/v1/chat/completions", 405),
         ("POST", "/v1/models", 405),
         ("POST", "/v1/embeddings", 404),
-        ("GET", "/", 404),
+        ("GET", "/page", 404),
         ("GET", "/docs", 404),
     ],
 )
