@@ -108,7 +108,7 @@ class Constraints:
             self._tokenizer = _load(folder, vocab)
         except ImportError:
             self.missing = "the package llguidance is not installed"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             self.missing = f"llguidance cannot use the model's tokenizer ({error})"
 
     def begin(self, grammar: str) -> Constraint:

@@ -180,8 +180,15 @@ def test_a_decoder_that_decodes_bytes_after_other_things(tiny_model: Path, tmp_p
 
 def test_a_model_whose_tokenizer_cannot_be_used_has_no_constraints(tmp_path: Path) -> None:
     assert "llguidance cannot use the model's tokenizer" in Constraints(tmp_path, 512).missing
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert "llguidance cannot use the model's tokenizer" in Constraints(tmp_path, 512).missing
+    for text in (
+        "{}",
+        "[]",
+        '{"decoder": 5}',
+        '{"decoder": {"decoders": [5]}}',
+        '{"decoder": {"decoders": [{}]}}',
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert "llguidance cannot use the model's tokenizer" in Constraints(tmp_path, 512).missing, text
 
 
 # ----------------------------------------------------------------------------------- servers
