@@ -11,6 +11,7 @@ from clo.gpu_worker.prefill import prefill_bytes
 from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
 from clo.gpu_worker.sampler import sampler_bytes
+from clo.kernels.limits import RUN
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.units import format_size
@@ -114,7 +115,9 @@ def plan_cpu_memory(
 
 def _index_bytes(shape: KVShape, config: CacheConfig, blocks: int, slots: int, max_tokens: int) -> int:
     tokens = index_pages(shape, blocks, slots, max_tokens) * shape.block_tokens
-    return TwoBitIndex.bytes_per_token(shape) * tokens if config.attention == "clo" else 0
+    if config.attention != "clo":
+        return 0
+    return TwoBitIndex.bytes_per_token(shape, values=config.tail_tokens(max_tokens) > 0) * tokens
 
 
 def _slot_bytes(shape: KVShape, config: CacheConfig, max_tokens: int) -> int:
@@ -122,7 +125,8 @@ def _slot_bytes(shape: KVShape, config: CacheConfig, max_tokens: int) -> int:
     capacity = sum(sizes.resident for sizes in config.sizes(max_tokens, shape.layers))
     rows = 0 if config.attention == "full" else shape.layers * (config.sinks + config.recent) + capacity
     tables = 2 * 8 * -(-max_tokens // shape.block_tokens)
-    return shape.kv_heads * (rows * shape.row_bytes + 32 * shape.layers) + tables
+    state = shape.layers * (32 + 8 * -(-config.tail_tokens(max_tokens) // RUN))
+    return shape.kv_heads * (rows * shape.row_bytes + state) + tables
 
 
 def _most_slots(wanted: Callable[[int], int], spare: int, most: int) -> int:

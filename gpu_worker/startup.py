@@ -103,7 +103,8 @@ def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
         try:
             check_limits(
                 shape.head_dim, shape.group, sizes.select_k, sizes.resident, model.max_model_len,
-                shape.block_tokens, cuda=cuda, shared_bytes=shared_bytes,
+                shape.block_tokens, tail=cache.tail_tokens(model.max_model_len), cuda=cuda,
+                shared_bytes=shared_bytes,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None

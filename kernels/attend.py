@@ -1,4 +1,4 @@
-"""Attention of a decode step over the resident rows or over the whole KV."""
+"""Attention of a decode step over the resident rows or over the whole KV, and the sum of all its parts."""
 
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ _MERGE = Signature(
         _QUERY, ROWS, _LENGTHS, *_FETCHED,
         Argument("lse", torch.float32, "B query_heads"),
     ),
-    (HEAD_DIM, GROUPED, FIRST, Rule("S == splits", "attend_resident leaves so many parts")),
+    (HEAD_DIM, GROUPED, FIRST, Rule("S >= splits", "attend_resident leaves so many parts")),
 )  # fmt: skip
 
 
@@ -52,8 +52,24 @@ class AttentionState(NamedTuple):
     max: Tensor  # [B, kv_heads, S, group] float32, largest score, -inf where there was no row
 
 
+def empty_state(query: Tensor, resident: ResidentSet, others: int = 0) -> AttentionState:
+    """Memory for attention to resident rows, and for ``others`` parts behind theirs that others fill."""
+    parts = others + (1 if query.is_cpu else _splits(resident))
+    shape = (len(query), resident.kv_heads, parts, query.shape[1] // resident.kv_heads)
+    return AttentionState(
+        torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
+        torch.empty(shape, dtype=torch.float32, device=query.device),
+        torch.empty(shape, dtype=torch.float32, device=query.device),
+    )
+
+
 def attend_resident(
-    query: Tensor, resident: ResidentSet, lengths: Tensor, fetch_list: FetchList | None, scale: float
+    query: Tensor,
+    resident: ResidentSet,
+    lengths: Tensor,
+    fetch_list: FetchList | None,
+    scale: float,
+    state: AttentionState | None = None,
 ) -> AttentionState:
     """Attention over all resident rows except those that are still on their way.
 
@@ -63,6 +79,10 @@ def attend_resident(
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
         fetch_list: the rows to leave out; None where all have arrived.
         scale: factor of the scores.
+        state: from ``empty_state``, whose first parts are filled; None for a new one without others.
+
+    Returns:
+        The state.
     """
     positions, first = resident.positions, resident.first
     _ATTEND.check(
@@ -74,16 +94,11 @@ def attend_resident(
         sinks=resident.sinks,
         recent=resident.recent,
     )
+    if state is None:
+        state = empty_state(query, resident)
     if not query.is_cpu:
-        splits = _splits(resident)
-        shape = (len(query), resident.kv_heads, splits, query.shape[1] // resident.kv_heads)
-        state = AttentionState(
-            torch.empty(*shape, query.shape[2], dtype=torch.float32, device=query.device),
-            torch.empty(shape, dtype=torch.float32, device=query.device),
-            torch.empty(shape, dtype=torch.float32, device=query.device),
-        )
         _launch(
-            "attend_resident", splits, query, resident,
+            "attend_resident", _splits(resident), state.sum.shape[2], query, resident,
             [query, query.stride(0), resident.rows, positions, lengths, *_pointers(fetch_list), *state,
              resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
@@ -95,7 +110,7 @@ def attend_resident(
     if fetch_list is not None:
         np.put_along_axis(absent, _places(fetch_list, first)[0].numpy(), True, 2)
         absent[..., 0] = False
-    return _attend(query, resident.rows, absent, scale)
+    return _attend(query, resident.rows, absent, scale, state)
 
 
 def merge_fetched(
@@ -125,7 +140,7 @@ def merge_fetched(
     if not query.is_cpu:
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         _launch(
-            "merge_fetched", 1, query, resident,
+            "merge_fetched", 1, state.sum.shape[2], query, resident,
             [*state, query, query.stride(0), resident.rows, lengths, *_pointers(fetch_list), lse, result,
              resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
@@ -133,7 +148,7 @@ def merge_fetched(
     if fetch_list is not None:
         places, coming = _places(fetch_list, resident.first)
         rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
-        arrived = _attend(query, rows, ~coming.numpy(), scale)
+        arrived = _attend(query, rows, ~coming.numpy(), scale, empty_state(query, resident))
         state = AttentionState(*(torch.cat(parts, dim=2) for parts in zip(state, arrived, strict=True)))
     attended = torch.zeros(query.shape)
     out, sums, maxima = (part.numpy() for part in state)
@@ -149,15 +164,15 @@ def _places(fetch_list: FetchList, first: int) -> tuple[Tensor, Tensor]:
     return (fetch_list.entries[..., : len(entries)].long() + first).where(coming, 0), coming
 
 
-def _attend(query: Tensor, rows: Tensor, absent: NDArray[np.bool_], scale: float) -> AttentionState:
-    """Attention over the rows [B, kv_heads, R, 2, head_dim] in one part, without those where ``absent``
-    [B, kv_heads, R] is true."""
+def _attend(
+    query: Tensor, rows: Tensor, absent: NDArray[np.bool_], scale: float, state: AttentionState
+) -> AttentionState:
+    """Attention over the rows [B, kv_heads, R, 2, head_dim] as the first part of a state, without those where
+    ``absent`` [B, kv_heads, R] is true."""
     batch, kv_heads, count = absent.shape
     group, dim = query.shape[1] // kv_heads, query.shape[2]
     grouped, held = floats(query.reshape(batch, kv_heads, group, dim)), floats(rows)
     weights = np.empty((batch, kv_heads, group, count), np.float32)
-    parts = batch, kv_heads, 1, group
-    state = AttentionState(torch.empty(*parts, dim), torch.empty(parts), torch.empty(parts))
     out, sums, maxima = (part.numpy() for part in state)
     _scores(grouped, held, absent, scale, maxima, weights)
     np.exp(weights, out=weights)
@@ -194,7 +209,7 @@ def _scores_loop(
 
 def _values_loop(weights: Array, rows: Array, sums: Array, out: Array) -> None:
     batch, kv_heads, group, count = weights.shape
-    out[:], sums[:] = 0, 0
+    out[:, :, 0], sums[:, :, 0] = 0, 0
     for sequence in range(batch):
         for head in range(kv_heads):
             for row in range(count):
@@ -245,7 +260,12 @@ def _splits(resident: ResidentSet) -> int:
 
 
 def _launch(
-    name: str, blocks: int, query: Tensor, resident: ResidentSet, args: list[Tensor | int | float | None]
+    name: str,
+    blocks: int,
+    parts: int,
+    query: Tensor,
+    resident: ResidentSet,
+    args: list[Tensor | int | float | None],
 ) -> None:
     batch, kv_heads, count = resident.rows.shape[:3]
     group = query.shape[1] // kv_heads
@@ -259,7 +279,7 @@ def _launch(
         "attend.cu", name, (blocks * -(-group // tile), kv_heads, batch), _THREADS, args,
         shared=_THREADS // 32 * _STAGES * stage_bytes + -(-rows // _MOST_BATCH) * _MOST_BATCH,
         ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group, ROWS=rows, ROW_BYTES=row_bytes, THREADS=_THREADS,
-        TILE=tile, SPLITS=splits, STAGES=_STAGES,
+        TILE=tile, SPLITS=parts, STAGES=_STAGES,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ typedef signed char int8;
 typedef unsigned short uint16;
 typedef unsigned int uint32;
 
+#define COUNTERS 6  // of a head, see clo.gpu_worker.cache.layer.LayerState
 #define FULL_WARP 0xffffffffu
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f

@@ -25,11 +25,11 @@ extern "C" __global__ void encode_new(
 #pragma unroll 16
         for (int i = 0; i < DIM; i++) rotated += centred[i] * rotation[i * DIM + entry];
     }
-    const float sigma = fmaxf(sqrtf(block_sum(rotated * rotated, room) / DIM), 1e-12f);
+    const float squares = block_sum(rotated * rotated, room);
+    const float sigma = fmaxf(sqrtf(squares / DIM), 1e-12f);
     const float level = fminf(fmaxf(floorf(rotated / (step * sigma)) + 2.f, 0.f), 3.f);
     const float value = entry < DIM ? level - 1.5f : 0.f;
     const float along = block_sum(rotated * value, room);
-    const float square = block_sum(value * value, room);
     if (entry < DIM) levels[entry] = (uint8)level;
     __syncthreads();
     const int64 token = page * BLOCK_TOKENS + at % BLOCK_TOKENS;
@@ -39,5 +39,5 @@ extern "C" __global__ void encode_new(
         for (int plane = 0; plane < 4; plane++) code |= levels[plane * (DIM / 4) + entry] << (2 * plane);
         codes[token * (DIM / 4) + entry] = code;
     }
-    if (entry == 0) scales[token] = float_to_half(along / square);
+    if (entry == 0) scales[token] = float_to_half(squares / fmaxf(along, 1e-30f));
 }

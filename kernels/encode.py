@@ -2,9 +2,11 @@
 
 A key is centred on the mean of its block, rotated by a fixed random rotation so that its entries are close
 to Gaussian, and each entry rounded to the four levels (-1.5, -0.5, 0.5, 1.5) x step, the optimal uniform
-quantiser of a Gaussian (Max 1960); the scale is the least-squares fit of the levels to the key. Rotation
-before scalar quantisation follows RaBitQ (Gao and Long 2024). Centring on the block keeps a block's codes
-independent of the rest of the sequence. At 2 bits an entry, head_dim 64 takes 16 bytes and a float16 scale.
+quantiser of a Gaussian (Max 1960). The scale makes the product of key and code that of the key with itself,
+so that the code is neither too long nor too short along the key (RaBitQ, Gao and Long 2024, whose estimate is
+unbiased for the same reason, and whose rotation this is); a least-squares fit would shrink all products by an
+eighth. Centring on the block keeps a block's codes independent of the rest of the sequence. At 2 bits an
+entry, head_dim 64 takes 16 bytes and a float16 scale.
 """
 
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import CODES_PER_BYTE as CODES_PER_BYTE
 
 STEP = 0.9957  # step of the optimal uniform 2-bit quantiser of N(0, 1)
+SMALLEST = 1e-30  # in place of zero below a fraction bar, where a vector is zero
 
 
 class CodePages(NamedTuple):
@@ -70,7 +73,8 @@ def encode(keys: Tensor, centre: Tensor, rotation: Tensor) -> tuple[Tensor, Tens
     sigma = rotated.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-12)
     levels = (rotated / sigma.mul_(STEP)).floor_().add_(2).clamp_(0, 3)
     values = levels - 1.5
-    scales = (rotated * values).sum(-1) / values.square_().sum(-1)
+    along = values.mul_(rotated).sum(-1)
+    scales = rotated.square_().sum(-1) / along.clamp_min_(SMALLEST)
     codes, *planes = levels.unflatten(-1, (CODES_PER_BYTE, -1)).unbind(-2)
     for number, plane in enumerate(planes, 1):
         codes = torch.add(codes, plane, alpha=CODES_PER_BYTE**number)
@@ -138,16 +142,14 @@ def _loop(
                 squares += rotated[entry] * rotated[entry]
             step = max(np.sqrt(squares / np.float32(dim)), np.float32(1e-12)) * np.float32(STEP)
             code[:] = 0
-            products = values = np.float32(0)
+            along = np.float32(0)
             for entry in range(dim):
                 level = min(
                     max(np.floor(rotated[entry] / step) + np.float32(2), np.float32(0)), np.float32(3)
                 )
-                value = level - np.float32(1.5)
-                products += rotated[entry] * value
-                values += value * value
+                along += rotated[entry] * (level - np.float32(1.5))
                 code[entry % quarter] |= np.uint8(level) << np.uint8(2 * (entry // quarter))
-            scales[sequence, head] = products / values
+            scales[sequence, head] = squares / max(along, np.float32(SMALLEST))
 
 
 _encode = compiled(_loop, any_order=True)

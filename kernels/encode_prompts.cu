@@ -169,13 +169,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) encode_prompts(
                 if (size >= level_step) outer |= bit, far += size;
             }
             const float along = team_sum(counted ? 0.5f * all + far : 0.f);
-            const float square = 0.25f * DIM + 2.f * team_sum(counted ? __popc(outer) : 0);
             const int token = begin + mine + i * TEAMS;
             if (token < count && counted) {
                 const int64 place = page * BLOCK_TOKENS + token;
                 *(uint32*)(codes + place * QUARTER + entry) =
                     positive << 1 | ((positive ^ ~outer) & 0x55555555);  // 2 + outer, or 1 - outer
-                if (column == 0) scales[place] = float_to_half(along / square);
+                if (column == 0) scales[place] = float_to_half(squares / fmaxf(along, 1e-30f));
             }
         }
     }

@@ -28,7 +28,7 @@ extern "C" __global__ void gate(
         for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) selection_query[i] = query[i];
     if (threadIdx.x == 0) {
         reselect[line] = selects;
-        counters[line * 4] += 1;
-        counters[line * 4 + 1] += selects;
+        counters[line * COUNTERS] += 1;
+        counters[line * COUNTERS + 1] += selects;
     }
 }

@@ -16,7 +16,7 @@ _SIGNATURE = Signature(
         Argument("selection_query", ELEMENT, "B kv_heads query_heads//kv_heads*head_dim"),
         Argument("threshold", torch.float32, "kv_heads"),
         Argument("lengths", torch.int64, "B"),
-        Argument("counters", torch.int64, "B kv_heads 4"),
+        Argument("counters", torch.int64, "B kv_heads 6"),
     ),
     (HEAD_DIM, GROUPED, Rule("whole >= 0", "it counts tokens")),
 )
@@ -36,7 +36,7 @@ def gate(
         threshold: [kv_heads] float32; above 1 a head selects at every step, at 0 never unless queries oppose.
         lengths: [B] int64; 0 for a slot not in use, which never selects.
         whole: length up to which all rows of a sequence are resident, so that no head selects.
-        counters: [B, kv_heads, 4] int64; the first counts checks, the second counts selections.
+        counters: [B, kv_heads, 6] int64; the first counts checks, the second counts selections.
 
     Returns:
         [B, kv_heads] bool, True where the head selects.

@@ -24,13 +24,19 @@ BLOCK_TOKENS_STEP = 64
 REGISTERED_BYTES = 2**30
 """CPU memory is registered with CUDA in pieces of this size; no copy may go over the end of one."""
 
+RUN = 16
+"""Neighbouring tokens whose values' codes lie together, and which are in the tail or not as one."""
+
+CHUNK = 8
+"""Entries of a value whose codes share a word."""
+
 CODES_PER_BYTE = 4
 """2-bit codes of the index in a byte."""
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that a block may have, by compute capability: A100; H100 and H200; B200."""
 
-UPDATE_STATIC_BYTES = 128
+UPDATE_STATIC_BYTES = 144
 """Shared memory that ``update_resident.cu`` declares itself."""
 
 
@@ -53,7 +59,7 @@ def longest_context(k: int, capacity: int, shared_bytes: int) -> int:
 
 
 def _update_fixed_bytes(k: int, capacity: int) -> int:
-    counts, selected, ages = 7 * 256 * 4, 9 * (-(-k // 16) * 16), 4 * capacity
+    counts, selected, ages = 9 * 256 * 4, 9 * (-(-k // 16) * 16), 4 * capacity
     return counts + selected + ages
 
 
@@ -65,6 +71,7 @@ def check_limits(
     max_tokens: int,
     block_tokens: int,
     *,
+    tail: int = 0,
     cuda: bool = True,
     shared_bytes: int = max(SHARED_BYTES.values()),
 ) -> None:
@@ -80,6 +87,7 @@ def check_limits(
         resident: rows that a head keeps; the capacity of its set.
         max_tokens: longest sequence.
         block_tokens: tokens of a block of the arena, and of a page of the index.
+        tail: tokens of a head's tail.
         cuda: whether the kernels will run, and not their references.
         shared_bytes: shared memory that a block may have.
 
@@ -89,6 +97,10 @@ def check_limits(
     if head_dim < 1 or head_dim % CODES_PER_BYTE:
         raise ValueError(
             f"head_dim is {head_dim}, and the index needs a positive multiple of {CODES_PER_BYTE}."
+        )
+    if tail and head_dim % CHUNK:
+        raise ValueError(
+            f"head_dim is {head_dim}, and a tail needs a multiple of {CHUNK}; leave it out with --tail 0."
         )
     if not 1 <= k <= resident:
         raise ValueError(

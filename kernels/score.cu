@@ -83,7 +83,7 @@ __device__ inline float trade(float first, float second, bool upper, int apart) 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
     const int8* integers, const float* steps, const float* offsets, const uint8* codes, const uint16* scales,
     const uint8* reselect, const int64* lengths, const int64* page_table, int64 max_blocks, int64 table_width,
-    short* scores, int64 sinks, int64 tail, float scale) {
+    short* scores, int64 sinks, int64 latest, float scale) {
     extern __shared__ Stage stages[];
     const int kv_heads = gridDim.y, head = blockIdx.y, batch = blockIdx.z;
     const int64 line = (int64)batch * kv_heads + head;
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
     // each lane looks up one unit's page, while the rest of what decides whether there is one arrives
     const int place = min((first + min(lane, UNITS - 1)) * UNIT / BLOCK_TOKENS, (int)max_blocks - 1);
     const int page = (int)page_table[batch * table_width + place];
-    const int end = reselect[line] ? (int)(lengths[batch] - tail) : 0;
+    const int end = reselect[line] ? (int)(lengths[batch] - latest) : 0;
     const int count = min(UNITS, (end + UNIT - 1) / UNIT - first);
     if (count <= 0) return;
     Stage* ring = stages + warp * STAGES;

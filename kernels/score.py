@@ -34,7 +34,7 @@ _SIGNATURE = Signature(
     (
         HEAD_DIM, PACKED, GROUPED,
         Rule(f"block_tokens % {_UNIT} == 0", "a warp scores so many tokens of a page at a time", gpu=True),
-        Rule("sinks >= 0 and tail >= 0", "they count tokens"),
+        Rule("sinks >= 0 and latest >= 0", "they count tokens"),
     ),
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def score_exact(
     lse: Tensor,
     lengths: Tensor,
     sinks: int,
-    tail: int,
+    latest: int,
     scale: float,
 ) -> Tensor:
     """Scores from the keys in the arena themselves.
@@ -60,11 +60,11 @@ def score_exact(
     """
     keys = gather_tokens(arena[:, :, :, 0], block_table).float()
     grouped = query.float().view(query.shape[0], keys.shape[1], -1, query.shape[2])
-    return score_products(grouped @ keys.transpose(-1, -2), lse, lengths, sinks, tail, scale)
+    return score_products(grouped @ keys.transpose(-1, -2), lse, lengths, sinks, latest, scale)
 
 
 def score_products(
-    products: Tensor, lse: Tensor, lengths: Tensor, sinks: int, tail: int, scale: float
+    products: Tensor, lse: Tensor, lengths: Tensor, sinks: int, latest: int, scale: float
 ) -> Tensor:
     """The score of a row: its softmax weight, summed over the query group.
 
@@ -74,7 +74,7 @@ def score_products(
     Args:
         products: [B, kv_heads, group, T] float32, query times key.
         lse: [B, query_heads] float32, log-sum-exp of the last attention.
-        lengths: [B] int64; candidates are all positions but the first ``sinks`` and the last ``tail``.
+        lengths: [B] int64; candidates are all positions but the first ``sinks`` and the last ``latest``.
         scale: factor of the products in the softmax.
 
     Returns:
@@ -85,7 +85,7 @@ def score_products(
     scores = weight.view(torch.int16)[..., 1::2].contiguous()  # the high half of each
     scores[..., :sinks] = NEVER
     places = torch.arange(scores.shape[2], device=scores.device)
-    return scores.masked_fill_((places >= lengths.unsqueeze(1) - tail).unsqueeze(1), NEVER)
+    return scores.masked_fill_((places >= lengths.unsqueeze(1) - latest).unsqueeze(1), NEVER)
 
 
 def score_codes(
@@ -95,7 +95,7 @@ def score_codes(
     lengths: Tensor,
     page_table: Tensor,
     sinks: int,
-    tail: int,
+    latest: int,
     scale: float,
 ) -> Tensor:
     """Scores from the 2-bit codes of the keys (``clo.kernels.encode``).
@@ -106,11 +106,11 @@ def score_codes(
         reselect: [B, kv_heads] bool; the scores of other heads are undefined.
         lengths: [B] int64.
         page_table: [B, max_blocks] int64.
-        sinks, tail, scale: see ``score_products``.
+        sinks, latest, scale: see ``score_products``.
 
     Returns:
         [B, kv_heads, T] int16, T = max_blocks * block_tokens, as from ``score_products``; undefined from
-        ``lengths - tail`` on.
+        ``lengths - latest`` on.
     """
     integers, steps, offsets = quantized
     _SIGNATURE.check(
@@ -123,7 +123,7 @@ def score_codes(
         lengths,
         page_table,
         sinks=sinks,
-        tail=tail,
+        latest=latest,
     )
     batch, kv_heads, max_blocks, group = offsets.shape
     dim, block_tokens = integers.shape[2], pages.block_tokens
@@ -135,7 +135,7 @@ def score_codes(
         launch(
             "score.cu", "score_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
             [*quantized, pages.codes, pages.scales, reselect, lengths, page_table, max_blocks,
-             page_table.stride(0), scores, sinks, tail, scale],
+             page_table.stride(0), scores, sinks, latest, scale],
             shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
             WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
@@ -144,7 +144,7 @@ def score_codes(
     logarithms = np.empty((group, max_blocks * block_tokens), np.float32)
     scores = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
     for sequence, head in reselect.nonzero().tolist():
-        end = min(int(lengths[sequence]) - tail, scores.shape[2])
+        end = min(int(lengths[sequence]) - latest, scores.shape[2])
         if end <= sinks:
             continue
         query = (part.numpy()[sequence] for part in (integers, steps, offsets[:, head]))

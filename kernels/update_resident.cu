@@ -3,6 +3,9 @@
 // themselves up among the chosen positions. The k-th best is found by counting: by the highest byte, then by
 // the next byte of those that share it. A barrier costs as much as the little work between two of them, so
 // every warp reads the counts for itself, and each byte has bins of its own, empty from the start.
+//
+// The tail is the best of the same stretches by the sum of what their tokens weigh that are not resident. A
+// map of one bit for each token says which are.
 #include "common.cuh"
 
 #define BINS 256
@@ -110,35 +113,55 @@ __device__ inline int keep(int count, int bound, int ties, int* room, Load load,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
-    const short* scores, int64 span, int64 tail, const uint8* reselect, const int64* lengths, int* positions,
-    int* last_used, int64* counters, int* entries, int* counts, int64 k64, int64 capacity64, int64 kv_heads) {
+    const short* scores, int64 span, int64 latest, const uint8* reselect, const int64* lengths,
+    int* positions, int* last_used, int64* counters, int* entries, int* counts, int64 k64, int64 capacity64,
+    int64 kv_heads, int* tail_runs, int* tail_masks, int* tail_counts, int64 tail64, int64 sinks,
+    int64 recent, uint4* room_for_map) {
     extern __shared__ uint4 memory[];
     __shared__ int room[32];
-    const int k = (int)k64, capacity = (int)capacity64, thread = threadIdx.x;
+    __shared__ float weigh[2];  // the tail, and all stretches
+    const int k = (int)k64, capacity = (int)capacity64, tail = (int)tail64, thread = threadIdx.x;
     const int64 line = blockIdx.x, batch = line / kv_heads;
     const int places = (k + 15) / 16 * 16;
     // [span / 128] the largest score of each stretch; then [2 * k] the scores of the best stretches
     uint4* eights = memory;
-    int (*bins)[BINS] = (int (*)[BINS])(eights + max(2 * k, ((int)span + 127) / 128));  // [7]
-    uint8* known = (uint8*)(bins + 7);     // [places] whether a chosen position is resident
+    int (*bins)[BINS] = (int (*)[BINS])(eights + max(2 * k, ((int)span + 127) / 128));  // [9]
+    uint8* known = (uint8*)(bins + 9);     // [places] whether a chosen position is resident
     int* chosen = (int*)(known + places);  // [places] positions, ascending
     int* active = chosen + places;         // [places] the best stretches, ascending; then positions to move
     int* idle = active + places;           // [capacity] tokens since an entry was last selected
-    for (int i = thread; i < 7 * BINS + places / 4; i += THREADS) bins[0][i] = 0;  // `known` too
+    // [span / 128] what the tokens of each stretch weigh that are not resident, and the map; a long context
+    // has them in global memory
+    const int eighths = ((int)span + 127) / 128, words = ((int)span + 31) / 32;
+    uint4* sums =
+        room_for_map ? room_for_map + blockIdx.x * (eighths * 2) : (uint4*)(idle + (capacity + 3) / 4 * 4);
+    uint32* map = (uint32*)(sums + eighths);
+    for (int i = thread; i < 9 * BINS + places / 4; i += THREADS) bins[0][i] = 0;  // `known` too
+    if (tail)
+        for (int i = thread; i < words; i += THREADS) map[i] = 0;
+    if (thread < 2) weigh[thread] = 0.f;
     __syncthreads();
     const int length = (int)lengths[batch];
     if (!reselect[line] || length <= 0) {
         if (thread == 0) counts[line] = 0;
         return;
     }
-    const int end = max(0, min((int)span, length - (int)tail));
+    const int end = max(0, min((int)span, length - (int)latest));
     const uint4* source = (const uint4*)(scores + line * span);
     positions += line * capacity;
     last_used += line * capacity;
     entries += line * k;
+    if (tail) {
+        for (int entry = thread; entry < capacity; entry += THREADS) {
+            const int position = positions[entry];
+            if (position >= 0 && position < span) atomicOr(map + position / 32, 1u << position % 32);
+        }
+        __syncthreads();
+    }
 
     // 1. the k best stretches
     const int groups = (end + 127) / 128;  // of eight stretches
+    float of_tail = 0.f, of_all = 0.f;     // what the thread's stretches weigh
     for (int first = 0; first < groups * 16; first += LOADS * THREADS) {
         uint4 loaded[LOADS];
 #pragma unroll
@@ -155,9 +178,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
             uint32 best = __vmaxs2(__vmaxs2(eight.x, eight.y), __vmaxs2(eight.z, eight.w));
             best = __vmaxs2(best, __shfl_xor_sync(FULL_WARP, best, 1));
             const int top = max((int)best >> 16, (int)(short)(best & 0xffff));
+            float weight = 0.f;
+            if (tail) {
+                const uint8 resident = at * 8 < end ? ((const uint8*)map)[at] : 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    if (!(resident >> j & 1) && score_of(eight, j) > 0)
+                        weight += __int_as_float(score_of(eight, j) << 16);
+                weight += __shfl_xor_sync(FULL_WARP, weight, 1);
+            }
             if (thread % 2 || at >= groups * 16) continue;
             ((short*)eights)[at / 2] = (short)top;
             if (top >= 0) count(bins[0], top, 8);
+            if (tail) {
+                const int sum = __float_as_int(weight) >> 16;
+                ((short*)sums)[at / 2] = sum > 0 ? (short)sum : (short)-1;
+                if (sum > 0) count(bins[7], sum, 8), of_all += __int_as_float(sum << 16);
+            }
         }
     }
     __syncthreads();
@@ -237,25 +274,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
     }
     if (thread == 0) {
         counts[line] = missing;
-        counters[line * 4 + 2] += selected;
-        counters[line * 4 + 3] += missing;
+        counters[line * COUNTERS + 2] += selected;
+        counters[line * COUNTERS + 3] += missing;
     }
-    if (missing == 0) return;
     __syncthreads();
 
     // 4. the others take the places of those selected longest ago
-    bound = find_value(bins + 4, 16, missing, ties, [&](auto visit) {
-        for (int entry = thread; entry < capacity; entry += THREADS) visit(idle[entry]);
-    });
-    keep<2>(
-        capacity, bound, ties, room,
-        [&](int index, int (&values)[2]) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) values[i] = index + i < capacity ? idle[index + i] : -1;
-        },
-        [&](int rank, int entry) {
-            positions[entry] = active[rank];
-            last_used[entry] = length;
-            entries[rank] = entry;
+    if (missing > 0) {
+        bound = find_value(bins + 4, 16, missing, ties, [&](auto visit) {
+            for (int entry = thread; entry < capacity; entry += THREADS) visit(idle[entry]);
         });
+        keep<2>(
+            capacity, bound, ties, room,
+            [&](int index, int (&values)[2]) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) values[i] = index + i < capacity ? idle[index + i] : -1;
+            },
+            [&](int rank, int entry) {
+                const int before = positions[entry], now = active[rank];
+                if (tail) {
+                    if (before >= 0 && before < span) atomicAnd(map + before / 32, ~(1u << before % 32));
+                    atomicOr(map + now / 32, 1u << now % 32);
+                }
+                positions[entry] = now;
+                last_used[entry] = length;
+                entries[rank] = entry;
+            });
+    }
+    if (tail == 0) return;
+    __syncthreads();
+
+    // 5. the tail: the best stretches, and which of their tokens nobody else attends to
+    const auto of_sums = [&](int index, int (&values)[8]) {
+        const uint4 eight = sums[index / 8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = score_of(eight, i);
+    };
+    bound = find_value(bins + 7, 8, tail, ties, [&](auto visit) {
+        for (int i = thread; i < groups; i += THREADS) {
+            const uint4 eight = sums[i];
+#pragma unroll
+            for (int j = 0; j < 8; j++) visit(score_of(eight, j));
+        }
+    });
+    const int listed = keep<8>(groups * 8, bound, ties, room, of_sums, [&](int rank, int run) {
+        uint32 absent = ~(map[run / 2] >> run % 2 * 16) & 0xffff;
+        const int low = (int)sinks - run * 16, high = length - (int)recent - run * 16;
+        if (low > 0) absent &= low < 16 ? ~0u << low : 0u;
+        if (high < 16) absent &= high > 0 ? ~(~0u << high) : 0u;
+        of_tail += __int_as_float((int)((const short*)sums)[run] << 16);
+        tail_runs[line * tail + rank] = run;
+        tail_masks[line * tail + rank] = (int)absent;
+    });
+    of_tail = warp_sum(of_tail), of_all = warp_sum(of_all);
+    if (thread % 32 == 0) atomicAdd(&weigh[0], of_tail), atomicAdd(&weigh[1], of_all);
+    __syncthreads();
+    if (thread == 0) {
+        tail_counts[line] = listed;
+        counters[line * COUNTERS + 4] += (int64)(1e6f * weigh[0]);
+        counters[line * COUNTERS + 5] += (int64)(1e6f * weigh[1]);
+    }
 }

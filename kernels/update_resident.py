@@ -1,4 +1,5 @@
-"""Update the resident set: select the best rows of a head and list those that have to be fetched."""
+"""Update the resident set: select the best rows of a head, list those that have to be fetched, and list the
+tail, the tokens that are attended from their codes."""
 
 from typing import NamedTuple
 
@@ -9,11 +10,12 @@ from torch import Tensor
 from clo.kernels.arguments import Argument, Rule, Signature
 from clo.kernels.compiled import Array, compiled
 from clo.kernels.launch import launch
-from clo.kernels.limits import update_shared_bytes
+from clo.kernels.limits import RUN, SHARED_BYTES, update_shared_bytes
 from clo.kernels.resident import LAST_USED, POSITIONS, ResidentSet
 
 _THREADS = 512
 _LOADS = 4  # loads of 8 scores on their way to a thread
+_MAP_SHARED_BYTES = 32 * 1024  # of the map and the sums; larger ones lie in global memory
 
 
 class FetchList(NamedTuple):
@@ -23,9 +25,26 @@ class FetchList(NamedTuple):
     counts: Tensor  # [B, kv_heads] int32
 
 
+class TailList(NamedTuple):
+    """Tokens that are not resident and weigh most, in runs of 16 neighbours, by the latest selection."""
+
+    runs: Tensor  # [B, kv_heads, R] int32, numbers of runs, ascending; the first ``counts`` are valid
+    masks: Tensor  # [B, kv_heads, R] int32, bit i: whether token i of the run is in the tail
+    counts: Tensor  # [B, kv_heads] int32
+
+    def slots(self, count: int) -> "TailList":
+        """The part of the first ``count`` sequences, without a copy."""
+        return TailList(*(part[:count] for part in self))
+
+
 ENTRIES = Argument("fetch_list.entries", torch.int32, "B kv_heads k")
 COUNTS = Argument("fetch_list.counts", torch.int32, "B kv_heads")
 """The tensors of a ``FetchList`` as arguments of operations."""
+
+TAIL_RUNS = Argument("tail.runs", torch.int32, "B kv_heads R")
+TAIL_MASKS = Argument("tail.masks", torch.int32, "B kv_heads R")
+TAIL_COUNTS = Argument("tail.counts", torch.int32, "B kv_heads")
+"""The tensors of a ``TailList`` as arguments of operations."""
 
 _SIGNATURE = Signature(
     "update_resident",
@@ -34,11 +53,12 @@ _SIGNATURE = Signature(
         Argument("reselect", torch.bool, "B kv_heads"),
         Argument("lengths", torch.int64, "B"),
         POSITIONS, LAST_USED,
-        Argument("counters", torch.int64, "B kv_heads 4"),
+        Argument("counters", torch.int64, "B kv_heads 6"),
+        *(part._replace(optional=True) for part in (TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS)),
     ),
     (
         Rule("1 <= k <= capacity", "a head keeps what it selects"),
-        Rule("tail >= 0", "it counts tokens"),
+        Rule("latest >= 0", "it counts tokens"),
         Rule("T % 16 == 0", "scores are read 16 at a time", gpu=True),
     ),
 )  # fmt: skip
@@ -48,51 +68,72 @@ def update_resident(
     scores: Tensor,
     reselect: Tensor,
     lengths: Tensor,
-    tail: int,
+    latest: int,
     resident: ResidentSet,
     counters: Tensor,
     k: int,
+    tail: TailList | None = None,
 ) -> FetchList:
-    """Put the k best rows of each head into its set, in place, without moving any row yet.
+    """Put the k best rows of each head into its set, in place, without moving any row yet, and list the tail.
 
     Rows that are resident are only marked as used; each other row takes the place of the row selected longest
     ago. Among equal scores the lower position wins; among equally old rows the first in the set leaves.
+
+    The tail has the runs whose tokens weigh most in all. Only tokens count that were not resident before, and
+    none that ``scores`` says nothing of; but of a run that is listed, all tokens are in the tail that are
+    neither resident now, nor of the sinks or the recent ones.
 
     Args:
         scores: [B, kv_heads, T] int16, from ``clo.kernels.score``.
         reselect: [B, kv_heads] bool, heads that select.
         lengths: [B] int64, written to ``last_used``; 0 for a slot not in use, whose scores may be anything.
-        tail: number of the latest tokens, whose scores are undefined.
+        latest: number of the latest tokens, whose scores are undefined.
         resident: of the B sequences, with a capacity of at least k.
-        counters: [B, kv_heads, 4] int64; the third counts rows selected, the fourth counts rows to fetch.
+        counters: [B, kv_heads, 6] int64; the third counts rows selected, the fourth counts rows to fetch, and
+            where there is a tail the fifth adds up what its runs weigh and the sixth what all runs weigh, by
+            the scores, in millionths.
         k: rows that a head selects.
+        tail: becomes the tail of the heads that select, of up to R runs; None where there is none.
 
     Returns:
         The rows to fetch.
     """
     positions, last_used = resident.positions, resident.last_used
-    _SIGNATURE.check(scores, reselect, lengths, positions, last_used, counters, k=k, tail=tail)
+    of_tail = (None,) * 3 if tail is None else tail
+    _SIGNATURE.check(scores, reselect, lengths, positions, last_used, counters, *of_tail, k=k, latest=latest)
     span, capacity = scores.shape[2], resident.capacity
     if not scores.is_cpu:
+        shared, map_units = update_shared_bytes(k, capacity, span), 0 if tail is None else 2 * -(-span // 128)
+        near = shared + 16 * (map_units + 1) if map_units else shared
+        room = None
+        if 16 * map_units > _MAP_SHARED_BYTES or near > min(SHARED_BYTES.values()):
+            room = torch.empty(reselect.numel() * map_units, 4, dtype=torch.int32, device=scores.device)
         fetch_list = FetchList(
             torch.empty(*reselect.shape, k, dtype=torch.int32, device=scores.device),
             torch.empty(reselect.shape, dtype=torch.int32, device=scores.device),
         )
         launch(
             "update_resident.cu", "update_resident", (reselect.numel(),), _THREADS,
-            [scores, span, tail, reselect, lengths, positions, last_used, counters, *fetch_list, k, capacity,
-             reselect.shape[1]],
-            shared=update_shared_bytes(k, capacity, span), THREADS=_THREADS, LOADS=_LOADS,
+            [scores, span, latest, reselect, lengths, positions, last_used, counters, *fetch_list, k,
+             capacity, reselect.shape[1], *of_tail, 0 if tail is None else tail.runs.shape[2],
+             resident.sinks, resident.recent, room],
+            shared=near if room is None else shared, THREADS=_THREADS, LOADS=_LOADS,
         )  # fmt: skip
         return fetch_list
     fetch_list = FetchList(
         torch.empty(*reselect.shape, k, dtype=torch.int32), torch.zeros(reselect.shape, dtype=torch.int32)
     )
-    _update(
-        scores.numpy(), reselect.numpy(), lengths.numpy(), tail, k, positions.numpy(), last_used.numpy(),
-        counters.numpy(), *(part.numpy() for part in fetch_list),
+    arrays = (
+        scores, reselect, lengths, positions, last_used, counters, *fetch_list,
+        *(tail or _no_tail(*reselect.shape)),
     )  # fmt: skip
+    _update(latest, k, resident.sinks, resident.recent, *(part.numpy() for part in arrays))
     return fetch_list
+
+
+def _no_tail(batch: int, kv_heads: int) -> TailList:
+    none = torch.empty(batch, kv_heads, 0, dtype=torch.int32)
+    return TailList(none, none, none.sum(2, dtype=torch.int32))
 
 
 def _best(scores: Array, k: int) -> tuple[int, int]:
@@ -143,12 +184,36 @@ def _oldest(ages: Array, count: int) -> tuple[int, int]:
 _oldest = compiled(_oldest)
 
 
+def _sum_runs(candidates: Array, row_of: Array, weight: Array, two: Array, sums: Array) -> None:
+    """What the tokens of each run weigh that are not resident, high 16 bits of float32; -1 for nothing.
+
+    Args:
+        weight, two: [1] and [2] float32, to compute with.
+    """
+    bits, whole = weight.view(np.int32), two.view(np.int32)
+    for run in range(len(sums)):
+        two[:] = 0
+        for position in range(run * RUN, min((run + 1) * RUN, len(candidates))):
+            if candidates[position] > 0 and row_of[position] < 0:
+                bits[0] = np.int32(candidates[position]) << 16
+                two[position % RUN // 8] += weight[0]
+        two[0] += two[1]
+        sums[run] = whole[0] >> 16 if whole[0] >> 16 > 0 else -1
+
+
+_sum_runs = compiled(_sum_runs)
+
+
 def _loop(
-    scores: Array, reselect: Array, lengths: Array, tail: int, k: int, positions: Array, last_used: Array,
-    counters: Array, entries: Array, counts: Array,
+    latest: int, k: int, sinks: int, recent: int, scores: Array, reselect: Array, lengths: Array,
+    positions: Array, last_used: Array, counters: Array, entries: Array, counts: Array, runs: Array,
+    masks: Array, tail_counts: Array,
 ) -> None:  # fmt: skip
     batch, kv_heads, span = scores.shape
-    capacity = positions.shape[2]
+    capacity, most = positions.shape[2], runs.shape[2]
+    sums = np.empty(-(-span // RUN) if most else 0, np.int16)
+    weight, two = np.zeros(1, np.float32), np.zeros(2, np.float32)
+    bits = weight.view(np.int32)
     row_of, missing = np.full(span, -1, np.int32), np.empty(k, np.int32)
     for sequence in range(batch):
         length = lengths[sequence]
@@ -159,7 +224,9 @@ def _loop(
             for row in range(capacity):
                 if 0 <= held[row] < span:
                     row_of[held[row]] = row
-            candidates = scores[sequence, head, : max(length - tail, 0)]
+            candidates = scores[sequence, head, : max(length - latest, 0)]
+            if most:
+                _sum_runs(candidates, row_of, weight, two, sums)
             bound, equal = _best(candidates, k)
             selected = count = 0
             for position in range(len(candidates)):
@@ -189,6 +256,36 @@ def _loop(
             counts[sequence, head] = count
             counters[sequence, head, 2] += selected
             counters[sequence, head, 3] += count
+            if most == 0:
+                continue
+            for row in range(capacity):
+                if 0 <= held[row] < span:
+                    row_of[held[row]] = row
+            bound, equal = _best(sums, most)
+            listed, weighs, all_weigh = 0, np.float32(0), np.float32(0)
+            for run in range(len(sums)):
+                if sums[run] > 0:
+                    bits[0] = np.int32(sums[run]) << 16
+                    all_weigh += weight[0]
+            for run in range(len(sums)):
+                if sums[run] < max(bound, 1) or (sums[run] == bound and equal == 0):
+                    continue
+                equal -= sums[run] == bound
+                mask = 0
+                for place in range(RUN):
+                    position = run * RUN + place
+                    if sinks <= position < length - recent and row_of[position] < 0:
+                        mask |= 1 << place
+                runs[sequence, head, listed], masks[sequence, head, listed] = run, mask
+                listed += 1
+                bits[0] = np.int32(sums[run]) << 16
+                weighs += weight[0]
+            tail_counts[sequence, head] = listed
+            counters[sequence, head, 4] += np.int64(np.float32(1e6) * weighs)
+            counters[sequence, head, 5] += np.int64(np.float32(1e6) * all_weigh)
+            for row in range(capacity):
+                if 0 <= held[row] < span:
+                    row_of[held[row]] = -1
 
 
 _update = compiled(_loop)

@@ -28,9 +28,10 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs auto takes
 
-_SELECTED = 128, 256  # rows, for sequences up to _SHORT tokens and for longer ones: benchmarks.quality
-_SHORT = 8192
+_SELECTED = 112  # rows: benchmarks.quality says why
 _RESIDENT = 8  # resident rows for each that is selected
+_TAIL = 2048, 4096  # tokens of the tail, for sequences up to _SHORT tokens and for longer ones
+_SHORT = 8192
 
 
 class Option(NamedTuple):
@@ -131,8 +132,9 @@ class CacheConfig:
     A head reuses its rows while the cosine between its query and the query of its last selection is at least
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
     longest ago among its ``resident`` rows. All resident rows are attended to, with the first ``sinks``
-    tokens and the latest ``recent``. The head-wise cache of the paper (arXiv 2511.14510) has ``resident``
-    equal to ``select_k``. Where either of the two is None, ``sizes`` chooses it.
+    tokens and the latest ``recent``; of the others, the ``tail`` of those that weigh most, from codes. The
+    head-wise cache of the paper (arXiv 2511.14510) has ``resident`` equal to ``select_k`` and no tail. Where
+    one of the three is None, ``sizes`` or ``tail_tokens`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
@@ -152,7 +154,7 @@ class CacheConfig:
     select_k: int | None = option(
         None,
         "rows that a KV head selects at a time: more is closer to full attention and moves more; auto takes "
-        "128, and 256 where --max-model-len exceeds 8192",
+        "112",
         "ROWS",
         int,
         none="auto",
@@ -162,6 +164,15 @@ class CacheConfig:
         "rows that a KV head keeps on the worker and attends to, at least --select-k: more is closer to full "
         "attention, fetches less and takes more memory for each request; auto takes 8 times --select-k",
         "ROWS",
+        int,
+        none="auto",
+    )
+    tail: int | None = option(
+        None,
+        "tokens that a KV head attends to beside its rows, less exactly, from codes of 2 bits on the worker: "
+        "more is closer to full attention; 0 drops what is not resident; auto takes 2048, and 4096 where "
+        "--max-model-len exceeds 8192",
+        "TOKENS",
         int,
         none="auto",
     )
@@ -212,6 +223,10 @@ class CacheConfig:
                 f"--resident {resident} is below --select-k {k or 1}; "
                 "the rows selected in one step must fit into the resident set."
             )
+        if self.tail is not None and self.tail < 0:
+            raise ConfigError(f"--tail is {self.tail}; it must be at least 0.")
+        if self.tail and self.attention != "clo":
+            raise ConfigError(f"--tail is for --attention clo, and --attention is {self.attention}.")
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
             raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
         if self.drift_check is not None and self.drift_check < 1:
@@ -231,8 +246,17 @@ class CacheConfig:
             return [Sizes(layer.select_k, layer.resident) for layer in self.profile.layers]
         k = self.select_k
         if k is None:
-            k = min(_SELECTED[max_tokens > _SHORT], self.resident or max_tokens)
+            k = min(_SELECTED, self.resident or max_tokens)
         return [Sizes(k, k if self.attention == "topk" else self.resident or _RESIDENT * k)] * layers
+
+    def tail_tokens(self, max_tokens: int) -> int:
+        """Tokens of a head's tail, at most; ``max_tokens`` is the longest sequence. There is none where all
+        rows of every sequence are resident."""
+        layers = 1 if self.profile is None else len(self.profile.layers)
+        fewest = min(sizes.resident for sizes in self.sizes(max_tokens, layers))
+        if self.attention != "clo" or max_tokens <= self.sinks + self.recent + fewest:
+            return 0
+        return min(_TAIL[max_tokens > _SHORT] if self.tail is None else self.tail, max_tokens)
 
 
 @dataclass(frozen=True)

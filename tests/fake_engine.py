@@ -101,7 +101,7 @@ class FakeRelease:
 
     def finish(self, tokens: int, steps: int) -> CacheStats:
         assert self.event.reached, "the counters are not there yet"
-        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
+        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
 
 
 class FakeEngine:

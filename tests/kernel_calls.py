@@ -9,13 +9,16 @@ from torch import Tensor
 
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
+from clo.kernels.attend_tail import attend_tail, tail_parts
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
+from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
 from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import PromptSequences, fill_resident
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
+from clo.kernels.limits import RUN
 from clo.kernels.mailbox import post
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
@@ -23,7 +26,7 @@ from clo.kernels.sample import Adjustments, SamplingState, sample
 from clo.kernels.score import score_codes
 from clo.kernels.store import store_new, store_prompts
 from clo.kernels.take import take
-from clo.kernels.update_resident import FetchList, update_resident
+from clo.kernels.update_resident import FetchList, TailList, update_resident
 
 
 class Shape(NamedTuple):
@@ -69,6 +72,7 @@ class Sizes:
     vocab: int = 50
     slots: int = 13
     biases: int = 8
+    runs: int = 5
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,24 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         zeros(blocks, kv_heads, sizes.block_tokens, dtype=torch.float16),
         zeros(blocks, kv_heads, head_dim, dtype=torch.float32),
     )
+    words = sizes.block_tokens // RUN, halves_of(head_dim), 32, 4
+    values = ValuePages(
+        zeros(blocks, kv_heads, *words, dtype=torch.int16),
+        zeros(blocks, kv_heads, sizes.block_tokens, dtype=torch.float16),
+    )
+    runs = zeros(*heads, sizes.runs, dtype=torch.int32)
+    tail = TailList(runs, runs + 1, zeros(*heads, dtype=torch.int32))
     queries = *heads, 1, group  # attended in one part, as the reference does
     state = AttentionState(
         zeros(*queries, head_dim, dtype=torch.float32),
         zeros(*queries, dtype=torch.float32),
         zeros(*queries, dtype=torch.float32),
+    )
+    with_tail = *heads, 1 + tail_parts(sizes.runs, torch.device(device)), group
+    state_with_tail = AttentionState(
+        zeros(*with_tail, head_dim, dtype=torch.float32),
+        zeros(*with_tail, dtype=torch.float32),
+        zeros(*with_tail, dtype=torch.float32),
     )
     quantized = QuantizedQuery(
         zeros(batch, kv_heads * group, head_dim, dtype=torch.int8),
@@ -133,7 +150,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     arena = zeros(kv_heads, blocks, sizes.block_tokens, 2, head_dim).transpose(0, 1)
     lengths = torch.full((batch,), tokens, dtype=torch.int64, device=device)
     table = zeros(batch, sizes.max_blocks + 1, dtype=torch.int64)[:, : sizes.max_blocks]
-    counters = zeros(*heads, 4, dtype=torch.int64)
+    counters = zeros(*heads, 6, dtype=torch.int64)
     reselect = zeros(*heads, dtype=torch.bool)
     lse = zeros(batch, kv_heads * group, dtype=torch.float32)
     rotation = zeros(head_dim, head_dim, dtype=torch.float32)
@@ -173,6 +190,14 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             },
         ),
         Call(
+            encode_new_values,
+            {"values": kv[:, :, 1], "lengths": lengths, "page_table": table, "pages": values},
+        ),
+        Call(
+            encode_prompt_values,
+            {"values": prompts[:, :, 1], "prompt_blocks": prompt_blocks, "pages": values},
+        ),
+        Call(
             fill_resident,
             {
                 "rows": prompts, "sequences": sequences,
@@ -198,14 +223,14 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             score_codes,
             {
                 "quantized": quantized, "pages": pages, "reselect": reselect, "lengths": lengths,
-                "page_table": table, "sinks": sizes.sinks, "tail": sizes.recent, "scale": 0.3,
+                "page_table": table, "sinks": sizes.sinks, "latest": sizes.recent, "scale": 0.3,
             },
         ),
         Call(
             update_resident,
             {
                 "scores": zeros(*heads, tokens, dtype=torch.int16), "reselect": reselect, "lengths": lengths,
-                "tail": sizes.recent, "resident": resident, "counters": counters, "k": k,
+                "latest": sizes.recent, "resident": resident, "counters": counters, "k": k, "tail": tail,
             },
         ),
         Call(
@@ -217,6 +242,13 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             {
                 "query": query, "resident": resident, "lengths": lengths, "fetch_list": fetch_list,
                 "scale": 0.3,
+            },
+        ),
+        Call(
+            attend_tail,
+            {
+                "state": state_with_tail, "quantized": quantized, "pages": pages, "values": values,
+                "tail": tail, "lengths": lengths, "page_table": table, "lse": lse, "scale": 0.3,
             },
         ),
         Call(

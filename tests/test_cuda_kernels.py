@@ -104,7 +104,7 @@ def test_gate(dim: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
     query = query.view(batch, kv_heads * group, dim)
     threshold = torch.rand(kv_heads) * 0.4 + 0.6
     lengths, whole = torch.tensor([9, 4, 5, 0, 7]), 4
-    counters = torch.randint(0, 99, (batch, kv_heads, 4))
+    counters = torch.randint(0, 99, (batch, kv_heads, 6))
     selection_gpu, counters_gpu = selection_query.cuda(), counters.cuda()
     found = gate(inner(query), selection_gpu, threshold.cuda(), lengths.cuda(), whole, counters_gpu)
     reselect = gate(query, selection_query, threshold, lengths, whole, counters)
@@ -148,9 +148,9 @@ def test_score_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
      (32768, 256, 2048, 3), (70016, 1500, 4096, 32767)],
 )  # fmt: skip
 def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
-    batch, kv_heads, tail = 3, 3, 5
+    batch, kv_heads, latest = 3, 3, 5
     resident = resident_set(batch, kv_heads, capacity, 4, torch.float32)
-    counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
+    counters = torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
     resident_gpu, counters_gpu = on_gpu(resident), counters.cuda()
     drift = torch.randn(batch, kv_heads, span)
     for step in range(12):
@@ -159,9 +159,9 @@ def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
         scores = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
         scores[..., :SINKS] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.8
-        fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
+        fetch_list = update_resident(scores, reselect, lengths, latest, resident, counters, k)
         found = update_resident(
-            scores.cuda(), reselect.cuda(), lengths.cuda(), tail, resident_gpu, counters_gpu, k
+            scores.cuda(), reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k
         )
         same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters, counters_gpu))
         same((fetch_list.counts, found.counts))
@@ -174,7 +174,7 @@ def test_a_set_that_just_exceeds_the_shared_memory_is_refused() -> None:
     scores = torch.full((1, 1, 64), NEVER, dtype=torch.int16, device="cuda")
     scores[..., 5] = 9
     reselect = torch.ones(1, 1, dtype=torch.bool, device="cuda")
-    lengths, counters = torch.tensor([64]).cuda(), torch.zeros(1, 1, 4, dtype=torch.int64, device="cuda")
+    lengths, counters = torch.tensor([64]).cuda(), torch.zeros(1, 1, 6, dtype=torch.int64, device="cuda")
     largest, larger = (on_gpu(resident_set(1, 1, spare // 4 + more, 4, torch.float32)) for more in (0, 1))
     assert update_resident(scores, reselect, lengths, 0, largest, counters, 1).counts.item() == 1
     with pytest.raises(ValueError, match=r"update_resident needs \d+ bytes of shared memory"):

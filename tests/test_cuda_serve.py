@@ -23,7 +23,7 @@ MODEL = Model("tiny", 4, 4, 2, 256, 512, LLAMA_8B.vocab, head_dim=64)
 
 def test_only_sequences_with_more_rows_than_a_head_keeps_replay() -> None:
     """Those get the stated share of new rows, each from a place of its own among the candidates."""
-    k, resident, longest, tail = 100, 128, 1024, 64
+    k, resident, longest, latest = 100, 128, 1024, 64
     decoder = random_decoder(MODEL, longest)
     config = CacheConfig(select_k=k, resident=resident)
     engine = ReplayEngine(decoder, make_arena(decoder, 3, longest), config, 3, longest)
@@ -33,13 +33,13 @@ def test_only_sequences_with_more_rows_than_a_head_keeps_replay() -> None:
     blocks, pages = (torch.stack(tables) for tables in zip(*map(engine.tables, range(3)), strict=True))
     scores = torch.randint(0, 1000, (3, MODEL.kv_heads, longest), dtype=torch.int16, device="cuda")
     reselect = (lengths > 0).unsqueeze(1).expand(-1, MODEL.kv_heads).contiguous()
-    fetch_list = layer.update_resident(scores, reselect, Batch(lengths, blocks, pages), tail)
+    fetch_list = layer.update_resident(scores, reselect, Batch(lengths, blocks, pages), latest)
     rows = round(NEW_ROWS * k)
     assert fetch_list.counts.tolist() == [[rows] * MODEL.kv_heads, [0] * MODEL.kv_heads, [0] * MODEL.kv_heads]
     for head in range(MODEL.kv_heads):
         entries = fetch_list.entries[0, head, :rows].long()
         positions = layer.resident.positions[0, head, entries]
-        for ascending, below in ((entries, resident), (positions, 1000 - tail)):
+        for ascending, below in ((entries, resident), (positions, 1000 - latest)):
             assert (ascending.diff() > 0).all() and 0 <= int(ascending[0]) <= int(ascending[-1]) < below
 
 

@@ -7,13 +7,14 @@ from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CodePages, encode, encode_new
+from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values
 from clo.kernels.quantize_query import quantize_query
 from clo.kernels.score import score_codes, score_exact
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
 SHAPE = KVShape((LayerSpec(),) * 3, query_heads=6, kv_heads=2, head_dim=256, dtype=torch.float32)
 CPU = torch.device("cpu")
-BLOCK_TOKENS, KV_HEADS, DIM, SCALE = 8, 2, 16, 0.25
+BLOCK_TOKENS, KV_HEADS, DIM, SCALE = 16, 2, 16, 0.25
 SINKS, TAIL = 2, 3
 
 
@@ -22,11 +23,18 @@ def two_bit_index(pages: int = 12) -> TwoBitIndex:
     codes = torch.randint(0, 256, (pages, KV_HEADS, BLOCK_TOKENS, DIM // 4), dtype=torch.uint8)
     scales = torch.rand(pages, KV_HEADS, BLOCK_TOKENS).half()
     memory = CodePages(codes, scales, torch.randn(pages, KV_HEADS, DIM))
-    return TwoBitIndex(memory, random_rotation(DIM, CPU), SCALE)
+    words = torch.randint(-99, 99, (pages, KV_HEADS, 1, 1, 32, 4), dtype=torch.int16)
+    values = ValuePages(words, torch.rand(pages, KV_HEADS, BLOCK_TOKENS).half())
+    return TwoBitIndex(memory, values, random_rotation(DIM, CPU), SCALE)
 
 
 def copy(pages: CodePages) -> CodePages:
     return CodePages(*(part.clone() for part in pages))
+
+
+def copy_values(index: TwoBitIndex) -> ValuePages:
+    assert index.values is not None
+    return ValuePages(*(part.clone() for part in index.values))
 
 
 def random_batch() -> Batch:
@@ -41,18 +49,22 @@ def random_query() -> tuple[Tensor, Tensor]:
 
 
 def test_each_layer_has_its_own_pages_of_as_many_bytes_as_it_says() -> None:
-    layers = TwoBitIndex.allocate(SHAPE, 5, CPU)
+    layers = TwoBitIndex.allocate(SHAPE, 5, CPU, values=True)
     assert len(layers) == 3
-    for codes, scales, centres in layers:
+    for (codes, scales, centres), values in layers:
+        assert values is not None
         assert codes.shape == (5, 2, SHAPE.block_tokens, 64) and codes.dtype == torch.uint8
         assert scales.shape == (5, 2, SHAPE.block_tokens) and scales.dtype == torch.float16
         assert centres.shape == (5, 2, 256) and centres.dtype == torch.float32
-        for part in (codes, scales, centres):
+        for part in (codes, scales, centres, *values):
             assert part.is_contiguous() and part.device == CPU
-    parts = [part for layer in layers for part in layer]
+    keys, of_values = ([part for layer in layers for part in layer[which] or ()] for which in range(2))
+    parts = [*keys, *of_values]
     assert len({part.data_ptr() for part in parts}) == len(parts)
-    size = sum(part.nbytes for part in parts)
-    assert TwoBitIndex.bytes_per_token(SHAPE) == size // (5 * SHAPE.block_tokens)
+    for both, held in ((True, parts), (False, keys)):
+        size = sum(part.nbytes for part in held)
+        assert TwoBitIndex.bytes_per_token(SHAPE, values=both) == size // (5 * SHAPE.block_tokens)
+    assert all(values is None for _, values in TwoBitIndex.allocate(SHAPE, 5, CPU, values=False))
 
 
 def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
@@ -67,7 +79,8 @@ def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             index = two_bit_index()
             expected, page_table = copy(index.pages), torch.randperm(12)[:4]
-            keys = torch.randn(tokens, KV_HEADS, DIM).to(dtype)
+            rows = torch.randn(tokens, KV_HEADS, 2, DIM).to(dtype)
+            keys, of_values = rows[:, :, 0], copy_values(index)
             for start in range(0, tokens, BLOCK_TOKENS):
                 page, part = (
                     page_table[start // BLOCK_TOKENS],
@@ -81,7 +94,11 @@ def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
             starts = torch.arange(0, tokens, BLOCK_TOKENS)
             counts = (tokens - starts).clamp_max(BLOCK_TOKENS)
             pages = page_table[: len(starts)]
-            index.write_prompts(keys, PromptBlocks(starts, counts, pages, pages))
+            blocks = PromptBlocks(starts, counts, pages, pages)
+            index.write_prompts(rows, blocks)
+            encode_prompt_values(rows[:, :, 1], blocks, of_values)
+            assert index.values is not None
+            assert all(map(torch.equal, index.values, of_values))
             torch.testing.assert_close(index.pages.centres, expected.centres, rtol=1e-5, atol=1e-6)
             different = index.pages.codes != expected.codes
             assert different.sum() <= 2, "an entry between two levels may go either way"
@@ -90,10 +107,12 @@ def test_a_prompt_is_written_page_by_page_each_around_its_own_mean() -> None:
 
 def test_two_bit_codes_are_written_and_scored_by_their_operations_through_the_page_table() -> None:
     index, batch, rotation = two_bit_index(), random_batch(), random_rotation(DIM, CPU)
-    expected, keys = copy(index.pages), torch.randn(3, KV_HEADS, DIM)
-    index.write(keys, batch)
-    encode_new(keys, batch.lengths, batch.pages, expected, rotation)
-    for found, part in zip(index.pages, expected, strict=True):
+    expected, of_values = copy(index.pages), copy_values(index)
+    kv = torch.randn(3, KV_HEADS, 2, DIM)
+    index.write(kv, batch)
+    encode_new(kv[:, :, 0], batch.lengths, batch.pages, expected, rotation)
+    encode_new_values(kv[:, :, 1], batch.lengths, batch.pages, of_values)
+    for found, part in zip((*index.pages, *(index.values or ())), (*expected, *of_values), strict=True):
         assert torch.equal(found, part)
     (query, lse), reselect = random_query(), torch.tensor([[True, False], [False, False], [True, True]])
     prepared = index.prepare(query, lse, batch)
@@ -108,7 +127,8 @@ def test_two_bit_codes_are_written_and_scored_by_their_operations_through_the_pa
 
 def test_memory_is_where_it_is_asked_for() -> None:
     meta = torch.device("meta")
-    parts = [part for layer in TwoBitIndex.allocate(SHAPE, 5, meta) for part in layer]
+    layers = TwoBitIndex.allocate(SHAPE, 5, meta, values=True)
+    parts = [part for keys, values in layers for part in (*keys, *(values or ()))]
     assert all(part.device == meta for part in [*parts, random_rotation(64, meta)])
 
 
@@ -117,8 +137,8 @@ def test_the_exact_index_scores_the_keys_in_the_arena() -> None:
     index, before, (query, lse) = ExactIndex(arena, SCALE), arena.clone(), random_query()
     starts = torch.zeros(1, dtype=torch.int64)
     parts = PromptBlocks(starts, starts + 2, starts, starts)
-    index.write_prompts(torch.randn(20, KV_HEADS, DIM), parts)
-    index.write(torch.randn(3, KV_HEADS, DIM), batch)
+    index.write_prompts(torch.randn(20, KV_HEADS, 2, DIM), parts)
+    index.write(torch.randn(3, KV_HEADS, 2, DIM), batch)
     assert torch.equal(arena, before), "the keys are there already"
     found = index.score(
         index.prepare(query, lse, batch), torch.ones(3, KV_HEADS, dtype=torch.bool), batch, SINKS, TAIL

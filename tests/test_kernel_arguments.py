@@ -121,7 +121,7 @@ def test_gaps_are_refused_where_the_kernel_reads_in_order(operation: str, argume
         ("update_resident", "k", 8,
          "1 <= k <= capacity must hold, because .*; k is 8 and capacity is 7 as in resident.positions"),
         ("update_resident", "k", 0, "1 <= k <= capacity"),
-        ("update_resident", "tail", -1, "tail >= 0"),
+        ("update_resident", "latest", -1, "latest >= 0"),
         ("append", "resident.recent", 0, "resident.rows has the shape"),
         ("score_codes", "sinks", -1, "sinks >= 0"),
         ("encode_prompts", "prompt_blocks", PromptBlocks(*4 * [NONE]), "P >= 1"),

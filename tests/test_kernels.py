@@ -264,7 +264,7 @@ def test_keys_are_rounded_to_the_nearest_level_of_their_own_size(magnitude: floa
     nearest = (rotated.unsqueeze(2) / step.unsqueeze(2) - levels).abs().argmin(2)
     assert (unpack(codes) != nearest).sum() <= 2, "an entry between two levels may go either way"
     values = levels[unpack(codes).long()]
-    fit = (rotated * values).sum(1) / values.square().sum(1)
+    fit = rotated.square().sum(1) / (rotated * values).sum(1)
     torch.testing.assert_close(scales.double(), fit, rtol=1e-3, atol=0.0)
     assert encode(centre, centre, rotation)[1] == 0
 
@@ -367,7 +367,7 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
 
 
 @pytest.mark.parametrize(
-    ("sinks", "tail", "k", "capacity", "lowest", "apart"),
+    ("sinks", "latest", "k", "capacity", "lowest", "apart"),
     [
         (SINKS, RECENT, 6, 8, 0, 1),
         (SINKS, RECENT, 6, 8, 0, 414),
@@ -378,12 +378,12 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
     ],
 )
 def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
-    sinks: int, tail: int, k: int, capacity: int, lowest: int, apart: int
+    sinks: int, latest: int, k: int, capacity: int, lowest: int, apart: int
 ) -> None:
     batch, kv_heads, span = 3, 3, 64
     resident = empty_set(batch, kv_heads, 1, sinks=sinks, capacity=capacity)
     positions, last_used = resident.positions, resident.last_used
-    counters = torch.zeros(batch, kv_heads, 4, dtype=torch.int64)
+    counters = torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
     for step in range(1, 60):
         lengths = torch.tensor([step, step + 3, 0])
         ranks = torch.randint(0, 80, (batch, kv_heads, span))  # with ties
@@ -392,14 +392,14 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
         scores[..., 9] = -64  # what is left of a sum that is not a number: no row, and no harm
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
-        fetch_list = update_resident(scores, reselect, lengths, tail, resident, counters, k)
+        fetch_list = update_resident(scores, reselect, lengths, latest, resident, counters, k)
         assert fetch_list.entries.dtype == fetch_list.counts.dtype == torch.int32
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
                     row = scores[b, h].tolist()
-                    candidates = [p for p in range(max(0, int(lengths[b]) - tail)) if row[p] >= 0]
+                    candidates = [p for p in range(max(0, int(lengths[b]) - latest)) if row[p] >= 0]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
                     int(lengths[b]) if position >= 0 and position in best else used
@@ -414,14 +414,14 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
                 assert last_used[b, h].tolist() == ages
                 assert fetch_list.counts[b, h] == len(missing)
                 assert fetch_list.entries[b, h, : len(missing)].tolist() == leaving
-                assert (counters - counted)[b, h].tolist() == [0, 0, len(best), len(missing)]
+                assert (counters - counted)[b, h].tolist() == [0, 0, len(best), len(missing), 0, 0]
 
 
 def test_gate_compares_with_the_query_of_the_last_selection() -> None:
     selection_query = torch.zeros(2, 2, 3 * 16)
     threshold = torch.tensor([0.8, 2.0])
     lengths = torch.tensor([5, 0])
-    counters = torch.zeros(2, 2, 4, dtype=torch.int64)
+    counters = torch.zeros(2, 2, 6, dtype=torch.int64)
     query = torch.randn(2, 6, 16)
     first = gate(query, selection_query, threshold, lengths, 0, counters)
     assert first.tolist() == [[True, True], [False, False]]
@@ -433,7 +433,7 @@ def test_gate_compares_with_the_query_of_the_last_selection() -> None:
     assert torch.equal(selection_query[0, 0], before[0, 0]), "a reuse keeps it, so that drift adds up"
     assert torch.equal(selection_query[0, 1], near[0].view(2, 48)[1])
     assert gate(-query, selection_query, threshold, lengths, 0, counters)[0].tolist() == [True, True]
-    assert counters.tolist() == [[[3, 2, 0, 0], [3, 3, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+    assert counters.tolist() == [[[3, 2, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0]], [[0] * 6] * 2]
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0])
@@ -444,7 +444,7 @@ def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) 
     for _ in range(20):
         past = torch.randn(batch, kv_heads, group * dim) * magnitude
         now = 3 * past + 6 * torch.rand(batch, kv_heads, 1) * torch.randn(past.shape) * magnitude
-        threshold, counters = torch.rand(kv_heads), torch.randint(0, 99, (batch, kv_heads, 4))
+        threshold, counters = torch.rand(kv_heads), torch.randint(0, 99, (batch, kv_heads, 6))
         selection_query, counted = past.clone(), counters.clone()
         query = now.view(batch, kv_heads * group, dim)
         found = gate(query, selection_query, threshold, lengths, whole, counters)
@@ -458,7 +458,7 @@ def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) 
 
     query = torch.eye(16)[:1].unsqueeze(0)
     for cosine, selects in ((1.0, False), (1.01, True)):
-        counters = torch.zeros(1, 1, 4, dtype=torch.int64)
+        counters = torch.zeros(1, 1, 6, dtype=torch.int64)
         found = gate(query, query.clone(), torch.tensor([cosine]), lengths[:1], 0, counters)
         assert found.item() is selects, "a query that stays the same selects only above 1"
 

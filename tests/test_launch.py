@@ -19,14 +19,15 @@ def test_every_option_reaches_the_configuration() -> None:
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
         "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
-        "--gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 --host 127.0.0.2 "
+        "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 "
+        "--host 127.0.0.2 "
         "--port 0 --seed 7 --log-level info --api-key k --http 1 --served-model-name a,b "
         "--tool-call-parser hermes --reasoning-parser none --ssl-certfile c --ssl-keyfile p "
         "--allowed-origins http://d,*"
     )
     assert launch.config_from(line.split()) == ServerConfig(
         model=ModelConfig("m", "dummy", "cpu", "bfloat16", 100, 7),
-        cache=CacheConfig("topk", 5, 6, 0.5, "predicted", "sparse", drift_check=9),
+        cache=CacheConfig("topk", 5, 6, 0, 0.5, "predicted", "sparse", drift_check=9),
         engine=EngineConfig(3, 0.5, 700),
         gateway=GatewayConfig(1, ("a", "b"), "hermes", "none", "c", "p", ("http://d", "*")),
         workers=2,

@@ -96,7 +96,7 @@ def test_keys_of_prompts_are_coded_around_the_mean_of_their_page(
             from_boundary = (in_steps - in_steps.round()).abs()
             assert (from_boundary[different] < 1e-4).all(), "only rounding may change a level"
             values = levels - 1.5
-            fit = (rotated * values).sum(2) / values.square().sum(2)
+            fit = rotated.square().sum(2) / (rotated * values).sum(2).clamp(min=1e-30)
             torch.testing.assert_close(
                 pages.scales[page, :, : len(tokens)].double(), fit, rtol=1e-3, atol=1e-6
             )

@@ -94,7 +94,7 @@ def test_counted_words_stand_more_often_than_others() -> None:
 
 
 def test_settings_by_text() -> None:
-    assert parse_setting("k=64,gate=.9").config == CacheConfig(select_k=64, gate=0.9)
+    assert parse_setting("k=64,tail=32,gate=.9").config == CacheConfig(select_k=64, tail=32, gate=0.9)
     assert parse_setting("C=2048,prefetch=off").config == CacheConfig(resident=2048, prefetch="off")
     for wrong in ("k=64,c=1", "prefetch=no", "k"):
         with pytest.raises(ValueError):
@@ -109,7 +109,10 @@ def test_full_attention_by_steps_is_the_pass_over_all_tokens(tiny_model: Path) -
     reference = Reference(decoder, items, tokens=200)
     assert len(items[0].answer) < reference.steps
     rows = {}
-    for setting in (Setting("full, by steps", FULL), Setting("small", CacheConfig(select_k=8, resident=32))):
+    for setting in (
+        Setting("full, by steps", FULL),
+        Setting("small", CacheConfig(select_k=8, resident=32, tail=0)),
+    ):
         engine = reference.engine(setting.config)
         scores = reference.force(engine)
         forced = len(items[0].answer) - 1 + reference.steps

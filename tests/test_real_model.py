@@ -189,8 +189,8 @@ def test_small_sets_stay_close_to_full_attention_and_move_few_rows(smollm2: Path
         return logits, stats_of(engine, total - 1, len(continuation) - 1)
 
     full, _ = measure(CacheConfig(attention="full"))
-    logits, clo = measure(CacheConfig(select_k=128, resident=1024))
-    paper_logits, paper = measure(CacheConfig(select_k=256, resident=256, gate=0.8))
+    logits, clo = measure(CacheConfig())
+    paper_logits, paper = measure(CacheConfig(select_k=256, resident=256, tail=0, gate=0.8))
     assert divergence(logits, full) <= 0.02
     assert divergence(logits, full) < divergence(paper_logits, full)
     assert paper.selected_rows >= 3 * clo.fetched_rows

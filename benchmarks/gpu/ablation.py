@@ -43,14 +43,14 @@ _SEQUENCES = 24
 _SLOTS = list(range(_SEQUENCES))
 _LENGTH = CONTEXT - 300
 _STEPS = 20
-_OWN_QUERY = CacheConfig(select_k=CONFIG.select_k, resident=CONFIG.resident, prefetch="off")
+_OWN_QUERY = CacheConfig(prefetch="off")
 
 
 class InLineLayer(ReplayLayer):
     """Fetches before it attends to anything."""
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
-        fetch_list = super().update_resident(scores, reselect, batch, tail)
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, latest)
         super().fetch(fetch_list, batch, patient=False)
         return fetch_list
 
@@ -61,8 +61,8 @@ class InLineLayer(ReplayLayer):
 class WaitingLayer(ReplayLayer):
     """Lets the host wait for what it chooses."""
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
-        fetch_list = super().update_resident(scores, reselect, batch, tail)
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, latest)
         torch.cuda.current_stream().synchronize()
         return fetch_list
 
@@ -80,8 +80,8 @@ class CutLayer(ReplayLayer):
             pass  # behind the last cut too, the end of the step finds this branch in its graph
         return attended
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
-        fetch_list = super().update_resident(scores, reselect, batch, tail)
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+        fetch_list = super().update_resident(scores, reselect, batch, latest)
         self.announce(fetch_list)
         if self.cut is not None:
             self._streams.recording.join()

@@ -168,7 +168,7 @@ class ObservedWorker(Worker):
 def measure(machine: Machine) -> list[Result]:
     model, max_tokens = LLAMA_8B, CONTEXT + _LONGEST
     arena = arena_of(machine.memory, model.shape, SEQUENCES, max_tokens)
-    config = CacheConfig(select_k=256, resident=2048)
+    config = CacheConfig()
     decoder = random_decoder(model, max_tokens)
     engine = filled_engine(
         decoder, arena, config, SEQUENCES, CONTEXT, max_tokens, engine_type=PrefilledEngine

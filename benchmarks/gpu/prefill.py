@@ -56,7 +56,7 @@ def measure(machine: Machine) -> list[Result]:
     weights = random_weights(model)
     decoder = Decoder(weights, model.shape, 1e-5, room)
     arena = arena_of(machine.memory, model.shape, 1, room)
-    config = CacheConfig(select_k=256, resident=2048)
+    config = CacheConfig()
     engine = Engine(decoder, arena, config, 1, room, layer_type=WatchedLayer)
     prefill(engine, LENGTHS[0])  # compiles
     gemm = gemm_rate(weights.layers[0])
@@ -94,7 +94,7 @@ def measure_million(machine: Machine) -> list[Result]:
     model, room = replace(QWEN_7B, layers=2), MILLION + 512
     decoder = random_decoder(model, room)
     arena = arena_of(machine.memory, model.shape, 1, room)
-    engine = Engine(decoder, arena, CacheConfig(select_k=256, resident=2048), 1, room)
+    engine = Engine(decoder, arena, CacheConfig(), 1, room)
     prefill(engine, LENGTHS[0], SPARSE)  # compiles
     dense, sparse = (
         QWEN_7B.layers * layer_seconds(engine, MILLION, attention) for attention in (DENSE, SPARSE)
@@ -122,7 +122,7 @@ def measure_prompt(machine: Machine, engine: Engine, model: Model, total: int, g
     attention = max(rates.values())
     alone = seconds(lambda: layer_cache.store(rows, prompts))
     last = LastTokens(queries, torch.zeros(CHUNK, shape.query_heads, device="cuda"))
-    indexed = seconds(lambda: layer_cache.index.write_prompts(rows[:, :, 0], prompts.blocks))
+    indexed = seconds(lambda: layer_cache.index.write_prompts(rows, prompts.blocks))
     filled = seconds(lambda: layer_cache.fill(rows, prompts, last.lse[-1:], last))
 
     took = prefill(engine, total)

@@ -11,9 +11,9 @@ __device__ inline uint32 hash(uint32 x) {
 
 extern "C" __global__ void replay(
     const int64* lengths, const uint8* reselect, int64 call, int64 rows, int64 kv_heads, int64 k,
-    int64 capacity, int64 sinks, int64 tail, int* positions, int* entries, int* counts) {
+    int64 capacity, int64 sinks, int64 latest, int* positions, int* entries, int* counts) {
     const int64 line = blockIdx.x;
-    const int64 length = lengths[line / kv_heads], candidates = length - sinks - tail;
+    const int64 length = lengths[line / kv_heads], candidates = length - sinks - latest;
     const bool fetches = reselect[line] && candidates > capacity;
     if (threadIdx.x == 0) counts[line] = fetches ? (int)rows : 0;
     if (!fetches) return;

@@ -15,19 +15,19 @@ from benchmarks.gpu.synthetic import (
     ReplayLayer,
     arena_of,
     filled_engine,
+    index_bytes_read,
     random_decoder,
     replay,
 )
 from benchmarks.result import Result
 from clo.gpu_worker.cache.batch import Batch
-from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.engine import Engine
 from clo.runtime.config import CacheConfig
 
 CONTEXT, STEPS = 32768, 40
 MAX_TOKENS = CONTEXT + 512
-SELECTED = 256  # k
-CONFIG = CacheConfig(select_k=SELECTED, resident=2048)
+CONFIG = CacheConfig()
+SELECTED = CONFIG.sizes(MAX_TOKENS, 1)[0].select_k  # k
 ARENA_GIB = 98
 SHARES = (0, 5, 9, 10, 20, 50, 100)  # of k, new rows a step and head, in percent
 
@@ -41,7 +41,7 @@ class StoringLayer(ReplayLayer):
         if self.stores:
             super().record(kv, batch)
         else:
-            self.index.write(kv[:, :, 0], batch)
+            self.index.write(kv, batch)
 
 
 def measure(machine: Machine) -> list[Result]:
@@ -52,8 +52,8 @@ def measure(machine: Machine) -> list[Result]:
     engine = filled_engine(
         decoder, arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS, layer_type=StoringLayer
     )
-    index = sequences * CONTEXT * TwoBitIndex.bytes_per_token(model.shape)
-    floor = gemm + (index + engine.cache.resident_bytes) / machine.hbm
+    read = index_bytes_read(engine, sequences, CONTEXT) + engine.cache.resident_bytes
+    floor = gemm + read / machine.hbm
     replay(engine, 0)
     let_store(engine, False)
     steps = [engine.captured(sequences)]

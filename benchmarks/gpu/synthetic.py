@@ -16,6 +16,7 @@ from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.model.weights import Layer, Linear, Weights
 from clo.kernels.launch import launch
+from clo.kernels.limits import CODES_PER_BYTE, RUN
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.kvstore.layout import by_block
@@ -128,7 +129,7 @@ class ReplayLayer(LayerCache):
         positions = self.resident.positions.clone()
         self._own = (*self._own, self.resident._replace(positions=positions, last_used=last_used))
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         rows, k, slots = self._rows, self.select_k, len(batch.lengths)
         fetch_list = FetchList(
             torch.empty(*reselect.shape, k, dtype=torch.int32, device="cuda"),
@@ -139,9 +140,10 @@ class ReplayLayer(LayerCache):
             launch(
                 _REPLAY, "replay", (reselect.numel(),), 64,
                 [batch.lengths, reselect, next(_calls), rows, resident.kv_heads, k, resident.capacity,
-                 resident.sinks, tail, resident.positions, *fetch_list],
+                 resident.sinks, latest, resident.positions, *fetch_list],
             )  # fmt: skip
-        update_resident(scores, reselect, batch.lengths, tail, own, self.state.counters[:slots], k)
+        tail = None if self.state.tail is None else self.state.tail.slots(slots)
+        update_resident(scores, reselect, batch.lengths, latest, own, self.state.counters[:slots], k, tail)
         return fetch_list
 
 
@@ -158,6 +160,16 @@ def replay(engine: Engine, rows: int) -> Tensor:
         assert isinstance(layer, ReplayLayer)
         layer.replay(rows, own)
     return last_used
+
+
+def index_bytes_read(engine: Engine, sequences: int, length: int) -> int:
+    """Bytes of the index that a decode step cannot do without: the keys' codes, with which heads select, and
+    keys' and values' codes of the tail, where there is one."""
+    shape = engine.cache.shape
+    tails = [layer.state.tail for layer in engine.cache.sparse_layers]
+    tokens = sum(tail.runs.shape[2] * RUN for tail in tails if tail is not None) * shape.kv_heads
+    row = 2 * (shape.head_dim // CODES_PER_BYTE + 2)
+    return sequences * (length * TwoBitIndex.bytes_per_token(shape, values=False) + tokens * row)
 
 
 def typical_sources(layers: int) -> tuple[QuerySource, ...]:
@@ -190,6 +202,9 @@ def filled_engine(
             index.pages.codes.random_(0, 256)
             index.pages.scales.uniform_(0.5, 1.5)
             index.pages.centres.normal_(0.0, 0.3)
+            if index.values is not None:
+                index.values.codes.random_(-(2**15), 2**15)
+                index.values.scales.uniform_(0.5, 1.5)
         spread = torch.linspace(
             resident.sinks, length - resident.recent - 1, resident.capacity, device="cuda"
         )

@@ -214,13 +214,13 @@ class ProbeLayer(LayerCache):
     def _missing(self, query: Tensor, batch: Batch) -> Tensor:
         """Rows that the query wants and that neither lie in the set nor are on their way: [B, kv_heads]."""
         count, resident = len(query), self.resident.slots(len(query))
-        tail = resident.recent + 1  # as in ``prefetch``: the new token is not appended yet
+        latest = resident.recent + 1  # as in ``prefetch``: the new token is not appended yet
         every = torch.ones(count, resident.kv_heads, dtype=torch.bool, device=query.device)
         prepared = self.index.prepare(query, self.state.lse[:count], batch)
-        scores = self.index.score(prepared, every, batch, resident.sinks, tail)
+        scores = self.index.score(prepared, every, batch, resident.sinks, latest)
         held = resident._replace(positions=resident.positions.clone(), last_used=resident.last_used.clone())
         counters = self.state.counters[:count].clone()
-        return update_resident(scores, every, batch.lengths, tail, held, counters, self.select_k).counts
+        return update_resident(scores, every, batch.lengths, latest, held, counters, self.select_k).counts
 
     def means(self, steps: int) -> Heads:
         """Means over the steps and slots, each [kv_heads]."""

@@ -102,8 +102,7 @@ GPU = Table(
     servers=(
         Server(
             ("ttft/512", "ttft/32k", "ttft/128k", "gaps"),
-            "--dtype bfloat16 --max-model-len 135168 --max-num-seqs 12 --select-k 256 --resident 2048 "
-            f"--kv-size 36GiB {DENSE}",
+            f"--dtype bfloat16 --max-model-len 135168 --max-num-seqs 12 --kv-size 36GiB {DENSE}",
             LLAMA_8B,
         ),
         Server(
@@ -113,7 +112,7 @@ GPU = Table(
         ),
         Server(
             ("long",),
-            "--dtype bfloat16 --max-model-len 33280 --max-num-seqs 24 --select-k 256 --resident 2048 "
+            "--dtype bfloat16 --max-model-len 33280 --max-num-seqs 24 "
             f"--kv-size 98GiB {DENSE} {PROMPTS_FIRST}",
             LLAMA_8B,
         ),

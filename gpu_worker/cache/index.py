@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
+from clo.kernels.attend import AttentionState
+from clo.kernels.attend_tail import attend_tail
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
+from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
+from clo.kernels.limits import RUN
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.score import score_codes, score_exact
+from clo.kernels.update_resident import TailList
 from clo.runtime.model.kv_shape import KVShape
 
 Prepared = TypeVar("Prepared")
@@ -20,11 +25,11 @@ Prepared = TypeVar("Prepared")
 class Index(Protocol[Prepared]):
     """Says what every row of a sequence is worth to a query, for one layer."""
 
-    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
-        """Index whole prompts. keys: [N, kv_heads, head_dim]; blocks: which pages they fill."""
+    def write_prompts(self, rows: Tensor, blocks: PromptBlocks) -> None:
+        """Index whole prompts. rows: [N, kv_heads, 2, head_dim]; blocks: which pages they fill."""
 
-    def write(self, keys: Tensor, batch: Batch) -> None:
-        """Index the newest key of each sequence. keys: [B, kv_heads, head_dim]."""
+    def write(self, kv: Tensor, batch: Batch) -> None:
+        """Index the newest row of each sequence. kv: [B, kv_heads, 2, head_dim]."""
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> Prepared:
         """Do all that does not depend on which heads select.
@@ -34,58 +39,95 @@ class Index(Protocol[Prepared]):
             lse: [B, query_heads] float32, log-sum-exp of the last attention.
         """
 
-    def score(self, prepared: Prepared, reselect: Tensor, batch: Batch, sinks: int, tail: int) -> Tensor:
+    def score(self, prepared: Prepared, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Tensor:
         """Scores [B, kv_heads, T] int16, see ``clo.kernels.score``; undefined where ``reselect`` is False.
 
         Args:
             prepared: the return value of ``prepare``.
             reselect: [B, kv_heads] bool, heads that select.
-            sinks, tail: numbers of first and latest tokens that are not candidates.
+            sinks, latest: numbers of first and latest tokens that are not candidates.
         """
 
 
 class TwoBitIndex:
-    """Rotated 2-bit codes (``clo.kernels.encode``), centred on the mean of their page if a prompt filled it.
+    """Rotated 2-bit codes of keys (``clo.kernels.encode``), centred on the mean of their page if a prompt
+    filled it, and, where there is a tail, of values (``clo.kernels.encode_values``).
 
     Args:
         pages: memory of the codes of this layer; also an attribute.
+        values: the same for values, None where nothing attends to codes; also an attribute.
         rotation: [head_dim, head_dim] float32, see ``random_rotation``.
         scale: factor of the scores.
     """
 
-    def __init__(self, pages: CodePages, rotation: Tensor, scale: float) -> None:
-        self.pages, self._rotation, self._scale = pages, rotation, scale
+    def __init__(self, pages: CodePages, values: ValuePages | None, rotation: Tensor, scale: float) -> None:
+        self.pages, self.values, self._rotation, self._scale = pages, values, rotation, scale
 
     @staticmethod
-    def allocate(shape: KVShape, pages: int, device: torch.device) -> list[CodePages]:
-        """Memory for the pages of all layers."""
+    def allocate(
+        shape: KVShape, pages: int, device: torch.device, *, values: bool
+    ) -> list[tuple[CodePages, ValuePages | None]]:
+        """Memory for the pages of all layers, with ``values`` or without."""
         lines = (shape.layers, pages, shape.kv_heads)
         code_bytes = shape.head_dim // CODES_PER_BYTE
         codes = torch.empty(*lines, shape.block_tokens, code_bytes, dtype=torch.uint8, device=device)
         scales = torch.empty(*lines, shape.block_tokens, dtype=torch.float16, device=device)
         centres = torch.empty(*lines, shape.head_dim, dtype=torch.float32, device=device)
-        return [CodePages(*layer) for layer in zip(codes, scales, centres, strict=True)]
+        keys = [CodePages(*layer) for layer in zip(codes, scales, centres, strict=True)]
+        if not values:
+            return [(layer, None) for layer in keys]
+        words = (shape.block_tokens // RUN, halves_of(shape.head_dim), 32, 4)
+        value_codes = torch.empty(*lines, *words, dtype=torch.int16, device=device)
+        value_scales = torch.empty_like(scales)
+        return [
+            (layer, ValuePages(*of_values))
+            for layer, *of_values in zip(keys, value_codes, value_scales, strict=True)
+        ]
 
     @staticmethod
-    def bytes_per_token(shape: KVShape) -> int:
+    def bytes_per_token(shape: KVShape, *, values: bool) -> int:
         """Bytes that the index takes on the worker for a token, all layers and heads together."""
         row = shape.head_dim // CODES_PER_BYTE + 2 + shape.head_dim * 4 / shape.block_tokens
+        if values:
+            row += 16 * halves_of(shape.head_dim) + 2
         return int(shape.layers * shape.kv_heads * row)
 
-    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
-        encode_prompts(keys, blocks, self.pages, self._rotation)
+    def write_prompts(self, rows: Tensor, blocks: PromptBlocks) -> None:
+        encode_prompts(rows[:, :, 0], blocks, self.pages, self._rotation)
+        if self.values is not None:
+            encode_prompt_values(rows[:, :, 1], blocks, self.values)
 
-    def write(self, keys: Tensor, batch: Batch) -> None:
-        encode_new(keys, batch.lengths, batch.pages, self.pages, self._rotation)
+    def write(self, kv: Tensor, batch: Batch) -> None:
+        encode_new(kv[:, :, 0], batch.lengths, batch.pages, self.pages, self._rotation)
+        if self.values is not None:
+            encode_new_values(kv[:, :, 1], batch.lengths, batch.pages, self.values)
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> QuantizedQuery:
         return quantize_query(query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale)
 
     def score(
-        self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, tail: int
+        self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int
     ) -> Tensor:
         return score_codes(
-            prepared, self.pages, reselect, batch.lengths, batch.pages, sinks, tail, self._scale
+            prepared, self.pages, reselect, batch.lengths, batch.pages, sinks, latest, self._scale
+        )
+
+    def attend(
+        self,
+        state: AttentionState,
+        prepared: QuantizedQuery,
+        tail: TailList,
+        lse: Tensor,
+        batch: Batch,
+    ) -> None:
+        """Attend to the tail; see ``clo.kernels.attend_tail``.
+
+        Args:
+            prepared: the return value of ``prepare`` for the query that attends, with the same ``lse``.
+        """
+        assert self.values is not None, "the index was made for a tail"
+        attend_tail(
+            state, prepared, self.pages, self.values, tail, batch.lengths, batch.pages, lse, self._scale
         )
 
 
@@ -115,15 +157,15 @@ class ExactIndex:
     def __init__(self, arena: Tensor, scale: float) -> None:
         self._arena, self._scale = arena, scale
 
-    def write_prompts(self, keys: Tensor, blocks: PromptBlocks) -> None:
+    def write_prompts(self, rows: Tensor, blocks: PromptBlocks) -> None:
         """Nothing to do: the keys are in the arena already."""
 
-    def write(self, keys: Tensor, batch: Batch) -> None:
+    def write(self, kv: Tensor, batch: Batch) -> None:
         """Nothing to do: the keys are in the arena already."""
 
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> ExactQuery:
         return ExactQuery(query, lse)
 
-    def score(self, prepared: ExactQuery, reselect: Tensor, batch: Batch, sinks: int, tail: int) -> Tensor:
+    def score(self, prepared: ExactQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Tensor:
         query, lse = prepared
-        return score_exact(query, self._arena, batch.blocks, lse, batch.lengths, sinks, tail, self._scale)
+        return score_exact(query, self._arena, batch.blocks, lse, batch.lengths, sinks, latest, self._scale)

@@ -14,8 +14,9 @@ from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.kernels.limits import RUN
 from clo.kernels.resident import ResidentSet
-from clo.kernels.update_resident import FetchList
+from clo.kernels.update_resident import FetchList, TailList
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.wire.messages import CacheStats, HeadRows
@@ -68,8 +69,8 @@ class KVCache:
         self.pages = IndexPages(index_pages(shape, arena.shape[0], slots, max_tokens))
         self._storing, self._filling, self._recording = (SideStream(device) for _ in range(3))
         heads = (shape.layers, slots, shape.kv_heads)
-        self._counters = torch.zeros(*heads, 4, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(shape.layers, shape.kv_heads, 4, dtype=torch.int64)  # of former sequences
+        self._counters = torch.zeros(*heads, 6, dtype=torch.int64, device=device)
+        self._ended = torch.zeros(shape.layers, shape.kv_heads, 6, dtype=torch.int64)  # of former sequences
         self.thresholds = _thresholds(config, shape, device)
         self.layers: list[LayerCache | FullLayer] = []
         self._index_token_bytes = 0
@@ -78,20 +79,22 @@ class KVCache:
             return
         indexes: list[TwoBitIndex] | list[ExactIndex]
         if config.attention == "clo":
-            rotation = random_rotation(shape.head_dim, device)
+            rotation, values = random_rotation(shape.head_dim, device), config.tail_tokens(max_tokens) > 0
             indexes = [
-                TwoBitIndex(pages, rotation, scale)
-                for pages in TwoBitIndex.allocate(shape, self.pages.pages, device)
+                TwoBitIndex(keys, of_values, rotation, scale)
+                for keys, of_values in TwoBitIndex.allocate(shape, self.pages.pages, device, values=values)
             ]
-            self._index_token_bytes = TwoBitIndex.bytes_per_token(shape)
+            self._index_token_bytes = TwoBitIndex.bytes_per_token(shape, values=values)
         else:
             indexes = [ExactIndex(arena[:, layer], scale) for layer in range(shape.layers)]
         selection_query = torch.zeros(*heads, shape.group * shape.head_dim, dtype=shape.dtype, device=device)
         lse = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
+        tails = _tails(heads, -(-config.tail_tokens(max_tokens) // RUN), device)
         # Neighbouring layers overlap; layers two apart do not.
         shared = self._storing, self._filling, self._recording
         streams = [
-            LayerStreams(*shared, SideStream(device), SideStream(device, urgent=True)) for _ in range(2)
+            LayerStreams(*shared, SideStream(device), SideStream(device, urgent=True), SideStream(device))
+            for _ in range(2)
         ]
         for layer, (k, capacity) in enumerate(config.sizes(max_tokens, shape.layers)):
             first = config.sinks + config.recent
@@ -103,7 +106,7 @@ class KVCache:
                 config.sinks,
                 config.recent,
             )
-            state = LayerState(selection_query[layer], lse[layer], self._counters[layer])
+            state = LayerState(selection_query[layer], lse[layer], self._counters[layer], tails[layer])
             self.layers.append(
                 layer_type(
                     arena[:, layer], indexes[layer], resident, state, self.thresholds[layer], k, scale,
@@ -187,11 +190,13 @@ class KVCache:
     # ---------------------------------------------------------------------------------- accounting
 
     def counters(self, slot: int) -> Tensor:
-        """[4] int64 since ``reset_counters``: gate checks, selections, rows selected, rows fetched."""
+        """[6] int64 since ``reset_counters``: gate checks, selections, rows selected, rows fetched; and of
+        the softmax's weight in millionths, summed over selections and query heads, what the tail has and what
+        all tokens have that were not resident."""
         return self.head_counters(slot).sum((0, 1))
 
     def head_counters(self, slot: int) -> Tensor:
-        """[layers, kv_heads, 4] int64, those of each head; a view that goes on counting."""
+        """[layers, kv_heads, 6] int64, those of each head; a view that goes on counting."""
         return self._counters[:, slot]
 
     def reset_counters(self, slot: int) -> None:
@@ -199,7 +204,7 @@ class KVCache:
         self._counters[:, slot].zero_()
 
     def add_ended(self, counters: Tensor) -> None:
-        """Add what the heads did for a sequence that has ended: [layers, kv_heads, 4] int64, on the CPU."""
+        """Add what the heads did for a sequence that has ended: [layers, kv_heads, 6] int64, on the CPU."""
         self._ended += counters
 
     @property
@@ -217,7 +222,7 @@ class KVCache:
             tokens: its length.
             steps: decode steps that it took.
         """
-        checks, selections, selected, fetched = counters
+        checks, selections, selected, fetched, tail, outside = counters
         return CacheStats(
             steps=steps,
             head_steps=steps * self.shape.layers * self.shape.kv_heads,
@@ -226,10 +231,21 @@ class KVCache:
             selected_rows=selected,
             fetched_rows=fetched,
             fetched_bytes=fetched * self.shape.row_bytes,
+            tail_millionths=tail // self.shape.group,
+            outside_millionths=outside // self.shape.group,
             resident_bytes=sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
             index_bytes=tokens * self._index_token_bytes,
             kv_bytes=tokens * self.shape.token_bytes,
         )
+
+
+def _tails(heads: tuple[int, int, int], runs: int, device: torch.device) -> list[TailList] | list[None]:
+    """Empty tails of all layers, for ``heads`` layers, slots and KV heads."""
+    if not runs:
+        return [None] * heads[0]
+    runs_of, masks = (torch.zeros(*heads, runs, dtype=torch.int32, device=device) for _ in range(2))
+    counts = torch.zeros(heads, dtype=torch.int32, device=device)
+    return [TailList(*layer) for layer in zip(runs_of, masks, counts, strict=True)]
 
 
 def _thresholds(config: CacheConfig, shape: KVShape, device: torch.device) -> Tensor:

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
-from clo.gpu_worker.cache.index import Index
+from clo.gpu_worker.cache.index import Index, TwoBitIndex
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
-from clo.kernels.attend import attend_resident, merge_fetched
+from clo.kernels.attend import attend_resident, empty_state, merge_fetched
+from clo.kernels.attend_tail import tail_parts
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
 from clo.kernels.resident import ResidentSet
 from clo.kernels.store import store_new
-from clo.kernels.update_resident import FetchList, update_resident
+from clo.kernels.update_resident import FetchList, TailList, update_resident
 
 PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
 _RANKED_TOKENS = 32768  # that are ranked at a time
@@ -32,6 +33,7 @@ class LayerStreams(NamedTuple):
     recording: SideStream  # the new row goes to arena and index; shared by all layers
     gating: SideStream  # shared by every second layer, and so is the next one
     fetching: SideStream
+    tail: SideStream  # attention to the tail
 
 
 class LayerState(NamedTuple):
@@ -39,7 +41,8 @@ class LayerState(NamedTuple):
 
     selection_query: Tensor  # [slots, kv_heads, group * head_dim], query of the last selection; 0 for none
     lse: Tensor  # [slots, query_heads] float32, log-sum-exp of the last attention
-    counters: Tensor  # [slots, kv_heads, 4] int64: gate checks, selections, rows selected, rows fetched
+    counters: Tensor  # [slots, kv_heads, 6] int64, see ``clo.gpu_worker.cache.kv_cache.KVCache.counters``
+    tail: TailList | None  # the tail of the last selection; None where what is not resident is dropped
 
 
 class LayerCache:
@@ -86,7 +89,7 @@ class LayerCache:
         with self._streams.storing.fork(rows):
             self.store(rows, prompts)
         with self._streams.filling.fork(rows):
-            self.index.write_prompts(rows[:, :, 0], prompts.blocks)
+            self.index.write_prompts(rows, prompts.blocks)
 
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Choose and copy the first resident rows of prompts that ``take_rows`` has taken, beside later work.
@@ -120,7 +123,7 @@ class LayerCache:
             end = tokens - resident.recent
             latest = torch.arange(end - 1, end - 1 - resident.capacity, -1, dtype=torch.int32, device=device)
             chosen = latest.expand(1, resident.kv_heads, -1).contiguous()
-        self.index.write_prompts(rows[:, :, 0], prompts.blocks)
+        self.index.write_prompts(rows, prompts.blocks)
         self._begin(rows, prompts, chosen, self.state.lse.new_zeros(1, self.state.lse.shape[1]))
 
     def _begin(self, rows: Tensor, prompts: Prompts, chosen: Tensor | None, lse: Tensor) -> None:
@@ -130,6 +133,8 @@ class LayerCache:
         # there is no selection yet: the first step selects, at a gate above 0
         self.state.selection_query.index_fill_(0, slots, 0)
         self.state.lse.index_copy_(0, slots, lse)
+        if self.state.tail is not None:
+            self.state.tail.counts.index_fill_(0, slots, 0)
 
     def _rank(self, keys: Tensor, last: LastTokens) -> Tensor:
         """Positions [kv_heads, C] int32 of the keys that the last tokens attend to most, best first.
@@ -152,7 +157,7 @@ class LayerCache:
     def prefetch(self, query: Tensor, batch: Batch) -> FetchList:
         """Gate, select and begin to fetch with a predicted query, ahead of the layer itself."""
         # The new token is not appended yet: the one that it will displace is still in the ring.
-        return self._select(query, batch, self.resident.recent + 1, ahead=True)
+        return self._select(query, batch, self.resident.recent + 1, ahead=True)[0]
 
     def attend(
         self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
@@ -168,36 +173,48 @@ class LayerCache:
             [B, query_heads, head_dim].
         """
         count = len(batch.lengths)
-        resident = self.resident.slots(count)
+        resident, tail, lse = self.resident.slots(count), self.state.tail, self.state.lse[:count]
         streams = self._streams
+        prepared: Any = None
         append(kv, batch.lengths, resident)
         with streams.recording.fork(kv):
             self.record(kv, batch)
         if select:
             if fetch_list is not None:
                 streams.fetching.join()
-            fetch_list = self._select(query, batch, resident.recent, ahead=False)
+            fetch_list, prepared = self._select(query, batch, resident.recent, ahead=False)
         if query.is_cpu:  # there `fetch` has returned with all rows
             fetch_list = None
-        state = attend_resident(query, resident, batch.lengths, fetch_list, self._scale)
+        parts = 0 if tail is None else tail_parts(tail.runs.shape[2], query.device)
+        state = empty_state(query, resident, parts)
+        if tail is not None:
+            assert isinstance(self.index, TwoBitIndex), "only codes can be attended to"
+            with streams.tail.fork(query, *state):
+                prepared = prepared or self.index.prepare(query, lse, batch)
+                self.index.attend(state, prepared, tail.slots(count), lse, batch)
+        attend_resident(query, resident, batch.lengths, fetch_list, self._scale, state)
+        if tail is not None:
+            streams.tail.join()
         streams.fetching.join()
-        return merge_fetched(
-            state, query, resident, batch.lengths, fetch_list, self.state.lse[:count], self._scale
-        )
+        return merge_fetched(state, query, resident, batch.lengths, fetch_list, lse, self._scale)
 
-    def _select(self, query: Tensor, batch: Batch, tail: int, *, ahead: bool) -> FetchList:
-        """Gate and select, and begin to fetch; the latest ``tail`` tokens are not candidates."""
+    def _select(self, query: Tensor, batch: Batch, latest: int, *, ahead: bool) -> tuple[FetchList, Any]:
+        """Gate and select, and begin to fetch; the latest ``latest`` tokens are not candidates.
+
+        Returns:
+            The rows on their way, and the query as the index has prepared it.
+        """
         count = len(batch.lengths)
         resident = self.resident.slots(count)
         with self._streams.gating.fork():
             reselect = self.gate(query, batch)
         prepared = self.index.prepare(query, self.state.lse[:count], batch)
         self._streams.gating.join()
-        scores = self.index.score(prepared, reselect, batch, resident.sinks, tail)
-        fetch_list = self.update_resident(scores, reselect, batch, tail)
+        scores = self.index.score(prepared, reselect, batch, resident.sinks, latest)
+        fetch_list = self.update_resident(scores, reselect, batch, latest)
         with self._streams.fetching.fork():
             self.fetch(fetch_list, batch, patient=ahead)
-        return fetch_list
+        return fetch_list, prepared
 
     # The steps below are separate methods so that benchmarks can replace one of them.
 
@@ -214,9 +231,9 @@ class LayerCache:
         self._begin(rows, prompts, chosen, lse)
 
     def record(self, kv: Tensor, batch: Batch) -> None:
-        """Write the new rows [B, kv_heads, 2, head_dim] to the arena, and their keys to the index."""
+        """Write the new rows [B, kv_heads, 2, head_dim] to the arena and to the index."""
         store_new(kv, batch.lengths, batch.blocks, self.arena)
-        self.index.write(kv[:, :, 0], batch)
+        self.index.write(kv, batch)
 
     def gate(self, query: Tensor, batch: Batch) -> Tensor:
         """[B, kv_heads] bool, the heads that select; see ``clo.kernels.gate``."""
@@ -224,11 +241,15 @@ class LayerCache:
         selection_query, counters = self.state.selection_query[:count], self.state.counters[:count]
         return gate(query, selection_query, self._threshold, lengths, self.resident.whole, counters)
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, tail: int) -> FetchList:
-        """Choose rows and say which have to be fetched; see ``clo.kernels.update_resident``."""
-        count = len(batch.lengths)
+    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+        """Choose rows and say which have to be fetched, and list the tail; see
+        ``clo.kernels.update_resident``."""
+        count, tail = len(batch.lengths), self.state.tail
         resident, counters = self.resident.slots(count), self.state.counters[:count]
-        return update_resident(scores, reselect, batch.lengths, tail, resident, counters, self.select_k)
+        listed = None if tail is None else tail.slots(count)
+        return update_resident(
+            scores, reselect, batch.lengths, latest, resident, counters, self.select_k, listed
+        )
 
     def fetch(self, fetch_list: FetchList, batch: Batch, *, patient: bool) -> None:
         """Bring the rows from the arena; see ``clo.kernels.fetch``."""

@@ -227,6 +227,8 @@ class CacheStats(msgspec.Struct, frozen=True):
     selected_rows: Count  # rows that those selections chose
     fetched_rows: Count  # how many of these were not resident and came from CPU memory
     fetched_bytes: Count
+    tail_millionths: Count  # of the weight of each selection's softmax, attended from codes
+    outside_millionths: Count  # likewise, all that was not resident; 0 without a tail
     resident_bytes: Count  # rows held on the worker for this request
     index_bytes: Count  # codes held on the worker for this request
     kv_bytes: Count  # the whole KV of this request, in the store
@@ -235,6 +237,18 @@ class CacheStats(msgspec.Struct, frozen=True):
     def hit_rate(self) -> float:
         """Share of selected rows that were resident already."""
         return 1.0 - self.fetched_rows / self.selected_rows if self.selected_rows else 1.0
+
+    @property
+    def tail_share(self) -> float:
+        """Share of the attention that goes to the tail, in the mean selection."""
+        return self.tail_millionths / 1e6 / self.selections if self.selections else 0.0
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the attention that goes nowhere, in the mean selection; 0 without a tail, where nobody
+        looks."""
+        dropped = self.outside_millionths - self.tail_millionths
+        return dropped / 1e6 / self.selections if self.selections else 0.0
 
     @property
     def reuse_rate(self) -> float:
@@ -246,7 +260,7 @@ class CacheStats(msgspec.Struct, frozen=True):
         return self.fetched_rows / self.head_steps if self.head_steps else 0.0
 
 
-NO_STATS = CacheStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # for a request that never decoded
+NO_STATS = CacheStats(*[0] * 12)  # for a request that never decoded
 
 
 class StoreStats(msgspec.Struct, frozen=True):

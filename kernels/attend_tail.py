@@ -1,0 +1,192 @@
+"""Attention of a decode step over the tail: tokens that are not resident, from the codes of the index.
+
+Their keys' codes give their weights, as they give the scores of a selection, but for each query by itself;
+their values' codes give what they add. Where other caches of this kind drop what they do not fetch, this one
+attends to it a little less exactly. Values in 2 bits follow KIVI (Liu et al. 2024); a coarse remainder beside
+exact rows, RetroInfer (Chen et al. 2025).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
+from clo.kernels.attend import AttentionState
+from clo.kernels.compiled import Array, compiled
+from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages
+from clo.kernels.encode_values import (
+    MIX,
+    VALUE_CODES,
+    VALUE_SCALES,
+    WHOLE_CHUNKS,
+    WHOLE_RUNS,
+    ValuePages,
+    halves_of,
+    signs,
+    transform,
+)
+from clo.kernels.launch import launch
+from clo.kernels.limits import RUN
+from clo.kernels.quantize_query import QuantizedQuery
+from clo.kernels.update_resident import TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
+
+_THREADS = 128
+_RUNS = 96  # of a block of threads, at most
+_STAGES = 4  # runs on their way to a warp
+_MOST = 69.0  # logarithm of a weight: sums of more would be infinite
+
+_SIGNATURE = Signature(
+    "attend_tail",
+    (
+        Argument("quantized.integers", torch.int8, "B query_heads head_dim", chunks=True),
+        Argument("quantized.steps", torch.float32, "B query_heads"),
+        Argument("quantized.offsets", torch.float32, "B kv_heads max_blocks query_heads//kv_heads"),
+        CODES, SCALES, VALUE_CODES, VALUE_SCALES, TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS,
+        Argument("lengths", torch.int64, "B"),
+        PAGE_TABLE,
+        Argument("lse", torch.float32, "B query_heads"),
+        Argument("state.out", torch.float32, "B kv_heads S query_heads//kv_heads head_dim", chunks=True),
+        Argument("state.sum", torch.float32, "B kv_heads S query_heads//kv_heads"),
+        Argument("state.max", torch.float32, "B kv_heads S query_heads//kv_heads"),
+    ),
+    (
+        HEAD_DIM, PACKED, GROUPED, WHOLE_RUNS, WHOLE_CHUNKS,
+        Rule("R >= 1", "where there is no tail nothing attends to it"),
+    ),
+)  # fmt: skip
+
+
+def tail_parts(runs: int, device: torch.device) -> int:
+    """Parts of an ``AttentionState`` that the tail fills where it has up to so many runs. They do not depend
+    on the batch, so that the result does not either."""
+    return 1 if device.type == "cpu" else -(-runs // _RUNS)
+
+
+def attend_tail(
+    state: AttentionState,
+    quantized: QuantizedQuery,
+    pages: CodePages,
+    values: ValuePages,
+    tail: TailList,
+    lengths: Tensor,
+    page_table: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> None:
+    """Attend to the tail from its codes.
+
+    Args:
+        state: of which the last ``tail_parts`` parts are filled.
+        quantized: the query that attends, from ``quantize_query`` with the same page table, scale, ``lse``.
+        pages, values: this layer of the index.
+        tail: from ``update_resident``.
+        lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
+        page_table: [B, max_blocks] int64.
+        lse: [B, query_heads] float32, log-sum-exp of the last attention.
+        scale: factor of the scores.
+    """
+    _SIGNATURE.check(
+        quantized.integers, quantized.steps, quantized.offsets, pages.codes, pages.scales, *values, *tail,
+        lengths, page_table, lse, *state,
+    )  # fmt: skip
+    runs, parts = tail.runs.shape[2], state.sum.shape[2]
+    own = tail_parts(runs, lengths.device)
+    if own >= parts:
+        raise ValueError(
+            f"attend_tail: the state has {parts} parts, and those of the tail are the last {own}."
+        )
+    batch, kv_heads, max_blocks, group = quantized.offsets.shape
+    dim, block_tokens = quantized.integers.shape[2], pages.block_tokens
+    if not lengths.is_cpu:
+        stage_bytes = RUN * (dim // CODES_PER_BYTE + 16 * halves_of(dim) + 4) + 32
+        launch(
+            "attend_tail.cu", "attend_tail", (own * -(-group // 8), kv_heads, batch), _THREADS,
+            [*quantized, pages.codes, pages.scales, *values, *tail, runs, lengths, page_table, max_blocks,
+             page_table.stride(0), lse, *state, parts, parts - own, scale],
+            shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * stage_bytes), DIM=dim,
+            GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (4 * own)) * 4,
+            STAGES=_STAGES, MIX=MIX,
+        )  # fmt: skip
+        return
+    out, sums = torch.zeros(batch, kv_heads, group, dim), torch.zeros(batch, kv_heads, group)
+    arrays = (
+        *quantized, pages.codes, pages.scales.view(torch.int16), values.codes,
+        values.scales.view(torch.int16), *tail, lengths, page_table.contiguous(), out, sums,
+    )  # fmt: skip
+    _attend(scale, *(part.numpy() for part in arrays))
+    any_weight = sums > 0
+    safe = sums.where(any_weight, 1)
+    state.out[:, :, -1] = transform(out) * signs(dim) / safe.unsqueeze(-1)
+    state.sum[:, :, -1] = any_weight
+    logarithms = lse.view(batch, kv_heads, group) + safe.log()
+    state.max[:, :, -1] = logarithms.where(any_weight, -torch.inf)
+
+
+def _loop(
+    scale: float, integers: Array, steps: Array, offsets: Array, codes: Array, scales: Array,
+    value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array, lengths: Array,
+    pages: Array, out: Array, sums: Array,
+) -> None:  # fmt: skip
+    batch, kv_heads, group, dim = out.shape
+    block_tokens, quarter = codes.shape[2], codes.shape[3]
+    factors = np.empty(2, np.float32)
+    bits, levels = factors.view(np.int32), np.empty(dim, np.float32)
+    query = np.empty((group, 4, quarter), np.int16)
+    middles, weights = np.empty(group, np.float32), np.empty(group, np.float32)
+    for sequence in range(batch):
+        if lengths[sequence] == 0:
+            continue
+        for head in range(kv_heads):
+            for member in range(group):
+                middle = np.float32(0)
+                for entry in range(dim):
+                    value = integers[sequence, head * group + member, entry]
+                    query[member, entry // quarter, entry % quarter] = value
+                    middle += value
+                middles[member] = np.float32(1.5) * middle
+            for number in range(counts[sequence, head]):
+                run, mask = runs[sequence, head, number], masks[sequence, head, number]
+                block, within = divmod(run * RUN, block_tokens)
+                page = pages[sequence, block]
+                for token in range(RUN):
+                    if not mask >> token & 1:
+                        continue
+                    # float16 to float32: the exponent's bits move to their place, and it gets its new bias
+                    bits[0] = (np.int32(scales[page, head, within + token]) & 0x7FFF) << 13
+                    bits[1] = (np.int32(value_scales[page, head, within + token]) & 0x7FFF) << 13
+                    key_scale, value_scale = (
+                        factors[0] * np.float32(2.0**112),
+                        factors[1] * np.float32(2.0**112),
+                    )
+                    row = codes[page, head, within + token]
+                    for member in range(group):
+                        product = np.int32(0)
+                        for place in range(quarter):
+                            byte = np.int32(row[place])
+                            product += (
+                                (byte & 3) * query[member, 0, place]
+                                + (byte >> 2 & 3) * query[member, 1, place]
+                                + (byte >> 4 & 3) * query[member, 2, place]
+                                + (byte >> 6) * query[member, 3, place]
+                            )
+                        factor = steps[sequence, head * group + member] * np.float32(scale) * key_scale
+                        score = (np.float32(product) - middles[member]) * factor
+                        score += offsets[sequence, head, block, member] * np.float32(0.6931471805599453)
+                        weights[member] = np.exp(min(score, np.float32(_MOST)))
+                        sums[sequence, head, member] += weights[member]
+                    lane, slot = token % 8 // 2, token % 2 + 2 * (token // 8)
+                    for chunk in range(dim // 8):
+                        word = np.int32(
+                            value_codes[
+                                page, head, (within + token) // RUN, chunk // 8, 4 * (chunk % 8) + lane, slot
+                            ]
+                        )
+                        for place in range(8):
+                            levels[chunk * 8 + place] = np.float32(word >> 2 * place & 3) - np.float32(1.5)
+                    for member in range(group):
+                        weight = weights[member] * value_scale
+                        for entry in range(dim):
+                            out[sequence, head, member, entry] += weight * levels[entry]
+
+
+_attend = compiled(_loop, any_order=True)

@@ -1,0 +1,129 @@
+"""The kernels of the tail against their references, on fresh random inputs and with poisoned outputs."""
+
+import pytest
+import torch
+
+from clo.kernels.attend import AttentionState
+from clo.kernels.attend_tail import attend_tail, tail_parts
+from clo.kernels.encode_values import (
+    ValuePages,
+    encode_new_values,
+    encode_prompt_values,
+    halves_of,
+    unpack_values,
+)
+from clo.kernels.limits import RUN
+from clo.kernels.quantize_query import quantize_query
+from clo.kernels.score import NEVER
+from clo.kernels.update_resident import TailList, update_resident
+from tests.cuda_tensors import RECENT, SINKS, inner, on_gpu, resident_set, same
+from tests.kernel_calls import SHAPES, Shape, prompt_blocks_of
+from tests.tail_inputs import BLOCK_TOKENS, coded, empty_tail, random_tail
+
+pytestmark = pytest.mark.gpu
+
+shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+def values_of(shape: Shape, pages: int) -> ValuePages:
+    lines = (pages, shape.kv_heads)
+    words = (BLOCK_TOKENS // RUN, halves_of(shape.head_dim), 32, 4)
+    return ValuePages(
+        torch.randint(-(2**15), 2**15, (*lines, *words), dtype=torch.int16),
+        torch.randn(*lines, BLOCK_TOKENS).half(),
+    )
+
+
+def same_values(found: ValuePages, expected: ValuePages, dim: int) -> None:
+    different = unpack_values(found.codes.cpu(), dim) != unpack_values(expected.codes, dim)
+    assert different.float().mean() < 1e-3, "entries between two levels may go either way"
+    torch.testing.assert_close(found.scales.cpu(), expected.scales, rtol=0.03, atol=1e-3)
+
+
+@shapes
+def test_encode_values(shape: Shape) -> None:
+    lengths = [5, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 9, 1]
+    blocks = prompt_blocks_of(lengths, BLOCK_TOKENS)
+    rows = torch.randn(sum(lengths), shape.kv_heads, 2, shape.head_dim).to(shape.dtype)
+    expected = values_of(shape, len(blocks.starts) + 3)
+    found = ValuePages(*(part.cuda() for part in expected))
+    encode_prompt_values(rows[:, :, 1], blocks, expected)
+    encode_prompt_values(rows.cuda()[:, :, 1], type(blocks)(*(part.cuda() for part in blocks)), found)
+    same_values(found, expected, shape.head_dim)
+    table = torch.randperm(6).view(2, 3)
+    for step in range(1, 2 * BLOCK_TOKENS + 4, 7):
+        new = torch.tensor([step, 0])
+        kv = torch.randn(2, shape.kv_heads, 2, shape.head_dim).to(shape.dtype)
+        encode_new_values(kv[:, :, 1], new, table, expected)
+        encode_new_values(inner(kv)[:, :, 1], new.cuda(), table.cuda(), found)
+    same_values(found, expected, shape.head_dim)
+
+
+@pytest.mark.parametrize(
+    ("span", "k", "capacity", "spread", "runs"),
+    [(64, 6, 8, 9, 3), (512, 128, 256, 300, 20), (6016, 128, 1024, 2000, 128), (32768, 256, 2048, 9000, 256),
+     (32768, 64, 512, 3, 256), (200_064, 256, 2048, 9000, 512)],
+)  # fmt: skip
+def test_update_resident_lists_the_tail(span: int, k: int, capacity: int, spread: int, runs: int) -> None:
+    batch, kv_heads, latest = 3, 3, RECENT + 1
+    resident = resident_set(batch, kv_heads, capacity, 4, torch.float32)
+    counters, tail = torch.zeros(batch, kv_heads, 6, dtype=torch.int64), empty_tail(batch, kv_heads, runs)
+    resident_gpu, counters_gpu = on_gpu(resident), counters.cuda()
+    tail_gpu = TailList(*(part.cuda() for part in tail))
+    drift = torch.randn(batch, kv_heads, span)
+    for step in range(8):
+        lengths = torch.tensor([span - 8 + step, span // 3 + step, 0])
+        drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
+        scores = (16000 + drift * spread / 3).clamp(0, 0x7F00).to(torch.int16)
+        scores[..., :SINKS] = NEVER
+        reselect = torch.rand(batch, kv_heads) < 0.8
+        update_resident(scores, reselect, lengths, latest, resident, counters, k, tail)
+        update_resident(
+            scores.cuda(), reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k, tail_gpu
+        )
+        same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters[..., :4], counters_gpu[..., :4]))
+        torch.testing.assert_close(counters_gpu[..., 4:].cpu(), counters[..., 4:], rtol=1e-4, atol=9)
+        same((tail.counts, tail_gpu.counts))
+        listed = torch.arange(runs) < tail.counts.unsqueeze(2)
+        for one, other in zip(tail[:2], tail_gpu[:2], strict=True):
+            assert torch.equal(one[listed], other.cpu()[listed])
+
+
+@shapes
+@pytest.mark.parametrize("runs", [1, 30, 75])
+def test_attend_tail(shape: Shape, runs: int) -> None:
+    dim, kv_heads, group, _ = shape
+    batch, tokens, scale = 4, 20 * BLOCK_TOKENS, 2 * dim**-0.5
+    index = coded(shape, batch, tokens)
+    query = torch.randn(batch, kv_heads * group, dim)
+    lengths, lse = torch.tensor([tokens, tokens, tokens - 5, 0]), 3 + torch.randn(batch, kv_heads * group)
+    table = index.page_table
+    quantized = quantize_query(query, index.pages, index.rotation, lse, lengths, table, scale)
+    tail = random_tail(batch, kv_heads, runs, tokens)
+
+    def state(own: int, device: str) -> AttentionState:
+        parts = (batch, kv_heads, 2 + own, group)
+        poison = torch.full(parts, torch.nan, device=device)
+        return AttentionState(torch.full((*parts, dim), torch.nan, device=device), poison, poison.clone())
+
+    expected = state(1, "cpu")
+    attend_tail(expected, quantized, index.pages, index.values, tail, lengths, table, lse, scale)
+    own = tail_parts(runs, torch.device("cuda"))
+    found = state(own, "cuda")
+    attend_tail(
+        found, type(quantized)(*(part.cuda() for part in quantized)),
+        type(index.pages)(*(part.cuda() for part in index.pages)),
+        ValuePages(*(part.cuda() for part in index.values)), TailList(*(part.cuda() for part in tail)),
+        lengths.cuda(), table.cuda(), lse.cuda(), scale,
+    )  # fmt: skip
+    found = AttentionState(*(part.cpu() for part in found))
+    assert all(part[:, :, :2].isnan().all() for part in found), "the other parts are not its own"
+    out, sums, maxima = (part[:3, :, 2:] for part in found)
+    assert out.isfinite().all()
+    weights = sums.log() + maxima
+    logarithm = weights.logsumexp(2)
+    reference = (expected.sum.log() + expected.max)[:3, :, -1]
+    torch.testing.assert_close(logarithm, reference, rtol=0, atol=2e-4)
+    shares = (weights - logarithm.unsqueeze(2)).exp().nan_to_num()
+    merged = (out * shares.unsqueeze(-1)).sum(2)
+    torch.testing.assert_close(merged, expected.out[:3, :, -1], rtol=0, atol=2e-2)

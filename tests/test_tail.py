@@ -1,0 +1,125 @@
+"""The tail on the CPU: codes of values, its list, and attention to it, each against its definition."""
+
+import pytest
+import torch
+
+from clo.kernels.attend import AttentionState
+from clo.kernels.attend_tail import attend_tail
+from clo.kernels.blocks import PromptBlocks
+from clo.kernels.encode_values import (
+    ValuePages,
+    decode_values,
+    encode_new_values,
+    encode_prompt_values,
+    encode_values,
+    halves_of,
+    pack_values,
+    unpack_values,
+)
+from clo.kernels.limits import RUN
+from clo.kernels.quantize_query import quantize_query
+from clo.kernels.resident import ResidentSet
+from clo.kernels.score import NEVER
+from clo.kernels.update_resident import update_resident
+from tests.kernel_calls import Shape
+from tests.tail_inputs import BLOCK_TOKENS, check_tail, coded, empty_tail, random_tail, tokens_of
+
+DIMS = pytest.mark.parametrize("dim", [8, 16, 64, 80, 96, 128, 192, 256])
+
+
+@DIMS
+def test_words_hold_the_levels_of_a_run(dim: int) -> None:
+    levels = torch.randint(0, 4, (2, 3 * RUN, dim), dtype=torch.uint8)
+    words = pack_values(levels)
+    assert words.shape == (2, 3, halves_of(dim), 32, 4)
+    assert torch.equal(unpack_values(words, dim), levels)
+    run, token, chunk = 1, 11, dim // 8 - 1
+    word = int(words[1, run, chunk // 8, 4 * (chunk % 8) + token % 8 // 2, token % 2 + 2 * (token // 8)])
+    expected = sum(int(levels[1, run * RUN + token, chunk * 8 + place]) << 2 * place for place in range(8))
+    assert word & 0xFFFF == expected
+
+
+@DIMS
+def test_a_code_is_as_long_along_its_value_as_the_value(dim: int) -> None:
+    values = torch.randn(500, dim) * torch.logspace(-2, 2, 500).unsqueeze(1)
+    levels, scales = encode_values(values)
+    decoded = decode_values(levels, scales)
+    along = (decoded * values).sum(1) / values.square().sum(1)
+    torch.testing.assert_close(along, torch.ones(500), rtol=2e-3, atol=0)
+    assert ((decoded - values).norm() / values.norm()).item() < 0.4
+    assert encode_values(torch.zeros(3, dim))[1].eq(0).all()
+
+
+@DIMS
+def test_values_of_prompts_and_new_ones_are_encoded_alike(dim: int) -> None:
+    kv_heads, tokens = 2, BLOCK_TOKENS + 7
+    lines = (4, kv_heads)
+    first = ValuePages(
+        torch.randint(-99, 99, (*lines, BLOCK_TOKENS // RUN, halves_of(dim), 32, 4), dtype=torch.int16),
+        torch.randn(*lines, BLOCK_TOKENS).half(),
+    )
+    values, table = torch.randn(tokens + 3, kv_heads, dim), torch.tensor([[2, 1], [3, 3]])
+    pages = ValuePages(*(part.clone() for part in first))
+    for length in range(1, tokens + 1):
+        new = torch.stack((values[length + 2], values[0]))
+        encode_new_values(new, torch.tensor([length, 0]), table, pages)
+    prompts = ValuePages(*(part.clone() for part in first))
+    parts = PromptBlocks(
+        torch.tensor([3, 2**40, 3 + BLOCK_TOKENS]), torch.tensor([BLOCK_TOKENS, 0, 7]),
+        torch.tensor([0, 0, 0]), torch.tensor([2, 2**40, 1]),
+    )  # fmt: skip
+    encode_prompt_values(values, parts, prompts)
+    for page, count in ((2, BLOCK_TOKENS), (1, 7), (0, 0), (3, 0)):
+        one, other, held = (unpack_values(each.codes[page], dim) for each in (pages, prompts, first))
+        different = one[:, :count] != other[:, :count]
+        assert different.float().sum() <= 2, "entries between two levels may go either way"
+        assert torch.equal(one[:, count:], held[:, count:]) and torch.equal(other[:, count:], held[:, count:])
+        torch.testing.assert_close(pages.scales[page], prompts.scales[page], rtol=5e-3, atol=0)
+
+
+def test_the_tail_is_what_weighs_most_and_is_not_resident() -> None:
+    batch, kv_heads, tokens, capacity, k, runs = 3, 2, 512, 40, 12, 9
+    sinks, recent, latest = 4, 20, 21
+    rows = torch.zeros(batch, kv_heads, sinks + recent + capacity, 2, 8)
+    nowhere = torch.full((batch, kv_heads, capacity), -1, dtype=torch.int32)
+    resident = ResidentSet(rows, nowhere.clone(), nowhere, sinks, recent)
+    tail, counters = empty_tail(batch, kv_heads, runs), torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
+    for step in range(40):
+        lengths = torch.tensor([300 + step, 24 + 3 * step, 0])
+        scores = (2 * torch.randn(batch, kv_heads, tokens)).exp().view(torch.int16)[..., 1::2].contiguous()
+        scores[..., :sinks] = NEVER
+        reselect, before = torch.rand(batch, kv_heads) < 0.8, resident.positions.clone()
+        kept = [part.clone() for part in tail]
+        counters.zero_()
+        update_resident(scores, reselect, lengths, latest, resident, counters, k, tail)
+        for line in [(b, h) for b in range(batch) for h in range(kv_heads)]:
+            if reselect[line] and lengths[line[0]] > 0:
+                check_tail(tail, scores[line], int(lengths[line[0]]), latest, before[line], resident, line)
+            else:
+                assert all(torch.equal(part[line], old[line]) for part, old in zip(tail, kept, strict=True))
+
+
+@pytest.mark.parametrize("shape", [Shape(64, 3, 3, torch.float32), Shape(80, 2, 5, torch.float32)])
+def test_attention_to_the_tail_is_that_to_what_its_codes_say(shape: Shape) -> None:
+    batch, tokens, scale = 3, 10 * BLOCK_TOKENS, shape.head_dim**-0.5
+    index = coded(shape, batch, tokens)
+    query = torch.randn(batch, shape.kv_heads * shape.group, shape.head_dim)
+    lengths, lse = (
+        torch.tensor([tokens, tokens, tokens - 5]),
+        torch.randn(batch, shape.kv_heads * shape.group),
+    )
+    quantized = quantize_query(query, index.pages, index.rotation, lse, lengths, index.page_table, scale)
+    tail = random_tail(batch, shape.kv_heads, 11, tokens)
+    parts = (batch, shape.kv_heads, 3, shape.group)
+    state = AttentionState(torch.ones(*parts, shape.head_dim), torch.ones(parts), torch.ones(parts))
+    attend_tail(state, quantized, index.pages, index.values, tail, lengths, index.page_table, lse, scale)
+    assert all(part[:, :, :2].eq(1).all() for part in state), "the other parts are not its own"
+    counted = tokens_of(tail, tokens).bool()
+    grouped = query.view(batch, shape.kv_heads, shape.group, -1)
+    scores = (grouped @ index.keys.transpose(-1, -2) * scale).masked_fill(~counted.unsqueeze(2), -torch.inf)
+    lines = counted.any(-1)
+    assert state.sum[:, :, 2][~lines].eq(0).all() and state.max[:, :, 2][~lines].eq(-torch.inf).all()
+    found = state.max[:, :, 2] + state.sum[:, :, 2].log()
+    torch.testing.assert_close(found[lines], scores.logsumexp(-1)[lines], rtol=0, atol=0.02)
+    expected = scores.softmax(-1) @ index.attended
+    torch.testing.assert_close(state.out[:, :, 2][lines], expected[lines], rtol=0, atol=0.03)
