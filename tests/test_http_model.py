@@ -254,6 +254,8 @@ def test_metrics_are_those_of_known_traffic(server: Server, client: OpenAI, nati
     assert after["clo_worker_index_bytes", (("worker", "0"),)] == worker.index_bytes
     assert after["clo_capacity_tokens", (("model_name", name),)] == info.capacity_tokens
     assert after["clo_selected_rows_total", ()] >= after["clo_fetched_rows_total", ()] > 0
+    late = after["clo_late_rows_total", (("worker", "0"),)]
+    assert late == worker.late_rows and 0 < late <= after["clo_fetched_rows_total", ()]
     share = after["clo_fetched_rows_total", ()] / after["clo_selected_rows_total", ()]
     assert after["clo_hit_rate", ()] == pytest.approx(1 - share)
     assert after["clo_http_requests_open", (("model_name", name),)] == 0

@@ -96,6 +96,9 @@ class _Snapshot(Collector):
             yield _by(values, GaugeMetricFamily(f"clo_worker_{name}", text, labels=["worker"]))
         steps = {label: worker.steps for label, worker in workers.items()}
         yield _by(steps, CounterMetricFamily("clo_worker_steps", "Decode steps.", labels=["worker"]))
+        late = {label: worker.late_rows for label, worker in workers.items() if worker.late_rows is not None}
+        text = "Fetched rows that the layer which attends to them chose itself, rather than the one before."
+        yield _by(late, CounterMetricFamily("clo_late_rows", text, labels=["worker"]))
         checked = {label: worker.drift_check for label, worker in workers.items()}
         for name, text in (
             ("mean_kl", "Mean KL of checked steps from full attention, in nats."),
