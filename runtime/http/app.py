@@ -205,9 +205,9 @@ def _add_facts(app: FastAPI, gateway: Gateway) -> None:
     async def version() -> Response:
         return _json(answers.Version(__version__))
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=schema.METRICS)
-    async def metrics(request: Request) -> Response:
-        return await exposition(gateway, request.headers.get("accept", ""))
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return await exposition(gateway)
 
 
 def _add_errors(app: FastAPI) -> None:
