@@ -63,9 +63,23 @@ class Entrance:
             await _response_of(error, {"www-authenticate": "Bearer"})(scope, receive, send_named)
         elif scope["path"] in _GENERATING:
             with self._gateway.counted():
-                await self._app(scope, receive, send_named)
+                await self._generate(scope, receive, send_named)
         else:
             await self._app(scope, receive, send_named)
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracer = self._gateway.tracer
+        if tracer is None:
+            await self._app(scope, receive, send)
+            return
+        with tracer.request(scope["state"]["name"], scope["path"], dict(scope["headers"])) as span:
+
+            async def send_seen(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.answer(message["status"])
+                await send(message)
+
+            await self._app(scope, receive, send_seen)
 
     def _is_allowed(self, path: str, authorization: bytes) -> bool:
         key = self._gateway.api_key
