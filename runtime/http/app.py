@@ -22,6 +22,7 @@ from clo.runtime.http.errors import APIError
 from clo.runtime.http.gateway import Gateway
 from clo.runtime.http.metrics import exposition
 from clo.runtime.http.requests import (
+    NO_LORA,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -37,6 +38,7 @@ Handler = Callable[[Gateway, dict[str, Any], str], Coroutine[Any, Any, Response]
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", *stats.PAGE)  # without an API key
+_LORA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # of vLLM
 _NAME = re.compile(rb"[!-~]{1,128}")  # of a request
 
 
@@ -236,6 +238,8 @@ def _add_errors(app: FastAPI) -> None:
         path = request.url.path
         what = {404: f"There is no '{path}' here.", 405: f"'{request.method}' is not for '{path}'."}
         text = what.get(error.status_code, error.detail)
+        if path in _LORA:
+            text = f"'{path}' is not supported by this server; {NO_LORA}"
         return _response_of(APIError(text, error.status_code), error.headers)
 
     @app.exception_handler(Exception)
