@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clo.runtime.wire.errors import ConfigError
@@ -82,4 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
     model.config._model_name_or_path = _NAME
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    # transformers 5.17 decodes as SentencePiece's tokenizers do before it decodes GPT-2's bytes, which these
+    # tokens are; nobody who reads the folder would know what a token stands for.
+    tokenizer.backend_tokenizer.decoder = ByteLevel()
     tokenizer.save_pretrained(folder)
