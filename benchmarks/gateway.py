@@ -28,7 +28,14 @@ from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import GATEWAY_IDENTITY, Text, worker_identity
 from examples.document import document
 
-CASES = ((1, 2_000, 0.0), (32, 500, 0.0), (64, 500, 0.0), (64, 500, 0.004), (64, 500, 64 / 25_000))
+CASES = (
+    (1, 2_000, 0.0),
+    (32, 4_000, 0.0),
+    (32, 500, 32 / 16_000),
+    (64, 4_000, 0.0),
+    (64, 500, 64 / 16_000),
+    (64, 500, 64 / 25_000),
+)
 """Streams, steps and seconds from one step to the next, as in ``benchmarks.router``. Where steps come faster
 than events can be written several tokens go into one. A small model on a GPU makes 25,000 tokens/s."""
 PATHS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from clo.runtime.tokenizer import Tokenizer
 from clo.runtime.wire.messages import StructuredOutputs, Text
 
 _ROUNDS = 50
-_PERSON = {
+PERSON = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
@@ -54,7 +54,7 @@ _ANSWER = json.dumps(
     indent=2,
 )
 _CASES: dict[str, tuple[StructuredOutputs, str]] = {
-    "schema": (StructuredOutputs(json=_PERSON), _ANSWER),
+    "schema": (StructuredOutputs(json=PERSON), _ANSWER),
     "any JSON object": (StructuredOutputs(json_object=True), _ANSWER),
     "regex": (
         StructuredOutputs(regex=r"([A-Z][a-z]+ ){3,20}[a-z0-9]+@[a-z]+\.com"),

@@ -30,7 +30,6 @@ from clo.runtime.wire.messages import Text
 from examples.document import pytorch_readme
 from examples.questions import PROMPT, Question, answered_by
 
-ROOT = Path(__file__).resolve().parent.parent
 PICTURE = Path("demo.png")
 WIDTH = 100  # of the terminal, in characters
 ANSWER_TOKENS = 60  # an answer ends with its line, long before this, unless the model rambles
@@ -81,7 +80,7 @@ def main() -> None:
     print()
     say(
         f"That took {time.monotonic() - began:.0f} s. Next: README.md has the options and what is measured, "
-        "docs/structure.md how it works, and `python launch.py --help` how to serve another model."
+        "docs/structure.md how it works, and `clo serve --help` how to serve another model."
     )
 
 
@@ -119,9 +118,20 @@ def force(client: Client, number: int, prompt: str, full: Result, clo: Result) -
 @contextmanager
 def server(attention: str, device: Device) -> Iterator[Client]:
     """A server on a free port; yields a client of it. Ends the program where it cannot start."""
-    command = ["launch.py", "--attention", attention, "--device", device, "--kv-size", "1GiB", "--port", "0"]
-    print(f"$ python {' '.join(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [
+        "clo",
+        "serve",
+        "--attention",
+        attention,
+        "--device",
+        device,
+        "--kv-size",
+        "1GiB",
+        "--port",
+        "0",
+    ]
+    print(f"$ {' '.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         ready = process.stdout.readline().strip()

@@ -54,6 +54,13 @@ class DecodeStep:
         cache.end_step()
         return decoder.logits(normed)
 
+    @property
+    def late_layers(self) -> list[int] | None:
+        """The layers that select only with their own query, so that nothing but their own attention hides the
+        fetching; None where others do both, as their rows are not counted apart."""
+        own = [layer for layer, source in enumerate(self._sources) if source is QuerySource.OWN]
+        return own if not self._verified or len(own) == len(self._sources) else None
+
     def _prefetch(self, layer: int, hidden: Tensor, rope: Rope, batch: Batch) -> FetchList:
         """Select for a layer with the query that hidden states of the layer before predict."""
         with self._ahead[layer % 2].fork(hidden):

@@ -135,6 +135,15 @@ class Engine:
         graphs.capture([size])
         return graphs
 
+    @property
+    def late_rows(self) -> int | None:
+        """Rows fetched for ended sequences by layers that select only with their own query; None where they
+        are not told apart, or with full attention."""
+        rows, layers = self.cache.head_rows, self._decode.late_layers
+        if rows is None or layers is None:
+            return None
+        return sum(sum(rows.fetched[layer]) for layer in layers)
+
     # ------------------------------------------------------------------------------ life of a slot
 
     @torch.inference_mode()

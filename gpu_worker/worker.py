@@ -143,4 +143,5 @@ class Worker:
             gpu_bytes=torch.cuda.memory_reserved(),
             drift_check=None if self._drift_check is None else self._drift_check.stats(),
             head_rows=cache.head_rows,
+            late_rows=self._engine.late_rows,
         )

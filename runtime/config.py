@@ -348,6 +348,14 @@ class GatewayConfig:
         _names,
         none="off",
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "collector that gets a span of OpenTelemetry for each request for tokens, by OTLP over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; needs the packages of the extra otel",
+        "URL",
+        str,
+        none="off",
+    )
 
     def __post_init__(self) -> None:
         if self.http is None:
@@ -361,6 +369,12 @@ class GatewayConfig:
             raise ConfigError("--served-model-name has an empty name; write a or a,b.")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile goes with --ssl-certfile; give both.")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and re.fullmatch(r"https?://[^/\s]+/\S*", endpoint) is None:
+            raise ConfigError(
+                f"--otlp-traces-endpoint '{endpoint}' is no URL with a path; write for example "
+                "http://127.0.0.1:4318/v1/traces."
+            )
 
 
 _GATEWAY_ONLY = [item.name for item in fields(GatewayConfig) if item.name != "http"]

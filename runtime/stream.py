@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -66,6 +67,9 @@ class _Pieces(Answer):
         timeout: seconds until it ends with ``RequestTimeout``, None for any time.
         on_progress: called by the reader with each ``Progress``.
 
+    Attributes:
+        first_token: when the first token was there, in seconds of ``time.monotonic``; None before.
+
     Raises:
         ServerUnreachable: the connection was closed.
     """
@@ -82,6 +86,7 @@ class _Pieces(Answer):
         self._prompt_tokens: list[int] = []
         self._prompt_logprobs: list[Logprob | None] = []
         self._result: Result | None = None
+        self.first_token: float | None = None
         connection.open(request, self, timeout)
 
     def __del__(self) -> None:
@@ -93,6 +98,16 @@ class _Pieces(Answer):
         if self._result is None:
             raise RuntimeError("The stream has not ended; read it to its end first.")
         return self._result
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a ``result``."""
+        return self._result is not None
+
+    @property
+    def tokens(self) -> int:
+        """How many have been read so far."""
+        return len(self._tokens)
 
     def _piece(self) -> Chunk | None:
         """All chunks that have arrived since the last time, as one. Progress goes to whoever wants it."""
@@ -113,6 +128,8 @@ class _Pieces(Answer):
 
     def _keep(self, piece: Chunk) -> None:
         """Remember a piece for the result, without its many small objects."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
         self._texts.append(piece.text)
         self._tokens += piece.tokens
         self._logprobs += piece.logprobs or ()

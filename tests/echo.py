@@ -86,7 +86,7 @@ class Echo:
             case GetWorkerStats():
                 held = len(self._runs) - len(self._answers)
                 stats = WorkerStats(
-                    0, len(self._answers), len(self._answers), held, 0, 0, 0, 0, 0, 0, None, None
+                    0, len(self._answers), len(self._answers), held, 0, 0, 0, 0, 0, 0, None, None, None
                 )
                 self._router.send(WorkerReport(stats, StoreStats("numa0", 0, 0, 1, 1, 0, 0)))
 

@@ -126,7 +126,7 @@ class Worker(Peer):
 
     def report(self) -> WorkerReport:
         heads = HeadRows(selected=[[9, 8]], fetched=[[1, 0]])
-        stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0), heads)
+        stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0), heads, 1)
         return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
 
     def ready(self) -> None:

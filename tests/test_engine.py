@@ -99,6 +99,22 @@ def test_a_context_that_outgrows_the_set_goes_on(decoder: Decoder) -> None:
     assert divergence(logits, full) < dropped, "64 chosen rows are worth more than one"
 
 
+@pytest.mark.parametrize(
+    ("prefetch", "late"), [("predicted", [0]), ("off", [0, 1, 2, 3]), ("verified", None)]
+)
+def test_late_rows_are_those_of_layers_that_choose_for_themselves(
+    decoder: Decoder, prefetch: str, late: list[int] | None
+) -> None:
+    config = CacheConfig(select_k=8, resident=8, prefetch=prefetch)  # type: ignore[arg-type]
+    engine = make_engine(decoder, config, 1, 350, SOURCES)
+    teacher_force(engine, random_tokens(decoder, 300), random_tokens(decoder, 40, seed=1))
+    counters = engine.cache.head_counters(0).clone()
+    assert engine.late_rows == (None if late is None else 0), "no sequence has ended"
+    engine.cache.add_ended(counters)
+    assert counters[0, :, 3].sum() > 0 < counters[1, :, 3].sum()
+    assert engine.late_rows == (None if late is None else int(counters[late, :, 3].sum()))
+
+
 @pytest.mark.parametrize("length", [70, 1018, 1536])
 def test_a_prompt_in_units_of_any_size_is_as_one_in_whole_chunks(decoder: Decoder, length: int) -> None:
     """Rows, codes and resident sets, and the logits, though no unit ends where a block does."""

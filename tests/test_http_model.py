@@ -13,7 +13,6 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 from openai import OpenAI
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from clo.runtime.client import AsyncClient, Client
@@ -254,20 +253,33 @@ def test_metrics_are_those_of_known_traffic(server: Server, client: OpenAI, nati
     assert after["clo_worker_index_bytes", (("worker", "0"),)] == worker.index_bytes
     assert after["clo_capacity_tokens", (("model_name", name),)] == info.capacity_tokens
     assert after["clo_selected_rows_total", ()] >= after["clo_fetched_rows_total", ()] > 0
+    late = after["clo_late_rows_total", (("worker", "0"),)]
+    assert late == worker.late_rows and 0 < late <= after["clo_fetched_rows_total", ()]
     share = after["clo_fetched_rows_total", ()] / after["clo_selected_rows_total", ()]
     assert after["clo_hit_rate", ()] == pytest.approx(1 - share)
     assert after["clo_http_requests_open", (("model_name", name),)] == 0
 
 
-@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text; version=1.0.0", ""])
-def test_metrics_come_in_the_format_that_is_asked_for(server: Server, accept: str) -> None:
+ACCEPTS = (
+    "",
+    "text/plain",
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",  # Prometheus 2.42
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,*/*;q=0.1",  # Prometheus 3
+)
+
+
+@pytest.mark.parametrize("accept", ACCEPTS)
+def test_metrics_have_their_names_in_whatever_format(server: Server, accept: str) -> None:
     answer = httpx.get(f"{server.url}/metrics", headers={"accept": accept}, timeout=WAIT_S)
-    openmetrics = accept.startswith("application/openmetrics")
-    assert answer.headers["content-type"].startswith(accept.partition(";")[0] or "text/plain")
-    assert answer.text.endswith("# EOF\n") == openmetrics
-    parse = parse_openmetrics if openmetrics else text_string_to_metric_families
-    names = [family.name for family in parse(answer.text)]
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(answer.text))
+    names = [family.name for family in families]
     assert len(names) == len(set(names)) > 30
+    for family in families:
+        assert family.samples and family.type != "unknown", family.name
+        assert all(sample.name.startswith(family.name) for sample in family.samples), family.name
 
 
 def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:

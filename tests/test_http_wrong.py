@@ -105,6 +105,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str | None, str | None]] = {
     "logprobs of a chat as a number": (CHAT, chat(logprobs=3), "logprobs", TYPE),
     "an unknown field": (CHAT, chat(colour="red"), "colour", UNKNOWN),
     "what an engine cannot": (CHAT, chat(best_of=2), "best_of", UNSUPPORTED),
+    "an adapter": (CHAT, chat(lora_path="an/adapter"), "lora_path", UNSUPPORTED),
     "a suffix": (TEXT, text(suffix="b"), "suffix", UNSUPPORTED),
     "functions": (CHAT, chat(functions=[{"name": "f"}]), "functions", UNSUPPORTED),
     "audio": (CHAT, chat(modalities=["text", "audio"]), "modalities", UNSUPPORTED),
@@ -194,6 +195,18 @@ def test_what_is_not_there(http: httpx.Client, method: str, path: str, status: i
     assert answer.status_code == status
     assert path in answer.json()["error"]["message"]
     assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_adapters_are_refused_by_name(http: httpx.Client) -> None:
+    """As fields, and at the endpoints where vLLM takes them."""
+    asked: list[tuple[str, dict[str, Any], int]] = [
+        (TEXT, {"prompt": "a", "lora_request": {"lora_name": "b"}}, 400),
+        ("/v1/load_lora_adapter", {}, 404),
+    ]
+    for path, body, status in asked:
+        answer = http.post(path, json=body)
+        assert answer.status_code == status
+        assert "it serves no LoRA adapters: merge yours" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

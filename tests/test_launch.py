@@ -23,13 +23,15 @@ def test_every_option_reaches_the_configuration() -> None:
         "--host 127.0.0.2 "
         "--port 0 --seed 7 --log-level info --api-key k --http 1 --served-model-name a,b "
         "--tool-call-parser hermes --reasoning-parser none --ssl-certfile c --ssl-keyfile p "
-        "--allowed-origins http://d,*"
+        "--allowed-origins http://d,* --otlp-traces-endpoint http://e/v1/traces"
     )
     assert launch.config_from(line.split()) == ServerConfig(
         model=ModelConfig("m", "dummy", "cpu", "bfloat16", 100, 7),
         cache=CacheConfig("topk", 5, 6, 0, 0.5, "predicted", "sparse", drift_check=9),
         engine=EngineConfig(3, 0.5, 700),
-        gateway=GatewayConfig(1, ("a", "b"), "hermes", "none", "c", "p", ("http://d", "*")),
+        gateway=GatewayConfig(
+            1, ("a", "b"), "hermes", "none", "c", "p", ("http://d", "*"), "http://e/v1/traces"
+        ),
         workers=2,
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
@@ -83,6 +85,10 @@ WRONG_OPTIONS = {
     "negative seed": ("--seed -1", "--seed is -1"),
     "an endless key": ("--api-key " + "k" * 256, "--api-key has 256 bytes; it must have 1 to 255."),
     "port out of range": ("--port 65536", "--port is 65536; it must be from 0 to 65535."),
+    "collector that is no URL": (
+        "--http 0 --otlp-traces-endpoint localhost:4318",
+        "--otlp-traces-endpoint 'localhost:4318' is no URL with a path; write for example http://127",
+    ),
     "store that is no node": ("--kvstore gpu", "--kvstore 'gpu' is not of the form numa0"),
     "same node twice": ("--kvstore numa0,numa0", "--kvstore names a node twice"),
 }

@@ -1,5 +1,6 @@
 """What the loader refuses, and with which sentence; what it makes without weights."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -110,6 +111,49 @@ def test_a_name_that_cannot_be_on_the_hub_is_not_looked_up(
     monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ConfigError, match="neither a folder nor the name of a model on the hub"):
         resolve(named(name))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sentence"),
+    [
+        (
+            {"peft_type": "LORA", "base_model_name_or_path": "a/base"},
+            r"an adapter \(LoRA\).*merge it into a/base with",
+        ),
+        (
+            {"peft_type": "IA3"},
+            r"an adapter \(IA3\).*neither LoRA nor other adapters: merge it into its model",
+        ),
+        ([], r"an adapter \(LoRA\)"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_refused_by_name_also_beside_a_model(
+    folder: Path, adapter: Any, sentence: str, alone: bool
+) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    if alone:
+        (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(named(folder))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_terminal_shows_how_many_bytes_are_loaded(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, load_format: Any
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, nobody = Terminal(), io.StringIO()
+    for stream in (terminal, nobody):
+        monkeypatch.setattr("sys.stderr", stream)
+        load_decoder(resolve(named(tiny_model, load_format=load_format)))
+    size = sum(tensor.nbytes for tensor in load_file(tiny_model / WEIGHTS).values()) / 2**10
+    shown = terminal.getvalue()
+    assert "Loading weights: 100%" in shown and f"{size:.0f}k/{size:.0f}k" in shown, shown
+    assert nobody.getvalue() == ""
 
 
 def test_a_file_is_no_model(folder: Path) -> None:

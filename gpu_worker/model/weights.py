@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
@@ -76,24 +78,30 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape) -> Weights:
     else:
         source, place = _read(model, config), partial(_checked, model)
     rotary = type(source.model.rotary_emb)(config)  # that of a meta model has no values
-    tensors = _Tensors(source, place)
+    parameters = dict(source.named_parameters())
     del source  # from here on only the tensors still to be taken are held
-    embedding = tensors.take("model.embed_tokens.weight")
-    return Weights(
-        embedding=embedding,
-        layers=tuple(
-            tensors.layer(f"model.layers.{index}.", shape.query_heads, shape.kv_heads)
-            for index in range(shape.layers)
-        ),
-        norm=tensors.take("model.norm.weight"),
-        head=tensors.take("lm_head.weight") if "lm_head.weight" in tensors else embedding,
-        rope_frequencies=rotary.inv_freq.to(device),
-        rope_scale=float(rotary.attention_scaling),
-    )
+    with tqdm(  # disable=None: shown only where stderr is a terminal
+        total=sum(parameter.nbytes for parameter in parameters.values()),
+        desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None,
+    ) as bar:  # fmt: skip
+        tensors = _Tensors(parameters, place, bar.update)
+        embedding = tensors.take("model.embed_tokens.weight")
+        return Weights(
+            embedding=embedding,
+            layers=tuple(
+                tensors.layer(f"model.layers.{index}.", shape.query_heads, shape.kv_heads)
+                for index in range(shape.layers)
+            ),
+            norm=tensors.take("model.norm.weight"),
+            head=tensors.take("lm_head.weight") if "lm_head.weight" in tensors else embedding,
+            rope_frequencies=rotary.inv_freq.to(device),
+            rope_scale=float(rotary.attention_scaling),
+        )
 
 
 def _read(model: ResolvedModel, config: Any) -> Any:
     """transformers' model with the weights of the folder, all of which must fit."""
+    disable_progress_bar()  # its own counts tensors, of which none is read before it is kept
     try:
         source, report = AutoModelForCausalLM.from_pretrained(
             model.folder,
@@ -144,19 +152,22 @@ class _Tensors:
     """The parameters of transformers' model, each handed out once, so that memory holds no weight twice.
 
     Args:
-        source: the model; parameters that are tied appear once, under their first name.
+        parameters: by name, from which each one is taken out; those that are tied have their first name.
         place: turns a parameter into the tensor to keep.
+        placed: is told the bytes of each.
     """
 
-    def __init__(self, source: Any, place: Place) -> None:
-        self._parameters: dict[str, Tensor] = dict(source.named_parameters())
-        self._place = place
+    def __init__(self, parameters: dict[str, Tensor], place: Place, placed: Callable[[int], object]) -> None:
+        self._parameters, self._place, self._placed = parameters, place, placed
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
     def take(self, name: str) -> Tensor:
-        return self._place(name, self._parameters.pop(name).detach())
+        parameter = self._parameters.pop(name).detach()
+        tensor = self._place(name, parameter)
+        self._placed(parameter.nbytes)
+        return tensor
 
     def linear(self, *names: str) -> Linear:
         """One projection whose outputs are those of all, in order."""

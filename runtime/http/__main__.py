@@ -66,6 +66,8 @@ async def serve(config: GatewayProcessConfig, key: str, api_key: str | None) -> 
         await server.serve([socket.socket(fileno=config.descriptor)])
         for task in tasks:
             task.cancel()
+    if gateway.tracer is not None:
+        gateway.tracer.close()
 
 
 async def _answer_launcher(config: GatewayProcessConfig, key: str, server: uvicorn.Server) -> None:

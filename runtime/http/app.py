@@ -22,6 +22,7 @@ from clo.runtime.http.errors import APIError
 from clo.runtime.http.gateway import Gateway
 from clo.runtime.http.metrics import exposition
 from clo.runtime.http.requests import (
+    NO_LORA,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -37,6 +38,7 @@ Handler = Callable[[Gateway, dict[str, Any], str], Coroutine[Any, Any, Response]
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", *stats.PAGE)  # without an API key
+_LORA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # of vLLM
 _NAME = re.compile(rb"[!-~]{1,128}")  # of a request
 
 
@@ -63,9 +65,23 @@ class Entrance:
             await _response_of(error, {"www-authenticate": "Bearer"})(scope, receive, send_named)
         elif scope["path"] in _GENERATING:
             with self._gateway.counted():
-                await self._app(scope, receive, send_named)
+                await self._generate(scope, receive, send_named)
         else:
             await self._app(scope, receive, send_named)
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracer = self._gateway.tracer
+        if tracer is None:
+            await self._app(scope, receive, send)
+            return
+        with tracer.request(scope["state"]["name"], scope["path"], dict(scope["headers"])) as span:
+
+            async def send_seen(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.answer(message["status"])
+                await send(message)
+
+            await self._app(scope, receive, send_seen)
 
     def _is_allowed(self, path: str, authorization: bytes) -> bool:
         key = self._gateway.api_key
@@ -205,9 +221,9 @@ def _add_facts(app: FastAPI, gateway: Gateway) -> None:
     async def version() -> Response:
         return _json(answers.Version(__version__))
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=schema.METRICS)
-    async def metrics(request: Request) -> Response:
-        return await exposition(gateway, request.headers.get("accept", ""))
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return await exposition(gateway)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -222,6 +238,8 @@ def _add_errors(app: FastAPI) -> None:
         path = request.url.path
         what = {404: f"There is no '{path}' here.", 405: f"'{request.method}' is not for '{path}'."}
         text = what.get(error.status_code, error.detail)
+        if path in _LORA:
+            text = f"'{path}' is not supported by this server; {NO_LORA}"
         return _response_of(APIError(text, error.status_code), error.headers)
 
     @app.exception_handler(Exception)

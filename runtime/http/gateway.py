@@ -15,6 +15,7 @@ from clo.runtime.http.errors import APIError
 from clo.runtime.http.reasoning import BEGIN, END
 from clo.runtime.http.requests import Tool
 from clo.runtime.http.tool_calls import HermesParser, Llama3Parser, ToolCallParser
+from clo.runtime.http.traces import Tracer
 from clo.runtime.tokenizer import Tokenizer, takes_long
 from clo.runtime.wire.errors import CLOError
 from clo.runtime.wire.messages import Chat, Text, Tokens
@@ -37,6 +38,7 @@ class Gateway:
         names: those of the model, the first one for answers.
         created: when the gateway was started, in seconds since 1970.
         open: requests for tokens that are open.
+        tracer: makes their spans; None for none.
 
     Raises:
         ConfigError: the model has no tokenizer.
@@ -56,6 +58,8 @@ class Gateway:
         self._tool_calls = tool_calls.family(template) if calls == "auto" else calls
         self.thinks = END in template if reasoning == "auto" else reasoning == "think"
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        endpoint = options.otlp_traces_endpoint
+        self.tracer = None if endpoint is None else Tracer(endpoint, self.names[0])
         self._state: Literal["starting", "ready"] = "starting"
         self._heard = time.monotonic()
 

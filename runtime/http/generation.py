@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from clo.runtime.http.answers import Usage
 from clo.runtime.http.gateway import Gateway
 from clo.runtime.http.requests import StreamOptions
+from clo.runtime.http.traces import current_span
 from clo.runtime.stream import AsyncStream, Result
 from clo.runtime.wire.messages import Progress
 
@@ -32,7 +33,10 @@ def open_streams(
         accepted.set()
 
     answers = [gateway.client.streams(tokens, n=n, on_progress=accept, **sampling) for tokens in prompts]
-    return [stream for streams in answers for stream in streams]
+    streams = [stream for streams in answers for stream in streams]
+    if (span := current_span()) is not None:
+        span.open([len(tokens) for tokens in prompts], n, sampling, streams)
+    return streams
 
 
 def count(prompts: list[list[int]], results: list[Result]) -> Usage:

@@ -9,7 +9,15 @@ from clo.runtime.machine.addresses import not_bound, numeric_host
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.sockets import KEEPALIVE_S
 
-_PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client")  # of the extra http
+# Of the extras http and otel: modules, and the packages that have them.
+_PACKAGES = {
+    name.replace("-", "_"): name
+    for name in ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus-client")
+}
+_TRACING = {
+    "opentelemetry.sdk.trace": "opentelemetry-sdk",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+}
 
 
 def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
@@ -32,6 +40,23 @@ def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
     return context
 
 
+def _need(option: str, extra: str, packages: dict[str, str]) -> None:
+    """Raises ``ConfigError`` where one of an extra's packages is missing."""
+    for module, package in packages.items():
+        if not _is_there(module):
+            raise ConfigError(
+                f"{option} needs the package '{package}', which is not installed; run "
+                f"\"pip install 'clo-llm[{extra}]'\", or \"pip install -e '.[{extra}]'\" in a clone."
+            )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is a part of is missing
+        return False
+
+
 class Listener:
     """The socket on which the gateway is going to serve.
 
@@ -43,12 +68,9 @@ class Listener:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        missing = [name for name in _PACKAGES if find_spec(name) is None]
-        if missing:
-            raise ConfigError(
-                f"--http needs the package '{missing[0]}', which is not installed; run "
-                "\"pip install 'clo-llm[http]'\", or \"pip install -e '.[http]'\" in a clone."
-            )
+        _need("--http", "http", _PACKAGES)
+        if config.gateway.otlp_traces_endpoint is not None:
+            _need("--otlp-traces-endpoint", "otel", _TRACING)
         scheme = "http" if tls_context(config.gateway) is None else "https"
         port = config.gateway.http
         assert port is not None

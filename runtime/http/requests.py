@@ -37,6 +37,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
+    "lora_path": (),
+    "lora_request": (),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
@@ -50,6 +52,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+
+
+NO_LORA = "it serves no LoRA adapters: merge yours into its model and serve that."
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -172,7 +177,8 @@ def read(body: dict[str, Any], kind: type[Generating]) -> tuple[Generating, dict
             del own[name]
         elif name in _NEUTRAL and name not in kind.__struct_fields__:
             if own[name] not in _NEUTRAL[name]:
-                text = f"'{name}' is not supported by this server; leave it out."
+                text = NO_LORA if "lora" in name else "leave it out."
+                text = f"'{name}' is not supported by this server; {text}"
                 raise APIError(text, param=name, code="unsupported_parameter")
             del own[name]
     request = convert(own, kind)

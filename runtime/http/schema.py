@@ -24,12 +24,6 @@ _ANSWERS = (
 _PLACE = "#/components/schemas/{name}"
 
 
-METRICS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "For Prometheus", "content": {"application/openmetrics-text": {}}}
-}
-"""What ``/metrics`` says of its answers, beside plain text."""
-
-
 def _json(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": {"$ref": _PLACE.format(name=kind.__name__)}}}}
 

@@ -12,6 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from clo.runtime.http.errors import APIError
+from clo.runtime.http.traces import current_span
 from clo.runtime.stream import AsyncStream, Result
 from clo.runtime.wire.errors import CLOError
 from clo.runtime.wire.messages import Chunk
@@ -148,6 +149,8 @@ class EventStream(Response):
             error = api_error(errors.exceptions[0], self._param)
             if not self._begun.is_set():
                 raise error from None
+            if (span := current_span()) is not None:
+                span.fail(str(error))
             last = event(error.body)
         await send({"type": "http.response.body", "body": last + _DONE})
 

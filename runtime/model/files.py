@@ -30,6 +30,13 @@ class _Index(msgspec.Struct):
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
+class _Adapter(msgspec.Struct):
+    """What an adapter says of itself."""
+
+    peft_type: str = "LoRA"
+    base_model_name_or_path: str | None = None
+
+
 def resolve(model: ModelConfig) -> ResolvedModel:
     """Find the model and check all that can be checked without reading its weights.
 
@@ -40,6 +47,7 @@ def resolve(model: ModelConfig) -> ResolvedModel:
     quiet_transformers()
     device = choose_device(model.device)
     folder = _find(model)
+    _refuse_adapter(folder)
     config = read_config(folder)
     if model.load_format != "dummy":
         _check_files(folder)
@@ -91,6 +99,30 @@ def _find(model: ModelConfig) -> Path:
             f"--model {name} is not a folder, and the Hugging Face hub did not deliver it ({reason}); "
             "give a local folder, or try again with a network."
         ) from None
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter in the format of the package peft.
+
+    Also beside a whole model: transformers would load that with its adapter where peft is installed, and
+    without it elsewhere.
+
+    Raises:
+        ConfigError: it does.
+    """
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return
+    try:
+        adapter = msgspec.json.decode(path.read_bytes(), type=_Adapter)
+    except (msgspec.MsgspecError, OSError, RecursionError, UnicodeDecodeError):
+        adapter = _Adapter()
+    kind = "LoRA" if adapter.peft_type.upper() == "LORA" else adapter.peft_type
+    base = adapter.base_model_name_or_path or "its model"
+    raise ConfigError(
+        f"{folder} holds an adapter ({kind}), and CLO serves neither LoRA nor other adapters: merge it into "
+        f"{base} with merge_and_unload of the package peft, and give the folder that you save then."
+    )
 
 
 def _check_files(folder: Path) -> None:

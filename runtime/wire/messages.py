@@ -303,6 +303,9 @@ class WorkerStats(msgspec.Struct, frozen=True):
     gpu_bytes: Count  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
     drift_check: DriftStats | None  # None without --drift-check
     head_rows: HeadRows | None  # None with full attention, which selects nothing
+    late_rows: (
+        Count | None
+    )  # those fetched by layers that choose no earlier; None where they are not told apart
 
 
 class Histogram(msgspec.Struct, frozen=True):
