@@ -211,6 +211,8 @@ def print_savings(full: list[Result], clo: list[Result], forced: list[Result], o
     )
     line("rows fetched per step and head", [f"{cache.rows_per_step_and_head:.1f}" for cache in caches])
     line("selected rows that were resident already", [f"{cache.hit_rate:.1%}" for cache in caches])
+    line("attention that CLO gives to codes of 2 bits", [f"{cache.tail_share:.2%}" for cache in caches])
+    line("                      and to nothing", [f"{cache.dropped_share:.2%}" for cache in caches])
     line("perplexity of full attention's answer:", ["" for _ in full])
     line("                           full attention", [f"{perplexity(result):.3f}" for result in full])
     line("                           CLO", [f"{perplexity(result):.3f}" for result in forced])

@@ -118,8 +118,12 @@ class _Snapshot(Collector):
         ):
             text = f"{text} Of requests that have ended."
             yield CounterMetricFamily(f"clo_{name}", text, getattr(cache, name))
-        text = "Share of the rows selected since the start that were resident."
-        yield GaugeMetricFamily("clo_hit_rate", text, cache.hit_rate)
+        for name, text in (
+            ("hit_rate", "Share of the rows selected since the start that were resident."),
+            ("tail_share", "Share of the attention of the mean selection that codes of the tail have."),
+            ("dropped_share", "Share of it that nothing has; 0 without a tail, where nobody looks."),
+        ):
+            yield GaugeMetricFamily(f"clo_{name}", text, getattr(cache, name))
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         return _by({self._model: value}, GaugeMetricFamily(name, text, labels=["model_name"]))
