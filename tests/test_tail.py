@@ -1,8 +1,17 @@
 """The tail on the CPU: codes of values, its list, and attention to it, each against its definition."""
 
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 import torch
+from torch import Tensor
 
+from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.layer import LayerCache
+from clo.gpu_worker.cache.query_prediction import QuerySource
+from clo.gpu_worker.in_process import make_engine, stats_of, teacher_force
+from clo.gpu_worker.model.decoder import load_decoder
 from clo.kernels.attend import AttentionState
 from clo.kernels.attend_tail import attend_tail
 from clo.kernels.blocks import PromptBlocks
@@ -20,7 +29,9 @@ from clo.kernels.limits import RUN
 from clo.kernels.quantize_query import quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER
-from clo.kernels.update_resident import update_resident
+from clo.kernels.update_resident import FetchList, update_resident
+from clo.runtime.config import CacheConfig, ModelConfig, Prefetch
+from clo.runtime.model.files import resolve
 from tests.kernel_calls import Shape
 from tests.tail_inputs import BLOCK_TOKENS, check_tail, coded, empty_tail, random_tail, tokens_of
 
@@ -123,3 +134,47 @@ def test_attention_to_the_tail_is_that_to_what_its_codes_say(shape: Shape) -> No
     torch.testing.assert_close(found[lines], scores.logsumexp(-1)[lines], rtol=0, atol=0.02)
     expected = scores.softmax(-1) @ index.attended
     torch.testing.assert_close(state.out[:, :, 2][lines], expected[lines], rtol=0, atol=0.03)
+
+
+class CountingLayer(LayerCache):
+    """Counts how many times each token is attended to, after every attention."""
+
+    seen: ClassVar[list[Tensor]] = []  # [kv_heads, length] of all layers and steps
+
+    def attend(
+        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+    ) -> Tensor:
+        out = super().attend(query, kv, batch, fetch_list, select=select)
+        assert self.state.tail is not None
+        length = int(batch.lengths[0])
+        counted = tokens_of(self.state.tail.slots(1), length)[0]
+        resident = self.resident.tokens(0, length)
+        counted.scatter_add_(1, resident.clamp_min(0), (resident >= 0).long())
+        self.seen.append(counted)
+        return out
+
+
+@pytest.mark.parametrize("gate", [None, 0.7])
+@pytest.mark.parametrize("prefetch", ["off", "predicted", "verified"])
+@pytest.mark.parametrize("tail", [64, 1000])
+def test_no_token_is_ever_counted_twice_and_none_is_left_out_where_there_is_room(
+    tiny_model: Path, tail: int, prefetch: Prefetch, gate: float | None
+) -> None:
+    """Over 200 steps, in which tokens leave the ring, enter the set and leave it again."""
+    decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
+    config = CacheConfig(select_k=8, resident=48, recent=16, tail=tail, prefetch=prefetch, gate=gate)
+    prompt, continuation = (torch.randint(0, decoder.vocab, (count,)).tolist() for count in (300, 201))
+    sources = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE, QuerySource.INPUT)
+    engine = make_engine(decoder, config, 1, 501, sources, CountingLayer)
+    CountingLayer.seen.clear()
+    teacher_force(engine, prompt, continuation)
+    assert len(CountingLayer.seen) == 200 * len(engine.cache.layers)
+    for counted in CountingLayer.seen:
+        assert counted.max() == 1
+        if tail == 1000 and gate is None:
+            # a predicted selection knows no score of the token that is about to leave the ring
+            others = torch.arange(counted.shape[1]) != counted.shape[1] - 17
+            assert counted[:, others].min() == 1
+    stats = stats_of(engine, 500, 200)
+    assert stats.tail_share > 0
+    assert (stats.dropped_share < 1e-3) == (tail == 1000)

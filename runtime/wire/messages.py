@@ -240,13 +240,13 @@ class CacheStats(msgspec.Struct, frozen=True):
 
     @property
     def tail_share(self) -> float:
-        """Share of the attention that goes to the tail, in the mean selection."""
+        """Share of the attention that goes to the tail, in the mean selection, by its scores. These are
+        normalised with the attention of the step before, so for random weights it may exceed 1."""
         return self.tail_millionths / 1e6 / self.selections if self.selections else 0.0
 
     @property
     def dropped_share(self) -> float:
-        """Share of the attention that goes nowhere, in the mean selection; 0 without a tail, where nobody
-        looks."""
+        """Share of the attention that goes nowhere, likewise; 0 without a tail, where nobody looks."""
         dropped = self.outside_millionths - self.tail_millionths
         return dropped / 1e6 / self.selections if self.selections else 0.0
 
