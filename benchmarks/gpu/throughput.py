@@ -1,4 +1,4 @@
-"""throughput/32k: tokens per second of as many sequences of 32K as the arena holds, k = 256 of 2,048.
+"""throughput/32k: tokens per second of as many sequences of 32K as the arena holds, with the default cache.
 
 At every step each head selects and takes 9 % of k new rows. In each result the value is CLO's rate, and the
 reference is the rate of what the case names:
