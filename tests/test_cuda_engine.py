@@ -136,6 +136,7 @@ def test_logits_follow_those_of_the_cpu(
         prefetch=prefetch,  # type: ignore[arg-type]
         select_k=64,
         resident=256,
+        tail=0,
     )
     full, cpu, gpu = (
         teacher_force(make_engine(decoder, how, 1, 800, SOURCES), prompt, continuation).cpu()
@@ -143,6 +144,22 @@ def test_logits_follow_those_of_the_cpu(
     )
     assert divergence(gpu, cpu) < 0.1 * divergence(cpu, full) + 1e-5
     assert divergence(gpu, full) < 1.1 * divergence(cpu, full) + 1e-5
+
+
+@pytest.mark.parametrize("prefetch", ["off", "predicted"])
+def test_a_tail_brings_logits_nearer_to_full_attention(
+    decoders: tuple[Decoder, Decoder], prefetch: str
+) -> None:
+    prompt, continuation = random_tokens(500, 1), random_tokens(300, 2)
+    without, tail = (
+        CacheConfig(prefetch=prefetch, select_k=64, resident=256, tail=tokens)  # type: ignore[arg-type]
+        for tokens in (0, 800)
+    )
+    full, dropping, gpu = (
+        teacher_force(make_engine(decoder, how, 1, 800, SOURCES), prompt, continuation).cpu()
+        for decoder, how in ((decoders[0], FULL), (decoders[1], without), (decoders[1], tail))
+    )
+    assert divergence(gpu, full) < 0.5 * divergence(dropping, full)
 
 
 def test_what_the_cache_moved_is_what_it_moves_on_the_cpu(decoders: tuple[Decoder, Decoder]) -> None:
