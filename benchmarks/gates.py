@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 @torch.inference_mode()
 def decode(decoder: Decoder, config: CacheConfig, item: Item, steps: int) -> tuple[Tensor, Tensor]:
-    """Logits [steps, vocab] after each token of the answer, and the counters [steps, 4] of all heads."""
+    """Logits [steps, vocab] after each token of the answer, and the counters [steps, 6] of all heads."""
     total = len(item.prompt) + steps
     engine = make_engine(decoder, config, 1, total)
     prefill(engine, 0, item.prompt, total)

@@ -16,8 +16,8 @@
 #define LANE_WORDS ((WORDS + 3) / 4)  // of them for a lane
 #define TILES ((GROUP + 7) / 8)       // tiles of 8 queries
 #define CHUNKS (DIM / 8)
-#define BLOCKS (DIM <= 128 ? 5 : 1)  // blocks on a multiprocessor that leave enough registers
-#define MOST 100.f                   // base-2 logarithm of a weight: sums of more would be infinite
+#define BLOCKS (DIM > 128 ? 1 : DIM % 64 ? 4 : 5)  // blocks on a multiprocessor that leave enough registers
+#define MOST 100.f  // base-2 logarithm of a weight: sums of more would be infinite
 
 struct Stage {  // a run on its way to a warp
     uint4 keys[DIM / 4], values[HALVES * 16];

@@ -453,7 +453,7 @@ def test_gate_selects_where_the_cosine_is_below_the_threshold(magnitude: float) 
         assert found.dtype == torch.bool and torch.equal(found[clear], (active & (distance < 0))[clear])
         assert torch.equal(selection_query, now.where(found.unsqueeze(2), past))
         zeros = torch.zeros_like(found)
-        expected = torch.stack((active.expand_as(found), found, zeros, zeros), 2)
+        expected = torch.stack((active.expand_as(found), found, *[zeros] * 4), 2)
         assert torch.equal(counters - counted, expected.long())
 
     query = torch.eye(16)[:1].unsqueeze(0)

@@ -128,7 +128,7 @@ def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path:
     assert [layer.resident.capacity for layer in cache.sparse_layers] == [resident for _, resident in sizes]
     tokens = torch.randint(0, decoder.vocab, (421,)).tolist()
     teacher_force(engine, tokens[:400], tokens[400:])
-    checks, selections, selected, moved = cache._counters[:, 0].unbind(-1)
+    checks, selections, selected, moved, *_ = cache._counters[:, 0].unbind(-1)
     assert checks.tolist() == [[20, 20]] * LAYERS
     assert selections.tolist() == [[0, 20]] * LAYERS
     assert selected.tolist() == [[0, k * 20] for k, _ in sizes]

@@ -224,7 +224,7 @@ class ProbeLayer(LayerCache):
 
     def means(self, steps: int) -> Heads:
         """Means over the steps and slots, each [kv_heads]."""
-        _, _, selected, fetched = self.state.counters.sum(0).cpu().unbind(-1)
+        _, _, selected, fetched, *_ = self.state.counters.sum(0).cpu().unbind(-1)
         errors, late = self._errors.mean(0).cpu() / steps, self._late.mean(0).cpu() / steps
         return Heads(1 - fetched / selected.clamp_min(1), errors, late)
 

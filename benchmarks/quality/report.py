@@ -49,7 +49,7 @@ def figures_of(
     items, full = reference.items, reference.full
     steps = int(numpy.isfinite(scores.kl).sum())
     counters = torch.stack([cache.counters(slot) for slot in range(len(items))])
-    _, _, selected, fetched = counters.sum(0).tolist()
+    _, _, selected, fetched, *_ = counters.sum(0).tolist()
     rows = (selected if setting.whole else fetched) / (steps * cache.shape.layers * cache.shape.kv_heads)
     right = exact = None
     if kind != "text":
