@@ -352,7 +352,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 3) merge_fetched(
     const float* outs, const float* sums, const float* maxima, const Element* query, int64 query_stride,
     const char* resident_rows, const int64* lengths, const int* entries, const int* counts, float* lse,
-    Element* out, int64 kv_heads, int64 first, int64 capacity, int64 k, float scale) {
+    Element* out, int64* counters, int64 tail, int64 kv_heads, int64 first, int64 capacity, int64 k,
+    float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
     const int tile = blockIdx.x;
@@ -409,6 +410,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         ((Four*)out)[first_query * FOURS + unit] = {
             to_element(state.out.x * share), to_element(state.out.y * share), to_element(state.out.z * share),
             to_element(state.out.w * share)};
-        if (unit % FOURS == 0) lse[first_query + unit / FOURS] = (state.max + logarithm(state.sum)) * LN2;
+        if (unit % FOURS == 0) {
+            const float whole = state.max + logarithm(state.sum);
+            lse[first_query + unit / FOURS] = whole * LN2;
+            if (!counters) continue;
+            float weighs = 0.f;  // the tail, of 1
+            for (int i = SPLITS - (int)tail; i < SPLITS; i++) {
+                const int64 part = (line * SPLITS + i) * GROUP + tile * TILE + unit / FOURS;
+                weighs += sums[part] * power_of_2(maxima[part] * LOG2E - whole);
+            }
+            atomicAdd(
+                (unsigned long long*)(counters + line * COUNTERS + 4),
+                (unsigned long long)(fminf(fmaxf(weighs, 0.f), 1.f) * (1e6f / GROUP)));
+        }
     }
 }

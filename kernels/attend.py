@@ -39,8 +39,9 @@ _MERGE = Signature(
         Argument("state.max", torch.float32, "B kv_heads S query_heads//kv_heads"),
         _QUERY, ROWS, _LENGTHS, *_FETCHED,
         Argument("lse", torch.float32, "B query_heads"),
+        Argument("counters", torch.int64, "B kv_heads 6", optional=True),
     ),
-    (HEAD_DIM, GROUPED, FIRST, Rule("S >= splits", "attend_resident leaves so many parts")),
+    (HEAD_DIM, GROUPED, FIRST, Rule("S >= splits + tail", "the parts of the tail come after the others")),
 )  # fmt: skip
 
 
@@ -121,6 +122,8 @@ def merge_fetched(
     fetch_list: FetchList | None,
     lse: Tensor,
     scale: float,
+    counters: Tensor | None = None,
+    tail: int = 0,
 ) -> Tensor:
     """Attend to the rows that have arrived meanwhile too, and normalise.
 
@@ -129,22 +132,27 @@ def merge_fetched(
         query, resident, lengths, scale: as for ``attend_resident``.
         fetch_list: the rows that ``attend_resident`` left out.
         lse: [B, query_heads] float32; becomes the log-sum-exp of the scores.
+        counters: [B, kv_heads, 6] int64, to whose fifth is added what the tail weighs, in millionths of the
+            whole, averaged over the queries of a group; None where nobody counts.
+        tail: the last parts of the state, those of the tail.
 
     Returns:
         [B, query_heads, head_dim], dtype of ``query``.
     """
     _MERGE.check(
-        *state, query, resident.rows, lengths, *_pointers(fetch_list), lse, sinks=resident.sinks,
+        *state, query, resident.rows, lengths, *_pointers(fetch_list), lse, counters, sinks=resident.sinks,
         recent=resident.recent, capacity=resident.capacity, splits=1 if query.is_cpu else _splits(resident),
+        tail=tail,
     )  # fmt: skip
     if not query.is_cpu:
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         _launch(
             "merge_fetched", 1, state.sum.shape[2], query, resident,
             [*state, query, query.stride(0), resident.rows, lengths, *_pointers(fetch_list), lse, result,
-             resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
+             counters, tail, resident.kv_heads, resident.first, resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return result
+    parts_before = state.sum.shape[2] - tail
     if fetch_list is not None:
         places, coming = _places(fetch_list, resident.first)
         rows = resident.rows.gather(2, places[..., None, None].expand(-1, -1, -1, *resident.rows.shape[3:]))
@@ -153,6 +161,12 @@ def merge_fetched(
     attended = torch.zeros(query.shape)
     out, sums, maxima = (part.numpy() for part in state)
     _merge(out, sums, maxima, lengths.numpy(), lse.numpy(), attended.numpy())
+    if counters is not None:
+        parts = slice(parts_before, parts_before + tail)
+        grouped = lse.view(len(lse), 1, -1).unflatten(2, (resident.kv_heads, -1)).transpose(1, 2)
+        weighs = state.sum[:, :, parts] * (state.max[:, :, parts] - grouped).exp()
+        used = weighs.sum(2).mean(2).where(lengths.unsqueeze(1) > 0, 0)
+        counters[..., 4] += (1e6 * used).long()
     return attended.to(query.dtype)
 
 

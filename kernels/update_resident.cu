@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
     __syncthreads();
     if (thread == 0) {
         tail_counts[line] = listed;
-        counters[line * COUNTERS + 4] += (int64)(1e6f * weigh[0]);
-        counters[line * COUNTERS + 5] += (int64)(1e6f * weigh[1]);
+        if (weigh[1] > 0.f)
+            counters[line * COUNTERS + 5] += (int64)(1e6f * fmaxf(1.f - weigh[0] / weigh[1], 0.f));
     }
 }

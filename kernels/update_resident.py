@@ -90,8 +90,8 @@ def update_resident(
         latest: number of the latest tokens, whose scores are undefined.
         resident: of the B sequences, with a capacity of at least k.
         counters: [B, kv_heads, 6] int64; the third counts rows selected, the fourth counts rows to fetch, and
-            where there is a tail the fifth adds up what its runs weigh and the sixth what all runs weigh, by
-            the scores, in millionths.
+            where there is a tail the sixth adds up what all runs weigh that are not in it, in millionths of
+            what all weigh.
         k: rows that a head selects.
         tail: becomes the tail of the heads that select, of up to R runs; None where there is none.
 
@@ -281,8 +281,8 @@ def _loop(
                 bits[0] = np.int32(sums[run]) << 16
                 weighs += weight[0]
             tail_counts[sequence, head] = listed
-            counters[sequence, head, 4] += np.int64(np.float32(1e6) * weighs)
-            counters[sequence, head, 5] += np.int64(np.float32(1e6) * all_weigh)
+            if all_weigh > 0:
+                counters[sequence, head, 5] += np.int64(np.float32(1e6) * (1 - weighs / all_weigh))
             for row in range(capacity):
                 if 0 <= held[row] < span:
                     row_of[held[row]] = -1

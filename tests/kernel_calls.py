@@ -255,7 +255,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             merge_fetched,
             {
                 "state": state, "query": query, "resident": resident, "lengths": lengths,
-                "fetch_list": fetch_list, "lse": lse, "scale": 0.3,
+                "fetch_list": fetch_list, "lse": lse, "scale": 0.3, "counters": counters,
             },
         ),
         Call(

@@ -81,8 +81,8 @@ def test_update_resident_lists_the_tail(span: int, k: int, capacity: int, spread
         update_resident(
             scores.cuda(), reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k, tail_gpu
         )
-        same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters[..., :4], counters_gpu[..., :4]))
-        torch.testing.assert_close(counters_gpu[..., 4:].cpu(), counters[..., 4:], rtol=1e-4, atol=9)
+        same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters[..., :5], counters_gpu[..., :5]))
+        torch.testing.assert_close(counters_gpu[..., 5:].cpu(), counters[..., 5:], rtol=1e-4, atol=9)
         same((tail.counts, tail_gpu.counts))
         listed = torch.arange(runs) < tail.counts.unsqueeze(2)
         for one, other in zip(tail[:2], tail_gpu[:2], strict=True):

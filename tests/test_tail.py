@@ -176,5 +176,5 @@ def test_no_token_is_ever_counted_twice_and_none_is_left_out_where_there_is_room
             others = torch.arange(counted.shape[1]) != counted.shape[1] - 17
             assert counted[:, others].min() == 1
     stats = stats_of(engine, 500, 200)
-    assert stats.tail_share > 0
+    assert 0 < stats.tail_share < 1
     assert (stats.dropped_share < 1e-3) == (tail == 1000)

@@ -190,9 +190,9 @@ class KVCache:
     # ---------------------------------------------------------------------------------- accounting
 
     def counters(self, slot: int) -> Tensor:
-        """[6] int64 since ``reset_counters``: gate checks, selections, rows selected, rows fetched; and of
-        the softmax's weight in millionths, summed over selections and query heads, what the tail has and what
-        all tokens have that were not resident."""
+        """[6] int64 since ``reset_counters``: gate checks, selections, rows selected, rows fetched; what the
+        tail weighs in millionths of each attention; and in millionths of what weighed and was not resident at
+        each selection, what is not in the tail."""
         return self.head_counters(slot).sum((0, 1))
 
     def head_counters(self, slot: int) -> Tensor:
@@ -222,7 +222,7 @@ class KVCache:
             tokens: its length.
             steps: decode steps that it took.
         """
-        checks, selections, selected, fetched, tail, outside = counters
+        checks, selections, selected, fetched, tail, missed = counters
         return CacheStats(
             steps=steps,
             head_steps=steps * self.shape.layers * self.shape.kv_heads,
@@ -231,8 +231,8 @@ class KVCache:
             selected_rows=selected,
             fetched_rows=fetched,
             fetched_bytes=fetched * self.shape.row_bytes,
-            tail_millionths=tail // self.shape.group,
-            outside_millionths=outside // self.shape.group,
+            tail_millionths=tail,
+            missed_millionths=missed,
             resident_bytes=sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
             index_bytes=tokens * self._index_token_bytes,
             kv_bytes=tokens * self.shape.token_bytes,

@@ -196,7 +196,10 @@ class LayerCache:
         if tail is not None:
             streams.tail.join()
         streams.fetching.join()
-        return merge_fetched(state, query, resident, batch.lengths, fetch_list, lse, self._scale)
+        counters = None if tail is None else self.state.counters[:count]
+        return merge_fetched(
+            state, query, resident, batch.lengths, fetch_list, lse, self._scale, counters, parts
+        )
 
     def _select(self, query: Tensor, batch: Batch, latest: int, *, ahead: bool) -> tuple[FetchList, Any]:
         """Gate and select, and begin to fetch; the latest ``latest`` tokens are not candidates.

@@ -120,8 +120,8 @@ class _Snapshot(Collector):
             yield CounterMetricFamily(f"clo_{name}", text, getattr(cache, name))
         for name, text in (
             ("hit_rate", "Share of the rows selected since the start that were resident."),
-            ("tail_share", "Share of the attention of the mean selection that codes of the tail have."),
-            ("dropped_share", "Share of it that nothing has; 0 without a tail, where nobody looks."),
+            ("tail_share", "Share of the attention since the start that the tail has."),
+            ("dropped_share", "Share of it that nothing has, by the scores; 0 without a tail."),
         ):
             yield GaugeMetricFamily(f"clo_{name}", text, getattr(cache, name))
 

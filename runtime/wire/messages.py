@@ -227,8 +227,8 @@ class CacheStats(msgspec.Struct, frozen=True):
     selected_rows: Count  # rows that those selections chose
     fetched_rows: Count  # how many of these were not resident and came from CPU memory
     fetched_bytes: Count
-    tail_millionths: Count  # of the weight of each selection's softmax, attended from codes
-    outside_millionths: Count  # likewise, all that was not resident; 0 without a tail
+    tail_millionths: Count  # of each head_step's attention, what the tail has
+    missed_millionths: Count  # by the scores of each selection, of what was not resident: what no tail has
     resident_bytes: Count  # rows held on the worker for this request
     index_bytes: Count  # codes held on the worker for this request
     kv_bytes: Count  # the whole KV of this request, in the store
@@ -240,15 +240,15 @@ class CacheStats(msgspec.Struct, frozen=True):
 
     @property
     def tail_share(self) -> float:
-        """Share of the attention that goes to the tail, in the mean selection, by its scores. These are
-        normalised with the attention of the step before, so for random weights it may exceed 1."""
-        return self.tail_millionths / 1e6 / self.selections if self.selections else 0.0
+        """Share of the attention that goes to the tail."""
+        return self.tail_millionths / 1e6 / self.head_steps if self.head_steps else 0.0
 
     @property
     def dropped_share(self) -> float:
-        """Share of the attention that goes nowhere, likewise; 0 without a tail, where nobody looks."""
-        dropped = self.outside_millionths - self.tail_millionths
-        return dropped / 1e6 / self.selections if self.selections else 0.0
+        """Share of the attention that goes nowhere, estimated from the scores; 0 without a tail, where nobody
+        looks."""
+        missed = self.missed_millionths / 1e6 / self.selections if self.selections else 0.0
+        return self.tail_share * missed / max(1e-6, 1.0 - missed)
 
     @property
     def reuse_rate(self) -> float:
