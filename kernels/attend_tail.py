@@ -6,6 +6,9 @@ attends to it a little less exactly. Values in 2 bits follow KIVI (Liu et al. 20
 exact rows, RetroInfer (Chen et al. 2025).
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +26,6 @@ from clo.kernels.encode_values import (
     ValuePages,
     halves_of,
     signs,
-    transform,
 )
 from clo.kernels.launch import launch
 from clo.kernels.limits import RUN
@@ -108,85 +110,120 @@ def attend_tail(
             STAGES=_STAGES, MIX=MIX,
         )  # fmt: skip
         return
-    out, sums = torch.zeros(batch, kv_heads, group, dim), torch.zeros(batch, kv_heads, group)
     arrays = (
         *quantized, pages.codes, pages.scales.view(torch.int16), values.codes,
-        values.scales.view(torch.int16), *tail, lengths, page_table.contiguous(), out, sums,
+        values.scales.view(torch.int16), *tail, lengths, page_table.contiguous(), lse, *state,
+        _levels_of_bytes(), signs(dim),
     )  # fmt: skip
-    _attend(scale, *(part.numpy() for part in arrays))
-    any_weight = sums > 0
-    safe = sums.where(any_weight, 1)
-    state.out[:, :, -1] = transform(out) * signs(dim) / safe.unsqueeze(-1)
-    state.sum[:, :, -1] = any_weight
-    logarithms = lse.view(batch, kv_heads, group) + safe.log()
-    state.max[:, :, -1] = logarithms.where(any_weight, -torch.inf)
+    _attention(group, dim)(scale, *(part.numpy() for part in arrays))
 
 
-def _loop(
-    scale: float, integers: Array, steps: Array, offsets: Array, codes: Array, scales: Array,
-    value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array, lengths: Array,
-    pages: Array, out: Array, sums: Array,
-) -> None:  # fmt: skip
-    batch, kv_heads, group, dim = out.shape
-    block_tokens, quarter = codes.shape[2], codes.shape[3]
-    factors = np.empty(2, np.float32)
-    bits, levels = factors.view(np.int32), np.empty(dim, np.float32)
-    query = np.empty((group, 4, quarter), np.int16)
-    middles, weights = np.empty(group, np.float32), np.empty(group, np.float32)
-    for sequence in range(batch):
-        if lengths[sequence] == 0:
-            continue
-        for head in range(kv_heads):
-            for member in range(group):
-                middle = np.float32(0)
-                for entry in range(dim):
-                    value = integers[sequence, head * group + member, entry]
-                    query[member, entry // quarter, entry % quarter] = value
-                    middle += value
-                middles[member] = np.float32(1.5) * middle
-            for number in range(counts[sequence, head]):
-                run, mask = runs[sequence, head, number], masks[sequence, head, number]
-                block, within = divmod(run * RUN, block_tokens)
-                page = pages[sequence, block]
-                for token in range(RUN):
-                    if not mask >> token & 1:
-                        continue
-                    # float16 to float32: the exponent's bits move to their place, and it gets its new bias
-                    bits[0] = (np.int32(scales[page, head, within + token]) & 0x7FFF) << 13
-                    bits[1] = (np.int32(value_scales[page, head, within + token]) & 0x7FFF) << 13
-                    key_scale, value_scale = (
-                        factors[0] * np.float32(2.0**112),
-                        factors[1] * np.float32(2.0**112),
-                    )
-                    row = codes[page, head, within + token]
+@cache
+def _levels_of_bytes() -> Tensor:
+    """[256, 4] float32: the levels of the four codes in a byte."""
+    return (torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, 2) & 3) - 1.5
+
+
+@cache
+def _attention(group: int, dim: int) -> Callable[..., None]:
+    """A loop for queries of one shape; sizes that are known in advance make it faster."""
+    quarter = dim // CODES_PER_BYTE
+
+    def loop(
+        scale: float, integers: Array, steps: Array, offsets: Array, codes: Array, scales: Array,
+        value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array, lengths: Array,
+        pages: Array, lse: Array, outs: Array, all_sums: Array,
+        maxima: Array, table: Array, flips: Array,
+    ) -> None:  # fmt: skip
+        batch, kv_heads, parts = all_sums.shape[:3]
+        width, part = dim & -dim, parts - 1
+        block_tokens = codes.shape[2]
+        factors = np.empty(2, np.float32)
+        bits, levels = factors.view(np.int32), np.empty(dim, np.float32)
+        query = np.empty((group, 4, quarter), np.int16)
+        middles, weights = np.empty(group, np.float32), np.empty(group, np.float32)
+        products = np.empty((group, RUN), np.int32)
+        for sequence in range(batch):
+            if lengths[sequence] == 0:
+                continue
+            for head in range(kv_heads):
+                out, sums = outs[sequence, head, part], all_sums[sequence, head, part]
+                out[:], sums[:] = 0, 0
+                for member in range(group):
+                    middle = np.float32(0)
+                    for entry in range(dim):
+                        value = integers[sequence, head * group + member, entry]
+                        query[member, entry // quarter, entry % quarter] = value
+                        middle += value
+                    middles[member] = np.float32(1.5) * middle
+                for number in range(counts[sequence, head]):
+                    run, mask = runs[sequence, head, number], masks[sequence, head, number]
+                    block, within = divmod(run * RUN, block_tokens)
+                    page = pages[sequence, block]
+                    rows = codes[page, head, within : within + RUN]
                     for member in range(group):
-                        product = np.int32(0)
-                        for place in range(quarter):
-                            byte = np.int32(row[place])
-                            product += (
-                                (byte & 3) * query[member, 0, place]
-                                + (byte >> 2 & 3) * query[member, 1, place]
-                                + (byte >> 4 & 3) * query[member, 2, place]
-                                + (byte >> 6) * query[member, 3, place]
+                        first, second, third, fourth = (
+                            query[member, 0], query[member, 1], query[member, 2], query[member, 3],
+                        )  # fmt: skip
+                        for token in range(RUN):
+                            product = np.int32(0)
+                            for place in range(quarter):
+                                byte = np.int32(rows[token, place])
+                                product += (
+                                    (byte & 3) * first[place]
+                                    + (byte >> 2 & 3) * second[place]
+                                    + (byte >> 4 & 3) * third[place]
+                                    + (byte >> 6) * fourth[place]
+                                )
+                            products[member, token] = product
+                    for token in range(RUN):
+                        if not mask >> token & 1:
+                            continue
+                        # float16 to float32: the exponent's bits move, and it gets its new bias
+                        bits[0] = (np.int32(scales[page, head, within + token]) & 0x7FFF) << 13
+                        bits[1] = (np.int32(value_scales[page, head, within + token]) & 0x7FFF) << 13
+                        key_scale = factors[0] * np.float32(2.0**112)
+                        value_scale = factors[1] * np.float32(2.0**112)
+                        for member in range(group):
+                            factor = steps[sequence, head * group + member] * np.float32(scale) * key_scale
+                            score = (np.float32(products[member, token]) - middles[member]) * factor
+                            score += offsets[sequence, head, block, member] * np.float32(0.6931471805599453)
+                            weights[member] = np.exp(min(score, np.float32(_MOST)))
+                            sums[member] += weights[member]
+                        lane, slot = token % 8 // 2, token % 2 + 2 * (token // 8)
+                        at = (within + token) // RUN
+                        for chunk in range(dim // 8):
+                            word = np.int32(
+                                value_codes[page, head, at, chunk // 8, 4 * (chunk % 8) + lane, slot]
                             )
-                        factor = steps[sequence, head * group + member] * np.float32(scale) * key_scale
-                        score = (np.float32(product) - middles[member]) * factor
-                        score += offsets[sequence, head, block, member] * np.float32(0.6931471805599453)
-                        weights[member] = np.exp(min(score, np.float32(_MOST)))
-                        sums[sequence, head, member] += weights[member]
-                    lane, slot = token % 8 // 2, token % 2 + 2 * (token // 8)
-                    for chunk in range(dim // 8):
-                        word = np.int32(
-                            value_codes[
-                                page, head, (within + token) // RUN, chunk // 8, 4 * (chunk % 8) + lane, slot
-                            ]
-                        )
-                        for place in range(8):
-                            levels[chunk * 8 + place] = np.float32(word >> 2 * place & 3) - np.float32(1.5)
-                    for member in range(group):
-                        weight = weights[member] * value_scale
-                        for entry in range(dim):
-                            out[sequence, head, member, entry] += weight * levels[entry]
+                            low, high = word & 255, word >> 8 & 255
+                            for place in range(4):
+                                levels[chunk * 8 + place] = table[low, place]
+                            for place in range(4):
+                                levels[chunk * 8 + 4 + place] = table[high, place]
+                        for member in range(group):
+                            weight = weights[member] * value_scale
+                            for entry in range(dim):
+                                out[member, entry] += weight * levels[entry]
+                for member in range(group):
+                    maxima[sequence, head, part, member] = -np.inf
+                    if sums[member] == 0:
+                        continue
+                    maxima[sequence, head, part, member] = lse[sequence, head * group + member] + np.log(
+                        sums[member]
+                    )
+                    turned = out[member]
+                    step = 1
+                    while step < width:
+                        for start in range(0, dim, 2 * step):
+                            for entry in range(start, start + step):
+                                low, high = turned[entry], turned[entry + step]
+                                turned[entry] = low + high
+                                turned[entry + step] = low - high
+                        step *= 2
+                    share = np.float32(1) / (sums[member] * np.sqrt(np.float32(width)))
+                    for entry in range(dim):
+                        turned[entry] *= flips[entry] * share
+                    sums[member] = 1
 
-
-_attend = compiled(_loop, any_order=True)
+    return compiled(loop, any_order=True)
