@@ -30,7 +30,7 @@ AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs au
 
 _SELECTED = 112  # rows: benchmarks.quality says why
 _RESIDENT = 8  # resident rows for each that is selected
-_TAIL = 2048, 4096  # tokens of the tail, for sequences up to _SHORT tokens and for longer ones
+_TAIL = 1024, 4096  # tokens of the tail, for sequences up to _SHORT tokens and for longer ones
 _SHORT = 8192
 
 
@@ -170,7 +170,7 @@ class CacheConfig:
     tail: int | None = option(
         None,
         "tokens that a KV head attends to beside its rows, less exactly, from codes of 2 bits on the worker: "
-        "more is closer to full attention; 0 drops what is not resident; auto takes 2048, and 4096 where "
+        "more is closer to full attention; 0 drops what is not resident; auto takes 1024, and 4096 where "
         "--max-model-len exceeds 8192",
         "TOKENS",
         int,
