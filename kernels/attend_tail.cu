@@ -58,18 +58,6 @@ __device__ inline uint32 code_pair(uint32 words) {
     return (moved & 0x00600060) | 0x3f803f80;
 }
 
-__device__ inline void copy_16(void* shared, const void* global, int64 policy) {
-    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
-                 "l"(policy)
-                 : "memory");
-}
-
-__device__ inline void copy_4(void* shared, const void* global) {
-    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
-}
-
 __device__ inline void load_words(uint32 (&words)[LANE_WORDS], const Stage& stage, int token) {
     const int first = threadIdx.x % 4 * LANE_WORDS;
     const uint32* key = (const uint32*)stage.keys + token * WORDS;

@@ -79,6 +79,19 @@ __device__ inline int64 passing() {
     return policy;
 }
 
+// Copy 16 bytes, or 4, to shared memory asynchronously.
+__device__ inline void copy_16(void* shared, const void* global, int64 policy) {
+    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+                 "l"(policy)
+                 : "memory");
+}
+
+__device__ inline void copy_4(void* shared, const void* global) {
+    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
+}
+
 // Ends a group of asynchronous copies of this thread.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -39,18 +39,6 @@ __device__ inline int chunk_place(int chunk) {
 #endif
 }
 
-__device__ inline void copy_16(void* shared, const void* global, int64 policy) {
-    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
-                 "l"(policy)
-                 : "memory");
-}
-
-__device__ inline void copy_4(void* shared, const void* global) {
-    const uint32 target = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
-}
-
 __device__ inline void mma(int (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -32,6 +32,7 @@ _SELECTED = 112  # rows: benchmarks.quality says why
 _RESIDENT = 8  # resident rows for each that is selected
 _TAIL = 1024, 4096  # tokens of the tail, for sequences up to _SHORT tokens and for longer ones
 _SHORT = 8192
+_MOST_TAIL = 65536  # the partial sums of more parts would take longer than attention
 
 
 class Option(NamedTuple):
@@ -223,8 +224,8 @@ class CacheConfig:
                 f"--resident {resident} is below --select-k {k or 1}; "
                 "the rows selected in one step must fit into the resident set."
             )
-        if self.tail is not None and self.tail < 0:
-            raise ConfigError(f"--tail is {self.tail}; it must be at least 0.")
+        if self.tail is not None and not 0 <= self.tail <= _MOST_TAIL:
+            raise ConfigError(f"--tail is {self.tail}; it must be from 0 to {_MOST_TAIL}.")
         if self.tail and self.attention != "clo":
             raise ConfigError(f"--tail is for --attention clo, and --attention is {self.attention}.")
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
