@@ -33,8 +33,8 @@ from clo.kernels.quantize_query import QuantizedQuery
 from clo.kernels.update_resident import TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
 
 _THREADS = 128
-_RUNS = 96  # of a block of threads, at most
-_STAGES = 4  # runs on their way to a warp
+_RUNS = 128  # of a block of threads, at most; a lane of each warp looks up one
+_STAGES = 3  # pairs of runs on their way to a warp, or with it
 _MOST = 69.0  # logarithm of a weight: sums of more would be infinite
 
 _SIGNATURE = Signature(
@@ -100,13 +100,13 @@ def attend_tail(
     batch, kv_heads, max_blocks, group = quantized.offsets.shape
     dim, block_tokens = quantized.integers.shape[2], pages.block_tokens
     if not lengths.is_cpu:
-        stage_bytes = RUN * (dim // CODES_PER_BYTE + 16 * halves_of(dim) + 4) + 32
+        pair_bytes = 2 * (RUN * (dim // CODES_PER_BYTE + 16 * halves_of(dim) + 4) + 32)
         launch(
             "attend_tail.cu", "attend_tail", (own * -(-group // 8), kv_heads, batch), _THREADS,
             [*quantized, pages.codes, pages.scales, *values, *tail, runs, lengths, page_table, max_blocks,
              page_table.stride(0), lse, *state, parts, parts - own, scale],
-            shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * stage_bytes), DIM=dim,
-            GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (4 * own)) * 4,
+            shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * pair_bytes), DIM=dim,
+            GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (8 * own)) * 8,
             STAGES=_STAGES, MIX=MIX,
         )  # fmt: skip
         return
