@@ -1,4 +1,5 @@
-"""Indexes at equal bits: how many of a head's true top rows each one finds, on a real model and real text.
+"""Indexes at about equal bits: how many of a head's true top rows each one finds, and how well it weighs the
+others, on a real model and real text.
 
     python -m benchmarks.indexes
 
@@ -6,13 +7,16 @@ Keys are those of prompts of 4,096 tokens of the default model, queries those of
 all layers and heads. What a row is worth is its softmax weight, summed over the queries of a KV head, as in
 ``clo.kernels.score.score_products``; an index estimates the products of queries and keys that it follows
 from. First and latest tokens, which are always attended, are left out. Every index has a code of 2 bits for
-each entry of a key (128 at head_dim 64); "bits a key" adds its scale. All but ``page`` centre the keys on the
-mean of their block of 512. The learned hash is trained, head by head, on a document that no index is judged
-by.
+each entry of a key (128 at head_dim 64); "bits a key" adds scales and offsets. All but ``page`` and those by
+channel centre the keys on the mean of their block of 512. The learned hash is trained, head by head, on a
+document that no index is judged by.
+
+"Error of the others" is what the tail lives on: the sum of what the weights of all but the true top rows are
+off by, as a share of their sum, relative to the true log-sum-exp; 1 is what dropping them loses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,6 +78,44 @@ def rabitq(keys: Tensor) -> Products:
         return _dot(queries, centres) + _dot(queries @ rotation, signs * scales.unsqueeze(-1))
 
     return products
+
+
+def by_channel(tokens: int) -> Callable[[Tensor], Products]:
+    """KIVI (Liu et al. 2024): 2 bits for each entry, between the least and the largest one of its channel
+    among so many neighbours; both are float16."""
+
+    def make(keys: Tensor) -> Products:
+        groups = keys.unflatten(1, (-1, tokens))
+        least, largest = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        step = (largest - least).clamp_min(1e-12) / 3
+        decoded = (((groups - least) / step).round() * step + least).flatten(1, 2)
+        return lambda queries: _dot(queries, decoded)
+
+    return make
+
+
+def narrow(queries: Tensor) -> Callable[[Tensor], Products]:
+    """ThinK (Xu et al. 2024): the half of the channels with the largest products of the norms of queries and
+    keys, here in 4 bits, a scale for each key.
+
+    Args:
+        queries: [H, N, D], by which channels are chosen.
+    """
+
+    def make(keys: Tensor) -> Products:
+        centres, rest = _centred(keys)
+        kept = (queries.norm(dim=1) * rest.norm(dim=1)).topk(keys.shape[2] // 2).indices.unsqueeze(1)
+        part = rest.gather(2, kept.expand(-1, rest.shape[1], -1))
+        step = part.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7.5
+        decoded = ((part / step - 0.5).round().clamp(-8, 7) + 0.5) * step
+
+        def products(queries: Tensor) -> Tensor:
+            chosen = queries.gather(2, kept.expand(-1, queries.shape[1], -1))
+            return _dot(queries, centres) + _dot(chosen, decoded)
+
+        return products
+
+    return make
 
 
 def page(keys: Tensor) -> Products:
@@ -156,30 +198,51 @@ def _centred(keys: Tensor) -> tuple[Tensor, Tensor]:
     return centres, keys - centres
 
 
-def weights(products: Tensor, group: int, dim: int) -> Tensor:
+def weights(products: Tensor, group: int, dim: int, against: Tensor | None = None) -> Tensor:
     """Softmax weights summed over a group: products [H, N * group, T] to [H, N, T]; sinks and the latest
-    tokens, some of which come after some queries, are left out."""
+    tokens, some of which come after some queries, are left out.
+
+    Args:
+        against: products whose log-sum-exp normalises them; their own if None.
+    """
     config = CacheConfig()
-    scores = (products * dim**-0.5)[..., config.sinks : -config.recent]
-    return torch.unflatten(scores.softmax(-1), 1, (-1, group)).sum(2)
+    scores, reference = (
+        (part * dim**-0.5)[..., config.sinks : -config.recent]
+        for part in (products, products if against is None else against)
+    )
+    softmax: Tensor = (scores - reference.logsumexp(-1, keepdim=True)).exp()
+    return torch.unflatten(softmax, 1, (-1, group)).sum(2)
 
 
 def judge(index: Index, queries: Tensor, keys: Tensor, group: int) -> Tensor:
-    """[3]: of the true top K those among K and among 2 K that the index selects, and of the weight of all
-    rows that of the K."""
+    """[4]: of the true top K those among K and among 2 K that the index selects, of the weight of all rows
+    that of the K, and the error of the others' weights."""
     dim = keys.shape[2]
-    true = weights(exact(keys)(queries), group, dim)
-    order = weights(index.make(keys)(queries), group, dim).topk(2 * K).indices
+    exactly, estimates = exact(keys)(queries), index.make(keys)(queries)
+    true = weights(exactly, group, dim)
+    order = weights(estimates, group, dim).topk(2 * K).indices
     top = torch.zeros_like(true).scatter_(2, true.topk(K).indices, 1.0)
     found = top.gather(2, order)
     mass = true.gather(2, order[..., :K]).sum(-1) / true.sum(-1)
-    return torch.stack([found[..., :K].sum(-1) / K, found.sum(-1) / K, mass]).mean((1, 2))
+    others = 1 - top
+    off = (weights(estimates, group, dim, exactly) - true).abs().clamp_max(1e6)
+    error = (off * others).sum(-1) / (true * others).sum(-1)
+    return torch.stack([found[..., :K].sum(-1) / K, found.sum(-1) / K, mass, error]).mean((1, 2))
 
 
-def main() -> None:
+class Prompt(NamedTuple):
+    """One layer of a prompt."""
+
+    queries: Tensor  # [H, N * group, D], of the last N tokens
+    keys: Tensor  # [H, T, D]
+    group: int  # query heads that share a KV head
+
+
+def prompts() -> Iterator[list[Prompt]]:
+    """For each layer the prompts ``JUDGED``, and behind them ``TRAINING``."""
     resolved = resolve(ModelConfig(device="cpu", dtype="float32"))
     decoder = load_decoder(resolved)
-    shape, dim = decoder.shape, decoder.shape.head_dim
+    shape = decoder.shape
     tokenizer = Tokenizer(resolved.folder, decoder.vocab)
 
     def encoded(text: str) -> list[int]:
@@ -188,32 +251,45 @@ def main() -> None:
     texts = documents(encoded)
     items = [make_item("text", texts[number], LENGTH, number, encoded) for number in (*JUDGED, TRAINING)]
     reference = Reference(decoder, items, tokens=2)
-    totals: dict[str, Tensor] = {}
-    bits: dict[str, int] = {}
     for layer in range(shape.layers):
         keys = gather_tokens(reference.arena[:, layer, :, :, 0], reference.table)[:, :, :LENGTH]
         queries = reference.queries[:, layer].unflatten(2, (shape.kv_heads, -1))
-        grouped = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [items, H, W * group, D]
-        learned = learned_directions(grouped[-1], keys[-1])
-        for index in (
-            Index("exact", 32 * dim, exact),
-            Index("rotated 2-bit", 2 * dim + 16, two_bit),
-            Index("RaBitQ", 2 * dim + 16, rabitq),
-            Index("page min/max", 2 * dim, page),
-            Index("random sign hash", 2 * dim + 16, sign_hash(_gaussian(dim, 2 * dim))),
-            Index("learned hash", 2 * dim + 16, sign_hash(learned)),
-        ):
-            bits[index.name] = index.bits
-            for item in range(len(JUDGED)):
-                share = judge(index, grouped[item], keys[item], shape.group) / (len(JUDGED) * shape.layers)
-                totals[index.name] = totals.get(index.name, torch.zeros(3)) + share
+        grouped = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)
+        yield [Prompt(*item, shape.group) for item in zip(grouped, keys, strict=True)]
+
+
+def main() -> None:
+    totals: dict[str, Tensor] = {}
+    bits: dict[str, int] = {}
+    layers = 0
+    for *judged, training in prompts():
+        layers += 1
+        dim = training.keys.shape[2]
+        learned = learned_directions(training.queries, training.keys)
+        for prompt in judged:
+            for index in (
+                Index("exact", 32 * dim, exact),
+                Index("rotated 2-bit", 2 * dim + 16, two_bit),
+                Index("RaBitQ", 2 * dim + 16, rabitq),
+                Index("by channel, of 32 tokens", 3 * dim, by_channel(32)),
+                Index("by channel, of 512 tokens", 2 * dim + dim // 16, by_channel(BLOCK)),
+                Index("half of the channels", 2 * dim + 16, narrow(prompt.queries)),
+                Index("page min/max", 2 * dim, page),
+                Index("random sign hash", 2 * dim + 16, sign_hash(_gaussian(dim, 2 * dim))),
+                Index("learned hash", 2 * dim + 16, sign_hash(learned)),
+            ):
+                bits[index.name] = index.bits
+                total = totals.get(index.name, torch.zeros(4))
+                totals[index.name] = total + judge(index, *prompt) / len(JUDGED)
     results = []
-    for name, (found, wide, mass) in totals.items():
+    for name, total in totals.items():
+        found, wide, mass, error = total / layers
         results += [
             Result(name, "bits a key", bits[name], "bits"),
             Result(name, f"recall in {K}", float(found), f"of the top {K}"),
             Result(name, f"recall in {2 * K}", float(wide), f"of the top {K}"),
             Result(name, f"weight of {K}", float(mass), "of all rows'"),
+            Result(name, "error of the others", float(error), "of their weight"),
         ]
     write("indexes", results)
 
