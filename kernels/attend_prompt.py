@@ -74,7 +74,7 @@ def flash_attention() -> Callable[..., Any] | None:
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError as error:
-        _logger.info(
+        _logger.warning(
             "Prompts take torch's attention, about half as fast on Hopper and Blackwell as that of "
             "flash-attn-4 (%s); pip install 'clo[cuda]' installs it.",
             error,
