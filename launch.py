@@ -35,7 +35,7 @@ died."""
 
 try:
     from clo.runtime.config import CacheConfig, EngineConfig, GatewayConfig, ModelConfig, Option, ServerConfig
-    from clo.runtime.machine.process import configure_logging, set_threads
+    from clo.runtime.machine.process import configure_logging, raise_descriptor_limit, set_threads
     from clo.runtime.wire.errors import CLOError, ConfigError
 except ModuleNotFoundError as error:
     if error.name is not None and error.name.partition(".")[0] == "clo":
@@ -167,6 +167,7 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
         return 2
     configure_logging(config.log_level)
     set_threads(os.environ)
+    raise_descriptor_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
         from clo.runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not

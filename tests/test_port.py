@@ -1,9 +1,12 @@
 """A port: real ZeroMQ peers, and some that speak as no ZeroMQ does."""
 
 import asyncio
+import os
 import random
+import resource
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -62,6 +65,9 @@ class Peer:
         flags, size = await self.read(2)
         assert not flags & 2, "a short one is expected"
         return await self.read(size)
+
+    def close(self) -> None:
+        self.writer.close()
 
     async def is_closed(self) -> bool:
         """Wait until the other end closes; what it has sent before is dropped."""
@@ -346,6 +352,33 @@ async def test_a_peer_that_never_says_who_it_is_loses_its_connection() -> None:
             silent, half = await found.peer(greet=False), await found.peer(greet=False)
             half.send(GREETING)
             assert await silent.is_closed() and await half.is_closed()
+
+
+@in_loop
+async def test_more_idle_connections_than_descriptors_hurt_nobody() -> None:
+    """Those are closed, at rest; who is there already is served, and everybody once the others have gone."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/proc/self/fd")) + 64 + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        async with listening() as found:
+            client = found.client()
+            client.send(encode(GetInfo("first")))
+            name, _, _ = await found.next()
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)  # this process holds both ends
+            idle = [await found.peer(greet=False) for _ in range(60)]
+            for peer in idle[45:]:
+                assert await peer.is_closed()
+            began = time.process_time()
+            await asyncio.sleep(0.5)
+            assert time.process_time() - began < 0.3, "it does not try again and again"
+            assert found.port.send(name, Failed("first", "internal", "x")) is Delivery.SENT
+            assert b"first" in await asyncio.wait_for(client.recv(), WAIT_S)
+            for peer in idle:
+                peer.close()
+            await found.assert_serves()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @in_loop

@@ -5,7 +5,6 @@ The key of the server's sockets comes through stdin, and behind it the API key, 
 
 import asyncio
 import os
-import resource
 import socket
 import sys
 from typing import Any
@@ -22,6 +21,7 @@ from clo.runtime.machine.process import (
     configure_logging,
     die_with_parent,
     end_start_up,
+    raise_descriptor_limit,
     read_key,
     run_process,
 )
@@ -94,8 +94,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[1], type=GatewayProcessConfig)
     configure_logging(config.log_level)
     key, api_key = read_key(), sys.stdin.read()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each client takes a descriptor
+    raise_descriptor_limit()
     uvloop.run(serve(config, key, api_key or None))
 
 

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, MutableMapping
@@ -40,6 +41,12 @@ def read_key() -> str:
     """The key of the server's sockets, which the parent writes to this process's stdin: neither command lines
     nor files show it."""
     return sys.stdin.readline().strip()
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process and its children have as many descriptors as the system allows: a client takes one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def configure_logging(level: str) -> None:

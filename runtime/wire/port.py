@@ -8,7 +8,9 @@ message have to pass through another thread here, which takes more time than all
 
 import asyncio
 import hmac
+import logging
 import os
+import resource
 import socket
 import struct
 from collections import deque
@@ -27,6 +29,9 @@ _HEAD_BYTES = 1024  # that are kept of a message too large to be read
 _MORE, _LONG, _COMMAND = 1, 2, 4  # flags of a frame
 _READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER\x08Identity\x00\x00\x00\x00"
 _ERROR = b"\x05ERROR\x03400"
+_SPARE_DESCRIPTORS = 64  # that connections leave to all else
+
+_logger = logging.getLogger(__name__)
 
 
 class TooLarge(NamedTuple):
@@ -111,6 +116,9 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        if self._port.is_full():
+            transport.abort()
+            return
         connection: socket.socket = transport.get_extra_info("socket")
         if connection.family == socket.AF_UNIX:
             if _user_of(connection) != os.geteuid():
@@ -291,7 +299,8 @@ def _user_of(connection: socket.socket) -> int:
 
 
 class Port(Generic[Sent, Received]):
-    """Listens for peers, in one event loop. A local socket lets in no other user's processes.
+    """Listens for peers, in one event loop. A local socket lets in no other user's processes. Connections
+    that the limit of open files leaves no room for are closed at once.
 
     Args:
         listener: from ``listen_tcp`` or ``listen_unix``.
@@ -331,6 +340,7 @@ class Port(Generic[Sent, Received]):
         self._will_look = False
         self._count = 0
         self._failure: asyncio.Future[None] | None = None  # while somebody listens
+        self._most, self._told = 0, False  # connections, and whether that is said to be too few
         self._listener = listener
         self.endpoint = _endpoint(listener)
 
@@ -338,6 +348,8 @@ class Port(Generic[Sent, Received]):
         """Have messages handled until this is cancelled. What ``handle`` raises ends it."""
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(1, most - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS)
         server = await loop.create_server(self._connect, sock=self._listener)
         try:
             await self._failure
@@ -367,6 +379,18 @@ class Port(Generic[Sent, Received]):
         except TimeoutError:
             for peer in self._connections:
                 peer.transport.abort()
+
+    def is_full(self) -> bool:
+        """Whether there are more connections than descriptors for them. Without any left a server could not
+        even close the next one, and asyncio would try to take it again and again."""
+        full = len(self._connections) > self._most
+        if full and not self._told:
+            _logger.warning(
+                "All %d connections that the limit of open files leaves are taken; further ones are closed.",
+                self._most,
+            )
+        self._told = full
+        return full
 
     def admit(self, peer: _Peer) -> bool:
         """Whether a peer may be there, which is so now. Its connection may have ended meanwhile."""
