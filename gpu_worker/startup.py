@@ -117,18 +117,21 @@ def _prefill_attention(model: ResolvedModel, asked: PrefillAttention) -> Prefill
         return "dense"
     if model.device != "cuda" or model.dtype == "float32" or torch.cuda.get_device_capability() < (9, 0):
         missing = "a 16-bit --dtype on a GPU from Hopper (H100) on; use --prefill-attention dense."
+        level = logging.INFO
     else:
         try:
             block_sparse_attention()
             return "sparse"
-        except ImportError:
+        except ImportError as error:
             missing = (
-                "the package nvidia-cudnn-frontend: pip install 'nvidia-cudnn-frontend>=1.32', or use "
-                "--prefill-attention dense."
+                f"the packages of 'clo[cuda]' ({error}): pip install them, or use --prefill-attention dense."
             )
+            level = logging.WARNING
     if asked == "sparse":
         raise ConfigError(f"--prefill-attention sparse needs {missing}")
-    _logger.info("Prompts attend to all tokens. Sparse attention, much faster from 64K on, needs %s", missing)
+    _logger.log(
+        level, "Prompts attend to all tokens. Sparse attention, much faster from 64K on, needs %s", missing
+    )
     return "dense"
 
 

@@ -59,7 +59,7 @@ __device__ inline uint32 two_bfloats(float low, float high) {
     return both;
 }
 
-// How much too small codes at a place are multiplied.
+// By what the codes at a place are divided when they are multiplied.
 __host__ __device__ constexpr float shrunk(int place) {
     return place % 3 == 0 ? 64.f : place % 3 == 1 ? 16.f : 4.f;
 }

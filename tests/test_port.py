@@ -6,7 +6,6 @@ import random
 import resource
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -356,9 +355,9 @@ async def test_a_peer_that_never_says_who_it_is_loses_its_connection() -> None:
 
 @in_loop
 async def test_more_idle_connections_than_descriptors_hurt_nobody() -> None:
-    """Those are closed, at rest; who is there already is served, and everybody once the others have gone."""
+    """Those are closed at once; who is there already is served, and so is everybody once they have gone."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = len(os.listdir("/proc/self/fd")) + 64 + 40
+    limit = len(os.listdir("/proc/self/fd")) + port_module._SPARE_DESCRIPTORS + 40
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         async with listening() as found:
@@ -369,9 +368,6 @@ async def test_more_idle_connections_than_descriptors_hurt_nobody() -> None:
             idle = [await found.peer(greet=False) for _ in range(60)]
             for peer in idle[45:]:
                 assert await peer.is_closed()
-            began = time.process_time()
-            await asyncio.sleep(0.5)
-            assert time.process_time() - began < 0.3, "it does not try again and again"
             assert found.port.send(name, Failed("first", "internal", "x")) is Delivery.SENT
             assert b"first" in await asyncio.wait_for(client.recv(), WAIT_S)
             for peer in idle:

@@ -1,7 +1,7 @@
 """``clo check``: what this machine can run, and what of a model fits into it."""
 
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -112,8 +112,7 @@ def _gpu(number: int) -> str:
 
 def _version(module: str, package: str) -> str | None:
     try:
-        if importlib.util.find_spec(module) is None:
-            return None
+        importlib.import_module(module)  # a package may be there while one that it needs is not
         return importlib.metadata.version(package)
-    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+    except (ImportError, importlib.metadata.PackageNotFoundError):
         return None

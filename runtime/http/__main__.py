@@ -21,7 +21,6 @@ from clo.runtime.machine.process import (
     configure_logging,
     die_with_parent,
     end_start_up,
-    raise_descriptor_limit,
     read_key,
     run_process,
 )
@@ -94,7 +93,6 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[1], type=GatewayProcessConfig)
     configure_logging(config.log_level)
     key, api_key = read_key(), sys.stdin.read()
-    raise_descriptor_limit()
     uvloop.run(serve(config, key, api_key or None))
 
 

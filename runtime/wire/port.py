@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
 from clo.runtime.wire.sockets import KEEPALIVE_S, Decoder, encode
+from clo.runtime.wire.strangers import Strangers
 
 HANDSHAKE_S = 30.0  # for a new connection to say who it is
 _GREETING_BYTES = 64
@@ -29,7 +30,10 @@ _HEAD_BYTES = 1024  # that are kept of a message too large to be read
 _MORE, _LONG, _COMMAND = 1, 2, 4  # flags of a frame
 _READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER\x08Identity\x00\x00\x00\x00"
 _ERROR = b"\x05ERROR\x03400"
-_SPARE_DESCRIPTORS = 64  # that connections leave to all else
+_SPARE_DESCRIPTORS = 128  # that connections leave to all else, and to those that are about to be closed
+_ACCEPTED = 8  # connections in a turn of the event loop: it takes some turns to close one
+_WAITING = 1024  # connections that the kernel holds meanwhile
+_FULL = "All connections that the limit of open files leaves are taken; further ones are closed at once."
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ Received = TypeVar("Received", bound=Message)
 def listen_tcp(host: str, port: int) -> socket.socket:
     """A socket for a ``Port``: the host as a number, port 0 for a free one. Raises ``OSError``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    return socket.create_server((host, port), family=family, backlog=_WAITING)
 
 
 def listen_unix(endpoint: str) -> socket.socket:
@@ -66,7 +70,7 @@ def listen_unix(endpoint: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind("\0" + path[1:] if path.startswith("@") else path)
-        listener.listen(1024)
+        listener.listen(_WAITING)
     except OSError:
         listener.close()
         raise
@@ -117,6 +121,7 @@ class _Peer(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         if self._port.is_full():
+            self._port.surplus.turned_away()
             transport.abort()
             return
         connection: socket.socket = transport.get_extra_info("socket")
@@ -316,6 +321,7 @@ class Port(Generic[Sent, Received]):
             user's.
 
     Attributes:
+        surplus: is told of connections for which there is no room.
         endpoint: the address bound, such as ``tcp://127.0.0.1:5555`` or ``tcp://[::1]:5555``.
     """
 
@@ -340,7 +346,8 @@ class Port(Generic[Sent, Received]):
         self._will_look = False
         self._count = 0
         self._failure: asyncio.Future[None] | None = None  # while somebody listens
-        self._most, self._told = 0, False  # connections, and whether that is said to be too few
+        self._most = 0  # connections
+        self.surplus = Strangers(_logger, _FULL)
         self._listener = listener
         self.endpoint = _endpoint(listener)
 
@@ -350,7 +357,8 @@ class Port(Generic[Sent, Received]):
         self._failure = loop.create_future()
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = max(1, most - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS)
-        server = await loop.create_server(self._connect, sock=self._listener)
+        server = await loop.create_server(self._connect, sock=self._listener, backlog=_ACCEPTED)
+        self._listener.listen(_WAITING)  # asyncio has made that as few as it accepts in a turn
         try:
             await self._failure
         finally:
@@ -383,14 +391,7 @@ class Port(Generic[Sent, Received]):
     def is_full(self) -> bool:
         """Whether there are more connections than descriptors for them. Without any left a server could not
         even close the next one, and asyncio would try to take it again and again."""
-        full = len(self._connections) > self._most
-        if full and not self._told:
-            _logger.warning(
-                "All %d connections that the limit of open files leaves are taken; further ones are closed.",
-                self._most,
-            )
-        self._told = full
-        return full
+        return len(self._connections) > self._most
 
     def admit(self, peer: _Peer) -> bool:
         """Whether a peer may be there, which is so now. Its connection may have ended meanwhile."""
