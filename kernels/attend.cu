@@ -20,7 +20,7 @@
 #define STAGE (DEPTH * PER_LANE * 2 * 32)                  // chunks of a batch
 #define FOURS (DIM / 4)                                    // float4s of an output
 #define UNITS ((TILE * FOURS + THREADS - 1) / THREADS)     // float4s of the outputs for a thread
-#define AT_ONCE (SPLITS < 12 ? SPLITS : 12)                // parts that a thread reads at a time
+#define AT_ONCE (SPLITS < 16 ? SPLITS : 16)                // parts that a thread reads at a time
 #define RESIDENT (TILE * WIDTH <= 32 ? 4 : 2)  // blocks on a multiprocessor that leave enough registers
 
 static_assert(TEAMS * TILE * FOURS <= STAGES * STAGE, "the outputs of a warp take the place of its stages");

@@ -13,13 +13,15 @@ from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Si
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
+from clo.kernels.limits import parts_of_heads
 from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
 _MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN: PyTorch 2.11 masks there by adding -65504, which larger scores of stale rows survive."""
 
-_SPLIT_BYTES = 128 * 1024  # rows that a block of threads attends to, about
+_SPLIT_BYTES = 32 * 1024, 128 * 1024  # rows that a block of threads attends to, at least and at most, about
+_BLOCKS = 256  # of threads that fill a GPU, about
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
 _MOST_BATCH = 16  # rows that a warp takes together
@@ -269,8 +271,10 @@ def _pointers(fetch_list: FetchList | None) -> tuple[Tensor | None, Tensor | Non
 
 
 def _splits(resident: ResidentSet) -> int:
-    """Parts of about equal size; they do not depend on the batch, so that the result does not either."""
-    return max(1, round(resident.rows[0, 0].nbytes / _SPLIT_BYTES))
+    """Parts of about equal size: more where there are few heads, as a GPU would idle otherwise."""
+    heads, of_head = resident.rows.shape[0] * resident.kv_heads, resident.rows[0, 0].nbytes
+    fewest, most = (max(1, round(of_head / size)) for size in reversed(_SPLIT_BYTES))
+    return max(fewest, min(most, parts_of_heads(heads, _BLOCKS)))
 
 
 def _launch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.attend import AttentionState
 from clo.kernels.compiled import Array, compiled
-from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages
+from clo.kernels.encode import CODES, CODES_PER_BYTE, ERROR, PACKED, PAGE_TABLE, SCALES, CodePages
 from clo.kernels.encode_values import (
     MIX,
     VALUE_CODES,
@@ -28,12 +28,13 @@ from clo.kernels.encode_values import (
     signs,
 )
 from clo.kernels.launch import launch
-from clo.kernels.limits import RUN
-from clo.kernels.quantize_query import QuantizedQuery
-from clo.kernels.update_resident import TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
+from clo.kernels.limits import RUN, parts_of_heads
+from clo.kernels.quantize_query import LOG2E, QuantizedQuery
+from clo.kernels.update_resident import TAIL_BOOSTS, TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
 
 _THREADS = 128
-_RUNS = 128  # of a block of threads, at most; a lane of each warp looks up one
+_BLOCKS = 512  # of threads that fill a GPU, about
+_RUNS = 8, 128  # of a part, at least and at most; a lane of each warp looks up one
 _STAGES = 3  # pairs of runs on their way to a warp, or with it
 _MOST = 69.0  # logarithm of a weight: sums of more would be infinite
 
@@ -43,7 +44,7 @@ _SIGNATURE = Signature(
         Argument("quantized.integers", torch.int8, "B query_heads head_dim", chunks=True),
         Argument("quantized.steps", torch.float32, "B query_heads"),
         Argument("quantized.offsets", torch.float32, "B kv_heads max_blocks query_heads//kv_heads"),
-        CODES, SCALES, VALUE_CODES, VALUE_SCALES, TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS,
+        CODES, SCALES, VALUE_CODES, VALUE_SCALES, TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS, TAIL_BOOSTS,
         Argument("lengths", torch.int64, "B"),
         PAGE_TABLE,
         Argument("lse", torch.float32, "B query_heads"),
@@ -58,10 +59,14 @@ _SIGNATURE = Signature(
 )  # fmt: skip
 
 
-def tail_parts(runs: int, device: torch.device) -> int:
-    """Parts of an ``AttentionState`` that the tail fills where it has up to so many runs. They do not depend
-    on the batch, so that the result does not either."""
-    return 1 if device.type == "cpu" else -(-runs // _RUNS)
+def tail_parts(tail: TailList) -> int:
+    """Parts of an ``AttentionState`` that the tail fills: more where there are few heads, as a GPU would idle
+    otherwise."""
+    if tail.runs.is_cpu:
+        return 1
+    batch, kv_heads, runs = tail.runs.shape
+    most, fewest = (-(-runs // size) for size in _RUNS)
+    return max(fewest, min(most, parts_of_heads(batch * kv_heads, _BLOCKS)))
 
 
 def attend_tail(
@@ -77,6 +82,10 @@ def attend_tail(
 ) -> None:
     """Attend to the tail from its codes.
 
+    It stands for all that is not resident: its weights are those of its tokens times a factor for each head,
+    ``TailList.boosts``. What a key's code is off by is noise in the score, and the mean of exp(noise) is
+    above 1: exp(variance / 2), which is taken off.
+
     Args:
         state: of which the last ``tail_parts`` parts are filled.
         quantized: the query that attends, from ``quantize_query`` with the same page table, scale, ``lse``.
@@ -88,11 +97,11 @@ def attend_tail(
         scale: factor of the scores.
     """
     _SIGNATURE.check(
-        quantized.integers, quantized.steps, quantized.offsets, pages.codes, pages.scales, *values, *tail,
+        *quantized, pages.codes, pages.scales, *values, *tail,
         lengths, page_table, lse, *state,
     )  # fmt: skip
     runs, parts = tail.runs.shape[2], state.sum.shape[2]
-    own = tail_parts(runs, lengths.device)
+    own = tail_parts(tail)
     if own >= parts:
         raise ValueError(
             f"attend_tail: the state has {parts} parts, and those of the tail are the last {own}."
@@ -104,7 +113,7 @@ def attend_tail(
         launch(
             "attend_tail.cu", "attend_tail", (own * -(-group // 8), kv_heads, batch), _THREADS,
             [*quantized, pages.codes, pages.scales, *values, *tail, runs, lengths, page_table, max_blocks,
-             page_table.stride(0), lse, *state, parts, parts - own, scale],
+             page_table.stride(0), lse, *state, parts, parts - own, scale, 0.5 * ERROR * LOG2E],
             shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * pair_bytes), DIM=dim,
             GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (8 * own)) * 8,
             STAGES=_STAGES, MIX=MIX,
@@ -115,7 +124,7 @@ def attend_tail(
         values.scales.view(torch.int16), *tail, lengths, page_table.contiguous(), lse, *state,
         _levels_of_bytes(), signs(dim),
     )  # fmt: skip
-    _attention(group, dim)(scale, *(part.numpy() for part in arrays))
+    _attention(group, dim)(scale, 0.5 * ERROR, *(part.numpy() for part in arrays))
 
 
 @cache
@@ -130,9 +139,9 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
     quarter = dim // CODES_PER_BYTE
 
     def loop(
-        scale: float, integers: Array, steps: Array, offsets: Array, codes: Array, scales: Array,
-        value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array, lengths: Array,
-        pages: Array, lse: Array, outs: Array, all_sums: Array,
+        scale: float, spread: float, integers: Array, steps: Array, offsets: Array, codes: Array,
+        scales: Array, value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array,
+        boosts: Array, lengths: Array, pages: Array, lse: Array, outs: Array, all_sums: Array,
         maxima: Array, table: Array, flips: Array,
     ) -> None:  # fmt: skip
         batch, kv_heads, parts = all_sums.shape[:3]
@@ -141,7 +150,8 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
         factors = np.empty(2, np.float32)
         bits, levels = factors.view(np.int32), np.empty(dim, np.float32)
         query = np.empty((group, 4, quarter), np.int16)
-        middles, weights = np.empty(group, np.float32), np.empty(group, np.float32)
+        middles, squares = np.empty(group, np.float32), np.empty(group, np.float32)
+        weights = np.empty(group, np.float32)
         products = np.empty((group, RUN), np.int32)
         for sequence in range(batch):
             if lengths[sequence] == 0:
@@ -150,12 +160,14 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
                 out, sums = outs[sequence, head, part], all_sums[sequence, head, part]
                 out[:], sums[:] = 0, 0
                 for member in range(group):
-                    middle = np.float32(0)
+                    middle, square = np.float32(0), np.float32(0)
                     for entry in range(dim):
                         value = integers[sequence, head * group + member, entry]
                         query[member, entry // quarter, entry % quarter] = value
                         middle += value
+                        square += np.float32(value) * np.float32(value)
                     middles[member] = np.float32(1.5) * middle
+                    squares[member] = np.float32(spread) * square
                 for number in range(counts[sequence, head]):
                     run, mask = runs[sequence, head, number], masks[sequence, head, number]
                     block, within = divmod(run * RUN, block_tokens)
@@ -187,6 +199,7 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
                         for member in range(group):
                             factor = steps[sequence, head * group + member] * np.float32(scale) * key_scale
                             score = (np.float32(products[member, token]) - middles[member]) * factor
+                            score -= squares[member] * factor * factor
                             score += offsets[sequence, head, block, member] * np.float32(0.6931471805599453)
                             weights[member] = np.exp(min(score, np.float32(_MOST)))
                             sums[member] += weights[member]
@@ -209,8 +222,10 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
                     maxima[sequence, head, part, member] = -np.inf
                     if sums[member] == 0:
                         continue
-                    maxima[sequence, head, part, member] = lse[sequence, head * group + member] + np.log(
-                        sums[member]
+                    maxima[sequence, head, part, member] = (
+                        lse[sequence, head * group + member]
+                        + np.log(sums[member])
+                        + boosts[sequence, head] * np.float32(0.6931471805599453)
                     )
                     turned = out[member]
                     step = 1

@@ -36,13 +36,19 @@ CODES_PER_BYTE = 4
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that a block may have, by compute capability: A100; H100 and H200; B200."""
 
-UPDATE_STATIC_BYTES = 144
+UPDATE_STATIC_BYTES = 128
 """Shared memory that ``update_resident.cu`` declares itself."""
 
 
 def quantize_parts(group: int, head_dim: int) -> int:
     """Parts in which ``quantize_query`` sums a rotated entry: as many as shared memory holds, up to 4."""
     return next(parts for parts in (4, 2, 1) if parts * group * head_dim <= GROUP_ENTRIES_MOST)
+
+
+def parts_of_heads(heads: int, blocks: int) -> int:
+    """In how many parts the attention of each head is computed so that they fill about so many blocks of
+    threads: a power of two up to 8, since each number is a kernel of its own."""
+    return max(parts for parts in (1, 2, 4, 8) if parts == 1 or parts * heads <= blocks)
 
 
 def update_shared_bytes(k: int, capacity: int, tokens: int) -> int:

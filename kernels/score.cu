@@ -8,10 +8,11 @@
 // quantiser.
 //
 // Row r of the four tiles takes the tokens 8 r to 8 r + 7 of a unit, so that a lane's scales lie together,
-// and so do the scores: those of tokens 2 * lane and 2 * lane + 1 end up in a lane.
+// and so do the scores: those of tokens 2 * lane and 2 * lane + 1 end up in a lane, a run of 16 in 8 lanes.
 #include "common.cuh"
 
 #define UNIT 64
+#define RUN 16
 #define WORDS (DIM / 16)               // 32-bit words of codes for a token
 #define LANE_WORDS ((WORDS + 3) / 4)   // of them for a lane
 #define COLUMNS ((GROUP + 7) / 8)      // tiles of 8 queries
@@ -71,7 +72,7 @@ __device__ inline float trade(float first, float second, bool upper, int apart) 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
     const int8* integers, const float* steps, const float* offsets, const uint8* codes, const uint16* scales,
     const uint8* reselect, const int64* lengths, const int64* page_table, int64 max_blocks, int64 table_width,
-    short* scores, int64 sinks, int64 latest, float scale) {
+    short* scores, uint32* runs, int64 sinks, int64 latest, float scale) {
     extern __shared__ Stage stages[];
     const int kv_heads = gridDim.y, head = blockIdx.y, batch = blockIdx.z;
     const int64 line = (int64)batch * kv_heads + head;
@@ -141,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
         }
     }
     scores += line * max_blocks * BLOCK_TOKENS;
+    runs += line * max_blocks * (BLOCK_TOKENS / RUN);
 
     for (int unit = 0; unit < count; unit++) {
         wait_for_copies<STAGES - 2>();
@@ -203,8 +205,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) score_codes(
         const uint32 upper = __float_as_uint(trade(weight[0][1], weight[0][3], quad % 2, 1));
         const int position = (first + unit) * UNIT + lane * 2;
         uint32 both = __byte_perm(lower, upper, 0x7632);
-        if (position < sinks) both |= 0x0000ffff;
-        if (position + 1 < sinks) both |= 0xffff0000;
+        if (position < sinks || position >= end) both |= 0x0000ffff;
+        if (position + 1 < sinks || position + 1 >= end) both |= 0xffff0000;
         *(uint32*)(scores + position) = both;
+        uint32 best = both;
+        float sum = (int)(both << 16) > 0 ? __uint_as_float(both << 16) : 0.f;
+        sum += (int)both >= 1 << 16 ? __uint_as_float(both & 0xffff0000) : 0.f;
+#pragma unroll
+        for (int apart = 1; apart < RUN / 2; apart *= 2) {
+            best = __vmaxs2(best, __shfl_xor_sync(FULL_WARP, best, apart));
+            sum += __shfl_xor_sync(FULL_WARP, sum, apart);
+        }
+        if (lane % (RUN / 2) == 0) {
+            const int top = max((int)best >> 16, (int)(short)(best & 0xffff));
+            runs[position / RUN] = __byte_perm(top, __float_as_uint(sum), 0x7610);
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,18 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.compiled import Array, compiled
 from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages
 from clo.kernels.launch import launch
-from clo.kernels.limits import BLOCK_TOKENS_STEP
+from clo.kernels.limits import BLOCK_TOKENS_STEP, RUN
 from clo.kernels.quantize_query import LOG2E, QuantizedQuery
 
 NEVER = -1  # score of a row that is not a candidate
+
+
+class Scores(NamedTuple):
+    """Scores of the rows, and what they come to in runs of 16."""
+
+    rows: Tensor  # [B, kv_heads, T] int16, as from ``score_products``
+    runs: Tensor  # [B, kv_heads, ceil(T / 16), 2] int16, as from ``sum_runs``
+
 
 _UNIT = BLOCK_TOKENS_STEP  # tokens that a warp scores at a time
 _WARPS, _UNITS, _STAGES = 4, 8, 3  # warps of a block; units of a warp; units on their way to it
@@ -48,7 +57,7 @@ def score_exact(
     sinks: int,
     latest: int,
     scale: float,
-) -> Tensor:
+) -> Scores:
     """Scores from the keys in the arena themselves.
 
     Args:
@@ -56,11 +65,12 @@ def score_exact(
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
         block_table: [B, max_blocks] int64.
 
-    The others, and the result, are those of ``score_products``.
+    The others are those of ``score_products``.
     """
     keys = gather_tokens(arena[:, :, :, 0], block_table).float()
     grouped = query.float().view(query.shape[0], keys.shape[1], -1, query.shape[2])
-    return score_products(grouped @ keys.transpose(-1, -2), lse, lengths, sinks, latest, scale)
+    rows = score_products(grouped @ keys.transpose(-1, -2), lse, lengths, sinks, latest, scale)
+    return Scores(rows, sum_runs(rows))
 
 
 def score_products(
@@ -88,6 +98,23 @@ def score_products(
     return scores.masked_fill_((places >= lengths.unsqueeze(1) - latest).unsqueeze(1), NEVER)
 
 
+def sum_runs(rows: Tensor) -> Tensor:
+    """Of each run of 16 rows the largest score, and the sum of its scores as weights.
+
+    Args:
+        rows: [B, kv_heads, T] int16, from ``score_products``.
+
+    Returns:
+        [B, kv_heads, ceil(T / 16), 2] int16; the sum as its high 16 bits in float32, added pair by pair. A
+        run of which no row is a candidate has ``NEVER`` and 0.
+    """
+    runs = torch.nn.functional.pad(rows, (0, -rows.shape[2] % RUN), value=NEVER).unflatten(2, (-1, RUN))
+    weights = (runs.clamp_min(0).int() << 16).view(torch.float32)
+    while weights.shape[3] > 1:
+        weights = weights[..., ::2] + weights[..., 1::2]
+    return torch.stack((runs.amax(3), (weights.view(torch.int32) >> 16)[..., 0].short()), 3)
+
+
 def score_codes(
     quantized: QuantizedQuery,
     pages: CodePages,
@@ -97,7 +124,7 @@ def score_codes(
     sinks: int,
     latest: int,
     scale: float,
-) -> Tensor:
+) -> Scores:
     """Scores from the 2-bit codes of the keys (``clo.kernels.encode``).
 
     Args:
@@ -109,8 +136,8 @@ def score_codes(
         sinks, latest, scale: see ``score_products``.
 
     Returns:
-        [B, kv_heads, T] int16, T = max_blocks * block_tokens, as from ``score_products``; undefined from
-        ``lengths - latest`` on.
+        Of T = max_blocks * block_tokens rows; undefined for those from ``lengths - latest`` on, and for runs
+        of them alone.
     """
     integers, steps, offsets = quantized
     _SIGNATURE.check(
@@ -129,22 +156,25 @@ def score_codes(
     dim, block_tokens = integers.shape[2], pages.block_tokens
     if not integers.is_cpu:
         span = max_blocks * block_tokens
-        scores = torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device)
+        scores = Scores(
+            torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device),
+            torch.empty(batch, kv_heads, span // RUN, 2, dtype=torch.int16, device=integers.device),
+        )
         columns = -(-group // 8) * (4 if group <= 4 else 8)
         stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
         launch(
             "score.cu", "score_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
             [*quantized, pages.codes, pages.scales, reselect, lengths, page_table, max_blocks,
-             page_table.stride(0), scores, sinks, latest, scale],
+             page_table.stride(0), *scores, sinks, latest, scale],
             shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
             WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
         )  # fmt: skip
         return scores
     codes = pages.codes.numpy(), pages.scales.view(torch.int16).numpy()
     logarithms = np.empty((group, max_blocks * block_tokens), np.float32)
-    scores = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
+    rows = torch.full((batch, kv_heads, max_blocks * block_tokens), NEVER, dtype=torch.int16)
     for sequence, head in reselect.nonzero().tolist():
-        end = min(int(lengths[sequence]) - latest, scores.shape[2])
+        end = min(int(lengths[sequence]) - latest, rows.shape[2])
         if end <= sinks:
             continue
         query = (part.numpy()[sequence] for part in (integers, steps, offsets[:, head]))
@@ -154,8 +184,8 @@ def score_codes(
         )
         with np.errstate(over="ignore"):
             np.exp(of_head, out=of_head)
-        _sum(of_head, sinks, scores.numpy()[sequence, head])
-    return scores
+        _sum(of_head, sinks, rows.numpy()[sequence, head])
+    return Scores(rows, sum_runs(rows))
 
 
 @cache

@@ -1,15 +1,18 @@
 // One block for each (KV head, sequence). The k best scores lie in the k best stretches of 16, by their
-// largest score: those are found first, and only they are looked at again. Then the set's positions look
-// themselves up among the chosen positions. The k-th best is found by counting: by the highest byte, then by
-// the next byte of those that share it. A barrier costs as much as the little work between two of them, so
-// every warp reads the counts for itself, and each byte has bins of its own, empty from the start.
+// largest score: those are found first, and only in them single scores are looked at. Then the set's
+// positions look themselves up among the chosen positions. The k-th best is found by counting: by the highest
+// byte, then by the next byte of those that share it. A barrier costs as much as the little work between two
+// of them, so every warp reads the counts for itself, and each byte has bins of its own, empty from the
+// start.
 //
 // The tail is the best of the same stretches by the sum of what their tokens weigh that are not resident. A
-// map of one bit for each token says which are.
+// map of one bit for each token says which are; where a stretch has one, the sum that came with the scores
+// counts too much, and is taken anew.
 #include "common.cuh"
 
 #define BINS 256
-#define HELD 4  // positions that a thread looks up at the same time
+#define MOST 1e6f  // as much as its tokens the tail stands for, at most
+#define HELD 4     // positions that a thread looks up at the same time
 
 __device__ inline int score_of(const uint4& eight, int i) {
     const uint32 words[4] = {eight.x, eight.y, eight.z, eight.w};
@@ -29,6 +32,39 @@ __device__ inline void cut(uint4& eight, int left) {
 // The larger the byte, the earlier the bin.
 __device__ inline void count(int* bins, int value, int shift) {
     atomicAdd(&bins[~value >> shift & (BINS - 1)], 1);
+}
+
+// The same for four values, some of which may be below zero and do not count. Neighbours mostly share a bin,
+// and a bin takes one thread at a time.
+__device__ inline void count_four(int* bins, const int (&values)[4], int shift) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int alike = values[i] >= 0;
+        bool first = alike;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const bool same = values[j] >= 0 && values[i] >> shift == values[j] >> shift;
+            if (j < i) first = first && !same;
+            else if (j > i) alike += same;
+        }
+        if (first) atomicAdd(&bins[~values[i] >> shift & (BINS - 1)], alike);
+    }
+}
+
+// What those of eight scores weigh that `absent` has a bit for, in the order in which score.cu adds.
+__device__ inline float weigh_absent(const uint4& eight, uint32 absent) {
+    float weights[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int score = score_of(eight, i);
+        weights[i] = absent >> i & 1 && score > 0 ? __int_as_float(score << 16) : 0.f;
+    }
+#pragma unroll
+    for (int width = 4; width > 0; width /= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (i < width) weights[i] = weights[2 * i] + weights[2 * i + 1];
+    return weights[0];
 }
 
 // The bin in which the running count reaches `wanted`, -1 where it never does; `before` becomes the count of
@@ -112,14 +148,13 @@ __device__ inline int keep(int count, int bound, int ties, int* room, Load load,
     return better + min(same, ties);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
-    const short* scores, int64 span, int64 latest, const uint8* reselect, const int64* lengths,
-    int* positions, int* last_used, int64* counters, int* entries, int* counts, int64 k64, int64 capacity64,
-    int64 kv_heads, int* tail_runs, int* tail_masks, int* tail_counts, int64 tail64, int64 sinks,
-    int64 recent, uint4* room_for_map) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_resident(
+    const short* scores, const uint32* runs, int64 span, int64 latest, const uint8* reselect,
+    const int64* lengths, int* positions, int* last_used, int64* counters, int* entries, int* counts,
+    int64 k64, int64 capacity64, int64 kv_heads, int* tail_runs, int* tail_masks, int* tail_counts,
+    float* tail_boosts, int64 tail64, int64 sinks, int64 recent, uint4* room_for_map) {
     extern __shared__ uint4 memory[];
     __shared__ int room[32];
-    __shared__ float weigh[2];  // the tail, and all stretches
     const int k = (int)k64, capacity = (int)capacity64, tail = (int)tail64, thread = threadIdx.x;
     const int64 line = blockIdx.x, batch = line / kv_heads;
     const int places = (k + 15) / 16 * 16;
@@ -132,14 +167,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
     int* idle = active + places;           // [capacity] tokens since an entry was last selected
     // [span / 128] what the tokens of each stretch weigh that are not resident, and the map; a long context
     // has them in global memory
-    const int eighths = ((int)span + 127) / 128, words = ((int)span + 31) / 32;
+    const int eighths = ((int)span + 127) / 128;
     uint4* sums =
         room_for_map ? room_for_map + blockIdx.x * (eighths * 2) : (uint4*)(idle + (capacity + 3) / 4 * 4);
     uint32* map = (uint32*)(sums + eighths);
     for (int i = thread; i < 9 * BINS + places / 4; i += THREADS) bins[0][i] = 0;  // `known` too
     if (tail)
-        for (int i = thread; i < words; i += THREADS) map[i] = 0;
-    if (thread < 2) weigh[thread] = 0.f;
+        for (int i = thread; i < eighths; i += THREADS) ((uint4*)map)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     const int length = (int)lengths[batch];
     if (!reselect[line] || length <= 0) {
@@ -148,6 +182,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
     }
     const int end = max(0, min((int)span, length - (int)latest));
     const uint4* source = (const uint4*)(scores + line * span);
+    const int stretches_there = (end + 15) / 16;
+    const auto load_four = [&](int at) {  // stretches; the halves of each word are its largest score and sum
+        return at * 4 < stretches_there ? ((const uint4*)(runs + line * (span / 16)))[at]
+                                        : make_uint4(0, 0, 0, 0);
+    };
+    uint4 next = load_four(thread);
     positions += line * capacity;
     last_used += line * capacity;
     entries += line * k;
@@ -161,41 +201,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
 
     // 1. the k best stretches
     const int groups = (end + 127) / 128;  // of eight stretches
-    float of_tail = 0.f, of_all = 0.f;     // what the thread's stretches weigh
-    for (int first = 0; first < groups * 16; first += LOADS * THREADS) {
-        uint4 loaded[LOADS];
+    for (int at = thread; at < groups * 2; at += THREADS) {
+        const uint4 four = next;
+        next = load_four(at + THREADS);
+        int tops[4], totals[4];
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int at = first + i * THREADS + thread;
-            loaded[i] = make_uint4(0, 0, 0, 0);
-            if (at * 8 < end) loaded[i] = source[at];
+        for (int i = 0; i < 4; i++) {
+            const bool there = at * 4 + i < stretches_there;
+            tops[i] = there ? score_of(four, 2 * i) : -1;
+            totals[i] = there ? score_of(four, 2 * i + 1) : -1;
         }
+        ((uint2*)eights)[at] =
+            make_uint2(__byte_perm(tops[0], tops[1], 0x5410), __byte_perm(tops[2], tops[3], 0x5410));
+        count_four(bins[0], tops, 8);
+        if (!tail) continue;
+        const uint2 bits = ((const uint2*)map)[at];
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int at = first + i * THREADS + thread;
-            uint4& eight = loaded[i];
-            cut(eight, end - at * 8);
-            uint32 best = __vmaxs2(__vmaxs2(eight.x, eight.y), __vmaxs2(eight.z, eight.w));
-            best = __vmaxs2(best, __shfl_xor_sync(FULL_WARP, best, 1));
-            const int top = max((int)best >> 16, (int)(short)(best & 0xffff));
-            float weight = 0.f;
-            if (tail) {
-                const uint8 resident = at * 8 < end ? ((const uint8*)map)[at] : 0;
+        for (int pair = 0; pair < 2; pair++) {  // more at a time would take more registers than there are
+            uint4 low[2], high[2];
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-                    if (!(resident >> j & 1) && score_of(eight, j) > 0)
-                        weight += __int_as_float(score_of(eight, j) << 16);
-                weight += __shfl_xor_sync(FULL_WARP, weight, 1);
+            for (int i = 0; i < 2; i++) {
+                const int stretch = at * 4 + pair * 2 + i;
+                if ((pair ? bits.y : bits.x) >> i * 16 & 0xffff && stretch < stretches_there)
+                    low[i] = source[stretch * 2], high[i] = source[stretch * 2 + 1];
             }
-            if (thread % 2 || at >= groups * 16) continue;
-            ((short*)eights)[at / 2] = (short)top;
-            if (top >= 0) count(bins[0], top, 8);
-            if (tail) {
-                const int sum = __float_as_int(weight) >> 16;
-                ((short*)sums)[at / 2] = sum > 0 ? (short)sum : (short)-1;
-                if (sum > 0) count(bins[7], sum, 8), of_all += __int_as_float(sum << 16);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int stretch = at * 4 + pair * 2 + i;
+                int& total = totals[pair * 2 + i];
+                const uint32 resident = (pair ? bits.y : bits.x) >> i * 16 & 0xffff;
+                if (resident && stretch < stretches_there) {
+                    const int left = end - stretch * 16;
+                    cut(low[i], left), cut(high[i], left - 8);
+                    const float sum = weigh_absent(low[i], ~resident) + weigh_absent(high[i], ~resident >> 8);
+                    total = __float_as_int(sum) >> 16;
+                }
+                if (total <= 0) total = -1;
             }
         }
+        ((uint2*)sums)[at] =
+            make_uint2(__byte_perm(totals[0], totals[1], 0x5410), __byte_perm(totals[2], totals[3], 0x5410));
+        count_four(bins[7], totals, 8);
     }
     __syncthreads();
     const auto of_eights = [&](int index, int (&values)[8]) {
@@ -322,16 +368,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) update_resident(
         const int low = (int)sinks - run * 16, high = length - (int)recent - run * 16;
         if (low > 0) absent &= low < 16 ? ~0u << low : 0u;
         if (high < 16) absent &= high > 0 ? ~(~0u << high) : 0u;
-        of_tail += __int_as_float((int)((const short*)sums)[run] << 16);
         tail_runs[line * tail + rank] = run;
         tail_masks[line * tail + rank] = (int)absent;
     });
-    of_tail = warp_sum(of_tail), of_all = warp_sum(of_all);
-    if (thread % 32 == 0) atomicAdd(&weigh[0], of_tail), atomicAdd(&weigh[1], of_all);
     __syncthreads();
+    // The tail stands for all that is not resident: for what its own tokens weigh now, and for the others.
+    // These are added up by themselves, as a difference of sums would be lost beside what is on its way.
+    float of_tail = 0.f, others = 0.f, alike = 0.f, within = 0.f;
+    for (int i = thread; i < groups; i += THREADS) {
+        const uint4 eight = sums[i];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int value = score_of(eight, j);
+            const float weight = value > 0 ? __int_as_float(value << 16) : 0.f;
+            if (value > bound) of_tail += weight;
+            else if (value < bound) others += weight;
+            else alike += 1.f;
+        }
+    }
+    for (int rank = thread; rank < listed; rank += THREADS) {
+        const int run = tail_runs[line * tail + rank], left = end - run * 16;
+        const uint32 absent = (uint32)tail_masks[line * tail + rank];
+        uint4 low = source[run * 2], high = source[run * 2 + 1];
+        cut(low, left), cut(high, left - 8);
+        within += weigh_absent(low, absent) + weigh_absent(high, absent >> 8);
+    }
+    of_tail = block_sum(of_tail, (float*)room);
+    others = block_sum(others, (float*)room);
+    alike = block_sum(alike, (float*)room);
+    within = block_sum(within, (float*)room);
     if (thread == 0) {
         tail_counts[line] = listed;
-        if (weigh[1] > 0.f)
-            counters[line * COUNTERS + 5] += (int64)(1e6f * fmaxf(1.f - weigh[0] / weigh[1], 0.f));
+        const float weight = __int_as_float(bound << 16), taken = fminf(alike, (float)ties);
+        of_tail += taken * weight;
+        others += (alike - taken) * weight;
+        tail_boosts[line] = within > 0.f ? __log2f(1.f + fminf(others / within, MOST)) : 0.f;
+        if (of_tail > 0.f) counters[line * COUNTERS + 5] += (int64)(1e6f * (others / (of_tail + others)));
     }
 }

@@ -12,10 +12,12 @@ from clo.kernels.compiled import Array, compiled
 from clo.kernels.launch import launch
 from clo.kernels.limits import RUN, SHARED_BYTES, update_shared_bytes
 from clo.kernels.resident import LAST_USED, POSITIONS, ResidentSet
+from clo.kernels.score import Scores
 
-_THREADS = 512
-_LOADS = 4  # loads of 8 scores on their way to a thread
+_THREADS = 512, 1024  # of a block, for spans up to _SHORT tokens and for longer ones, where heads are few
+_SHORT = 131_072
 _MAP_SHARED_BYTES = 32 * 1024  # of the map and the sums; larger ones lie in global memory
+_MOST = 1e6  # as much as its tokens the tail stands for, at most
 
 
 class FetchList(NamedTuple):
@@ -31,6 +33,7 @@ class TailList(NamedTuple):
     runs: Tensor  # [B, kv_heads, R] int32, numbers of runs, ascending; the first ``counts`` are valid
     masks: Tensor  # [B, kv_heads, R] int32, bit i: whether token i of the run is in the tail
     counts: Tensor  # [B, kv_heads] int32
+    boosts: Tensor  # [B, kv_heads] float32, base-2 log of what all weighs that is not resident, by the tail's
 
     def slots(self, count: int) -> "TailList":
         """The part of the first ``count`` sequences, without a copy."""
@@ -44,28 +47,30 @@ COUNTS = Argument("fetch_list.counts", torch.int32, "B kv_heads")
 TAIL_RUNS = Argument("tail.runs", torch.int32, "B kv_heads R")
 TAIL_MASKS = Argument("tail.masks", torch.int32, "B kv_heads R")
 TAIL_COUNTS = Argument("tail.counts", torch.int32, "B kv_heads")
+TAIL_BOOSTS = Argument("tail.boosts", torch.float32, "B kv_heads")
 """The tensors of a ``TailList`` as arguments of operations."""
 
 _SIGNATURE = Signature(
     "update_resident",
     (
-        Argument("scores", torch.int16, "B kv_heads T", chunks=True),
+        Argument("scores.rows", torch.int16, "B kv_heads T", chunks=True),
+        Argument("scores.runs", torch.int16, f"B kv_heads -(-T//{RUN}) 2", chunks=True),
         Argument("reselect", torch.bool, "B kv_heads"),
         Argument("lengths", torch.int64, "B"),
         POSITIONS, LAST_USED,
         Argument("counters", torch.int64, "B kv_heads 6"),
-        *(part._replace(optional=True) for part in (TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS)),
+        *(part._replace(optional=True) for part in (TAIL_RUNS, TAIL_MASKS, TAIL_COUNTS, TAIL_BOOSTS)),
     ),
     (
         Rule("1 <= k <= capacity", "a head keeps what it selects"),
         Rule("latest >= 0", "it counts tokens"),
-        Rule("T % 16 == 0", "scores are read 16 at a time", gpu=True),
+        Rule("T % 64 == 0", "a thread reads four runs of scores at a time", gpu=True),
     ),
 )  # fmt: skip
 
 
 def update_resident(
-    scores: Tensor,
+    scores: Scores,
     reselect: Tensor,
     lengths: Tensor,
     latest: int,
@@ -84,7 +89,7 @@ def update_resident(
     neither resident now, nor of the sinks or the recent ones.
 
     Args:
-        scores: [B, kv_heads, T] int16, from ``clo.kernels.score``.
+        scores: from ``clo.kernels.score``.
         reselect: [B, kv_heads] bool, heads that select.
         lengths: [B] int64, written to ``last_used``; 0 for a slot not in use, whose scores may be anything.
         latest: number of the latest tokens, whose scores are undefined.
@@ -99,32 +104,33 @@ def update_resident(
         The rows to fetch.
     """
     positions, last_used = resident.positions, resident.last_used
-    of_tail = (None,) * 3 if tail is None else tail
-    _SIGNATURE.check(scores, reselect, lengths, positions, last_used, counters, *of_tail, k=k, latest=latest)
-    span, capacity = scores.shape[2], resident.capacity
-    if not scores.is_cpu:
+    of_tail = (None,) * 4 if tail is None else tail
+    _SIGNATURE.check(*scores, reselect, lengths, positions, last_used, counters, *of_tail, k=k, latest=latest)
+    span, capacity, device = scores.rows.shape[2], resident.capacity, lengths.device
+    if device.type != "cpu":
         shared, map_units = update_shared_bytes(k, capacity, span), 0 if tail is None else 2 * -(-span // 128)
         near = shared + 16 * (map_units + 1) if map_units else shared
         room = None
         if 16 * map_units > _MAP_SHARED_BYTES or near > min(SHARED_BYTES.values()):
-            room = torch.empty(reselect.numel() * map_units, 4, dtype=torch.int32, device=scores.device)
+            room = torch.empty(reselect.numel() * map_units, 4, dtype=torch.int32, device=device)
+        threads = _THREADS[span > _SHORT]
         fetch_list = FetchList(
-            torch.empty(*reselect.shape, k, dtype=torch.int32, device=scores.device),
-            torch.empty(reselect.shape, dtype=torch.int32, device=scores.device),
+            torch.empty(*reselect.shape, k, dtype=torch.int32, device=device),
+            torch.empty(reselect.shape, dtype=torch.int32, device=device),
         )
         launch(
-            "update_resident.cu", "update_resident", (reselect.numel(),), _THREADS,
-            [scores, span, latest, reselect, lengths, positions, last_used, counters, *fetch_list, k,
+            "update_resident.cu", "update_resident", (reselect.numel(),), threads,
+            [*scores, span, latest, reselect, lengths, positions, last_used, counters, *fetch_list, k,
              capacity, reselect.shape[1], *of_tail, 0 if tail is None else tail.runs.shape[2],
              resident.sinks, resident.recent, room],
-            shared=near if room is None else shared, THREADS=_THREADS, LOADS=_LOADS,
+            shared=near if room is None else shared, THREADS=threads,
         )  # fmt: skip
         return fetch_list
     fetch_list = FetchList(
         torch.empty(*reselect.shape, k, dtype=torch.int32), torch.zeros(reselect.shape, dtype=torch.int32)
     )
     arrays = (
-        scores, reselect, lengths, positions, last_used, counters, *fetch_list,
+        *scores, reselect, lengths, positions, last_used, counters, *fetch_list,
         *(tail or _no_tail(*reselect.shape)),
     )  # fmt: skip
     _update(latest, k, resident.sinks, resident.recent, *(part.numpy() for part in arrays))
@@ -133,7 +139,8 @@ def update_resident(
 
 def _no_tail(batch: int, kv_heads: int) -> TailList:
     none = torch.empty(batch, kv_heads, 0, dtype=torch.int32)
-    return TailList(none, none, none.sum(2, dtype=torch.int32))
+    counts = none.sum(2, dtype=torch.int32)
+    return TailList(none, none, counts, counts.float())
 
 
 def _best(scores: Array, k: int) -> tuple[int, int]:
@@ -184,35 +191,46 @@ def _oldest(ages: Array, count: int) -> tuple[int, int]:
 _oldest = compiled(_oldest)
 
 
-def _sum_runs(candidates: Array, row_of: Array, weight: Array, two: Array, sums: Array) -> None:
+def _sum_absent(candidates: Array, held: Array, row_of: Array, of_runs: Array, sums: Array) -> None:
     """What the tokens of each run weigh that are not resident, high 16 bits of float32; -1 for nothing.
 
     Args:
-        weight, two: [1] and [2] float32, to compute with.
+        held: positions of resident rows.
+        of_runs: [any, 2], ``Scores.runs``, which counts all tokens.
     """
-    bits, whole = weight.view(np.int32), two.view(np.int32)
+    weights = np.empty(RUN, np.float32)
+    bits = weights.view(np.int32)
+    there = -(-len(candidates) // RUN)
     for run in range(len(sums)):
-        two[:] = 0
-        for position in range(run * RUN, min((run + 1) * RUN, len(candidates))):
-            if candidates[position] > 0 and row_of[position] < 0:
-                bits[0] = np.int32(candidates[position]) << 16
-                two[position % RUN // 8] += weight[0]
-        two[0] += two[1]
-        sums[run] = whole[0] >> 16 if whole[0] >> 16 > 0 else -1
+        sums[run] = of_runs[run, 1] if run < there and of_runs[run, 1] > 0 else -1
+    for row in range(len(held)):
+        if not 0 <= held[row] < len(candidates):
+            continue
+        run = held[row] // RUN
+        for place in range(RUN):
+            position = run * RUN + place
+            counts = position < len(candidates) and candidates[position] > 0 and row_of[position] < 0
+            bits[place] = np.int32(candidates[position]) << 16 if counts else 0
+        width = RUN
+        while width > 1:  # in the order in which the kernels add
+            width //= 2
+            for place in range(width):
+                weights[place] = weights[2 * place] + weights[2 * place + 1]
+        sums[run] = bits[0] >> 16 if bits[0] >> 16 > 0 else -1
 
 
-_sum_runs = compiled(_sum_runs)
+_sum_absent = compiled(_sum_absent)
 
 
 def _loop(
-    latest: int, k: int, sinks: int, recent: int, scores: Array, reselect: Array, lengths: Array,
-    positions: Array, last_used: Array, counters: Array, entries: Array, counts: Array, runs: Array,
-    masks: Array, tail_counts: Array,
+    latest: int, k: int, sinks: int, recent: int, scores: Array, of_runs: Array, reselect: Array,
+    lengths: Array, positions: Array, last_used: Array, counters: Array, entries: Array, counts: Array,
+    runs: Array, masks: Array, tail_counts: Array, boosts: Array,
 ) -> None:  # fmt: skip
     batch, kv_heads, span = scores.shape
     capacity, most = positions.shape[2], runs.shape[2]
     sums = np.empty(-(-span // RUN) if most else 0, np.int16)
-    weight, two = np.zeros(1, np.float32), np.zeros(2, np.float32)
+    weight = np.zeros(1, np.float32)
     bits = weight.view(np.int32)
     row_of, missing = np.full(span, -1, np.int32), np.empty(k, np.int32)
     for sequence in range(batch):
@@ -226,7 +244,7 @@ def _loop(
                     row_of[held[row]] = row
             candidates = scores[sequence, head, : max(length - latest, 0)]
             if most:
-                _sum_runs(candidates, row_of, weight, two, sums)
+                _sum_absent(candidates, held, row_of, of_runs[sequence, head], sums)
             bound, equal = _best(candidates, k)
             selected = count = 0
             for position in range(len(candidates)):
@@ -262,27 +280,30 @@ def _loop(
                 if 0 <= held[row] < span:
                     row_of[held[row]] = row
             bound, equal = _best(sums, most)
-            listed, weighs, all_weigh = 0, np.float32(0), np.float32(0)
+            listed, weigh, others, within = 0, np.float32(0), np.float32(0), np.float32(0)
             for run in range(len(sums)):
-                if sums[run] > 0:
-                    bits[0] = np.int32(sums[run]) << 16
-                    all_weigh += weight[0]
-            for run in range(len(sums)):
-                if sums[run] < max(bound, 1) or (sums[run] == bound and equal == 0):
+                if sums[run] <= 0:
                     continue
+                bits[0] = np.int32(sums[run]) << 16
+                if sums[run] < bound or (sums[run] == bound and equal == 0):
+                    others += weight[0]
+                    continue
+                weigh += weight[0]
                 equal -= sums[run] == bound
                 mask = 0
                 for place in range(RUN):
                     position = run * RUN + place
                     if sinks <= position < length - recent and row_of[position] < 0:
                         mask |= 1 << place
+                        if position < len(candidates) and candidates[position] > 0:
+                            bits[0] = np.int32(candidates[position]) << 16
+                            within += weight[0]
                 runs[sequence, head, listed], masks[sequence, head, listed] = run, mask
                 listed += 1
-                bits[0] = np.int32(sums[run]) << 16
-                weighs += weight[0]
             tail_counts[sequence, head] = listed
-            if all_weigh > 0:
-                counters[sequence, head, 5] += np.int64(np.float32(1e6) * (1 - weighs / all_weigh))
+            boosts[sequence, head] = np.log2(1 + min(others / within, np.float32(_MOST))) if within > 0 else 0
+            if weigh > 0:
+                counters[sequence, head, 5] += np.int64(np.float32(1e6) * (others / (weigh + others)))
             for row in range(capacity):
                 if 0 <= held[row] < span:
                     row_of[held[row]] = -1

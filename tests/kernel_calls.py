@@ -23,7 +23,7 @@ from clo.kernels.mailbox import post
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import Adjustments, SamplingState, sample
-from clo.kernels.score import score_codes
+from clo.kernels.score import Scores, score_codes
 from clo.kernels.store import store_new, store_prompts
 from clo.kernels.take import take
 from clo.kernels.update_resident import FetchList, TailList, update_resident
@@ -124,15 +124,18 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         zeros(blocks, kv_heads, *words, dtype=torch.int16),
         zeros(blocks, kv_heads, sizes.block_tokens, dtype=torch.float16),
     )
+    scores = Scores(
+        zeros(*heads, tokens, dtype=torch.int16), zeros(*heads, -(-tokens // RUN), 2, dtype=torch.int16)
+    )
     runs = zeros(*heads, sizes.runs, dtype=torch.int32)
-    tail = TailList(runs, runs + 1, zeros(*heads, dtype=torch.int32))
+    tail = TailList(runs, runs + 1, zeros(*heads, dtype=torch.int32), zeros(*heads, dtype=torch.float32))
     queries = *heads, 1, group  # attended in one part, as the reference does
     state = AttentionState(
         zeros(*queries, head_dim, dtype=torch.float32),
         zeros(*queries, dtype=torch.float32),
         zeros(*queries, dtype=torch.float32),
     )
-    with_tail = *heads, 1 + tail_parts(sizes.runs, torch.device(device)), group
+    with_tail = *heads, 1 + tail_parts(tail), group
     state_with_tail = AttentionState(
         zeros(*with_tail, head_dim, dtype=torch.float32),
         zeros(*with_tail, dtype=torch.float32),
@@ -229,7 +232,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         Call(
             update_resident,
             {
-                "scores": zeros(*heads, tokens, dtype=torch.int16), "reselect": reselect, "lengths": lengths,
+                "scores": scores, "reselect": reselect, "lengths": lengths,
                 "latest": sizes.recent, "resident": resident, "counters": counters, "k": k, "tail": tail,
             },
         ),

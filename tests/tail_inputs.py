@@ -1,11 +1,12 @@
 """Inputs for tests of the tail, and what it is by its definition."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, unpack
+from clo.kernels.encode import CODES_PER_BYTE, ERROR, CodePages, encode, unpack
 from clo.kernels.encode_values import (
     ValuePages,
     decode_values,
@@ -15,6 +16,7 @@ from clo.kernels.encode_values import (
 )
 from clo.kernels.limits import RUN
 from clo.kernels.resident import ResidentSet
+from clo.kernels.score import NEVER, Scores, sum_runs
 from clo.kernels.update_resident import TailList
 from tests.kernel_calls import Shape
 
@@ -24,7 +26,8 @@ BLOCK_TOKENS = 64
 def empty_tail(batch: int, kv_heads: int, runs: int) -> TailList:
     """A tail of ``runs`` runs at most, with none."""
     numbers = torch.zeros(batch, kv_heads, runs, dtype=torch.int32)
-    return TailList(numbers, numbers.clone(), torch.zeros(batch, kv_heads, dtype=torch.int32))
+    counts = torch.zeros(batch, kv_heads, dtype=torch.int32)
+    return TailList(numbers, numbers.clone(), counts, counts.float())
 
 
 def tokens_of(tail: TailList, tokens: int) -> Tensor:
@@ -37,6 +40,12 @@ def tokens_of(tail: TailList, tokens: int) -> Tensor:
     found = torch.zeros(batch, kv_heads, tokens + RUN, dtype=torch.int64)
     found.scatter_add_(2, positions.flatten(2).long(), bits.flatten(2).long())
     return found[..., :tokens]
+
+
+def with_runs(rows: Tensor, lengths: Tensor, latest: int) -> Scores:
+    """Scores [B, kv_heads, T] int16, of which those of the latest tokens say nothing, and their runs."""
+    late = torch.arange(rows.shape[2], device=rows.device) >= lengths.view(-1, 1, 1) - latest
+    return Scores(rows, sum_runs(rows.masked_fill(late, NEVER)))
 
 
 def check_tail(
@@ -58,6 +67,7 @@ def check_tail(
     runs = -(-len(scores) // RUN)
     weights = (scores.int() << 16).view(torch.float32).clone()
     weights[(scores <= 0) | (torch.arange(len(scores)) >= length - latest)] = 0
+    all_weights = weights.clone()
     weights[before[before >= 0].long()] = 0
     sums = torch.nn.functional.pad(weights, (0, runs * RUN - len(scores))).view(runs, RUN).sum(1)
     count, most = int(tail.counts[line]), tail.runs.shape[2]
@@ -72,6 +82,12 @@ def check_tail(
     wanted = (positions >= resident.sinks) & (positions < length - resident.recent)
     wanted &= ~torch.isin(positions, resident.positions[line])
     assert torch.equal(tail.masks[line][:count].unsqueeze(1) >> torch.arange(RUN) & 1, wanted.int())
+    now = torch.nn.functional.pad(all_weights, (0, runs * RUN - len(scores))).view(runs, RUN)[listed]
+    dropped = torch.ones(runs, dtype=torch.bool)
+    dropped[listed] = False
+    others, within = float(sums[dropped].sum()), float((now * wanted).sum())
+    boost = math.log2(1 + min(others / within, 1e6)) if within else 0.0
+    assert abs(float(tail.boosts[line]) - boost) < 0.03, "it stands for all others"
 
 
 class Coded(NamedTuple):
@@ -83,6 +99,13 @@ class Coded(NamedTuple):
     page_table: Tensor  # [B, blocks]
     keys: Tensor  # [B, kv_heads, T, head_dim] float32, as their codes say
     attended: Tensor  # the same of the values
+    exact: Tensor  # the keys themselves
+
+    def noise(self, query: Tensor, scale: float) -> Tensor:
+        """[B, kv_heads, group, T]: half the variance of scores by what the codes are off by."""
+        by_sequence = self.pages.scales[self.page_table].transpose(1, 2).flatten(2).float()
+        squares = query.square().sum(-1).view(*by_sequence.shape[:2], -1, 1)
+        return 0.5 * ERROR * scale**2 * squares * by_sequence.unsqueeze(2).square()
 
 
 def coded(shape: Shape, batch: int, tokens: int) -> Coded:
@@ -106,7 +129,7 @@ def coded(shape: Shape, batch: int, tokens: int) -> Coded:
     assert packed.shape[3] == halves_of(dim)
     return Coded(
         CodePages(codes, scales, centres), ValuePages(packed.contiguous(), value_scales), rotation, table,
-        by_sequence(decoded), by_sequence(decode_values(levels, value_scales)),
+        by_sequence(decoded), by_sequence(decode_values(levels, value_scales)), by_sequence(keys),
     )  # fmt: skip
 
 
@@ -119,4 +142,4 @@ def random_tail(batch: int, kv_heads: int, runs: int, tokens: int) -> TailList:
     masks[..., ::5] = 0
     counts = torch.randint(0, min(runs, tokens // RUN) + 1, (batch, kv_heads), dtype=torch.int32)
     counts[0], counts[1] = 0, min(runs, tokens // RUN)
-    return TailList(numbers, masks, counts)
+    return TailList(numbers, masks, counts, torch.rand(batch, kv_heads))

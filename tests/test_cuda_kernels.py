@@ -11,13 +11,14 @@ from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, encode_new, un
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
 from clo.kernels.launch import block_shared_bytes
-from clo.kernels.limits import UPDATE_STATIC_BYTES, update_shared_bytes
+from clo.kernels.limits import RUN, UPDATE_STATIC_BYTES, update_shared_bytes
 from clo.kernels.quantize_query import quantize_query
-from clo.kernels.score import NEVER, score_codes
+from clo.kernels.score import NEVER, Scores, score_codes, sum_runs
 from clo.kernels.store import store_new, store_prompt
 from clo.kernels.update_resident import FetchList, update_resident
 from tests.cuda_tensors import RECENT, SINKS, inner, mapped, on_gpu, resident_set, same
 from tests.kernel_calls import SHAPES
+from tests.tail_inputs import with_runs
 
 pytestmark = pytest.mark.gpu
 
@@ -127,11 +128,13 @@ def test_score_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
     lengths = torch.tensor([1300, RECENT + SINKS + 9, 3, 700])
     scale = dim**-0.5
     quantized = quantize_query(query, pages, rotation, lse, lengths, page_table, scale)
-    expected = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale)
+    expected = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale).rows
     pages_gpu = CodePages(*(tensor.cuda() for tensor in pages))
     shared = lengths.cuda(), page_table.cuda()
     quantized = quantize_query(inner(query), pages_gpu, rotation.cuda(), lse.cuda(), *shared, scale)
-    found = score_codes(quantized, pages_gpu, reselect.cuda(), *shared, SINKS, RECENT, scale).cpu()
+    scores = score_codes(quantized, pages_gpu, reselect.cuda(), *shared, SINKS, RECENT, scale)
+    found, runs = (part.cpu() for part in scores)
+    wanted = with_runs(found, lengths, RECENT).runs
     for b in range(batch):
         end = max(0, int(lengths[b]) - RECENT)
         for h in range(kv_heads):
@@ -140,6 +143,8 @@ def test_score_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
                 difference = found[b, h, SINKS:end].int() - expected[b, h, SINKS:end].int()
                 # a query entry between two 8-bit steps may go either way
                 assert difference.abs().max() <= 12 and difference.abs().float().mean() < 1
+                there = slice(-(-end // RUN))
+                assert torch.equal(runs[b, h, there], wanted[b, h, there])
 
 
 @pytest.mark.parametrize(
@@ -159,9 +164,11 @@ def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
         scores = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
         scores[..., :SINKS] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.8
-        fetch_list = update_resident(scores, reselect, lengths, latest, resident, counters, k)
+        scored = with_runs(scores, lengths, latest)
+        fetch_list = update_resident(scored, reselect, lengths, latest, resident, counters, k)
+        scored = Scores(*(part.cuda() for part in scored))
         found = update_resident(
-            scores.cuda(), reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k
+            scored, reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k
         )
         same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters, counters_gpu))
         same((fetch_list.counts, found.counts))
@@ -173,12 +180,13 @@ def test_a_set_that_just_exceeds_the_shared_memory_is_refused() -> None:
     spare = block_shared_bytes() - UPDATE_STATIC_BYTES - update_shared_bytes(1, 0, 64)
     scores = torch.full((1, 1, 64), NEVER, dtype=torch.int16, device="cuda")
     scores[..., 5] = 9
+    scored = Scores(scores, sum_runs(scores))
     reselect = torch.ones(1, 1, dtype=torch.bool, device="cuda")
     lengths, counters = torch.tensor([64]).cuda(), torch.zeros(1, 1, 6, dtype=torch.int64, device="cuda")
     largest, larger = (on_gpu(resident_set(1, 1, spare // 4 + more, 4, torch.float32)) for more in (0, 1))
-    assert update_resident(scores, reselect, lengths, 0, largest, counters, 1).counts.item() == 1
+    assert update_resident(scored, reselect, lengths, 0, largest, counters, 1).counts.item() == 1
     with pytest.raises(ValueError, match=r"update_resident needs \d+ bytes of shared memory"):
-        update_resident(scores, reselect, lengths, 0, larger, counters, 1)
+        update_resident(scored, reselect, lengths, 0, larger, counters, 1)
 
 
 @shapes

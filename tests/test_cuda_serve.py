@@ -14,6 +14,7 @@ from clo.gpu_worker.in_process import make_arena
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.tokenizer import Tokenizer
+from tests.tail_inputs import with_runs
 from tests.test_serve import TINY, figures
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +34,8 @@ def test_only_sequences_with_more_rows_than_a_head_keeps_replay() -> None:
     blocks, pages = (torch.stack(tables) for tables in zip(*map(engine.tables, range(3)), strict=True))
     scores = torch.randint(0, 1000, (3, MODEL.kv_heads, longest), dtype=torch.int16, device="cuda")
     reselect = (lengths > 0).unsqueeze(1).expand(-1, MODEL.kv_heads).contiguous()
-    fetch_list = layer.update_resident(scores, reselect, Batch(lengths, blocks, pages), latest)
+    scored = with_runs(scores, lengths, latest)
+    fetch_list = layer.update_resident(scored, reselect, Batch(lengths, blocks, pages), latest)
     rows = round(NEW_ROWS * k)
     assert fetch_list.counts.tolist() == [[rows] * MODEL.kv_heads, [0] * MODEL.kv_heads, [0] * MODEL.kv_heads]
     for head in range(MODEL.kv_heads):

@@ -14,11 +14,11 @@ from clo.kernels.encode_values import (
 )
 from clo.kernels.limits import RUN
 from clo.kernels.quantize_query import quantize_query
-from clo.kernels.score import NEVER
+from clo.kernels.score import NEVER, Scores
 from clo.kernels.update_resident import TailList, update_resident
 from tests.cuda_tensors import RECENT, SINKS, inner, on_gpu, resident_set, same
 from tests.kernel_calls import SHAPES, Shape, prompt_blocks_of
-from tests.tail_inputs import BLOCK_TOKENS, coded, empty_tail, random_tail
+from tests.tail_inputs import BLOCK_TOKENS, coded, empty_tail, random_tail, with_runs
 
 pytestmark = pytest.mark.gpu
 
@@ -77,13 +77,16 @@ def test_update_resident_lists_the_tail(span: int, k: int, capacity: int, spread
         scores = (16000 + drift * spread / 3).clamp(0, 0x7F00).to(torch.int16)
         scores[..., :SINKS] = NEVER
         reselect = torch.rand(batch, kv_heads) < 0.8
-        update_resident(scores, reselect, lengths, latest, resident, counters, k, tail)
+        scored = with_runs(scores, lengths, latest)
+        update_resident(scored, reselect, lengths, latest, resident, counters, k, tail)
         update_resident(
-            scores.cuda(), reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k, tail_gpu
-        )
+            Scores(*(part.cuda() for part in scored)), reselect.cuda(), lengths.cuda(), latest, resident_gpu,
+            counters_gpu, k, tail_gpu,
+        )  # fmt: skip
         same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters[..., :5], counters_gpu[..., :5]))
         torch.testing.assert_close(counters_gpu[..., 5:].cpu(), counters[..., 5:], rtol=1e-4, atol=9)
         same((tail.counts, tail_gpu.counts))
+        torch.testing.assert_close(tail_gpu.boosts.cpu(), tail.boosts, rtol=0, atol=1e-3)
         listed = torch.arange(runs) < tail.counts.unsqueeze(2)
         for one, other in zip(tail[:2], tail_gpu[:2], strict=True):
             assert torch.equal(one[listed], other.cpu()[listed])
@@ -108,12 +111,13 @@ def test_attend_tail(shape: Shape, runs: int) -> None:
 
     expected = state(1, "cpu")
     attend_tail(expected, quantized, index.pages, index.values, tail, lengths, table, lse, scale)
-    own = tail_parts(runs, torch.device("cuda"))
+    on_device = TailList(*(part.cuda() for part in tail))
+    own = tail_parts(on_device)
     found = state(own, "cuda")
     attend_tail(
         found, type(quantized)(*(part.cuda() for part in quantized)),
         type(index.pages)(*(part.cuda() for part in index.pages)),
-        ValuePages(*(part.cuda() for part in index.values)), TailList(*(part.cuda() for part in tail)),
+        ValuePages(*(part.cuda() for part in index.values)), on_device,
         lengths.cuda(), table.cuda(), lse.cuda(), scale,
     )  # fmt: skip
     found = AttentionState(*(part.cpu() for part in found))

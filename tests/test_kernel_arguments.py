@@ -151,7 +151,7 @@ GPU_LIMITS = {
     ],
     "vocab <= 2\\*\\*19 must hold on a GPU": [(SHAPE, Sizes(vocab=2**19 + 1), "sample")],
     "block_tokens % 64 == 0 must hold on a GPU": [(SHAPE, Sizes(block_tokens=32), "score_codes")],
-    "T % 16 == 0 must hold on a GPU": [(SHAPE, Sizes(block_tokens=8, max_blocks=3), "update_resident")],
+    "T % 64 == 0 must hold on a GPU": [(SHAPE, Sizes(block_tokens=32, max_blocks=3), "update_resident")],
     "query_heads // kv_heads \\* head_dim <= 12288 must hold on a GPU": [
         (Shape(256, 1, 49, torch.float16), Sizes(), "quantize_query")
     ],

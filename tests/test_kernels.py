@@ -19,6 +19,7 @@ from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
 from clo.kernels.store import store_new, store_prompt
 from clo.kernels.update_resident import FetchList, update_resident
+from tests.tail_inputs import with_runs
 
 SINKS, RECENT, CAPACITY = 3, 4, 8
 SHAPES = [
@@ -233,7 +234,7 @@ def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     lengths, reselect = torch.tensor([24, 15]), torch.ones(2, kv_heads, dtype=torch.bool)
     pages = CodePages(codes, scales, centres)
     quantized = quantize_query(query, pages, rotation, lse, lengths, block_table, scale)
-    found = score_codes(quantized, pages, reselect, lengths, block_table, SINKS, RECENT, scale)
+    found = score_codes(quantized, pages, reselect, lengths, block_table, SINKS, RECENT, scale).rows
     products = query.view(2, kv_heads, group, dim) @ gather_tokens(decoded, block_table).transpose(-1, -2)
     expected = score_products(products, lse, lengths, SINKS, RECENT, scale)
     assert found.dtype == expected.dtype == torch.int16
@@ -243,7 +244,7 @@ def test_codes_score_as_the_decoded_keys_do(dim: int, kv_heads: int, group: int)
     torch.testing.assert_close(*weights, rtol=0.06, atol=0.0, equal_nan=True)
     exact = query.view(2, kv_heads, group, dim) @ gather_tokens(keys, block_table).transpose(-1, -2)
     torch.testing.assert_close(
-        score_exact(query, arena, block_table, lse, lengths, SINKS, RECENT, scale),
+        score_exact(query, arena, block_table, lse, lengths, SINKS, RECENT, scale).rows,
         score_products(exact, lse, lengths, SINKS, RECENT, scale),
     )
 
@@ -323,7 +324,7 @@ def test_scores_are_cut_from_the_weights_of_integers_and_codes() -> None:
     steps, offsets = torch.rand(batch, kv_heads * group) + 0.2, torch.randn(batch, kv_heads, 3, group)
     lengths, reselect = torch.tensor([24, 15]), torch.ones(batch, kv_heads, dtype=torch.bool)
     quantized = QuantizedQuery(integers, steps, offsets)
-    scores = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale)
+    scores = score_codes(quantized, pages, reselect, lengths, page_table, SINKS, RECENT, scale).rows
     rows = (unpack(pages.codes).double() - 1.5) * pages.scales.double().unsqueeze(3)
     gathered, queries = gather_tokens(rows, page_table), integers.double() * steps.double().unsqueeze(2)
     for b in range(batch):
@@ -343,7 +344,7 @@ def test_a_weight_beyond_float32_is_the_largest_score() -> None:
     selects = torch.ones(1, 1, dtype=torch.bool)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = score_codes(quantized, pages, selects, lengths, page_table, SINKS, RECENT, 0.1)
+        scores = score_codes(quantized, pages, selects, lengths, page_table, SINKS, RECENT, 0.1).rows
     infinite = int(torch.tensor(torch.inf).view(torch.int32)) >> 16
     assert scores[0, 0, : 12 - RECENT].tolist() == [NEVER] * SINKS + [infinite] * (12 - RECENT - SINKS)
 
@@ -392,7 +393,9 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
         scores[..., 9] = -64  # what is left of a sum that is not a number: no row, and no harm
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
-        fetch_list = update_resident(scores, reselect, lengths, latest, resident, counters, k)
+        fetch_list = update_resident(
+            with_runs(scores, lengths, latest), reselect, lengths, latest, resident, counters, k
+        )
         assert fetch_list.entries.dtype == fetch_list.counts.dtype == torch.int32
         for b in range(batch):
             for h in range(kv_heads):
@@ -493,7 +496,8 @@ def test_a_length_past_the_page_table_touches_no_foreign_memory() -> None:
         torch.randn(1, 1, dim), pages, rotation, torch.zeros(1, 1), lengths, table, 1.0
     )
     everything = torch.ones(1, 1, dtype=torch.bool)
-    assert score_codes(quantized, pages, everything, lengths, table, 0, 0, 1.0).shape == (1, 1, block_tokens)
+    scores = score_codes(quantized, pages, everything, lengths, table, 0, 0, 1.0)
+    assert scores.rows.shape == (1, 1, block_tokens)
     with pytest.raises(IndexError):
         encode_new(torch.randn(1, 1, dim), lengths, table, pages, rotation)
     assert not pages.codes.any() and not pages.centres.any()

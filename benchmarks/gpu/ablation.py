@@ -34,6 +34,7 @@ from benchmarks.result import Result
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.model.decoder import Decoder
+from clo.kernels.score import Scores
 from clo.kernels.update_resident import FetchList
 from clo.runtime.config import CacheConfig
 
@@ -49,7 +50,7 @@ _OWN_QUERY = CacheConfig(prefetch="off")
 class InLineLayer(ReplayLayer):
     """Fetches before it attends to anything."""
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+    def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         fetch_list = super().update_resident(scores, reselect, batch, latest)
         super().fetch(fetch_list, batch, patient=False)
         return fetch_list
@@ -61,7 +62,7 @@ class InLineLayer(ReplayLayer):
 class WaitingLayer(ReplayLayer):
     """Lets the host wait for what it chooses."""
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+    def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         fetch_list = super().update_resident(scores, reselect, batch, latest)
         torch.cuda.current_stream().synchronize()
         return fetch_list
@@ -80,7 +81,7 @@ class CutLayer(ReplayLayer):
             pass  # behind the last cut too, the end of the step finds this branch in its graph
         return attended
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+    def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         fetch_list = super().update_resident(scores, reselect, batch, latest)
         self.announce(fetch_list)
         if self.cut is not None:

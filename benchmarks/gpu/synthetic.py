@@ -18,6 +18,7 @@ from clo.gpu_worker.model.weights import Layer, Linear, Weights
 from clo.kernels.launch import launch
 from clo.kernels.limits import CODES_PER_BYTE, RUN
 from clo.kernels.resident import ResidentSet
+from clo.kernels.score import Scores
 from clo.kernels.update_resident import FetchList, update_resident
 from clo.kvstore.layout import by_block
 from clo.runtime.config import CacheConfig
@@ -129,7 +130,7 @@ class ReplayLayer(LayerCache):
         positions = self.resident.positions.clone()
         self._own = (*self._own, self.resident._replace(positions=positions, last_used=last_used))
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+    def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         rows, k, slots = self._rows, self.select_k, len(batch.lengths)
         fetch_list = FetchList(
             torch.empty(*reselect.shape, k, dtype=torch.int32, device="cuda"),

@@ -14,7 +14,7 @@ from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
 from clo.kernels.limits import RUN
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
-from clo.kernels.score import score_codes, score_exact
+from clo.kernels.score import Scores, score_codes, score_exact
 from clo.kernels.update_resident import TailList
 from clo.runtime.model.kv_shape import KVShape
 
@@ -39,8 +39,8 @@ class Index(Protocol[Prepared]):
             lse: [B, query_heads] float32, log-sum-exp of the last attention.
         """
 
-    def score(self, prepared: Prepared, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Tensor:
-        """Scores [B, kv_heads, T] int16, see ``clo.kernels.score``; undefined where ``reselect`` is False.
+    def score(self, prepared: Prepared, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Scores:
+        """Scores, see ``clo.kernels.score``; undefined where ``reselect`` is False.
 
         Args:
             prepared: the return value of ``prepare``.
@@ -107,7 +107,7 @@ class TwoBitIndex:
 
     def score(
         self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int
-    ) -> Tensor:
+    ) -> Scores:
         return score_codes(
             prepared, self.pages, reselect, batch.lengths, batch.pages, sinks, latest, self._scale
         )
@@ -166,6 +166,6 @@ class ExactIndex:
     def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> ExactQuery:
         return ExactQuery(query, lse)
 
-    def score(self, prepared: ExactQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Tensor:
+    def score(self, prepared: ExactQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int) -> Scores:
         query, lse = prepared
         return score_exact(query, self._arena, batch.blocks, lse, batch.lengths, sinks, latest, self._scale)

@@ -245,7 +245,8 @@ def _tails(heads: tuple[int, int, int], runs: int, device: torch.device) -> list
         return [None] * heads[0]
     runs_of, masks = (torch.zeros(*heads, runs, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.zeros(heads, dtype=torch.int32, device=device)
-    return [TailList(*layer) for layer in zip(runs_of, masks, counts, strict=True)]
+    boosts = torch.zeros(heads, device=device)
+    return [TailList(*layer) for layer in zip(runs_of, masks, counts, boosts, strict=True)]
 
 
 def _thresholds(config: CacheConfig, shape: KVShape, device: torch.device) -> Tensor:

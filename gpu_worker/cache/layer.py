@@ -11,13 +11,14 @@ from clo.gpu_worker.cache.index import Index, TwoBitIndex
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
-from clo.kernels.attend import attend_resident, empty_state, merge_fetched
+from clo.kernels.attend import AttentionState, attend_resident, empty_state, merge_fetched
 from clo.kernels.attend_tail import tail_parts
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
 from clo.kernels.resident import ResidentSet
+from clo.kernels.score import Scores
 from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList, TailList, update_resident
 
@@ -175,7 +176,10 @@ class LayerCache:
         count = len(batch.lengths)
         resident, tail, lse = self.resident.slots(count), self.state.tail, self.state.lse[:count]
         streams = self._streams
-        prepared: Any = None
+        parts = 0 if tail is None else tail_parts(tail.slots(count))
+        state = empty_state(query, resident, parts)
+        if not select:  # the tail is known already, and takes longer than the rows where there are few
+            self._attend_tail(state, query, batch)
         append(kv, batch.lengths, resident)
         with streams.recording.fork(kv):
             self.record(kv, batch)
@@ -183,15 +187,9 @@ class LayerCache:
             if fetch_list is not None:
                 streams.fetching.join()
             fetch_list, prepared = self._select(query, batch, resident.recent, ahead=False)
+            self._attend_tail(state, query, batch, prepared)
         if query.is_cpu:  # there `fetch` has returned with all rows
             fetch_list = None
-        parts = 0 if tail is None else tail_parts(tail.runs.shape[2], query.device)
-        state = empty_state(query, resident, parts)
-        if tail is not None:
-            assert isinstance(self.index, TwoBitIndex), "only codes can be attended to"
-            with streams.tail.fork(query, *state):
-                prepared = prepared or self.index.prepare(query, lse, batch)
-                self.index.attend(state, prepared, tail.slots(count), lse, batch)
         attend_resident(query, resident, batch.lengths, fetch_list, self._scale, state)
         if tail is not None:
             streams.tail.join()
@@ -200,6 +198,16 @@ class LayerCache:
         return merge_fetched(
             state, query, resident, batch.lengths, fetch_list, lse, self._scale, counters, parts
         )
+
+    def _attend_tail(self, state: AttentionState, query: Tensor, batch: Batch, prepared: Any = None) -> None:
+        """Begin to attend to the tail, where there is one; ``prepared`` as from the index, if it is known."""
+        if self.state.tail is None:
+            return
+        assert isinstance(self.index, TwoBitIndex), "only codes can be attended to"
+        count = len(query)
+        tail, lse = self.state.tail.slots(count), self.state.lse[:count]
+        with self._streams.tail.fork(query, *state):
+            self.index.attend(state, prepared or self.index.prepare(query, lse, batch), tail, lse, batch)
 
     def _select(self, query: Tensor, batch: Batch, latest: int, *, ahead: bool) -> tuple[FetchList, Any]:
         """Gate and select, and begin to fetch; the latest ``latest`` tokens are not candidates.
@@ -244,7 +252,7 @@ class LayerCache:
         selection_query, counters = self.state.selection_query[:count], self.state.counters[:count]
         return gate(query, selection_query, self._threshold, lengths, self.resident.whole, counters)
 
-    def update_resident(self, scores: Tensor, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
+    def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         """Choose rows and say which have to be fetched, and list the tail; see
         ``clo.kernels.update_resident``."""
         count, tail = len(batch.lengths), self.state.tail
