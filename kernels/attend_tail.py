@@ -35,6 +35,7 @@ from clo.kernels.update_resident import TAIL_BOOSTS, TAIL_COUNTS, TAIL_MASKS, TA
 _THREADS = 128
 _BLOCKS = 512  # of threads that fill a GPU, about
 _RUNS = 8, 128  # of a part, at least and at most; a lane of each warp looks up one
+_USUAL = 4, 16  # parts, and runs of each: where there are many heads, fewer parts took longer
 _STAGES = 3  # pairs of runs on their way to a warp, or with it
 _MOST = 69.0  # logarithm of a weight: sums of more would be infinite
 
@@ -66,7 +67,8 @@ def tail_parts(tail: TailList) -> int:
         return 1
     batch, kv_heads, runs = tail.runs.shape
     most, fewest = (-(-runs // size) for size in _RUNS)
-    return max(fewest, min(most, parts_of_heads(batch * kv_heads, _BLOCKS)))
+    usual = min(_USUAL[0], -(-runs // _USUAL[1]))
+    return max(fewest, usual, min(most, parts_of_heads(batch * kv_heads, _BLOCKS)))
 
 
 def attend_tail(

@@ -67,6 +67,18 @@ __device__ inline float weigh_absent(const uint4& eight, uint32 absent) {
     return weights[0];
 }
 
+// Sums over the block, for the first warp. `room` is 32 float4.
+__device__ inline float4 block_sum_of_four(float4 values, float4* room) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    values = {warp_sum(values.x), warp_sum(values.y), warp_sum(values.z), warp_sum(values.w)};
+    __syncthreads();
+    if (lane == 0) room[warp] = values;
+    __syncthreads();
+    if (warp > 0) return values;
+    values = lane < THREADS / 32 ? room[lane] : make_float4(0.f, 0.f, 0.f, 0.f);
+    return {warp_sum(values.x), warp_sum(values.y), warp_sum(values.z), warp_sum(values.w)};
+}
+
 // The bin in which the running count reaches `wanted`, -1 where it never does; `before` becomes the count of
 // the bins before it. All lanes get the same.
 __device__ inline int find_bin(const int* bins, int wanted, int& before) {
@@ -115,6 +127,32 @@ __device__ inline int find_value(int (*bins)[BINS], int shift, int k, int& ties,
         });
         shift -= 8;
         __syncthreads();
+    }
+}
+
+// Counts by their high bytes those scores that may be among the k largest, of `groups` times eight: from the
+// k-th largest of the threads' own largest ones on, as that is not above the k-th largest of all. To count
+// all takes long where they are many, for most fall into a few bins. The first two of `bins` are empty
+// before; after, the first holds the counts.
+__device__ inline void count_largest(int (*bins)[BINS], const uint4* eights, int groups, int k) {
+    __syncthreads();
+    int top = -1, ties;
+    for (int i = threadIdx.x; i < groups; i += THREADS) {
+        const uint4 eight = eights[i];
+#pragma unroll
+        for (int j = 0; j < 8; j++) top = max(top, score_of(eight, j));
+    }
+    if (top >= 0) count(bins[0], top, 8);
+    __syncthreads();
+    const int least = find_value(bins, 8, k, ties, [&](auto visit) { visit(top); });
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * BINS; i += THREADS) bins[0][i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < groups; i += THREADS) {
+        const uint4 eight = eights[i];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (score_of(eight, j) >= least) count(bins[0], score_of(eight, j), 8);
     }
 }
 
@@ -200,7 +238,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
     }
 
     // 1. the k best stretches
-    const int groups = (end + 127) / 128;  // of eight stretches
+    const int groups = (end + 127) / 128;    // of eight stretches
+    const bool many = groups * 2 > THREADS;  // then a pass over all of them takes less than counting all
     for (int at = thread; at < groups * 2; at += THREADS) {
         const uint4 four = next;
         next = load_four(at + THREADS);
@@ -213,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
         }
         ((uint2*)eights)[at] =
             make_uint2(__byte_perm(tops[0], tops[1], 0x5410), __byte_perm(tops[2], tops[3], 0x5410));
-        count_four(bins[0], tops, 8);
+        if (!many) count_four(bins[0], tops, 8);
         if (!tail) continue;
         const uint2 bits = ((const uint2*)map)[at];
 #pragma unroll
@@ -241,7 +280,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
         }
         ((uint2*)sums)[at] =
             make_uint2(__byte_perm(totals[0], totals[1], 0x5410), __byte_perm(totals[2], totals[3], 0x5410));
-        count_four(bins[7], totals, 8);
+        if (!many) count_four(bins[7], totals, 8);
+    }
+    if (many) {
+        count_largest(bins, eights, groups, k);
+        if (tail) count_largest(bins + 7, sums, groups, tail);
     }
     __syncthreads();
     const auto of_eights = [&](int index, int (&values)[8]) {
@@ -351,10 +394,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
     __syncthreads();
 
     // 5. the tail: the best stretches, and which of their tokens nobody else attends to
+    // The tail stands for all that is not resident: for what its own tokens weigh now, and for the others.
+    // These are added up by themselves, as a difference of sums would be lost beside what is on its way.
+    float of_tail = 0.f, others = 0.f, alike = 0.f, within = 0.f;
     const auto of_sums = [&](int index, int (&values)[8]) {
         const uint4 eight = sums[index / 8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = score_of(eight, i);
+        for (int i = 0; i < 8; i++) {
+            values[i] = score_of(eight, i);
+            const float weight = values[i] > 0 ? __int_as_float(values[i] << 16) : 0.f;
+            if (values[i] > bound) of_tail += weight;
+            else if (values[i] < bound) others += weight;
+            else alike += 1.f;
+        }
     };
     bound = find_value(bins + 7, 8, tail, ties, [&](auto visit) {
         for (int i = thread; i < groups; i += THREADS) {
@@ -372,20 +424,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
         tail_masks[line * tail + rank] = (int)absent;
     });
     __syncthreads();
-    // The tail stands for all that is not resident: for what its own tokens weigh now, and for the others.
-    // These are added up by themselves, as a difference of sums would be lost beside what is on its way.
-    float of_tail = 0.f, others = 0.f, alike = 0.f, within = 0.f;
-    for (int i = thread; i < groups; i += THREADS) {
-        const uint4 eight = sums[i];
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int value = score_of(eight, j);
-            const float weight = value > 0 ? __int_as_float(value << 16) : 0.f;
-            if (value > bound) of_tail += weight;
-            else if (value < bound) others += weight;
-            else alike += 1.f;
-        }
-    }
     for (int rank = thread; rank < listed; rank += THREADS) {
         const int run = tail_runs[line * tail + rank], left = end - run * 16;
         const uint32 absent = (uint32)tail_masks[line * tail + rank];
@@ -393,16 +431,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
         cut(low, left), cut(high, left - 8);
         within += weigh_absent(low, absent) + weigh_absent(high, absent >> 8);
     }
-    of_tail = block_sum(of_tail, (float*)room);
-    others = block_sum(others, (float*)room);
-    alike = block_sum(alike, (float*)room);
-    within = block_sum(within, (float*)room);
+    const float4 total = block_sum_of_four(make_float4(of_tail, others, alike, within), (float4*)bins[0]);
     if (thread == 0) {
         tail_counts[line] = listed;
-        const float weight = __int_as_float(bound << 16), taken = fminf(alike, (float)ties);
-        of_tail += taken * weight;
-        others += (alike - taken) * weight;
-        tail_boosts[line] = within > 0.f ? __log2f(1.f + fminf(others / within, MOST)) : 0.f;
+        const float weight = __int_as_float(bound << 16), taken = fminf(total.z, (float)ties);
+        of_tail = total.x + taken * weight;
+        others = total.y + (total.z - taken) * weight;
+        tail_boosts[line] = total.w > 0.f ? __log2f(1.f + fminf(others / total.w, MOST)) : 0.f;
         if (of_tail > 0.f) counters[line * COUNTERS + 5] += (int64)(1e6f * (others / (of_tail + others)));
     }
 }

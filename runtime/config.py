@@ -28,10 +28,11 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs auto takes
 
-_SELECTED = 112  # rows: benchmarks.quality says why
-_RESIDENT = 8  # resident rows for each that is selected
-_TAIL = 1024, 4096  # tokens of the tail, for sequences up to _SHORT tokens and for longer ones
+# for sequences of up to _SHORT tokens, and for longer ones: benchmarks.quality says why
 _SHORT = 8192
+_SELECTED = 80, 112  # rows
+_TAIL = 1024, 4096  # tokens
+_RESIDENT = 8  # resident rows for each that is selected
 _MOST_TAIL = 65536  # the partial sums of more parts would take longer than attention
 
 
@@ -155,7 +156,7 @@ class CacheConfig:
     select_k: int | None = option(
         None,
         "rows that a KV head selects at a time: more is closer to full attention and moves more; auto takes "
-        "112",
+        "80, and 112 where --max-model-len exceeds 8192",
         "ROWS",
         int,
         none="auto",
@@ -247,7 +248,7 @@ class CacheConfig:
             return [Sizes(layer.select_k, layer.resident) for layer in self.profile.layers]
         k = self.select_k
         if k is None:
-            k = min(_SELECTED, self.resident or max_tokens)
+            k = min(_SELECTED[max_tokens > _SHORT], self.resident or max_tokens)
         return [Sizes(k, k if self.attention == "topk" else self.resident or _RESIDENT * k)] * layers
 
     def tail_tokens(self, max_tokens: int) -> int:

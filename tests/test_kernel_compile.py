@@ -25,6 +25,7 @@ _SPILLED = 128  # bytes, by the one kernel that spills: attend_resident in float
 _SMALL = Sizes(batch=1, capacity=1, k=1, vocab=512)
 _MIDDLE = Sizes(batch=4, capacity=100, k=60, block_tokens=256)
 _LARGE = Sizes(batch=256, capacity=1024, k=128, block_tokens=512)  # fetches in bulk
+_LONG = Sizes(batch=1, capacity=1024, k=128, block_tokens=512, max_blocks=300)
 
 _REPORT = re.compile(
     r"Function properties for (?P<name>\w+)\s+ptxas\D*(?P<stack>\d+) bytes stack frame, "
@@ -95,6 +96,8 @@ def test_every_kernel_fits(capability: int) -> None:
     """All shapes are compiled for one generation, and every third for each of the others."""
     first = list(SHARED_BYTES).index(capability)
     compile_all(capability, launches(SHAPES if capability == 90 else SHAPES[first::3], [_LARGE]))
+    long = launches(SHAPES[:1], [_LONG])
+    compile_all(capability, {program: long[program] for program in long if "update" in program.file})
 
 
 @pytest.mark.slow

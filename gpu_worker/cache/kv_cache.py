@@ -93,7 +93,12 @@ class KVCache:
         # Neighbouring layers overlap; layers two apart do not.
         shared = self._storing, self._filling, self._recording
         streams = [
-            LayerStreams(*shared, SideStream(device), SideStream(device, urgent=True), SideStream(device))
+            LayerStreams(
+                *shared,
+                SideStream(device),
+                SideStream(device, urgent=True),
+                SideStream(device, urgent=True),
+            )
             for _ in range(2)
         ]
         for layer, (k, capacity) in enumerate(config.sizes(max_tokens, shape.layers)):
