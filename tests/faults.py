@@ -91,9 +91,10 @@ def wait_until_idle(client: Client) -> int:
         if not info.stores or not info.workers:  # too busy to answer in time
             assert time.monotonic() < deadline, "no answer of store or worker"
             continue
-        (store,), (worker,) = info.stores, info.workers
-        if store.free_blocks == store.blocks and not store.waiting and not worker.running + worker.waiting:
-            return worker.generated_tokens
+        (store,) = info.stores
+        busy = sum(worker.running + worker.waiting for worker in info.workers)
+        if store.free_blocks == store.blocks and not store.waiting and not busy:
+            return sum(worker.generated_tokens for worker in info.workers)
         assert time.monotonic() < deadline, f"still busy: {info}"
         time.sleep(0.05)
 

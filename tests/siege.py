@@ -3,7 +3,8 @@
 Each runs real servers with the tests' tiny model and writes ``benchmarks/results/siege-PART.json``.
 
 - ``floods``: peers that send 300,000 messages without reading and go away, while others are served.
-- ``pauses``: SIGSTOP of launcher, worker and store at random moments under load, SIGCONT after a while.
+- ``pauses``: SIGSTOP of each process, of one worker of two and of all at random moments under load, SIGCONT
+  after a while.
 - ``waits``: what a client waits for short requests while another one does its worst.
 
 After each flood and pause every request has ended with its answer, or with ``ServerUnreachable`` where the
@@ -15,14 +16,17 @@ import argparse
 import asyncio
 import json
 import random
+import resource
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import urllib.request
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -59,14 +63,24 @@ QUIET_S, ATTACK_S = 10.0, 20.0
 READ = 2_100_000  # bytes: nearly as many as are read of a message
 
 
+STOPPED: dict[str, tuple[str, ...]] = {  # what is stopped, and options of its server
+    "launcher": (),
+    "gpu_worker": (),
+    "kvstore": (),
+    "runtime.http": ("--http", "0"),
+    "one of two gpu_workers": ("--workers", "2"),
+    "all processes": (),
+}
+
+
 @contextmanager
-def server() -> Iterator[Server]:
+def server(*options: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder))
         file = Path(folder) / "config.json"
         config = json.loads(file.read_text()) | {"max_position_embeddings": POSITIONS}
         file.write_text(json.dumps(config))
-        with launch("--model", folder, *OPTIONS) as found:
+        with launch("--model", folder, *OPTIONS, *options) as found:
             yield found
 
 
@@ -126,33 +140,57 @@ def floods() -> list[Result]:
     return [Result("siege/floods", "floods", FLOODS, "floods"), *counted("siege/floods", ends)]
 
 
-async def pause(process: psutil.Process, seconds: float, address: str, rng: random.Random) -> Counter[str]:
-    """Stop a process at a random moment; how the requests before, meanwhile and after it ended."""
+async def pause(
+    processes: list[psutil.Process], seconds: float, address: str, rng: random.Random
+) -> Counter[str]:
+    """Stop processes at a random moment; how the requests before, meanwhile and after it ended."""
     async with Load(address, rng) as load:
         await asyncio.sleep(0.2 + 2 * rng.random())
-        process.suspend()
+        for process in processes:
+            process.suspend()
         try:
             await asyncio.sleep(seconds)
         finally:
-            process.resume()
+            for process in processes:
+                process.resume()
         await asyncio.sleep(2)
     return load.ends
 
 
+def stopped(found: Server, name: str) -> list[psutil.Process]:
+    """What is stopped where ``name`` is, see ``STOPPED``."""
+    launcher = psutil.Process(found.process.pid)
+    if name == "launcher":
+        return [launcher]
+    if name == "all processes":
+        return [launcher, *found.children()]
+    return found.children(name.removeprefix("one of two ").removesuffix("s"))[:1]
+
+
+def ask_over_http(url: str) -> None:
+    """A request that is open while the gateway stands still."""
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "stream": False}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] == 500
+
+
 def pauses_of(name: str) -> list[Result]:
-    """All pauses of one process of one server, in random order."""
+    """All pauses of one process of one server, or of more, in random order."""
     rng, ends = random.Random(name), Counter[str]()
     lengths = list(PAUSE_S) * PAUSES
     rng.shuffle(lengths)
-    with server() as found:
-        process = psutil.Process(found.process.pid)
-        if name != "launcher":
-            (process,) = found.children(name)
+    with server(*STOPPED[name]) as found, ThreadPoolExecutor(1) as http:
+        processes = stopped(found, name)
         at_start = found.stderr.read_text()
         for number, seconds in enumerate(lengths):
-            new = asyncio.run(pause(process, seconds, found.address, rng))
-            assert name == "launcher" or not new["unreachable"]
+            asked = http.submit(ask_over_http, found.url) if found.url else None
+            new = asyncio.run(pause(processes, seconds, found.address, rng))
+            assert name in ("launcher", "all processes") or not new["unreachable"]
             ends.update(new)
+            if asked is not None:
+                asked.result()
+                ends["answered over HTTP"] += 1
             assert_serves(found)
             print(f"{name}, pause {number + 1} of {len(lengths)}, {seconds:g} s: {dict(new)}", flush=True)
         assert found.stderr.read_text() == at_start, found.stderr.read_text()
@@ -162,8 +200,8 @@ def pauses_of(name: str) -> list[Result]:
 
 
 def pauses() -> list[Result]:
-    with ThreadPoolExecutor() as threads:
-        found = threads.map(pauses_of, ("launcher", "gpu_worker", "kvstore"))
+    with ThreadPoolExecutor(len(STOPPED)) as threads:
+        found = threads.map(pauses_of, STOPPED)
         return [result for results in found for result in results]
 
 
@@ -227,6 +265,17 @@ def connections(peer: Raw) -> None:
             other.socket.poll(20)
 
 
+def idle_connections(peer: Raw) -> None:
+    """Connections that say nothing, as many as this process may have, or 2,000."""
+    host, port = peer.socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rsplit(":", 1)
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    held = deque[socket.socket](maxlen=min(2000, allowed - 100))
+    while True:
+        with suppress(OSError):  # refused: there are too many
+            held.append(socket.create_connection((host, int(port)), timeout=1))
+
+
 def variables(values: int) -> Chat:
     return Chat([Turn("user", "a")], '{"a":[' + "[]," * values + "[]]}")
 
@@ -250,6 +299,7 @@ ATTACKS: dict[str, Callable[[Raw], None]] = {
     "requests cancelled at once": cancels,
     "cancels of nothing": nothing_to_cancel,
     "connections that come and go": connections,
+    "2,000 connections that say nothing": idle_connections,
     "long answers in every slot": prompts(Text("a"), 1_000, 1_000, ignore_eos=True),
     "long answers in all blocks": prompts(Text("a"), 1_000, 7_000, ignore_eos=True),
 }
@@ -296,7 +346,7 @@ def waits() -> list[Result]:
 
 NOTES = {
     "pauses": [
-        "Three servers side by side, each with six clients under load; of each, one process was stopped, at "
+        "Servers side by side, each with six clients under load; of each, what is named was stopped, at "
         "random moments and in random order of lengths.",
     ],
     "waits": [
