@@ -121,6 +121,8 @@ def test_whatever_a_program_gives_the_client_is_a_request_or_one_error(
 def server(launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path) -> Iterator[Server]:
     with launch("--model", str(tiny_model), *SMALL) as server:
         assert_serves(server)
+        with Client(server.address) as client:  # starts the process that looks at grammars
+            client.generate("a", max_tokens=2, structured_outputs={"regex": "a+"})
         before = held(server)["descriptors"]
         yield server
         assert_serves(server)
