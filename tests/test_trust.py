@@ -119,7 +119,7 @@ def readable_model(tiny_model: Path) -> Iterator[Path]:
 
 def may_run(user: int) -> bool:
     """Whether another user can start a server."""
-    line = [sys.executable, "-c", "import clo.launch, torch"]
+    line = [sys.executable, "-c", "import clo.runtime.supervisor, torch"]
     try:
         done = subprocess.run(line, cwd=ROOT, capture_output=True, user=user, group=user, extra_groups=[])
     except PermissionError:
