@@ -52,9 +52,12 @@ def takes_long(prompt: Text | Chat | Tokens) -> bool:
             characters = len(prompt.text)
         case Chat():
             # What a template makes of variables and tool calls may be long though the messages are short.
-            if prompt.chat_template_kwargs or any(turn.tool_calls for turn in prompt.turns):
+            characters = len(prompt.turns) * _TURN_CHARACTERS
+            if characters >= LONG_CHARACTERS or prompt.chat_template_kwargs:
                 return True
-            characters = sum(len(turn.text) + _TURN_CHARACTERS for turn in prompt.turns)
+            if any(turn.tool_calls for turn in prompt.turns):
+                return True
+            characters += sum(map(_characters_of, prompt.turns))
         case Tokens():
             characters = 0
     return characters >= LONG_CHARACTERS
@@ -215,6 +218,12 @@ class Tokenizer:
             reason = " ".join(f"{error or type(error).__name__}".split())[:300].rstrip(".")
             raise InvalidRequest(f"The model's chat template refuses the messages: {reason}.") from None
         return str(text)
+
+
+def _characters_of(turn: Turn) -> int:
+    """All that a template may write of a chat message but its tool calls."""
+    texts = (turn.role, turn.text, turn.name, turn.tool_call_id, turn.reasoning_content)
+    return sum(len(text) for text in texts if text)
 
 
 def _template_turn(turn: Turn) -> dict[str, Any]:

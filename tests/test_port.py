@@ -38,6 +38,7 @@ Heard = ToRouter | ProtocolError | TooLarge
 LARGEST = 10_000
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+NAME = b"\x08Identity\x00\x00\x00\x01a"
 
 
 def command(body: bytes) -> bytes:
@@ -285,6 +286,33 @@ async def test_a_flood_whose_sender_goes_away_hurts_nobody(flood: bytes) -> None
             await asyncio.sleep(0.01)
 
 
+@in_loop
+async def test_pings_of_a_peer_that_does_not_read_are_not_answered_before_it_does() -> None:
+    """One answer may wait for it to read, and no more."""
+    async with listening() as found:
+        peer = await found.peer()
+        transport = peer.writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+        count = 20_000  # far more answers than the kernel keeps
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        (connection,) = found.port._connections
+        ours = connection.transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.send(PING * count, frame(encode(Cancel("after"))))
+        assert (await found.next())[1] == Cancel("after")
+        assert connection.transport.get_write_buffer_size() <= len(PING)
+        transport.resume_reading()
+        while connection.transport.get_write_buffer_size():
+            await asyncio.sleep(0.001)
+        peer.send(command(b"\x04PING\x00\x00again"))
+        answers = 0
+        while (answer := await peer.frame()) != b"\x04PONGagain":
+            assert answer == b"\x04PONGcontext"
+            answers += 1
+        assert 0 < answers < count
+
+
 WRONG: dict[str, tuple[bool, bytes]] = {
     "another protocol": (False, b"GET / HTTP/1.1\r\n" + bytes(64)),
     "an old ZMTP": (False, GREETING[:10] + b"\x01" + GREETING[11:]),
@@ -474,6 +502,27 @@ async def test_peers_with_names_are_heard_and_answered_by_them() -> None:
 
 
 @in_loop
+async def test_a_process_of_another_user_is_not_let_in() -> None:
+    """Whatever its name: it hears nothing and nothing of it is heard. (Here it is the port's user that
+    changes.)"""
+    async with listening(endpoint=new_endpoint()) as found:
+        address = "\0" + found.port.endpoint.removeprefix("ipc://@")
+        another = os.geteuid() + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: another)
+            reader, writer = await asyncio.open_unix_connection(address)
+            assert await asyncio.wait_for(reader.read(1), WAIT_S) == b""
+            writer.close()
+        assert found.refused == 1
+        reader, writer = await asyncio.open_unix_connection(address)
+        writer.write(GREETING + command(READY + NAME) + frame(encode(Cancel("r"))))
+        assert await asyncio.wait_for(reader.readexactly(64), WAIT_S)
+        assert (await found.next())[:2] == (b"a", Cancel("r"))
+        assert found.refused == 1
+        writer.close()
+
+
+@in_loop
 async def test_a_peer_is_heard_at_once_and_the_tasks_that_it_sets_off_before_its_next_message() -> None:
     """Whatever the number of messages that one read of the connection brings."""
     order: list[str] = []
@@ -492,9 +541,8 @@ async def test_a_peer_is_heard_at_once_and_the_tasks_that_it_sets_off_before_its
     )
     listen = asyncio.create_task(port.listen())
     _, writer = await asyncio.open_unix_connection("\0" + port.endpoint.removeprefix("ipc://@"))
-    identity = b"\x08Identity\x00\x00\x00\x01a"
     messages = [encode(Cancel(f"{number}")) for number in range(3)]
-    writer.write(b"".join([GREETING, command(READY + identity), *map(frame, messages)]))
+    writer.write(b"".join([GREETING, command(READY + NAME), *map(frame, messages)]))
     while len(order) < 6:
         await asyncio.sleep(0.001)
     assert order == [f"{what} {number}" for number in range(3) for what in ("message", "task")]

@@ -422,6 +422,12 @@ async def test_a_tokenizer_that_breaks_ends_the_request_alone(
         (Chat([Turn("user", "a")]), False),
         (Chat([Turn("user", "a" * 20_000)]), True),
         (Chat([Turn("user", [TextPart("a" * 20)] * 1000)]), True),
+        (Chat([Turn("user", "")] * 100), False),
+        (Chat([Turn("user", "")] * 1000), True),
+        (Chat([Turn("u" * 20_000, "a")]), True),
+        (Chat([Turn("user", "a", "b" * 20_000)]), True),
+        (Chat([Turn("tool", "a", tool_call_id="1" * 20_000)]), True),
+        (Chat([Turn("assistant", "a", reasoning_content="b" * 20_000)]), True),
         (Chat([Turn("user", "a")], '{"enable_thinking": false}'), True),
         (Chat([Turn("assistant", None, tool_calls=[ToolCall(Function("f", "{}"))])]), True),
     ],
@@ -520,6 +526,32 @@ async def test_what_is_cancelled_while_it_is_tokenised_counts_as_open_until_then
             await asyncio.sleep(0)
         client.send(ask("again"))
         assert (await worker.order()).sequence == 0
+
+
+@in_loop
+async def test_open_requests_of_a_client_have_a_bound_in_bytes(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would exceed it is refused until another one has ended; other clients are served meanwhile."""
+    prompt = Text("x" * 20_000)
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: [1])
+    monkeypatch.setattr(router_module, "OPEN_BYTES", 2 * len(encode(Generate("a", prompt, SEVEN))))
+    async with running(model) as wire:
+        greedy, other, (worker,) = wire.client(), wire.client(), wire.workers
+        for name in "ab":
+            greedy.send(Generate(name, prompt, SEVEN))
+        runs = [await worker.order() for _ in "ab"]
+        for message in (Generate("c", prompt, SEVEN), ask("c"), GetInfo("c")):
+            greedy.send(message)
+            (failed,) = await greedy.to_end("c")
+            assert isinstance(failed, Failed) and failed.code == "overloaded"
+        other.send(Generate("a", prompt, SEVEN))
+        assert (await worker.order()).client != runs[0].client
+        worker.send(Done(runs[0].sequence, "length", STATS))
+        await greedy.to_end("a")
+        greedy.send(Generate("c", prompt, SEVEN))
+        assert (await worker.order()).client == runs[0].client
+        assert len(worker.heard) == 4
 
 
 @in_loop
@@ -694,6 +726,39 @@ async def test_a_long_prompt_is_tokenised_while_others_are_served(
         assert len(await client.to_end("r")) == 2
         _, before = await client.info()
         assert before == [] and len(worker.heard) == 2
+
+
+@in_loop
+async def test_long_prompts_of_a_client_are_tokenised_one_after_another(
+    model: ResolvedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order, so that the threads are there for other clients too."""
+    begun: list[str] = []
+    go_on = threading.Event()
+
+    def slow(prompt: Text, *_: Any, **__: Any) -> list[int]:
+        begun.append(prompt.text[0])
+        go_on.wait(WAIT_S)
+        return [1]
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    async with running(model) as wire:
+        greedy, other, (worker,) = wire.client(), wire.client(), wire.workers
+        try:
+            names = "012345"
+            assert len(names) > router_module.THREADS
+            for name in names:
+                greedy.send(Generate(name, Text(name * 20_000), SEVEN))
+            await greedy.info()  # all have arrived
+            other.send(Generate("r", Text("r" * 20_000), SEVEN))
+            while len(begun) < 2:
+                await asyncio.sleep(0.001)
+            assert set(begun) == {"0", "r"}
+        finally:
+            go_on.set()
+        for _ in (*names, "r"):
+            await worker.order()
+        assert [name for name in begun if name != "r"] == list(names)
 
 
 # ---------------------------------------------------------------------- every message in every state
