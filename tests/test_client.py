@@ -197,6 +197,7 @@ def test_requests_as_vllm_takes_them(
         ("a", {"prompt_logprobs": 21}, "`int` <= 20 - at `$.sampling.prompt_logprobs`"),
         ("a", {"n": 2}, "use generate() or streams() with n"),
         ("a", {"structured_outputs": {"xml": "a"}}, "unknown field `xml`"),
+        ("a", {"structured_outputs": {"x\nml": "a"}}, "unknown field `x ml`"),  # in one line
         ("a", {"response_format": {"type": "xml"}}, "response_format is not valid: Invalid value 'xml'"),
         ("a", {"response_format": "json"}, "response_format is not valid"),
         ("a", {"response_format": {"type": "json_schema"}}, "missing required field `json_schema`"),

@@ -104,6 +104,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str | None, str | None]] = {
     "21 top_logprobs": (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", VALUE),
     "logprobs of a chat as a number": (CHAT, chat(logprobs=3), "logprobs", TYPE),
     "an unknown field": (CHAT, chat(colour="red"), "colour", UNKNOWN),
+    "an unknown field in two lines": (CHAT, chat(**{"col\nour": "red"}), None, VALUE),
     "what an engine cannot": (CHAT, chat(best_of=2), "best_of", UNSUPPORTED),
     "an adapter": (CHAT, chat(lora_path="an/adapter"), "lora_path", UNSUPPORTED),
     "a suffix": (TEXT, text(suffix="b"), "suffix", UNSUPPORTED),

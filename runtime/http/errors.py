@@ -36,7 +36,7 @@ class APIError(Exception):
     def __init__(
         self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))
         self.status, self.param, self.code = status, param, code
 
     @classmethod

@@ -4,9 +4,13 @@ from typing import ClassVar
 
 
 class CLOError(Exception):
-    """Base of all errors raised on purpose. Its text is one sentence that says what to do."""
+    """Base of all errors raised on purpose. Its text is one sentence that says what to do, in one line
+    whatever it quotes."""
 
     code: ClassVar[str] = "internal"
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))
 
 
 class ConfigError(CLOError):
