@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
     const uint2* value_codes, const uint16* value_scales, const int* tail_runs, const int* tail_masks,
     const int* tail_counts, const float* tail_boosts, int64 most, const int64* lengths,
     const int64* page_table, int64 max_blocks, int64 table_width, const float* lse, float* outs, float* sums,
-    float* maxima, int64 parts, int64 first_part, float scale, float spread) {
+    float* maxima, int64 parts, int64 first_part, float scale) {
     extern __shared__ __align__(16) float room[];  // the stages; at the end [WARPS][HALVES * 16][32]
     __shared__ Total totals[WARPS][8];
     const int kv_heads = gridDim.y, head = blockIdx.y, batch = blockIdx.z;
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
     const int query = tile * 8 + row % DISTINCT;
     const bool used = query < GROUP;
     uint32 weights[LANE_WORDS][4];  // of the query, by planes
-    int start = 0, squares = 0;
+    int start = 0;
     {
         const uint32* source = (const uint32*)(integers + (line * GROUP + query) * DIM);
 #pragma unroll
@@ -176,15 +176,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
                 const uint32 four = used && word < WORDS ? source[plane * WORDS + word] : 0;
                 weights[i][plane] = four;
                 start = __dp4a((int)four, 0x01010101, start);
-                squares = __dp4a((int)four, (int)four, squares);
             }
         start += __shfl_xor_sync(FULL_WARP, start, 1);
         start = MAGIC - 6 * (start + __shfl_xor_sync(FULL_WARP, start, 2));
-        squares += __shfl_xor_sync(FULL_WARP, squares, 1);
-        squares += __shfl_xor_sync(FULL_WARP, squares, 2);
     }
-    const float step = used ? steps[line * GROUP + query] * scale : 0.f;
-    const float factor = step * (LOG2E / 4), taken_off = step * step * (float)squares * spread;
+    const float factor = used ? steps[line * GROUP + query] * scale * (LOG2E / 4) : 0.f;
 
     float sum[HALVES][4][4] = {};  // [half][i][j]: place 2 * i + j / 2 of a chunk, row 2 * quad + j % 2
     Total total = {0.f, 0.f};      // of row `row`
@@ -228,9 +224,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const int level = which ? levels[1][upper][j] : levels[0][upper][j];
-                    const float size = half_of(key_scales, j);
-                    const float level_size = (__int_as_float(level) - __int_as_float(MAGIC)) * factor;
-                    const float exponent = (level_size - size * taken_off) * size + offset;
+                    const float exponent =
+                        (__int_as_float(level) - __int_as_float(MAGIC)) * (half_of(key_scales, j) * factor) +
+                        offset;
                     // by choice, as the place of a token that is not there may hold anything, NaN too
                     const bool counts = mask >> (upper * 8 + quad * 2 + j) & 1;
                     const float weight = counts ? power_of_2(fminf(exponent, MOST)) : 0.f;

@@ -16,7 +16,7 @@ from torch import Tensor
 from clo.kernels.arguments import GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.attend import AttentionState
 from clo.kernels.compiled import Array, compiled
-from clo.kernels.encode import CODES, CODES_PER_BYTE, ERROR, PACKED, PAGE_TABLE, SCALES, CodePages
+from clo.kernels.encode import CODES, CODES_PER_BYTE, PACKED, PAGE_TABLE, SCALES, CodePages
 from clo.kernels.encode_values import (
     MIX,
     VALUE_CODES,
@@ -29,7 +29,7 @@ from clo.kernels.encode_values import (
 )
 from clo.kernels.launch import launch
 from clo.kernels.limits import RUN, parts_of_heads
-from clo.kernels.quantize_query import LOG2E, QuantizedQuery
+from clo.kernels.quantize_query import QuantizedQuery
 from clo.kernels.update_resident import TAIL_BOOSTS, TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
 
 _THREADS = 128
@@ -85,8 +85,7 @@ def attend_tail(
     """Attend to the tail from its codes.
 
     It stands for all that is not resident: its weights are those of its tokens times a factor for each head,
-    ``TailList.boosts``. What a key's code is off by is noise in the score, and the mean of exp(noise) is
-    above 1: exp(variance / 2), which is taken off.
+    ``TailList.boosts``.
 
     Args:
         state: of which the last ``tail_parts`` parts are filled.
@@ -115,7 +114,7 @@ def attend_tail(
         launch(
             "attend_tail.cu", "attend_tail", (own * -(-group // 8), kv_heads, batch), _THREADS,
             [*quantized, pages.codes, pages.scales, *values, *tail, runs, lengths, page_table, max_blocks,
-             page_table.stride(0), lse, *state, parts, parts - own, scale, 0.5 * ERROR * LOG2E],
+             page_table.stride(0), lse, *state, parts, parts - own, scale],
             shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * pair_bytes), DIM=dim,
             GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (8 * own)) * 8,
             STAGES=_STAGES, MIX=MIX,
@@ -126,7 +125,7 @@ def attend_tail(
         values.scales.view(torch.int16), *tail, lengths, page_table.contiguous(), lse, *state,
         _levels_of_bytes(), signs(dim),
     )  # fmt: skip
-    _attention(group, dim)(scale, 0.5 * ERROR, *(part.numpy() for part in arrays))
+    _attention(group, dim)(scale, *(part.numpy() for part in arrays))
 
 
 @cache
@@ -141,7 +140,7 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
     quarter = dim // CODES_PER_BYTE
 
     def loop(
-        scale: float, spread: float, integers: Array, steps: Array, offsets: Array, codes: Array,
+        scale: float, integers: Array, steps: Array, offsets: Array, codes: Array,
         scales: Array, value_codes: Array, value_scales: Array, runs: Array, masks: Array, counts: Array,
         boosts: Array, lengths: Array, pages: Array, lse: Array, outs: Array, all_sums: Array,
         maxima: Array, table: Array, flips: Array,
@@ -152,8 +151,7 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
         factors = np.empty(2, np.float32)
         bits, levels = factors.view(np.int32), np.empty(dim, np.float32)
         query = np.empty((group, 4, quarter), np.int16)
-        middles, squares = np.empty(group, np.float32), np.empty(group, np.float32)
-        weights = np.empty(group, np.float32)
+        middles, weights = np.empty(group, np.float32), np.empty(group, np.float32)
         products = np.empty((group, RUN), np.int32)
         for sequence in range(batch):
             if lengths[sequence] == 0:
@@ -162,14 +160,12 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
                 out, sums = outs[sequence, head, part], all_sums[sequence, head, part]
                 out[:], sums[:] = 0, 0
                 for member in range(group):
-                    middle, square = np.float32(0), np.float32(0)
+                    middle = np.float32(0)
                     for entry in range(dim):
                         value = integers[sequence, head * group + member, entry]
                         query[member, entry // quarter, entry % quarter] = value
                         middle += value
-                        square += np.float32(value) * np.float32(value)
                     middles[member] = np.float32(1.5) * middle
-                    squares[member] = np.float32(spread) * square
                 for number in range(counts[sequence, head]):
                     run, mask = runs[sequence, head, number], masks[sequence, head, number]
                     block, within = divmod(run * RUN, block_tokens)
@@ -201,7 +197,6 @@ def _attention(group: int, dim: int) -> Callable[..., None]:
                         for member in range(group):
                             factor = steps[sequence, head * group + member] * np.float32(scale) * key_scale
                             score = (np.float32(products[member, token]) - middles[member]) * factor
-                            score -= squares[member] * factor * factor
                             score += offsets[sequence, head, block, member] * np.float32(0.6931471805599453)
                             weights[member] = np.exp(min(score, np.float32(_MOST)))
                             sums[member] += weights[member]

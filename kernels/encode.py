@@ -21,7 +21,6 @@ from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import CODES_PER_BYTE as CODES_PER_BYTE
 
 STEP = 0.9957  # step of the optimal uniform 2-bit quantiser of N(0, 1)
-ERROR = 0.104  # variance of what an entry of a Gaussian key is off by, in squares of its scale
 SMALLEST = 1e-30  # in place of zero below a fraction bar, where a vector is zero
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.encode import CODES_PER_BYTE, ERROR, CodePages, encode, unpack
+from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode, unpack
 from clo.kernels.encode_values import (
     ValuePages,
     decode_values,
@@ -99,13 +99,6 @@ class Coded(NamedTuple):
     page_table: Tensor  # [B, blocks]
     keys: Tensor  # [B, kv_heads, T, head_dim] float32, as their codes say
     attended: Tensor  # the same of the values
-    exact: Tensor  # the keys themselves
-
-    def noise(self, query: Tensor, scale: float) -> Tensor:
-        """[B, kv_heads, group, T]: half the variance of scores by what the codes are off by."""
-        by_sequence = self.pages.scales[self.page_table].transpose(1, 2).flatten(2).float()
-        squares = query.square().sum(-1).view(*by_sequence.shape[:2], -1, 1)
-        return 0.5 * ERROR * scale**2 * squares * by_sequence.unsqueeze(2).square()
 
 
 def coded(shape: Shape, batch: int, tokens: int) -> Coded:
@@ -129,7 +122,7 @@ def coded(shape: Shape, batch: int, tokens: int) -> Coded:
     assert packed.shape[3] == halves_of(dim)
     return Coded(
         CodePages(codes, scales, centres), ValuePages(packed.contiguous(), value_scales), rotation, table,
-        by_sequence(decoded), by_sequence(decode_values(levels, value_scales)), by_sequence(keys),
+        by_sequence(decoded), by_sequence(decode_values(levels, value_scales)),
     )  # fmt: skip
 
 
