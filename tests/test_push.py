@@ -47,9 +47,9 @@ class Worker:
 
     def __init__(self, store: Store, number: int) -> None:
         self.client: StoreClient = store.client()
-        attached = self.client.attach(Attach(number, os.getpid()), WAIT_MS / 1000)
-        shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
-        self.arena = arena_tensor(shared, SHAPE, attached.blocks)
+        self.attached = self.client.attach(Attach(number, os.getpid()), WAIT_MS / 1000)
+        shared = Arena.open(self.attached.pid, self.attached.fd, self.attached.arena_bytes)
+        self.arena = arena_tensor(shared, SHAPE, self.attached.blocks)
 
     def allocate(self, sequence: int, blocks: int) -> list[int]:
         answer = ask(self.client, Allocate(sequence, blocks))
@@ -192,6 +192,17 @@ def test_what_is_no_staging_is_denied(store: Store, worker: Worker) -> None:
     with pytest.raises(ProtocolError, match="Attach"):
         store.client().open_staging(OpenStaging(0, 1, None), WAIT_MS / 1000)
     assert worker.denied(Push(1, 0, 0, 1, 0, 1)).text == "A worker has to send OpenStaging before Push."
+
+
+def test_the_arena_itself_is_no_staging(worker: Worker) -> None:
+    """Pushes into it would overwrite the rows of others."""
+    attached = worker.attached
+    fd = os.open(f"/proc/{attached.pid}/fd/{attached.fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        denied = worker.denied(OpenStaging(fd, attached.arena_bytes - PAGE_BYTES, None))
+    finally:
+        os.close(fd)
+    assert denied.code == "protocol" and f"is no memory of {attached.arena_bytes} bytes" in denied.text
 
 
 def test_a_worker_that_comes_back_has_to_open_its_staging_again(store: Store, worker: Worker) -> None:
