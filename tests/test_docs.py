@@ -18,7 +18,8 @@ from clo.runtime.wire.messages import MAX_MESSAGE_BYTES
 
 ROOT = Path(__file__).parent.parent
 ERRORS = (ROOT / "docs/errors.md").read_text()
-KINDS = {kind.__name__: kind.code for kind in (CLOError, *CLOError.__subclasses__())}
+_KINDS: list[type[CLOError]] = [CLOError, *CLOError.__subclasses__()]
+KINDS = {kind.__name__: kind.code for kind in _KINDS}
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
