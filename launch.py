@@ -33,17 +33,23 @@ Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. 
 after such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it
 died."""
 
+
+def _without_package(error: ModuleNotFoundError) -> str:
+    """The sentence for a package that this Python has not got; ``error`` itself where it is one of CLO's."""
+    if error.name is None or error.name.partition(".")[0] == "clo":
+        raise error
+    return (
+        f"error: {sys.executable} has no package '{error.name}'; run 'make setup' once and start with "
+        ".venv/bin/python, or install CLO there with 'pip install -e .'."
+    )
+
+
 try:
     from clo.runtime.config import CacheConfig, EngineConfig, GatewayConfig, ModelConfig, Option, ServerConfig
     from clo.runtime.machine.process import configure_logging, raise_descriptor_limit, set_threads
     from clo.runtime.wire.errors import CLOError, ConfigError
 except ModuleNotFoundError as error:
-    if error.name is not None and error.name.partition(".")[0] == "clo":
-        raise
-    sys.exit(
-        f"error: {sys.executable} has no package '{error.name}'; run 'make setup' once and start with "
-        ".venv/bin/python, or install CLO there with 'pip install -e .'."
-    )
+    sys.exit(_without_package(error))
 
 GROUPS = {
     "model": ModelConfig,
@@ -170,8 +176,12 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
     raise_descriptor_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
-        from clo.runtime.supervisor import supervise  # takes seconds; an answer to a wrong option should not
-
+        try:
+            # It takes seconds, and an answer to a wrong option should not.
+            from clo.runtime.supervisor import supervise
+        except ModuleNotFoundError as error:
+            print(_without_package(error), file=sys.stderr)
+            return 1
         return supervise(config, worker)
     except CLOError as error:
         print(f"error: {error}", file=sys.stderr)

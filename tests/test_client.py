@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -654,6 +655,51 @@ def test_a_client_that_is_busy_for_long_does_not_blame_the_server(
                 assert (await asked).finish_reason == "stop"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_answer_that_is_late_because_the_client_was_stopped_counts(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """ZeroMQ's thread was stopped as well and hands it over a moment after the event loop has gone on; the
+    process may be stopped again before that."""
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 0.3)
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            asked = asyncio.create_task(client.generate("a"))
+            await asyncio.sleep(0)
+            request = server.receive().request
+            for _ in range(times):
+                time.sleep(0.5)
+                for _ in range(3):  # turns of the event loop, in which the silence is seen
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0.03)
+            server.send(Finished(request, "stop", Usage(1, 0), NO_STATS))
+            assert (await asked).finish_reason == "stop"
+
+    asyncio.run(run())
+
+
+def test_a_client_process_that_was_stopped_for_long_gets_its_answer(server: FakeServer) -> None:
+    """By a signal, for longer than a silent server is trusted."""
+    code = f"""
+from clo.runtime import connection
+from clo.runtime.client import Client
+connection.SILENCE_SECONDS = 1.0
+with Client({server.address!r}) as client:
+    print(client.generate("a").finish_reason)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        request = server.receive().request
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        server.send(Finished(request, "stop", Usage(1, 0), NO_STATS))
+        time.sleep(0.1)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=WAIT_S)[0] == "stop\n"
 
 
 def test_a_request_that_takes_too_long_is_cancelled(server: FakeServer) -> None:

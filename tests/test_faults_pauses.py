@@ -1,6 +1,9 @@
 """Processes that stop for a while, as by Ctrl-Z, a debugger or a suspended laptop, and go on."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,7 +17,7 @@ from clo.runtime.client import AsyncClient
 from clo.runtime.wire.errors import ServerUnreachable
 from clo.runtime.wire.messages import Progress
 from tests.faults import ENDLESS, SMALL, WAIT_S, assert_serves
-from tests.server import Server
+from tests.server import ROOT, Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
 
@@ -107,20 +110,47 @@ def test_nothing_is_lost_while_a_process_stops(server: Server, package: str, sec
         process.resume()
 
 
-def test_a_client_that_is_busy_for_long_keeps_its_streams(server: Server) -> None:
+def test_a_client_that_is_busy_for_long_keeps_its_streams(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Longer than a silent server is trusted: it was this process that did not listen."""
+    monkeypatch.setattr("clo.runtime.connection.SILENCE_SECONDS", 5.0)
 
     async def run() -> None:
         async with AsyncClient(server.address, timeout=WAIT_S) as client:
             stream = client.stream("a", max_tokens=1400, ignore_eos=True)
             chunks = aiter(stream)
             await anext(chunks)
-            time.sleep(28)
+            time.sleep(7)
             async for _ in chunks:
                 pass
             assert len(stream.result.tokens) == 1400
 
     asyncio.run(run())
+
+
+def test_a_client_that_stops_for_long_keeps_its_streams(server: Server) -> None:
+    """The same where a signal has stopped the whole process."""
+    code = f"""
+from clo.runtime.client import Client
+with Client({server.address!r}) as client:
+    streams = [client.stream("a", max_tokens=300, ignore_eos=True) for _ in range(2)]
+    pieces = iter(streams[0])
+    next(pieces)
+    print("streams", flush=True)
+    list(pieces), list(streams[1])
+    print([len(stream.result.tokens) for stream in streams])
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "streams\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=WAIT_S)[0] == "[300, 300]\n"
 
 
 def test_requests_of_a_client_that_gave_up_a_stopped_server_are_cancelled(

@@ -175,6 +175,23 @@ def test_a_server_whose_standard_streams_are_closed(launch: Launch, tiny_model: 
             assert os.readlink(f"/proc/{process.pid}/fd/2") == "/dev/null"
 
 
+def test_a_server_whose_standard_output_is_closed(launch: Launch, tiny_model: Path) -> None:
+    """It serves, though nobody hears that it is ready."""
+    with launch("--model", str(tiny_model), *SMALL, closed=(1,), ready=False) as server:
+        launcher = psutil.Process(server.process.pid)
+        deadline = time.monotonic() + READY_S
+        while not (ports := [each.laddr.port for each in launcher.net_connections("tcp")]):
+            assert server.process.poll() is None, f"the launcher ended: {server.stderr.read_text()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.address = f"tcp://127.0.0.1:{ports[0]}"
+        assert_serves(server)
+        assert os.readlink(f"/proc/{launcher.pid}/fd/1") == "/dev/null"
+        assert (server.stdout.read_text(), server.stderr.read_text()) == ("", "")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_sigterm_while_loading(launch: Launch, tiny_model: Path) -> None:
     """All processes end before the server was ready, exit code 0."""
     with launch("--model", str(tiny_model), *SMALL, ready=False) as server:

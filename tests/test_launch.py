@@ -1,7 +1,9 @@
 """The command line: what is accepted, what is refused and how, and the help."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,44 @@ def test_other_systems_are_refused(
     monkeypatch.setattr(sys, "platform", "darwin")
     assert launch.main([]) == 1
     assert capsys.readouterr().err == "error: CLO runs on Linux only, and this is darwin.\n"
+
+
+@pytest.mark.parametrize("package", ["msgspec", "zmq", "tokenizers", "torch"])
+def test_a_package_that_is_missing_is_named(tmp_path: Path, package: str) -> None:
+    """One sentence on stderr and exit code 1, also for what is imported only after the options were read."""
+    done = run_without(package, tmp_path, "launch.py", "--model", "no-such-model")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", lacks(package))
+
+
+def test_a_python_without_any_package_says_so() -> None:
+    """As the machine's own does where somebody forgets the virtual environment."""
+    command = [sys.executable, "-S", "-E", "launch.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", lacks("msgspec"))
+
+
+@pytest.mark.parametrize("module", ["msgspec", "tokenizers"])
+def test_a_missing_module_of_its_own_is_no_package_to_install(tmp_path: Path, module: str) -> None:
+    done = run_without(module, tmp_path, "launch.py", "--model", "no-such-model", name="clo.kernels")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "pip install" not in done.stderr
+
+
+def run_without(
+    module: str, folder: Path, *arguments: str, name: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python; importing ``module`` fails there because there is no ``name``, by default itself."""
+    (folder / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={name or module!r})\n")
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def lacks(package: str) -> str:
+    return (
+        f"error: {sys.executable} has no package '{package}'; run 'make setup' once and start with "
+        ".venv/bin/python, or install CLO there with 'pip install -e .'.\n"
+    )
 
 
 def test_help_fits_100_columns_and_states_every_default() -> None:

@@ -9,7 +9,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from clo.gpu_worker import startup
+from clo.runtime.config import ResolvedModel, WorkerConfig
 from clo.runtime.machine import host_memory, numa
 from clo.runtime.wire.errors import ConfigError
 from tests.store import running_store
@@ -148,3 +151,48 @@ def test_the_smallest_room_of_all_groups_around_the_process_counts(
     host_memory.check_memory({0: 14 * GIB})
     with pytest.raises(ConfigError, match=r"only 14\.0 GiB .* container"):
         host_memory.check_memory({0: 15 * GIB})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "near", "chosen"),
+    [
+        ((0, 1), {0: 0, 1: 0, 2: 1, 3: 1}, [0, 0, 1, 1]),  # the nearest, also where two share it
+        ((1, 0), {0: 0, 1: 1}, [0, 1]),
+        ((0, 1), {0: 1, 1: 7, 2: None}, [1, 1, 0]),  # others than the nearest, in turn
+        ((3,), {0: 0, 1: None}, [3, 3]),
+    ],
+)
+def test_a_worker_on_a_gpu_takes_the_store_of_the_nearest_node(
+    monkeypatch: pytest.MonkeyPatch, nodes: tuple[int, ...], near: dict[int, int | None], chosen: list[int]
+) -> None:
+    """And binds itself to the node of its store."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(near))
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(startup, "device_node", near.__getitem__)
+    assert chosen_stores(monkeypatch, "cuda", nodes, len(near)) == chosen
+    assert taken == list(near), "each worker has a GPU of its own"
+    with pytest.raises(
+        ConfigError, match=rf"Worker {len(near)} has no GPU .* sees {len(near)}: lower --work"
+    ):
+        startup._choose_store(worker_config("cuda", nodes, len(near)))
+
+
+def test_workers_without_a_gpu_take_the_stores_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen_stores(monkeypatch, "cpu", (1, 0), 3) == [1, 0, 1]
+
+
+def chosen_stores(
+    monkeypatch: pytest.MonkeyPatch, device: str, nodes: tuple[int, ...], workers: int
+) -> list[int]:
+    """The nodes of the stores that ``workers`` workers take."""
+    bound: list[int] = []
+    monkeypatch.setattr(startup, "bind", bound.append)
+    addresses = [startup._choose_store(worker_config(device, nodes, number)) for number in range(workers)]
+    assert addresses == [f"store of {node}" for node in bound]
+    return bound
+
+
+def worker_config(device: str, nodes: tuple[int, ...], number: int) -> WorkerConfig:
+    model = ResolvedModel("tiny", "", 1, 1, "float32", device, "auto", 0)
+    return WorkerConfig(number, "", {node: f"store of {node}" for node in nodes}, model)

@@ -10,6 +10,7 @@ import logging
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -23,7 +24,7 @@ from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.router import Router
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
-from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped
+from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped, WorkerDied
 from clo.runtime.wire.messages import (
     GATEWAY_IDENTITY,
     NO_STATS,
@@ -614,6 +615,23 @@ async def test_an_http_gateway_is_waited_for_and_asked_whether_it_is_alive(
             assert await gateway.message() == Ping()
             gateway.send(Pong())
         watching.cancel()
+
+
+@in_loop
+async def test_a_launcher_that_was_stopped_itself_takes_no_child_for_silent(
+    model: ResolvedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often; a child that is silent while the launcher runs is given up."""
+    monkeypatch.setattr(router_module, "PING_S", 0.01)
+    monkeypatch.setattr("clo.runtime.children.SERVING_S", 0.03)
+    async with running(model) as wire:  # its worker answers no Ping
+        watching = asyncio.create_task(wire.router.watch_children())
+        for _ in range(20):  # two for each turn of what watches
+            time.sleep(0.03)
+            await asyncio.sleep(0)
+        assert not watching.done()
+        with pytest.raises(WorkerDied, match="worker 0 has not answered"):
+            await asyncio.wait_for(watching, WAIT_S)
 
 
 @in_loop
