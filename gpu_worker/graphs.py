@@ -43,7 +43,7 @@ class DecodeGraphs:
 
     def __init__(self, step: Callable[[int], Tensor], device: torch.device) -> None:
         self._step = step
-        # one stream for all captures, as graphs that share a pool need
+        # one stream for all captures, as graphs that share a pool need; urgent, see ``SideStream``
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}

@@ -15,7 +15,7 @@ class SideStream:
 
     Args:
         device: the device that does the work.
-        urgent: whether its blocks go before those of the current stream.
+        urgent: whether its blocks go before those of streams that are not, as a decode step's own do.
     """
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:

@@ -11,7 +11,7 @@
 #include "common.cuh"
 
 #define BINS 256
-#define MOST 1e6f  // as much as its tokens the tail stands for, at most
+#define MOST 1e6f  // times its own weight that the tail stands for, at most, beside itself
 #define HELD 4     // positions that a thread looks up at the same time
 
 __device__ inline int score_of(const uint4& eight, int i) {

@@ -17,7 +17,7 @@ from clo.kernels.score import Scores
 _THREADS = 512, 1024  # of a block, for spans up to _SHORT tokens and for longer ones, where heads are few
 _SHORT = 131_072
 _MAP_SHARED_BYTES = 32 * 1024  # of the map and the sums; larger ones lie in global memory
-_MOST = 1e6  # as much as its tokens the tail stands for, at most
+_MOST = 1e6  # times its own weight that the tail stands for, at most, beside itself
 
 
 class FetchList(NamedTuple):
@@ -33,7 +33,7 @@ class TailList(NamedTuple):
     runs: Tensor  # [B, kv_heads, R] int32, numbers of runs, ascending; the first ``counts`` are valid
     masks: Tensor  # [B, kv_heads, R] int32, bit i: whether token i of the run is in the tail
     counts: Tensor  # [B, kv_heads] int32
-    boosts: Tensor  # [B, kv_heads] float32, base-2 log of what all weighs that is not resident, by the tail's
+    boosts: Tensor  # [B, kv_heads] float32, base-2 log of the weight of all not resident over the tail's own
 
     def slots(self, count: int) -> "TailList":
         """The part of the first ``count`` sequences, without a copy."""
@@ -89,7 +89,8 @@ def update_resident(
     neither resident now, nor of the sinks or the recent ones.
 
     Args:
-        scores: from ``clo.kernels.score``.
+        scores: from ``clo.kernels.score``. Its runs are trusted to be those of its rows: with others a kernel
+            would write past its memory.
         reselect: [B, kv_heads] bool, heads that select.
         lengths: [B] int64, written to ``last_used``; 0 for a slot not in use, whose scores may be anything.
         latest: number of the latest tokens, whose scores are undefined.
