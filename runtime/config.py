@@ -28,7 +28,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs auto takes
 
-# for sequences of up to _SHORT tokens, and for longer ones: benchmarks.quality says why
+# for sequences of up to _SHORT tokens, and for longer ones
 _SHORT = 8192
 _SELECTED = 80, 112  # rows
 _TAIL = 1024, 4096  # tokens
