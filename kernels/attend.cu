@@ -91,14 +91,14 @@ __device__ inline void begin(Lane& mine, const Element* query, int tile, float s
 // The first row of a batch that the lane's team takes.
 __device__ inline int first_row(int batch) { return batch * BATCH + threadIdx.x % 32 / LANES * DEPTH; }
 
-// Asks for the lane's chunks of a batch. Of `count` rows in all, the i-th is row `row_of(i)`.
+// Asks for the lane's chunks of a batch. Of `count` rows in all, the i-th begins at `row_of(i)`.
 template <class RowOf>
-__device__ inline void copy(uint4* stage, const char* rows, int batch, int count, RowOf row_of) {
+__device__ inline void copy(uint4* stage, int batch, int count, RowOf row_of) {
     const int64 policy = passing();
 #pragma unroll
     for (int r = 0; r < DEPTH; r++) {
         const int i = first_row(batch) + r;
-        const char* row = rows + (int64)row_of(i) * ROW_BYTES;
+        const char* row = row_of(i);
 #pragma unroll
         for (int part = 0; part < PER_LANE; part++) {
             // a lane past the end of the row goes with the last one, so that it reads numbers too
@@ -116,10 +116,10 @@ __device__ inline uint4* lane_ring(uint4* rings) {
 
 // Asks for the warp's first batches.
 template <class RowOf>
-__device__ inline void fill(uint4* ring, const char* rows, int count, RowOf row_of) {
+__device__ inline void fill(uint4* ring, int count, RowOf row_of) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
-        copy(ring + s * STAGE, rows, threadIdx.x / 32 + s * WARPS, count, row_of);
+        copy(ring + s * STAGE, threadIdx.x / 32 + s * WARPS, count, row_of);
         close_copies();
     }
 }
@@ -221,14 +221,13 @@ __device__ inline void add_batch(
 
 // Attends the warp's share of `count` rows, after `fill`.
 template <class RowOf, class Held>
-__device__ inline void stream(
-    Lane& mine, Shared& shared, uint4* ring, const char* rows, int count, RowOf row_of, Held held) {
+__device__ inline void stream(Lane& mine, Shared& shared, uint4* ring, int count, RowOf row_of, Held held) {
     int stage = 0;
     for (int batch = threadIdx.x / 32; batch * BATCH < count; batch += WARPS) {
         wait_for_copies<STAGES - 1>();
         add_batch(mine, shared.weights[threadIdx.x / 32], ring + stage * STAGE, first_row(batch), held);
         const int next = batch + STAGES * WARPS;
-        if (next * BATCH < count) copy(ring + stage * STAGE, rows, next, count, row_of);
+        if (next * BATCH < count) copy(ring + stage * STAGE, next, count, row_of);
         close_copies();
         stage = stage + 1 < STAGES ? stage + 1 : 0;
     }
@@ -302,39 +301,51 @@ __device__ inline int unit_of(int u, int tile) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend_resident(
-    const Element* query, int64 query_stride, const char* resident_rows, const int* positions,
-    const int64* lengths, const int* entries, const int* counts, float* outs, float* sums, float* maxima,
-    int64 kv_heads, int64 first, int64 capacity, int64 k, float scale) {
+    const Element* query, int64 query_stride, const char* kv, int64 kv_stride, const char* resident_rows,
+    const int* positions, const int64* lengths, const int* entries, const int* counts, float* outs,
+    float* sums, float* maxima, int64 kv_heads, int64 sinks, int64 recent, int64 capacity, int64 k,
+    float scale) {
     extern __shared__ uint4 rings[];
     __shared__ Shared shared;
     // [ROWS, rounded up to whole batches], whether a row counts
     uint8* held = (uint8*)(rings + WARPS * STAGES * STAGE);
     const int split = blockIdx.x / TILES, tile = blockIdx.x % TILES;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
-    const int start = split * ROWS, length = (int)lengths[blockIdx.z];
+    const int start = split * ROWS, length = (int)lengths[blockIdx.z], first = (int)(sinks + recent);
     if (length <= 0) return;
+    // The rows are those after `append`: the new one is in the ring, and what it displaces in the set, while
+    // that has room.
+    const int at = length - 1, place = at < sinks ? at : (int)sinks + (at - (int)sinks) % (int)recent;
+    const int oldest = at - (int)recent, home = oldest - (int)sinks;
+    const bool moves = home >= 0 && home < capacity && positions[line * capacity + home] != oldest;
+    const int moved = moves ? first + home : -1;
     const int coming = counts ? counts[line] : 0;
     // while all of a sequence is resident its rows are the first ones
-    const int count = min(ROWS, min(length, (int)(first + capacity)) - start);
-    const char* rows = resident_rows + (line * (first + capacity) + start) * ROW_BYTES;
-    const auto row_of = [](int i) { return i; };
+    const int count = min(ROWS, min(length, first + (int)capacity) - start);
+    const char* rows = resident_rows + line * (first + capacity) * ROW_BYTES;
+    const char* new_row = kv + blockIdx.z * kv_stride + blockIdx.y * ROW_BYTES;
+    const auto row_of = [&](int i) {
+        const int row = start + i;
+        return row == place ? new_row : rows + (int64)(row == moved ? place : row) * ROW_BYTES;
+    };
     uint4* ring = lane_ring(rings);
-    fill(ring, rows, count, row_of);
+    fill(ring, count, row_of);
     Lane mine;
     begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
     for (int i = threadIdx.x; i < (ROWS + BATCH - 1) / BATCH * BATCH; i += THREADS) {
         const int row = start + i;
         bool counts_in = i < count && (row >= first || row < length);
-        if (counts_in && row >= first) counts_in = positions[line * capacity + row - first] >= 0;
+        if (counts_in && row >= first && row != moved)
+            counts_in = positions[line * capacity + row - first] >= 0;
         held[i] = counts_in;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < coming; i += THREADS) {
-        const int place = (int)first + entries[line * k + i] - start;
-        if (place >= 0 && place < ROWS) held[place] = 0;
+        const int row = first + entries[line * k + i] - start;
+        if (row >= 0 && row < ROWS) held[row] = 0;
     }
     __syncthreads();
-    stream(mine, shared, ring, rows, count, row_of, [&](int i) { return held[i] != 0; });
+    stream(mine, shared, ring, count, row_of, [&](int i) { return held[i] != 0; });
     leave(mine, shared, rings);
     const int64 part = (line * SPLITS + split) * GROUP + tile * TILE;
 #pragma unroll
@@ -359,7 +370,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
     const int tile = blockIdx.x;
     const int64 line = (int64)blockIdx.z * kv_heads + blockIdx.y;
     const char* rows = resident_rows + (line * (first + capacity) + first) * ROW_BYTES;
-    const auto row_of = [&](int i) { return entries[line * k + min(i, (int)k - 1)]; };
+    const auto row_of = [&](int i) {
+        return rows + (int64)entries[line * k + min(i, (int)k - 1)] * ROW_BYTES;
+    };
     uint4* ring = lane_ring(rings);
     const bool used = lengths[blockIdx.z] > 0;
     int count = 0;
@@ -367,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
     if (counts) {
         count = counts[line];
         if (!used) count = 0;
-        fill(ring, rows, count, row_of);
+        fill(ring, count, row_of);
         begin(mine, query + blockIdx.z * query_stride + blockIdx.y * GROUP * DIM, tile, scale);
     }
     State states[UNITS];
@@ -392,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT < 3 ? RESIDENT : 
         }
     }
     if (count > 0) {
-        stream(mine, shared, ring, rows, count, row_of, [&](int i) { return i < count; });
+        stream(mine, shared, ring, count, row_of, [&](int i) { return i < count; });
         leave(mine, shared, rings);
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {

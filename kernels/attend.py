@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from clo.kernels.append import append
 from clo.kernels.arguments import ELEMENT, GROUPED, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import parts_of_heads
-from clo.kernels.resident import FIRST, POSITIONS, ROWS, ResidentSet
+from clo.kernels.resident import FIRST, LAST_USED, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
 _MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -31,8 +32,14 @@ _QUERY = Argument("query", ELEMENT, "B query_heads head_dim", dense=2, chunks=Tr
 _LENGTHS = Argument("lengths", torch.int64, "B")
 _FETCHED = ENTRIES._replace(optional=True), COUNTS._replace(optional=True)
 _ATTEND = Signature(
-    "attend_resident", (_QUERY, ROWS, POSITIONS, _LENGTHS, *_FETCHED), (HEAD_DIM, GROUPED, FIRST)
-)
+    "attend_resident",
+    (
+        _QUERY,
+        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        ROWS, POSITIONS, LAST_USED, _LENGTHS, *_FETCHED,
+    ),
+    (HEAD_DIM, GROUPED, FIRST),
+)  # fmt: skip
 _MERGE = Signature(
     "merge_fetched",
     (
@@ -68,16 +75,22 @@ def empty_state(query: Tensor, resident: ResidentSet, others: int = 0) -> Attent
 
 def attend_resident(
     query: Tensor,
+    kv: Tensor,
     resident: ResidentSet,
     lengths: Tensor,
     fetch_list: FetchList | None,
     scale: float,
     state: AttentionState | None = None,
 ) -> AttentionState:
-    """Attention over all resident rows except those that are still on their way.
+    """Attention over all resident rows, as they are once ``append`` has taken ``kv``, except those that are
+    still on their way.
+
+    The kernel reads the new rows where they are, so that a decode step need not wait for ``append``. Whether
+    that was called before makes no difference; the reference calls it.
 
     Args:
         query: [B, query_heads, head_dim]; those of a sequence contiguous, also below.
+        kv: [B, kv_heads, 2, head_dim], the new rows, as for ``append``.
         resident: of the B sequences; rows from a sequence's length on do not count.
         lengths: [B] int64, tokens with the current one; 0 for a slot not in use, whose result is undefined.
         fetch_list: the rows to leave out; None where all have arrived.
@@ -89,23 +102,20 @@ def attend_resident(
     """
     positions, first = resident.positions, resident.first
     _ATTEND.check(
-        query,
-        resident.rows,
-        positions,
-        lengths,
-        *_pointers(fetch_list),
-        sinks=resident.sinks,
-        recent=resident.recent,
-    )
+        query, kv, resident.rows, positions, resident.last_used, lengths, *_pointers(fetch_list),
+        sinks=resident.sinks, recent=resident.recent,
+    )  # fmt: skip
     if state is None:
         state = empty_state(query, resident)
     if not query.is_cpu:
         _launch(
             "attend_resident", _splits(resident), state.sum.shape[2], query, resident,
-            [query, query.stride(0), resident.rows, positions, lengths, *_pointers(fetch_list), *state,
-             resident.kv_heads, first, resident.capacity, _width(fetch_list), scale],
+            [query, query.stride(0), kv, kv.stride(0) * kv.itemsize, resident.rows, positions, lengths,
+             *_pointers(fetch_list), *state, resident.kv_heads, resident.sinks, resident.recent,
+             resident.capacity, _width(fetch_list), scale],
         )  # fmt: skip
         return state
+    append(kv, lengths, resident)
     absent = np.zeros(resident.rows.shape[:3], np.bool_)
     absent[..., first:] = positions.numpy() < 0
     for sequence, length in enumerate(lengths.tolist()):

@@ -30,7 +30,7 @@ AUTO_SEQS = {"cuda": 64, "cpu": 8}  # by device: the most that --max-num-seqs au
 
 # for sequences of up to _SHORT tokens, and for longer ones
 _SHORT = 8192
-_SELECTED = 80, 112  # rows
+_SELECTED = 64, 112  # rows
 _TAIL = 1024, 4096  # tokens
 _RESIDENT = 8  # resident rows for each that is selected
 _MOST_TAIL = 65536  # the partial sums of more parts would take longer than attention
@@ -156,7 +156,7 @@ class CacheConfig:
     select_k: int | None = option(
         None,
         "rows that a KV head selects at a time: more is closer to full attention and moves more; auto takes "
-        "80, and 112 where --max-model-len exceeds 8192",
+        "64, and 112 where --max-model-len exceeds 8192",
         "ROWS",
         int,
         none="auto",

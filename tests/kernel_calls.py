@@ -243,8 +243,8 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         Call(
             attend_resident,
             {
-                "query": query, "resident": resident, "lengths": lengths, "fetch_list": fetch_list,
-                "scale": 0.3,
+                "query": query, "kv": kv, "resident": resident, "lengths": lengths,
+                "fetch_list": fetch_list, "scale": 0.3,
             },
         ),
         Call(

@@ -222,6 +222,7 @@ def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacit
     resident.rows[0, :, 3:] = resident.rows[1, :, first + capacity // 2 :] = resident.rows[3] = torch.nan
     resident = resident._replace(rows=resident.rows.to(dtype))
     query = 3 * torch.randn(batch, kv_heads * group, dim).to(dtype)
+    kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)  # in sequence 1 the row that it displaces moves
     counts = torch.zeros(batch, kv_heads, dtype=torch.int32)
     counts[2] = torch.randint(0, min(k, capacity) + 1, (kv_heads,))
     entries = torch.zeros(batch, kv_heads, k, dtype=torch.int32)
@@ -230,21 +231,23 @@ def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacit
     lse = torch.randn(batch, kv_heads * group)
     lse_gpu = lse.cuda()
 
+    query_gpu, resident_gpu, lengths_gpu = inner(query), on_gpu(resident), lengths.cuda()
+    late = on_gpu(resident)  # NaN where rows have not arrived yet
     in_float = resident._replace(rows=resident.rows.float().nan_to_num())
     fetch_list = FetchList(entries, counts)
-    state = attend_resident(query.float(), in_float, lengths, fetch_list, scale)
+    state = attend_resident(query.float(), kv.float(), in_float, lengths, fetch_list, scale)
     expected = merge_fetched(state, query.float(), in_float, lengths, fetch_list, lse, scale)
 
-    query_gpu, resident_gpu, lengths_gpu = inner(query), on_gpu(resident), lengths.cuda()
     fetch_list_gpu = FetchList(entries.cuda(), counts.cuda())
-    late = on_gpu(resident)  # NaN where rows have not arrived yet
     for h in range(kv_heads):
         late.rows[2, h, first + entries[2, h, : counts[2, h]].long()] = torch.nan
-    state = attend_resident(query_gpu, late, lengths_gpu, fetch_list_gpu, scale)
+    state = attend_resident(query_gpu, inner(kv), late, lengths_gpu, fetch_list_gpu, scale)
     found = merge_fetched(state, query_gpu, resident_gpu, lengths_gpu, fetch_list_gpu, lse_gpu, scale)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse_gpu.cpu(), lse, rtol=1e-4, atol=1e-4)
-    state = attend_resident(query_gpu, resident_gpu, lengths_gpu, None, scale)
-    whole = merge_fetched(state, query_gpu, resident_gpu, lengths_gpu, None, lse_gpu, scale)
-    torch.testing.assert_close(whole[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
+    for _ in range(2):  # before the new rows are appended, and afterwards
+        state = attend_resident(query_gpu, inner(kv), resident_gpu, lengths_gpu, None, scale)
+        whole = merge_fetched(state, query_gpu, resident_gpu, lengths_gpu, None, lse_gpu, scale)
+        torch.testing.assert_close(whole[:3].cpu().float(), expected[:3], rtol=tolerance, atol=tolerance)
+        append(inner(kv), lengths_gpu, resident_gpu)

@@ -45,6 +45,19 @@ def test_attention_of_a_chunk(kv_heads: int, group: int, dim: int, count: int, t
     torch.testing.assert_close(lse, sums, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 3, 64), (2, 7, 128), (1, 2, 80), (2, 2, 256)])
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (1, 1000), (77, 77), (300, 1333)])
+def test_attention_in_float32(kv_heads: int, group: int, dim: int, count: int, total: int) -> None:
+    query, rows = (part.float() for part in random_prompt(count, total, kv_heads, group, dim))
+    out, lse = attend_prompt(query, rows, 0.1)
+    keys, values = (part.double().repeat_interleave(group, 1) for part in rows.unbind(2))
+    scores = torch.einsum("nhd,thd->nht", query.double(), keys) * 0.1
+    later = torch.arange(total).view(1, 1, -1) > torch.arange(total - count, total).view(-1, 1, 1)
+    scores.masked_fill_(later.cuda(), -torch.inf)
+    assert error(out, torch.einsum("nht,thd->nhd", scores.softmax(-1), values)) < 1e-5
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 3, 64), (8, 4, 128), (2, 7, 128)])
 def test_attention_of_several_prompts_at_once(kv_heads: int, group: int, dim: int) -> None:
     bounds = [0, 1, 130, 130, 257, 400, 400]

@@ -178,11 +178,13 @@ def test_attention_sees_the_rows_that_are_resident_and_those_that_arrive_later()
         entries[..., :coming] = torch.randperm(max(held, 1))[:coming].sort().values
         fetch_list = FetchList(entries, torch.full((1, kv_heads), coming, dtype=torch.int32))
         late = [first + entry for entry in entries[0, 0, :coming].tolist()]
-        early = [place for place, row in enumerate(valid) if row not in late]
+        newest = length - 1 if length <= SINKS else SINKS + (length - 1 - SINKS) % RECENT
+        kv = rows[:, :, newest].contiguous()  # its place in the ring is poison too
+        early = [place for place, row in enumerate(valid) if row not in (*late, newest)]
         resident.rows[:, :, [valid[place] for place in early]] = rows[:, :, early]
         query, lse = torch.randn(1, 6, dim), torch.full((1, 6), torch.nan)
         lengths = torch.tensor([length])
-        state = attend_resident(query, resident, lengths, fetch_list, scale)
+        state = attend_resident(query, kv, resident, lengths, fetch_list, scale)
         resident.rows[:, :, valid] = rows
         out = merge_fetched(state, query, resident, lengths, fetch_list, lse, scale)
         for h in range(6):
@@ -201,12 +203,14 @@ def test_attention_over_a_large_set_without_sinks_passes_over_a_slot_not_in_use(
     resident = resident._replace(rows=resident.rows.bfloat16())
     resident.rows[1, :, : RECENT + held] = rows
     resident.positions[1, :, :held] = torch.arange(held)
+    newest = 4999 % RECENT
+    kv, resident.rows[1, :, newest] = rows[:, newest].repeat(2, 1, 1, 1), 1e4
     lengths, query = torch.tensor([0, 5000]), torch.randn(2, kv_heads * group, dim).bfloat16()
     entries = torch.zeros(2, kv_heads, 6, dtype=torch.int32)
     entries[1, :, :4] = torch.tensor([0, 7, 100, 789])
     for fetch_list in (None, FetchList(entries, torch.tensor([[0, 0], [4, 0]], dtype=torch.int32))):
         lse = torch.full((2, kv_heads * group), torch.nan)
-        state = attend_resident(query, resident, lengths, fetch_list, scale)
+        state = attend_resident(query, kv, resident, lengths, fetch_list, scale)
         out = merge_fetched(state, query, resident, lengths, fetch_list, lse, scale)
         assert out.dtype == query.dtype and lse[0].isnan().all()
         for h in range(kv_heads * group):

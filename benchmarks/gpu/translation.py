@@ -14,6 +14,7 @@ from benchmarks.gpu.ceilings import graph_of, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
+from clo.gpu_worker import side_stream
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_resident
 from clo.kernels.fetch import fetch
@@ -37,10 +38,11 @@ def measure(machine: Machine) -> list[Result]:
         torch.randn(*lines, rows, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(_LAYERS)
     ]
     query = torch.randn(_SEQUENCES, 32, 128, dtype=torch.bfloat16, device="cuda")
+    kv = torch.randn(_SEQUENCES, lines[1], 2, 128, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((_SEQUENCES,), CONTEXT, device="cuda")
     entries = torch.arange(_ROWS, device="cuda").int().expand(*lines, _ROWS).contiguous()
     fetch_list = FetchList(entries, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
-    fetching = SideStream(torch.device("cuda"), urgent=True)
+    fetching = SideStream(torch.device("cuda"), priority=side_stream.FETCH)
 
     def draw(span: int) -> Tensor:
         drawn = torch.rand(*lines, span, device="cuda").argsort(-1)[..., :_ROWS].sort(-1).values
@@ -56,7 +58,7 @@ def measure(machine: Machine) -> list[Result]:
                 if fetches:
                     fetch(fetch_list, resident, table, arena[:, layer])
             if attends:
-                attend_resident(query, resident, lengths, fetch_list, 128**-0.5)
+                attend_resident(query, kv, resident, lengths, fetch_list, 128**-0.5)
             fetching.join()
 
     def layer_seconds(draws: list[Tensor], *, fetches: bool, attends: bool) -> float:

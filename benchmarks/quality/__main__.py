@@ -19,7 +19,16 @@ from benchmarks.quality.forcing import FULL, Heads, Reference, heads_of
 from benchmarks.quality.plots import draw_heads, draw_settings
 from benchmarks.quality.report import Figures, figures_of, results_of, tables_of
 from benchmarks.quality.ruler import COPIED, Ruler, ruler_item
-from benchmarks.quality.settings import DEFAULT, FASTER, PAPER, SETTINGS, VERIFIED, Setting, parse_setting
+from benchmarks.quality.settings import (
+    DEFAULT,
+    DROPPING,
+    FASTER,
+    PAPER,
+    SETTINGS,
+    VERIFIED,
+    Setting,
+    parse_setting,
+)
 from benchmarks.result import RESULTS, write
 from benchmarks.tasks import Encode, Item, Kind, documents, make_item
 from clo.gpu_worker.model.decoder import load_decoder
@@ -35,7 +44,7 @@ ITEMS, QUICK_ITEMS = 4, 2  # of a task, for each document
 
 def main() -> None:
     options = parse()
-    resolved = resolve(ModelConfig(model=options.model, device=options.device))
+    resolved = resolve(ModelConfig(model=options.model, device=options.device, dtype=options.dtype))
     decoder = load_decoder(resolved)
     tokenizer = Tokenizer(resolved.folder, decoder.vocab)
 
@@ -56,7 +65,7 @@ def main() -> None:
             count = (QUICK_ITEMS if options.quick else ITEMS) * options.documents
             tokens = min(COPIED, length // 4) if kind == "copy" else options.tokens
             reference = Reference(decoder, make(kind, length - tokens, count), tokens)
-            figures += measure(kind, length, reference, [DEFAULT, FASTER, PAPER, *options.setting])
+            figures += measure(kind, length, reference, [DEFAULT, FASTER, DROPPING, PAPER, *options.setting])
             del reference
 
     name = options.name or f"quality-{Path(resolved.name).name}"
@@ -108,6 +117,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name or folder (%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32"),
+        help="float32 leaves bfloat16's rounding out, which differs from batch to batch",
+    )
     parser.add_argument("--lengths", type=lengths, help="tokens, answer included (2048,4096,8192)")
     parser.add_argument("--documents", type=int, help="1 to 5, of text; a task has several items each (4)")
     parser.add_argument("--tokens", type=int, help="forced of an answer but copy's, 80 to 256 (256)")

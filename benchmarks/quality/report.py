@@ -25,7 +25,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over all tokens forced by decode steps. Rows are per step and KV head, bytes per token."""
+    """Means over all tokens forced by decode steps. Rows are per step and KV head; bytes are per token, and
+    those of 16-bit rows, whatever the run's own dtype."""
 
     kind: str
     length: int
@@ -46,11 +47,11 @@ def figures_of(
     kind: str, length: int, setting: Setting, reference: Reference, scores: Scores, cache: KVCache
 ) -> Figures:
     """What ``cache`` did and how well, since its engine was made."""
-    items, full = reference.items, reference.full
+    items, full, shape = reference.items, reference.full, cache.shape
     steps = int(numpy.isfinite(scores.kl).sum())
     counters = torch.stack([cache.counters(slot) for slot in range(len(items))])
     _, _, selected, fetched, *_ = counters.sum(0).tolist()
-    rows = (selected if setting.whole else fetched) / (steps * cache.shape.layers * cache.shape.kv_heads)
+    rows = (selected if setting.whole else fetched) / (steps * shape.layers * shape.kv_heads)
     right = exact = None
     if kind != "text":
         right = _answers(share_right(items, scores.right), share_right(items, full.right))
@@ -58,7 +59,8 @@ def figures_of(
     return Figures(
         kind, length, setting.name, len(items), estimate(blocks(scores.kl)), estimate(blocks(scores.agree)),
         estimate(blocks(scores.loss)), estimate(full.loss).value, rows,
-        rows * cache.shape.token_bytes / 1024, 1 - fetched / max(1, selected), right, exact,
+        rows * shape.token_bytes * 2 / shape.dtype.itemsize / 1024,
+        1 - fetched / max(1, selected), right, exact,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ class Setting(NamedTuple):
 DEFAULT = Setting("default", CacheConfig())
 OFF = Setting("default, prefetch off", CacheConfig(prefetch="off"))
 VERIFIED = Setting("default, prefetch verified", CacheConfig(prefetch="verified"))
-FASTER = Setting("faster", CacheConfig(select_k=64, resident=512, tail=2048))
+FASTER = Setting("faster", CacheConfig(select_k=64, resident=512))
 CLOSER = Setting("closer", CacheConfig(select_k=256, resident=2048, tail=8192))
 DROPPING = Setting("closer, without a tail", CacheConfig(select_k=256, resident=2048, tail=0))
 PAPER = Setting(

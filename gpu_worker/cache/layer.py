@@ -163,7 +163,7 @@ class LayerCache:
     def attend(
         self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
     ) -> Tensor:
-        """The layer's part of a decode step: append, gate, select, fetch, attend.
+        """The layer's part of a decode step: gate, select, fetch, attend, append.
 
         Args:
             query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
@@ -180,7 +180,6 @@ class LayerCache:
         state = empty_state(query, resident, parts)
         if not select:  # the tail is known already, and takes longer than the rows where there are few
             self._attend_tail(state, query, batch)
-        append(kv, batch.lengths, resident)
         with streams.recording.fork(kv):
             self.record(kv, batch)
         if select:
@@ -190,7 +189,10 @@ class LayerCache:
             self._attend_tail(state, query, batch, prepared)
         if query.is_cpu:  # there `fetch` has returned with all rows
             fetch_list = None
-        attend_resident(query, resident, batch.lengths, fetch_list, self._scale, state)
+        attend_resident(query, kv, resident, batch.lengths, fetch_list, self._scale, state)
+        if not query.is_cpu:  # there `attend_resident` has
+            with streams.recording.fork(kv):
+                append(kv, batch.lengths, resident)
         if tail is not None:
             streams.tail.join()
         streams.fetching.join()
