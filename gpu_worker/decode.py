@@ -51,8 +51,9 @@ class DecodeStep:
                 next_list = self._prefetch(layer + 1, hidden, rope, batch)
             hidden, normed = decoder.add_mlp(layer, hidden, normed)
             fetch_list = next_list
-        cache.end_step()
-        return decoder.logits(normed)
+        logits = decoder.logits(normed)
+        cache.end_step()  # last, so that nothing waits for the new rows
+        return logits
 
     @property
     def late_layers(self) -> list[int] | None:

@@ -135,11 +135,17 @@ def _flash_on_cpu(query: Tensor, rows: Tensor, scale: float, *, causal: bool) ->
 
 
 def _in_float32(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Torch's memory-efficient attention, the only one on a GPU that takes float32; its products have three
-    TF32 parts each, which is nearly as exact."""
-    group = query.shape[1] // rows.shape[1]
-    keys, values = (part.repeat_interleave(group, 1)[None] for part in rows.unbind(2))
-    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        query[None], keys, values, None, None, None, None, None, 0.0, _LAST_ALIGNED, True, scale=scale
-    )
-    return out[0], lse[0, :, : len(query)].t()
+    """Torch's memory-efficient attention: no flash attention takes float32. Its products of three TF32 parts
+    are nearly as exact as float32."""
+    count, kv_heads = len(query), rows.shape[1]
+    keys, values = rows[None, :, :, 0], rows[None, :, :, 1]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:2], device=query.device)
+    by_group = (part.unflatten(1, (kv_heads, -1)).unbind(2) for part in (query, out, lse))
+    for member, attended, sums in zip(*by_group, strict=True):  # else keys and values had to be copied
+        found, logarithms, *_ = torch.ops.aten._efficient_attention_forward(
+            member[None], keys, values, None, None, None, None, None, 0.0, _LAST_ALIGNED, True, scale=scale
+        )
+        attended.copy_(found[0])
+        sums.copy_(logarithms[0, :, :count].t())
+    return out, lse

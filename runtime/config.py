@@ -129,14 +129,14 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The three knobs of the cache and what surrounds them.
+    """The knobs of the cache and what surrounds them.
 
     A head reuses its rows while the cosine between its query and the query of its last selection is at least
     ``gate``. Otherwise it selects ``select_k`` rows; those that are not resident replace the ones selected
     longest ago among its ``resident`` rows. All resident rows are attended to, with the first ``sinks``
     tokens and the latest ``recent``; of the others, the ``tail`` of those that weigh most, from codes. The
     head-wise cache of the paper (arXiv 2511.14510) has ``resident`` equal to ``select_k`` and no tail. Where
-    one of the three is None, ``sizes`` or ``tail_tokens`` chooses it.
+    one of ``select_k``, ``resident`` and ``tail`` is None, ``sizes`` or ``tail_tokens`` chooses it.
 
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,

@@ -219,10 +219,13 @@ def test_attend(dim: int, kv_heads: int, group: int, dtype: torch.dtype, capacit
     lengths = torch.tensor([3, first + capacity // 2, 5000, 0])
     resident = resident_set(batch, kv_heads, capacity, dim, torch.float32)
     resident.positions[1, :, : capacity // 2] = resident.positions[2] = 7
+    if capacity > 1:  # there is room for the row that the new one displaces from the ring
+        home = capacity // 2 - 1
+        resident.positions[1, :, home], resident.rows[1, :, first + home] = -1, torch.nan
     resident.rows[0, :, 3:] = resident.rows[1, :, first + capacity // 2 :] = resident.rows[3] = torch.nan
     resident = resident._replace(rows=resident.rows.to(dtype))
     query = 3 * torch.randn(batch, kv_heads * group, dim).to(dtype)
-    kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)  # in sequence 1 the row that it displaces moves
+    kv = torch.randn(batch, kv_heads, 2, dim).to(dtype)
     counts = torch.zeros(batch, kv_heads, dtype=torch.int32)
     counts[2] = torch.randint(0, min(k, capacity) + 1, (kv_heads,))
     entries = torch.zeros(batch, kv_heads, k, dtype=torch.int32)

@@ -73,14 +73,6 @@ class CutLayer(ReplayLayer):
 
     cut: Callable[[], None] | None = None
 
-    def attend(
-        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
-    ) -> Tensor:
-        attended = super().attend(query, kv, batch, fetch_list, select=select)
-        with self._streams.recording.fork():
-            pass  # behind the last cut too, the end of the step finds this branch in its graph
-        return attended
-
     def update_resident(self, scores: Scores, reselect: Tensor, batch: Batch, latest: int) -> FetchList:
         fetch_list = super().update_resident(scores, reselect, batch, latest)
         self.announce(fetch_list)

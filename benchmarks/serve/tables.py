@@ -7,7 +7,7 @@ from benchmarks.gpu.synthetic import LLAMA_8B, Model
 
 NEW_ROWS = 0.09
 """What share of the rows that a head selects is fetched where that is replayed. Real models fetched
-4 to 13 % from contexts of 4K on (docs/measurements.md)."""
+9 to 20 % from contexts of 6K on (docs/measurements.md)."""
 
 
 DENSE = "--prefill-attention dense"

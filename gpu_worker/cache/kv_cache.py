@@ -189,7 +189,7 @@ class KVCache:
         return self.layers[layer].attend(query, kv, batch, fetch_list, select=select)
 
     def end_step(self) -> None:
-        """After the last layer: later work finds the new rows in arena and index."""
+        """After the last layer: later work finds the new rows in arena, index and rings."""
         if self.sparse_layers:  # else nothing was recorded on the side, and a graph cannot wait for that
             self._recording.join()
 

@@ -31,7 +31,7 @@ class LayerStreams(NamedTuple):
 
     storing: SideStream  # rows of a prompt go to the arena; shared by all layers
     filling: SideStream  # they are indexed, and the first resident ones chosen; shared by all layers
-    recording: SideStream  # the new row goes to arena and index; shared by all layers
+    recording: SideStream  # the new row goes to arena, index and ring; shared by all layers
     gating: SideStream  # shared by every second layer, and so is the next one
     fetching: SideStream
     tail: SideStream  # attention to the tail
@@ -157,7 +157,7 @@ class LayerCache:
 
     def prefetch(self, query: Tensor, batch: Batch) -> FetchList:
         """Gate, select and begin to fetch with a predicted query, ahead of the layer itself."""
-        # The new token is not appended yet: the one that it will displace is still in the ring.
+        # The new token is not known to `attend` yet, and the one that it will displace is still in the ring.
         return self._select(query, batch, self.resident.recent + 1, ahead=True)[0]
 
     def attend(
@@ -190,7 +190,7 @@ class LayerCache:
         if query.is_cpu:  # there `fetch` has returned with all rows
             fetch_list = None
         attend_resident(query, kv, resident, batch.lengths, fetch_list, self._scale, state)
-        if not query.is_cpu:  # there `attend_resident` has
+        if not query.is_cpu:  # there `attend_resident` has appended it
             with streams.recording.fork(kv):
                 append(kv, batch.lengths, resident)
         if tail is not None:
