@@ -15,10 +15,10 @@ memory. A size that was asked for is never reduced: what does not fit is an erro
 
 EPILOG = """\
 what to set:
-  --select-k, --resident, --tail and --gate trade exactness against memory and transfers. The defaults keep
-  many more rows than one step selects, so that a row once fetched serves many steps. The cache of
-  the paper (arXiv 2511.14510) has --resident equal to --select-k: it holds one selection and reuses
-  it while the query stays close to the one that made it:
+  --select-k, --resident, --tail and --gate trade exactness against memory and transfers. The
+  defaults keep many more rows than one step selects, so that a row once fetched serves many
+  steps. The cache of the paper (arXiv 2511.14510) has --resident equal to --select-k: it holds one
+  selection and reuses it while the query stays close to the one that made it:
   --select-k 1024 --resident 1024 --tail 0 --gate 0.8
 
 examples:
