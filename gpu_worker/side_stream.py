@@ -7,12 +7,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-STEP = -1
-"""Priority of a decode step's own path: its blocks go before those of work that may wait."""
-
-FETCH = -2
-"""Priority of what moves rows over PCIe, whose few blocks should never wait for others."""
-
 
 class SideStream:
     """A second stream that forks from the current one and joins it again; in a CUDA graph, a branch.
@@ -21,12 +15,14 @@ class SideStream:
 
     Args:
         device: the device that does the work.
-        priority: of its blocks, as CUDA counts: lower ones go first.
+        urgent: whether its blocks go before those of the current stream.
     """
 
-    def __init__(self, device: torch.device, *, priority: int = 0) -> None:
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+        self._stream = (
+            torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
+        )
 
     @contextmanager
     def fork(self, *inputs: Tensor) -> Iterator[None]:

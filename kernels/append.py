@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Signature
+from clo.kernels.arguments import HEAD_DIM, Argument, Signature
 from clo.kernels.launch import launch
-from clo.kernels.resident import FIRST, LAST_USED, POSITIONS, ROWS, ResidentSet
+from clo.kernels.resident import FIRST, LAST_USED, NEW_ROWS, POSITIONS, ROWS, ResidentSet
 
 _SIGNATURE = Signature(
     "append",
     (
-        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        NEW_ROWS,
         Argument("lengths", torch.int64, "B"),
         ROWS, POSITIONS, LAST_USED,
     ),

@@ -15,7 +15,7 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.compiled import Array, compiled, floats
 from clo.kernels.launch import ELEMENTS, launch
 from clo.kernels.limits import parts_of_heads
-from clo.kernels.resident import FIRST, LAST_USED, POSITIONS, ROWS, ResidentSet
+from clo.kernels.resident import FIRST, LAST_USED, NEW_ROWS, POSITIONS, ROWS, ResidentSet
 from clo.kernels.update_resident import COUNTS, ENTRIES, FetchList
 
 _MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -35,7 +35,7 @@ _ATTEND = Signature(
     "attend_resident",
     (
         _QUERY,
-        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        NEW_ROWS,
         ROWS, POSITIONS, LAST_USED, _LENGTHS, *_FETCHED,
     ),
     (HEAD_DIM, GROUPED, FIRST),

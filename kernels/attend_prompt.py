@@ -142,7 +142,8 @@ def _in_float32(query: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tens
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], device=query.device)
     by_group = (part.unflatten(1, (kv_heads, -1)).unbind(2) for part in (query, out, lse))
-    for member, attended, sums in zip(*by_group, strict=True):  # else keys and values had to be copied
+    # at once, keys and values would have to be copied
+    for member, attended, sums in zip(*by_group, strict=True):
         found, logarithms, *_ = torch.ops.aten._efficient_attention_forward(
             member[None], keys, values, None, None, None, None, None, 0.0, _LAST_ALIGNED, True, scale=scale
         )

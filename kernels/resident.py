@@ -68,4 +68,7 @@ POSITIONS = Argument("resident.positions", torch.int32, "B kv_heads capacity")
 LAST_USED = Argument("resident.last_used", torch.int32, "B kv_heads capacity")
 """The tensors of a ``ResidentSet`` as arguments of operations."""
 
+NEW_ROWS = Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True)
+"""The row of each sequence's new token, as the projection leaves it."""
+
 FIRST = Rule("sinks >= 0 and recent >= 1", "the latest token always has a row")

@@ -9,6 +9,7 @@ from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import ARENA, BLOCK_TABLE, PROMPT_BLOCKS, PromptBlocks
 from clo.kernels.launch import launch
 from clo.kernels.limits import REGISTERED_BYTES
+from clo.kernels.resident import NEW_ROWS
 
 _BLOCKS, _THREADS = 12, 512  # few fill PCIe, and leave the multiprocessors to the next layer
 
@@ -30,7 +31,7 @@ _STORE_PROMPTS = Signature(
 _STORE_NEW = Signature(
     "store_new",
     (
-        Argument("kv", ELEMENT, "B kv_heads 2 head_dim", dense=3, chunks=True),
+        NEW_ROWS,
         Argument("lengths", torch.int64, "B"),
         BLOCK_TABLE, ARENA,
     ),

@@ -7,7 +7,6 @@ is the first B slots. The cache knows the shape of the KV and nothing else of th
 import torch
 from torch import Tensor
 
-from clo.gpu_worker import side_stream
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.full import FullLayer
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
@@ -97,8 +96,8 @@ class KVCache:
             LayerStreams(
                 *shared,
                 SideStream(device),
-                SideStream(device, priority=side_stream.FETCH),
-                SideStream(device, priority=side_stream.STEP),
+                SideStream(device, urgent=True),
+                SideStream(device, urgent=True),
             )
             for _ in range(2)
         ]

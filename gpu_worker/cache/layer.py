@@ -157,7 +157,7 @@ class LayerCache:
 
     def prefetch(self, query: Tensor, batch: Batch) -> FetchList:
         """Gate, select and begin to fetch with a predicted query, ahead of the layer itself."""
-        # The new token is not known to `attend` yet, and the one that it will displace is still in the ring.
+        # The token that the new one will displace from the ring is no candidate yet.
         return self._select(query, batch, self.resident.recent + 1, ahead=True)[0]
 
     def attend(
