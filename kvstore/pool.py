@@ -1,4 +1,4 @@
-"""Which group holds which block of the arena for which sequence, and which tokens are in it."""
+"""Which group holds which block of the arena for which sequence, and which blocks of prompts are kept."""
 
 from array import array
 from collections import OrderedDict
@@ -6,54 +6,87 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from clo.kvstore.prefix import chain
 from clo.runtime.wire.errors import PromptTooLong, ProtocolError
 
 
 class Grant(NamedTuple):
-    """Blocks that a sequence of a group now holds."""
+    """Blocks that a sequence of a group now holds; the first ``cached`` hold its first tokens already."""
 
     group: int
     sequence: int
     blocks: list[int]
+    cached: int
 
 
 class _Holding:
     """The blocks of one sequence, in the order of its tokens, and the tokens committed so far."""
 
-    def __init__(self, blocks: list[int]) -> None:
+    def __init__(self, blocks: list[int], names: list[bytes], cached: int, block_tokens: int) -> None:
         self.blocks = blocks
+        self.names = names  # of the blocks of its prompt
+        self.committed = cached  # of these, how many have been committed
+        self.anchors: dict[int, int] = {}  # by place: another block with the same tokens, held as well
         self.tokens = array("i")  # 4 bytes a token
+        self.room = len(blocks) * block_tokens
 
 
 @dataclass
 class _Wait:
-    """What a sequence in the queue waits for: new blocks after the shared ones, which it holds already."""
+    """What a sequence in the queue waits for."""
 
-    shared: list[int]
-    new: int
+    blocks: int
+    prompt: array[int]
+    names: list[bytes]
     passed: int = 0  # new blocks that later ones were given meanwhile
 
 
 class BlockPool:
     """Blocks 0 .. ``blocks - 1`` of ``block_tokens`` tokens each.
 
-    A block is free, or held by one or several sequences, whose number is counted. A group is one worker, or
-    several that serve the same sequences together. A sequence gets all its blocks at once. One that has to
-    wait queues. Later ones that fit pass it, so that a small request does not wait for a large one, but they
-    get no more blocks in all than it asks for itself, so that it does not starve.
+    A block is free, or held by one or several sequences, whose number is counted, or nobody holds it and it
+    is *kept*: it has the tokens of a block of a prompt, under its name (``clo.kvstore.prefix``), until the
+    space is needed. A sequence begins with the longest chain of blocks that are committed under the names of
+    its prompt, and shares them with whoever else does.
+
+    Only whole blocks of prompts are committed, and only once all their rows are there. What a sequence
+    generates is not: its rows come from decode steps, which attend to a part of the context, and a prompt that
+    goes on after it would get other rows there.
+
+    Where there are no free blocks, those kept are taken whose last holder left first; of a chain the end goes
+    before the beginning, since holders give their blocks back from the last one on.
+
+    A group is one worker, or several that serve the same sequences together. A sequence gets all its blocks
+    at once. One that has to wait queues. Later ones that fit pass it, so that a small request does not wait
+    for a large one, but they get no more new blocks in all than it needs itself, so that it does not starve.
+
+    Args:
+        blocks: their number.
+        block_tokens: tokens of a block.
+        keep: whether blocks are committed at all.
     """
 
-    def __init__(self, blocks: int, block_tokens: int) -> None:
+    def __init__(self, blocks: int, block_tokens: int, *, keep: bool = True) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
+        self._keep = keep
         self._free = list(range(blocks - 1, -1, -1))  # a stack: the block given back last is used next
         self._holders = array("l", bytes(array("l").itemsize * blocks))  # by block
         self._held: dict[int, dict[int, _Holding]] = {}  # group -> sequence -> blocks
         self._waiting: OrderedDict[tuple[int, int], _Wait] = OrderedDict()  # by group and sequence
+        self._by_name: dict[bytes, int] = {}  # committed blocks, held or kept
+        self._names: dict[int, bytes] = {}  # by block
+        self._kept: OrderedDict[int, None] = OrderedDict()  # the next to be taken first
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept_blocks(self) -> int:
+        """How many of these are kept."""
+        return len(self._kept)
 
     @property
     def sequences(self) -> int:
@@ -65,17 +98,17 @@ class BlockPool:
         """Sequences that wait for blocks."""
         return len(self._waiting)
 
-    def allocate(self, group: int, sequence: int, blocks: int, shared: Sequence[int] = ()) -> None:
+    def allocate(self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = ()) -> None:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
 
         Args:
-            blocks: number of blocks that it will hold, including the shared ones.
-            shared: blocks with its first tokens that other sequences hold already; from now on this one holds
-                them too.
+            blocks: number of blocks that it will hold, those included that it shares.
+            prompt: its first tokens; empty where it begins with no rows that are there already, and leaves
+                none to others.
 
         Raises:
             PromptTooLong: there are not that many blocks.
-            ProtocolError: the sequence holds or awaits blocks already, or a shared block is free.
+            ProtocolError: the sequence holds or awaits blocks already, or the prompt does not fit into them.
         """
         if blocks > self.blocks:
             raise PromptTooLong(
@@ -84,33 +117,33 @@ class BlockPool:
             )
         if sequence in self._held.get(group, ()) or (group, sequence) in self._waiting:
             raise ProtocolError(f"Sequence {sequence} has asked for blocks before; free it first.")
-        for block in shared:
-            if not (0 <= block < self.blocks and self._holders[block]):
-                raise ProtocolError(f"Block {block} is held by no sequence and cannot be shared.")
-        self._take(shared)
-        self._waiting[group, sequence] = _Wait(list(shared), max(0, blocks - len(shared)))
+        if len(prompt) > blocks * self.block_tokens:
+            raise ProtocolError(f"{blocks} blocks do not hold a prompt of {len(prompt)} tokens.")
+        tokens = array("i", prompt if self._keep else ())
+        self._waiting[group, sequence] = _Wait(blocks, tokens, chain(tokens, self.block_tokens))
 
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""
-        ahead: list[_Wait] = []  # those that go on waiting, so far
+        ahead: list[tuple[_Wait, int]] = []  # those that go on waiting, so far, and new blocks that they need
         for (group, sequence), wait in list(self._waiting.items()):
-            new = wait.new
-            if new > len(self._free) or any(other.passed + new > other.new for other in ahead):
-                ahead.append(wait)
+            shared = self._match(wait)
+            new = wait.blocks - len(shared)
+            if new > self._takeable(shared) or any(other.passed + new > needs for other, needs in ahead):
+                ahead.append((wait, new))
                 continue
-            for other in ahead:
+            for other, _ in ahead:
                 other.passed += new
             del self._waiting[group, sequence]
-            start = len(self._free) - new
-            own = self._free[start:][::-1]
-            del self._free[start:]
-            self._take(own)
-            blocks = [*wait.shared, *own]
-            self._held.setdefault(group, {})[sequence] = _Holding(blocks)
-            yield Grant(group, sequence, list(blocks))
+            self._hold(shared)
+            blocks = shared + [self._take() for _ in range(new)]
+            holding = _Holding(blocks, wait.names, len(shared), self.block_tokens)
+            holding.tokens.extend(wait.prompt[: len(shared) * self.block_tokens])
+            self._held.setdefault(group, {})[sequence] = holding
+            yield Grant(group, sequence, list(blocks), len(shared))
 
     def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> None:
-        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on.
+        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on, all rows of them.
+        Blocks of its prompt that have become full are committed.
 
         Raises:
             ProtocolError: the sequence holds no blocks, ``start`` is not the next position, or the tokens go
@@ -121,29 +154,39 @@ class BlockPool:
             raise ProtocolError(
                 f"Sequence {sequence} holds {len(holding.tokens)} tokens; a commit cannot start at {start}."
             )
-        room = len(holding.blocks) * self.block_tokens
-        if start + len(tokens) > room:
+        if start + len(tokens) > holding.room:
             raise ProtocolError(
-                f"Sequence {sequence} has room for {room} tokens, not for {start + len(tokens)}."
+                f"Sequence {sequence} has room for {holding.room} tokens, not for {start + len(tokens)}."
             )
         holding.tokens.extend(tokens)
+        full = min(len(holding.tokens) // self.block_tokens, len(holding.names))
+        for place in range(holding.committed, full):
+            name, block = holding.names[place], holding.blocks[place]
+            first = self._by_name.setdefault(name, block)
+            if first == block:
+                self._names[block] = name
+            else:  # another sequence was faster: held, it goes no earlier than what follows on it
+                holding.anchors[place] = first
+                self._hold([first])
+        holding.committed = max(holding.committed, full)
 
     def free(self, group: int, sequence: int) -> int:
         """Take back the blocks of a sequence, or withdraw it from the queue.
 
         Returns the number of blocks that it held; those that another sequence holds too do not become free.
         """
-        wait = self._waiting.pop((group, sequence), None)
-        if wait is not None:
-            self._give_back(wait.shared)
+        self._waiting.pop((group, sequence), None)
         held = self._held.get(group, {})
         if sequence not in held:
             return 0
-        blocks = held.pop(sequence).blocks
+        holding = held.pop(sequence)
         if not held:
             del self._held[group]
-        self._give_back(blocks)
-        return len(blocks)
+        for place in range(len(holding.blocks) - 1, -1, -1):
+            self._give_back(holding.blocks[place])
+            if place in holding.anchors:
+                self._give_back(holding.anchors[place])
+        return len(holding.blocks)
 
     def free_group(self, group: int) -> int:
         """``free`` every sequence of a group. Returns the number of blocks."""
@@ -170,40 +213,79 @@ class BlockPool:
         return list(holding.blocks), tokens
 
     def check_integrity(self) -> None:
-        """Raises ``AssertionError``, with what is wrong, unless each block is free once or counted as often
-        as it is held, the tokens fit into their blocks and nobody waits without need."""
+        """Raises ``AssertionError``, with what is wrong, unless each block is free or kept once or counted as
+        often as it is held, names and blocks agree, the tokens fit into their blocks and nobody waits without
+        need."""
         held = [0] * self.blocks
         for group, sequences in self._held.items():
             for sequence, holding in sequences.items():
                 name = f"Sequence {sequence} of group {group}"
-                if not holding.blocks or len(holding.tokens) > len(holding.blocks) * self.block_tokens:
+                if not holding.blocks or len(holding.tokens) > holding.room:
                     raise AssertionError(
                         f"{name} holds {len(holding.tokens)} tokens in {len(holding.blocks)} blocks."
                     )
                 if (group, sequence) in self._waiting:
                     raise AssertionError(f"{name} holds blocks and waits.")
-                for block in holding.blocks:
+                for block in [*holding.blocks, *holding.anchors.values()]:
                     held[block] += 1
-        for wait in self._waiting.values():
-            for block in wait.shared:
-                held[block] += 1
+                for place in range(holding.committed):
+                    block = holding.anchors.get(place, holding.blocks[place])
+                    if self._by_name.get(holding.names[place]) != block:
+                        raise AssertionError(f"{name} has committed block {block}, which has another name.")
         if self._holders.tolist() != held:
             raise AssertionError(f"Blocks are held {held} times and counted {self._holders.tolist()} times.")
-        free = [block for block in range(self.blocks) if not held[block]]
+        free = [block for block in range(self.blocks) if not held[block] and block not in self._kept]
         if sorted(self._free) != free:
             raise AssertionError(f"Free blocks are {free} and listed as {sorted(self._free)}.")
-        if self._waiting and next(iter(self._waiting.values())).new <= len(self._free):
-            raise AssertionError(f"The queue waits although {len(self._free)} blocks are free.")
+        if {block: name for name, block in self._by_name.items()} != self._names:
+            raise AssertionError("Names lead to other blocks than blocks to names.")
+        idle = {block for block in self._names if not held[block]}
+        if idle != self._kept.keys():
+            raise AssertionError(f"Kept are {sorted(self._kept)}, and named and held by nobody {sorted(idle)}.")
+        if self._waiting:
+            wait = next(iter(self._waiting.values()))
+            shared = self._match(wait)
+            if wait.blocks - len(shared) <= self._takeable(shared):
+                raise AssertionError(f"The queue waits although {self.free_blocks} blocks are free.")
 
-    def _take(self, blocks: Sequence[int]) -> None:
+    def _match(self, wait: _Wait) -> list[int]:
+        """Committed blocks of a prompt from its first one on. One token at least is left, whose logits are
+        wanted."""
+        blocks = []
+        for name in wait.names[: (len(wait.prompt) - 1) // self.block_tokens]:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _takeable(self, shared: list[int]) -> int:
+        """Blocks that can be taken beside those shared."""
+        return self.free_blocks - sum(block in self._kept for block in shared)
+
+    def _take(self) -> int:
+        """A block for new rows, held once."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._kept.popitem(last=False)
+            del self._by_name[self._names.pop(block)]
+        self._holders[block] += 1
+        return block
+
+    def _hold(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             self._holders[block] += 1
+            self._kept.pop(block, None)
 
-    def _give_back(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free.append(block)
+    def _give_back(self, block: int) -> None:
+        self._holders[block] -= 1
+        if self._holders[block]:
+            return
+        if block in self._names:
+            self._kept[block] = None
+        else:
+            self._free.append(block)
 
     def _holding(self, group: int, sequence: int) -> _Holding:
         holding = self._held.get(group, {}).get(sequence)
