@@ -164,12 +164,21 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(
-        self, slot: int, tokens: list[int], blocks: list[int], last: int = 1, score: int | None = None
+        self,
+        slot: int,
+        tokens: list[int],
+        blocks: list[int],
+        last: int = 1,
+        score: int | None = None,
+        cached: int = 0,
     ) -> Prefill:
-        """Begin the prefill of a sequence in a free slot; ``last`` and ``score`` as for ``Prefill``."""
+        """Begin the prefill of a sequence in a free slot; ``last``, ``score`` and ``cached`` as for
+        ``Prefill``."""
         self.place(slot, blocks)
-        tables = self.tables(slot)
-        return Prefill(self.decoder, self.cache, slot, tokens, blocks, *tables, last, self._attention, score)
+        tables, attention = self.tables(slot), self._attention
+        return Prefill(
+            self.decoder, self.cache, slot, tokens, blocks, *tables, last, attention, score, cached
+        )
 
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:

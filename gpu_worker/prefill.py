@@ -82,6 +82,8 @@ class Prefill:
         attention: that of the last layer, where it is for a few tokens alone, is dense all the same.
         score: how many of the most likely tokens at each position are wanted with the log-probabilities of
             the prompt; None for no log-probabilities.
+        cached: first tokens whose rows are in their blocks already, whole blocks of them; they are read and
+            indexed. So many of the last tokens are computed that their queries can choose the resident rows.
 
     Attributes:
         scores: those log-probabilities.
@@ -99,18 +101,18 @@ class Prefill:
         last: int = 1,
         attention: PromptAttention = DENSE,
         score: int | None = None,
+        cached: int = 0,
     ) -> None:
         self._decoder, self._cache, self._last, self._attention = decoder, cache, last, attention
-        self.total = len(tokens)
+        self.total, self._cached = len(tokens), cached
         device, shape = block_table.device, decoder.shape
         self._prompts = one_prompt(slot, self.total, blocks, block_table, page_table, shape.block_tokens)
-        ids = torch.tensor(
-            tokens, pin_memory=device.type == "cuda"
-        )  # else the copy would wait for the device
+        # pinned, or else the copy would wait for the device
+        ids = torch.tensor(tokens[cached:], pin_memory=device.type == "cuda")
         ids = ids.to(device, non_blocking=True)
         self.scores = None if score is None else PromptScores(tokens, ids, score)
         self._hidden = decoder.embed(ids)
-        self._rope = decoder.rope(torch.arange(self.total, device=device))
+        self._rope = decoder.rope(torch.arange(cached, self.total, device=device))
         # All at once: to ask CUDA for so much memory in the midst of decode steps would hold these up.
         size = self.total, shape.kv_heads, 2, shape.head_dim
         self._rows, *spare = (
@@ -118,15 +120,18 @@ class Prefill:
         )
         self._spare = deque[tuple[Tensor, tuple[DeviceEvent, ...]]]((rows, ()) for rows in spare)
         most, self._step = CHUNK_TOKENS[device.type], _STEP[device.type]
-        even = -(-self.total // -(-self.total // most))
+        own = self.total - cached
+        even = -(-own // -(-own // most))
         self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
-        self._layer = self._start = self._taken = 0
+        self._layer = 0
+        self._begin_layer()
 
     @property
     def done(self) -> int:
-        """Work that is finished, as a number of prompt tokens out of ``total``."""
-        return (self._layer * self.total + self._start) // self._decoder.shape.layers
+        """Work that is finished, as a number of prompt tokens out of ``total``, those cached included."""
+        own = self._layer * (self.total - self._cached) + self._start - self._cached
+        return self._cached + own // self._decoder.shape.layers
 
     @property
     def remaining_flops(self) -> float:
@@ -141,8 +146,9 @@ class Prefill:
             )
         if whole == 0:
             return decoder.last_layer_flops(self.total - self._start)
-        layers = whole * decoder.layer_flops(self.total, 0) + decoder.last_layer_flops(self.total)
-        return layers - decoder.layer_flops(self._start, 0)
+        own, cached = self.total - self._cached, self._cached
+        layers = whole * decoder.layer_flops(own, cached) + decoder.last_layer_flops(own)
+        return layers - decoder.layer_flops(self._start - cached, cached)
 
     def unit(self, flops: float) -> tuple[int, float]:
         """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
@@ -174,9 +180,10 @@ class Prefill:
         decoder, layer, start = self._decoder, self._layer, self._start
         end = start + tokens
         cos, sin = self._rope
-        hidden = self._hidden[start:end]
+        own = slice(start - self._cached, end - self._cached)
+        hidden = self._hidden[own]
         normed = decoder.input_norm(layer, hidden)
-        query, _ = decoder.qkv(layer, normed, (cos[start:end], sin[start:end]), self._rows[start:end])
+        query, _ = decoder.qkv(layer, normed, (cos[own], sin[own]), self._rows[start:end])
         ending = end == self.total
         final = layer == decoder.shape.layers - 1
         self._start = end
@@ -194,7 +201,9 @@ class Prefill:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
             self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)
             self._change_rows()
-            self._layer, self._start, self._taken = layer + 1, 0, 0
+            self._layer = layer + 1
+            if not final:
+                self._begin_layer()
         hidden = hidden[-wanted:]
         _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
         _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
@@ -203,6 +212,13 @@ class Prefill:
             for first in range(0, tokens, rows):
                 self.scores.take(start + first, decoder.logits(normed[first : first + rows]))
         return decoder.logits(normed[-self._last :]) if final and ending else None
+
+    def _begin_layer(self) -> None:
+        """The layer's rows begin with those that are in the arena already."""
+        self._start = self._taken = self._cached
+        if self._cached:
+            part = self._prompts.part(0, self._cached // self._decoder.shape.block_tokens)
+            self._cache.load_rows(self._layer, self._rows[: self._cached], part)
 
     def _take_blocks(self) -> None:
         """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.sequence import Sequence
 
@@ -65,7 +66,7 @@ class PromptQueue:
         if sequence.prefill is None:
             score = sequence.run.sampling.prompt_logprobs
             sequence.prefill = self._engine.prefill(
-                sequence.slot, sequence.run.tokens, sequence.blocks, score=score
+                sequence.slot, sequence.run.tokens, sequence.blocks, score=score, cached=sequence.cached
             )
             sequence.scores = sequence.prefill.scores
         tokens, flops = sequence.prefill.unit(flops)
@@ -73,6 +74,12 @@ class PromptQueue:
         if logits is not None:
             self.remove(sequence)
         return Unit(flops, [sequence], logits)
+
+    def own_tokens(self, sequence: Sequence) -> int:
+        """Last tokens of a prompt that are computed even where their rows are there already: those whose
+        queries choose the resident rows, and all of a prompt that is scored or computed at once."""
+        whole = self._short(sequence) or sequence.run.sampling.prompt_logprobs is not None
+        return len(sequence.run.tokens) if whole else PROMPT_QUERIES
 
     def _short(self, sequence: Sequence) -> bool:
         if sequence.run.sampling.prompt_logprobs is not None:  # a graph keeps the last tokens' logits alone
@@ -105,7 +112,8 @@ class PromptQueue:
         if sequence.prefill is not None:
             return sequence.prefill.remaining_flops
         decoder = self._engine.decoder
-        return decoder.shape.layers * decoder.layer_flops(len(sequence.run.tokens), 0)
+        left = len(sequence.run.tokens) - sequence.cached
+        return decoder.shape.layers * decoder.layer_flops(left, sequence.cached)
 
     def _together(self, chosen: Sequence, flops: float) -> Unit:
         """A short prompt, and others that fit into the same work, in the order in which they came."""

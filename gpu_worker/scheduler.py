@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec.structs import replace
 from torch import Tensor
 
 from clo.gpu_worker.constraint import Constraints
@@ -173,6 +174,7 @@ class Scheduler:
         if sequence is None or sequence.state is not State.ALLOCATING:
             return  # cancelled meanwhile; its Free is on the way
         sequence.blocks = message.blocks
+        sequence.cached = sequence.committed = message.cached * self._block_tokens
         sequence.move(State.PREFILLING)
         self._prompts.add(sequence)
 
@@ -198,7 +200,8 @@ class Scheduler:
             sequence.move(State.ALLOCATING)
             blocks = self._blocks(sequence)
             self._shares.take(sequence.run.client, blocks)
-            self._ask_store(Allocate(sequence.id, blocks))
+            tokens = sequence.run.tokens
+            self._ask_store(Allocate(sequence.id, blocks, tokens, self._prompts.own_tokens(sequence)))
 
     def _may_run(self, sequence: Sequence) -> bool:
         return self._shares.may_take(sequence.run.client, self._blocks(sequence))
@@ -349,7 +352,7 @@ class Scheduler:
                 sequence.launched -= 1
                 continue
             self._report_scores(sequence)
-            if not sequence.committed or len(sequence.tokens) % self._block_tokens == 0:
+            if sequence.committed == sequence.cached or len(sequence.tokens) % self._block_tokens == 0:
                 self._commit(sequence)
             if run.forced is not None:
                 token = run.forced[sequence.generated]
@@ -428,7 +431,8 @@ class Scheduler:
                 self._report_scores(sequence)
             self._ask_store(Free(sequence.id))
             self._give_back(sequence)
-            self._leave(sequence, sequence.release.finish(len(sequence.tokens) - 1, sequence.steps))
+            stats = sequence.release.finish(len(sequence.tokens) - 1, sequence.steps)
+            self._leave(sequence, replace(stats, cached_tokens=sequence.cached))
         if gone:
             self._give_slots()
         return bool(gone)

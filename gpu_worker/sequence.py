@@ -51,6 +51,7 @@ class Sequence:
         prefill: the work on its prompt, None before its turn and afterwards.
         launched: tokens that have arrived or are on their way.
         steps: decode steps launched for it.
+        cached: tokens of the prompt whose rows were there already.
         committed: tokens that the store knows of.
         reported: when its progress was last reported, in seconds of ``time.monotonic``.
         reason: why it ended, None before.
@@ -71,7 +72,7 @@ class Sequence:
         self.slot = -1
         self.blocks: list[int] = []
         self.prefill: Prefill | None = None
-        self.launched = self.steps = self.committed = 0
+        self.launched = self.steps = self.cached = self.committed = 0
         self.reported = 0.0
         self.reason: Reason | None = None
         self.failure = ""

@@ -22,12 +22,15 @@ class Grant(NamedTuple):
 class _Holding:
     """The blocks of one sequence, in the order of its tokens, and the tokens committed so far."""
 
-    def __init__(self, blocks: list[int], names: list[bytes], cached: int, block_tokens: int) -> None:
+    def __init__(
+        self, blocks: list[int], prompt: "array[int]", names: list[bytes], cached: int, block_tokens: int
+    ) -> None:
         self.blocks = blocks
+        self.prompt = prompt
         self.names = names  # of the blocks of its prompt
         self.committed = cached  # of these, how many have been committed
         self.anchors: dict[int, int] = {}  # by place: another block with the same tokens, held as well
-        self.tokens = array("i")  # 4 bytes a token
+        self.tokens = prompt[: cached * block_tokens]  # 4 bytes a token
         self.room = len(blocks) * block_tokens
 
 
@@ -36,8 +39,9 @@ class _Wait:
     """What a sequence in the queue waits for."""
 
     blocks: int
-    prompt: array[int]
+    prompt: "array[int]"
     names: list[bytes]
+    most: int  # blocks that it may share
     passed: int = 0  # new blocks that later ones were given meanwhile
 
 
@@ -50,8 +54,8 @@ class BlockPool:
     its prompt, and shares them with whoever else does.
 
     Only whole blocks of prompts are committed, and only once all their rows are there. What a sequence
-    generates is not: its rows come from decode steps, which attend to a part of the context, and a prompt that
-    goes on after it would get other rows there.
+    generates is not: its rows come from decode steps, which attend to a part of the context, and a prompt
+    that goes on after it would get other rows there.
 
     Where there are no free blocks, those kept are taken whose last holder left first; of a chain the end goes
     before the beginning, since holders give their blocks back from the last one on.
@@ -77,6 +81,7 @@ class BlockPool:
         self._by_name: dict[bytes, int] = {}  # committed blocks, held or kept
         self._names: dict[int, bytes] = {}  # by block
         self._kept: OrderedDict[int, None] = OrderedDict()  # the next to be taken first
+        self.asked_tokens = self.cached_tokens = 0  # of all prompts so far
 
     @property
     def free_blocks(self) -> int:
@@ -98,13 +103,16 @@ class BlockPool:
         """Sequences that wait for blocks."""
         return len(self._waiting)
 
-    def allocate(self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = ()) -> None:
+    def allocate(
+        self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = (), own: int = 1
+    ) -> None:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
 
         Args:
             blocks: number of blocks that it will hold, those included that it shares.
             prompt: its first tokens; empty where it begins with no rows that are there already, and leaves
                 none to others.
+            own: last tokens of the prompt that it has to compute itself.
 
         Raises:
             PromptTooLong: there are not that many blocks.
@@ -120,7 +128,8 @@ class BlockPool:
         if len(prompt) > blocks * self.block_tokens:
             raise ProtocolError(f"{blocks} blocks do not hold a prompt of {len(prompt)} tokens.")
         tokens = array("i", prompt if self._keep else ())
-        self._waiting[group, sequence] = _Wait(blocks, tokens, chain(tokens, self.block_tokens))
+        most = max(0, len(tokens) - own) // self.block_tokens
+        self._waiting[group, sequence] = _Wait(blocks, tokens, chain(tokens, self.block_tokens), most)
 
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""
@@ -136,14 +145,16 @@ class BlockPool:
             del self._waiting[group, sequence]
             self._hold(shared)
             blocks = shared + [self._take() for _ in range(new)]
-            holding = _Holding(blocks, wait.names, len(shared), self.block_tokens)
-            holding.tokens.extend(wait.prompt[: len(shared) * self.block_tokens])
+            holding = _Holding(blocks, wait.prompt, wait.names, len(shared), self.block_tokens)
             self._held.setdefault(group, {})[sequence] = holding
+            if wait.most:
+                self.asked_tokens += len(wait.prompt)
+                self.cached_tokens += len(holding.tokens)
             yield Grant(group, sequence, list(blocks), len(shared))
 
     def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> None:
-        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on, all rows of them.
-        Blocks of its prompt that have become full are committed.
+        """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on, with all their
+        rows. Blocks of its prompt that have become full are committed.
 
         Raises:
             ProtocolError: the sequence holds no blocks, ``start`` is not the next position, or the tokens go
@@ -158,6 +169,9 @@ class BlockPool:
             raise ProtocolError(
                 f"Sequence {sequence} has room for {holding.room} tokens, not for {start + len(tokens)}."
             )
+        expected = holding.prompt[start : start + len(tokens)]
+        if array("i", tokens[: len(expected)]) != expected:
+            raise ProtocolError(f"Sequence {sequence} commits other tokens than those of its prompt.")
         holding.tokens.extend(tokens)
         full = min(len(holding.tokens) // self.block_tokens, len(holding.names))
         for place in range(holding.committed, full):
@@ -241,7 +255,9 @@ class BlockPool:
             raise AssertionError("Names lead to other blocks than blocks to names.")
         idle = {block for block in self._names if not held[block]}
         if idle != self._kept.keys():
-            raise AssertionError(f"Kept are {sorted(self._kept)}, and named and held by nobody {sorted(idle)}.")
+            raise AssertionError(
+                f"Kept are {sorted(self._kept)}, and named and held by nobody {sorted(idle)}."
+            )
         if self._waiting:
             wait = next(iter(self._waiting.values()))
             shared = self._match(wait)
@@ -249,10 +265,9 @@ class BlockPool:
                 raise AssertionError(f"The queue waits although {self.free_blocks} blocks are free.")
 
     def _match(self, wait: _Wait) -> list[int]:
-        """Committed blocks of a prompt from its first one on. One token at least is left, whose logits are
-        wanted."""
+        """Committed blocks of a prompt, from its first one on."""
         blocks = []
-        for name in wait.names[: (len(wait.prompt) - 1) // self.block_tokens]:
+        for name in wait.names[: wait.most]:
             block = self._by_name.get(name)
             if block is None:
                 break

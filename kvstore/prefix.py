@@ -1,4 +1,4 @@
-"""Names of blocks: what is in a block of a prompt depends on all tokens up to its end, and so does its name."""
+"""Names of blocks of prompts: a block's rows depend on all tokens up to its end, and so does its name."""
 
 import hashlib
 from array import array
@@ -7,7 +7,7 @@ from itertools import pairwise
 NAME_BYTES = 16
 
 
-def chain(tokens: array[int], block_tokens: int, root: bytes = b"") -> list[bytes]:
+def chain(tokens: "array[int]", block_tokens: int, root: bytes = b"") -> list[bytes]:
     """Names of the whole blocks of a prompt, each made from the one before, as in vLLM's prefix caching.
 
     Args:

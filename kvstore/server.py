@@ -150,7 +150,7 @@ class StoreServer:
 
     def on_allocate(self, identity: bytes, message: Allocate) -> None:
         worker = self._attached(identity)
-        self._pool.allocate(worker.group, message.sequence, message.blocks)
+        self._pool.allocate(worker.group, message.sequence, message.blocks, message.prompt, message.own)
         self._grant()
 
     def on_commit(self, identity: bytes, message: Commit) -> None:
@@ -171,8 +171,11 @@ class StoreServer:
             block_bytes=self._config.block.bytes,
             blocks=pool.blocks,
             free_blocks=pool.free_blocks,
+            kept_blocks=pool.kept_blocks,
             sequences=pool.sequences,
             waiting=pool.waiting,
+            asked_tokens=pool.asked_tokens,
+            cached_tokens=pool.cached_tokens,
         )
         self._send(identity, StoreReport(stats))
 
@@ -218,7 +221,8 @@ class StoreServer:
 
     def _grant(self) -> None:
         for grant in self._pool.grants():
-            self._send(self._leader(grant.group).identity, Allocated(grant.sequence, grant.blocks))
+            allocated = Allocated(grant.sequence, grant.blocks, grant.cached)
+            self._send(self._leader(grant.group).identity, allocated)
         if self._pool.sequences == 0:
             self._pool.check_integrity()  # nobody is waiting, so this delays no one
 

@@ -543,7 +543,7 @@ class Router:
             return
         if rest:
             self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
-        usage = Usage(request.prompt_tokens, request.generated)
+        usage = Usage(request.prompt_tokens, request.generated, message.cache.cached_tokens)
         reason = "stop" if request.text.stopped else request.reason or message.reason
         self._end(request, Finished(request.name, reason, usage, message.cache))
 

@@ -88,7 +88,7 @@ class Echo:
                 stats = WorkerStats(
                     0, len(self._answers), len(self._answers), held, 0, 0, 0, 0, 0, 0, None, None, None
                 )
-                self._router.send(WorkerReport(stats, StoreStats("numa0", 0, 0, 1, 1, 0, 0)))
+                self._router.send(WorkerReport(stats, StoreStats("numa0", 0, 0, 1, 1, 0, 0, 0, 0, 0)))
 
     def _begin(self, run: Run, answer: list[int]) -> None:
         total, wanted = len(run.tokens), run.sampling.prompt_logprobs

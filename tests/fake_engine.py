@@ -101,7 +101,7 @@ class FakeRelease:
 
     def finish(self, tokens: int, steps: int) -> CacheStats:
         assert self.event.reached, "the counters are not there yet"
-        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, tokens)
+        return CacheStats(steps, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, tokens, 0)
 
 
 class FakeEngine:
@@ -146,8 +146,14 @@ class FakeEngine:
     # what the scheduler calls
 
     def prefill(
-        self, slot: int, tokens: list[int], blocks: list[int], score: int | None = None
+        self,
+        slot: int,
+        tokens: list[int],
+        blocks: list[int],
+        score: int | None = None,
+        cached: int = 0,
     ) -> FakePrefill:
+        assert cached % BLOCK_TOKENS == 0 and cached < len(tokens)
         assert slot not in self.owner and slot not in self.lengths, f"slot {slot} is in use"
         assert self.last_use[slot] <= self.done, f"slot {slot} is given away while work on it is in the queue"
         assert len(blocks) * BLOCK_TOKENS >= len(tokens)

@@ -127,7 +127,7 @@ class Worker(Peer):
     def report(self) -> WorkerReport:
         heads = HeadRows(selected=[[9, 8]], fetched=[[1, 0]])
         stats = WorkerStats(self.number, 1, 1, 2, 3, 4, 5, 6, 7, 8, DriftStats(9, 0.5, 1.0), heads, 1)
-        return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 5, 6))
+        return WorkerReport(stats, StoreStats(f"numa{self.number % 2}", 1, 2, 3, 4, 0, 5, 6, 0, 0))
 
     def ready(self) -> None:
         self.send(Ready(self.number, 1000 + self.number, f"numa{self.number % 2}", 1000, SLOTS))

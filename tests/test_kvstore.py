@@ -58,9 +58,9 @@ def test_a_sequence_from_allocation_to_freeing(store: Store) -> None:
     client.send(Commit(7, 0, list(range(10))))
     client.send(Commit(7, 10, list(range(10, 20))))
     assert ask(client, Describe(7)) == Described(7, allocated.blocks, [list(range(16)), list(range(16, 20))])
-    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 0, 1, 0, 0, 0)
     assert ask(client, Free(7)) == Freed(7, 2)
-    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0, 0, 0, 0)
     assert ask(client, Describe(7)) == Denied("Describe", 7, "protocol", "Sequence 7 holds no blocks.")
 
 
@@ -119,7 +119,7 @@ signal.pause()
                 worker.kill()
             answer = client.receive(WAIT_MS)
             assert isinstance(answer, Allocated) and len(answer.blocks) == 3
-            assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 3, 1, 0)
+            assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 3, 0, 1, 0, 0, 0)
 
 
 def test_a_restarted_worker_frees_what_its_predecessor_held(store: Store) -> None:
@@ -136,7 +136,7 @@ def test_a_connection_that_attaches_again_as_another_worker_frees_what_it_held(s
     client, _ = store.worker(1)
     assert isinstance(ask(client, Allocate(1, BLOCKS)), Allocated)
     client.attach(Attach(2, os.getpid()), WAIT_MS / 1000)
-    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0, 0, 0, 0)
     other, _ = store.worker(1)  # is a worker of its own: the connection is number 2 now
     assert isinstance(ask(client, Allocate(1, 1)), Allocated)
     assert isinstance(ask(other, Allocate(1, 1)), Allocated)
@@ -170,7 +170,7 @@ def test_a_group_that_loses_any_worker_loses_its_blocks(grouped: Store) -> None:
     answer = other.receive(WAIT_MS)
     assert isinstance(answer, Allocated) and len(answer.blocks) == 2
     assert isinstance(ask(first, Describe(1)), Denied)
-    assert stats(first) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+    assert stats(first) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 0, 1, 0, 0, 0)
 
 
 def test_answers_wait_for_a_worker_that_reads_none_for_long(store: Store) -> None:
@@ -231,7 +231,7 @@ def test_without_the_key_nothing_reaches_the_store(store: Store) -> None:
         stranger.send(encode(Attach(0, os.getpid())))
         stranger.send(encode(Free(1)))
     for _ in range(20):
-        assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 1, 0)
+        assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 0, 1, 0, 0, 0)
     assert not any(stranger.poll(0) for stranger in strangers)
 
 
@@ -306,7 +306,7 @@ def test_malformed_messages_are_denied_and_change_nothing(store: Store, attached
         assert isinstance(answer, Denied), frames
         assert (answer.answers, answer.sequence, answer.code) == ("", -1, "protocol"), frames
         assert len(frames) == 1 or f"this one has {len(frames)}" in answer.text
-    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0)
+    assert stats(client) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS, 0, 0, 0, 0, 0)
 
 
 def test_a_message_before_attach_is_denied(store: Store) -> None:

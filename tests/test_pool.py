@@ -16,7 +16,7 @@ def granted(pool: BlockPool) -> list[tuple[int, int]]:
 def test_blocks_are_granted_in_order_of_asking() -> None:
     pool = BlockPool(blocks=10, block_tokens=4)
     pool.allocate(0, 1, 8)
-    assert list(pool.grants()) == [Grant(0, 1, list(range(8)))]
+    assert list(pool.grants()) == [Grant(0, 1, list(range(8)), 0)]
     pool.allocate(0, 2, 9)
     pool.allocate(1, 1, 4)
     assert granted(pool) == []
@@ -127,70 +127,115 @@ def test_freed_blocks_forget_their_tokens() -> None:
     assert pool.describe(0, 1) == ([0], [[]])
 
 
-def test_a_shared_block_is_counted_and_free_when_its_last_holder_is_gone() -> None:
-    pool = BlockPool(blocks=6, block_tokens=4)
-    pool.allocate(0, 1, 3)
-    (first,) = pool.grants()
-    pool.allocate(0, 2, 4, shared=first.blocks[:2])
-    (second,) = pool.grants()
-    assert second.blocks[:2] == first.blocks[:2]
-    assert not set(second.blocks[2:]) & set(first.blocks)
-    assert pool.free_blocks == 1
+def begin(
+    pool: BlockPool, sequence: int, prompt: list[int], blocks: int | None = None, own: int = 1
+) -> Grant:
+    """A sequence of group 0 that gets its blocks at once."""
+    pool.allocate(0, sequence, blocks or -(-len(prompt) // pool.block_tokens), prompt, own)
+    (grant,) = pool.grants()
     pool.check_integrity()
-    assert pool.free(0, 1) == 3
-    assert pool.free_blocks == 2, "two are still held"
-    pool.allocate(0, 3, 3)
-    assert granted(pool) == [], "and are given to nobody else"
+    return grant
+
+
+def complete(pool: BlockPool, sequence: int, prompt: list[int], cached: int) -> None:
+    """All rows of its prompt are there."""
+    start = cached * pool.block_tokens
+    pool.commit(0, sequence, start, prompt[start:])
+    pool.check_integrity()
+
+
+def test_a_prompt_that_begins_like_another_shares_the_blocks_that_are_committed() -> None:
+    pool = BlockPool(blocks=10, block_tokens=4)
+    prompt = list(range(14))
+    first = begin(pool, 1, prompt)
+    assert begin(pool, 2, prompt).cached == 0, "nobody waits for rows that are being computed"
     pool.free(0, 2)
-    assert granted(pool) == [(0, 3)]
+    pool.commit(0, 1, 0, prompt[:9])
+    other = [*prompt[:6], 99, *prompt[7:]]
+    second = begin(pool, 3, other)
+    assert (second.cached, second.blocks[0]) == (1, first.blocks[0])
+    assert not set(second.blocks[1:]) & set(first.blocks)
+    third = begin(pool, 4, prompt)
+    assert (third.cached, third.blocks[:2]) == (2, first.blocks[:2])
+    assert pool.describe(0, 4)[1] == [[0, 1, 2, 3], [4, 5, 6, 7], [], []], "their tokens are known"
+    assert pool.free(0, 1) == 4
+    assert pool.free_blocks == 10 - 4 - 4 + 1, "the first block is in both"
     pool.check_integrity()
 
 
-def test_a_sequence_that_waits_holds_its_shared_blocks_already() -> None:
-    """So that they are there when its turn comes; leaving the queue gives them back."""
-    pool = BlockPool(blocks=4, block_tokens=4)
-    pool.allocate(0, 1, 4)
-    (first,) = pool.grants()
-    pool.allocate(1, 2, 4, shared=first.blocks[:3])
-    pool.allocate(0, 3, 1)
-    assert granted(pool) == []
-    pool.check_integrity()
-    pool.free(0, 1)
-    (grant,) = list(pool.grants())
-    assert (grant.sequence, grant.blocks) == (2, first.blocks), "the one it lacked is what became free"
-    pool.check_integrity()
+def test_blocks_that_nobody_holds_are_kept_until_their_space_is_needed() -> None:
+    pool = BlockPool(blocks=6, block_tokens=4)
+    prompts = [[base + place for place in range(8)] for base in (0, 100, 200)]
+    for sequence, prompt in enumerate(prompts):
+        grant = begin(pool, sequence, prompt)
+        complete(pool, sequence, prompt, grant.cached)
+        pool.free(0, sequence)
+    assert (pool.free_blocks, pool.kept_blocks) == (6, 6)
+    assert begin(pool, 3, [*prompts[0], 1], blocks=3).cached == 2, "it takes one that was left longer ago"
     pool.free(0, 3)
-    pool.allocate(0, 4, 2, shared=first.blocks[:1])
-    assert granted(pool) == []
-    pool.free_group(1)
-    assert granted(pool) == [(0, 4)]
-    pool.check_integrity()
-    pool.allocate(0, 5, 4, shared=first.blocks[:1])
-    assert pool.free(0, 5) == 0
-    pool.check_integrity()
-    assert pool.free(0, 4) == 2
-    assert pool.free_blocks == 4
+    assert begin(pool, 4, [*prompts[1], 1], blocks=3).cached == 1, (
+        "the end of a chain goes before its beginning"
+    )
+    pool.free(0, 4)
+    assert begin(pool, 5, [*prompts[0], 1], blocks=3).cached == 2
+    pool.free(0, 5)
+    assert begin(pool, 6, [], blocks=6).cached == 0
+    assert pool.kept_blocks == 0
+    pool.free(0, 6)
+    assert begin(pool, 7, [*prompts[0], 1]).cached == 0, "the space was needed"
 
 
-def test_a_sequence_may_share_all_its_blocks() -> None:
-    pool = BlockPool(blocks=2, block_tokens=4)
-    pool.allocate(0, 1, 2)
-    (first,) = pool.grants()
-    pool.allocate(0, 2, 2, shared=first.blocks)
-    assert list(pool.grants()) == [Grant(0, 2, first.blocks)]
-    pool.free(0, 1)
-    assert pool.free_blocks == 0
-    pool.check_integrity()
+def test_last_tokens_of_a_prompt_are_left_to_compute() -> None:
+    pool = BlockPool(blocks=9, block_tokens=4)
+    prompt = list(range(12))
+    complete(pool, 1, prompt, begin(pool, 1, prompt).cached)
+    for sequence, (own, cached) in enumerate(((1, 2), (4, 2), (5, 1), (8, 1), (9, 0), (12, 0), (99, 0)), 2):
+        assert begin(pool, sequence, prompt, own=own).cached == cached
+        pool.free(0, sequence)
 
 
-@pytest.mark.parametrize("block", [3, -1, 4])
-def test_a_block_that_nobody_holds_cannot_be_shared(block: int) -> None:
+def test_what_a_sequence_generates_is_not_shared() -> None:
+    """Its rows come from steps that attend to a part of the context."""
+    pool = BlockPool(blocks=9, block_tokens=4)
+    begin(pool, 1, [1, 2, 3, 4, 5], blocks=4)
+    pool.commit(0, 1, 0, [1, 2, 3, 4, 5])
+    pool.commit(0, 1, 5, [6, 7, 8, 9, 10, 11])
+    assert begin(pool, 2, [*range(1, 12)]).cached == 1
+
+
+def test_of_two_that_compute_the_same_the_first_is_shared() -> None:
+    pool = BlockPool(blocks=9, block_tokens=4)
+    prompt = list(range(8))
+    first, second = begin(pool, 1, prompt), begin(pool, 2, prompt)
+    complete(pool, 2, prompt, 0)
+    complete(pool, 1, prompt, 0)
+    third = begin(pool, 3, [*prompt, 1])
+    assert (third.cached, third.blocks[:2]) == (2, second.blocks)
+    for sequence in (1, 2, 3):
+        pool.free(0, sequence)
+        pool.check_integrity()
+    assert (pool.free_blocks, pool.kept_blocks) == (9, 2)
+    assert not set(first.blocks) & set(second.blocks)
+
+
+def test_a_commit_of_other_tokens_than_the_prompts_is_refused() -> None:
     pool = BlockPool(blocks=4, block_tokens=4)
-    pool.allocate(0, 1, 2)
-    (first,) = pool.grants()
-    with pytest.raises(ProtocolError, match=f"Block {block} is held by no sequence"):
-        pool.allocate(0, 2, 3, shared=[first.blocks[0], block])
-    assert (pool.waiting, pool.free_blocks) == (0, 2)
+    begin(pool, 1, [1, 2, 3, 4, 5], blocks=2)
+    with pytest.raises(ProtocolError, match="Sequence 1 commits other tokens than those of its prompt"):
+        pool.commit(0, 1, 0, [1, 2, 3, 9])
+    pool.commit(0, 1, 0, [1, 2, 3, 4, 5, 9])
+    with pytest.raises(ProtocolError, match="do not hold a prompt of 9 tokens"):
+        pool.allocate(0, 2, 2, [1] * 9)
+
+
+def test_a_pool_that_keeps_nothing_shares_nothing() -> None:
+    pool = BlockPool(blocks=4, block_tokens=4, keep=False)
+    prompt = list(range(8))
+    begin(pool, 1, prompt)
+    pool.commit(0, 1, 0, prompt)
+    assert begin(pool, 2, prompt).cached == 0
+    pool.free(0, 1)
+    assert (pool.free_blocks, pool.kept_blocks) == (2, 0)
     pool.check_integrity()
 
 
@@ -240,18 +285,31 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
     passed: Counter[tuple[int, int, int]] = Counter()  # blocks that overtook an entry of the queue
     owned: dict[tuple[int, int], list[int]] = {}
     tokens: dict[tuple[int, int], list[int]] = {}
+    prompts: dict[tuple[int, int], list[int]] = {}
+    begun = [[rng.randrange(3) for _ in range(36)] for _ in range(3)]  # what prompts begin like
+    content: dict[int, list[int]] = {}  # by block: all tokens up to its end, where a prompt filled it
+    shared = 0
     for _ in range(1000):
         worker, sequence = key = (rng.randrange(3), rng.randrange(8))
         match rng.choice(["allocate", "allocate", "commit", "free", "free group"]):
             case "allocate" if key not in owned and key not in [entry[:2] for entry in queue]:
                 count = rng.randint(1, 12)
-                pool.allocate(worker, sequence, count)
+                prompt = rng.choice(begun)[: rng.randint(0, 3 * count)]
+                prompts[key] = [
+                    *prompt,
+                    *(rng.randrange(9) for _ in range(rng.randint(0, 3 * count - len(prompt)))),
+                ]
+                pool.allocate(worker, sequence, count, prompts[key])
                 queue.append((worker, sequence, count))
             case "commit" if key in owned:
                 start = len(tokens[key])
                 new = [rng.randrange(2**31) for _ in range(rng.randint(0, len(owned[key]) * 3 - start))]
+                rest = prompts[key][start : start + len(new)]
+                new[: len(rest)] = rest
                 pool.commit(worker, sequence, start, new)
                 tokens[key] += new
+                for place in range(start // 3, min(len(tokens[key]), len(prompts[key])) // 3):
+                    content[owned[key][place]] = prompts[key][: 3 * place + 3]
             case "free":
                 assert pool.free(worker, sequence) == len(owned.pop(key, []))
                 for entry in [entry for entry in queue if entry[:2] == key]:
@@ -267,15 +325,22 @@ def test_random_use_keeps_the_books_right(seed: int) -> None:
             place = queue.index((grant.group, grant.sequence, len(grant.blocks)))
             passed.pop(queue.pop(place), None)
             for entry in queue[:place]:
-                passed[entry] += len(grant.blocks)
+                passed[entry] += len(grant.blocks) - grant.cached
                 assert passed[entry] <= entry[2]
-            assert not set(grant.blocks) & {block for blocks in owned.values() for block in blocks}
-            owned[grant.group, grant.sequence] = grant.blocks
-            tokens[grant.group, grant.sequence] = []
+            key, own = (grant.group, grant.sequence), grant.blocks[grant.cached :]
+            assert not set(own) & {block for blocks in owned.values() for block in blocks}
+            for block in own:
+                content.pop(block, None)
+            for place, block in enumerate(grant.blocks[: grant.cached]):
+                assert content[block] == prompts[key][: 3 * place + 3], "it has the rows of these tokens"
+            shared += grant.cached
+            owned[key], tokens[key] = grant.blocks, prompts[key][: 3 * grant.cached]
         pool.check_integrity()
         assert (pool.waiting, pool.sequences) == (len(queue), len(owned))
-        assert pool.free_blocks == 20 - sum(map(len, owned.values()))
+        held = {block for blocks in owned.values() for block in blocks}
+        assert pool.free_blocks <= 20 - len(held)
         for (worker, sequence), blocks in owned.items():
             described, parts = pool.describe(worker, sequence)
             assert described == blocks
             assert [token for part in parts for token in part] == tokens[worker, sequence]
+    assert shared

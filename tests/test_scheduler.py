@@ -149,7 +149,7 @@ class World:
             match message:
                 case Allocate():
                     try:
-                        self.pool.allocate(0, message.sequence, message.blocks)
+                        self.pool.allocate(0, message.sequence, message.blocks, message.prompt, message.own)
                     except PromptTooLong as error:
                         self.answers.append(Denied("Allocate", message.sequence, error.code, str(error)))
                 case Commit():
@@ -161,7 +161,7 @@ class World:
                 case _:
                     raise AssertionError(message)
             for grant in self.pool.grants():
-                self.answers.append(Allocated(grant.sequence, grant.blocks))
+                self.answers.append(Allocated(grant.sequence, grant.blocks, grant.cached))
             self.pool.check_integrity()
 
     def store_answers(self, count: int | None = None) -> None:
@@ -255,13 +255,18 @@ def done(world: World, number: int) -> tuple[str, list[int]]:
     return end.reason, world.tokens(number)
 
 
+def sizes(world: World) -> list[tuple[int, int]]:
+    """The sequences for which blocks were asked, and how many."""
+    return [(message.sequence, message.blocks) for message in world.asked if isinstance(message, Allocate)]
+
+
 # ------------------------------------------------------------------------------------ whole requests
 
 
 def test_a_request_from_its_prompt_to_its_last_token() -> None:
     world = World()
     number = world.add(prompt=6, max_tokens=5, first=10)
-    assert world.asked == [Allocate(number, 3)], "blocks for the prompt and all that may follow"
+    assert sizes(world) == [(number, 3)], "blocks for the prompt and all that may follow"
     assert (world.scheduler.waiting, world.scheduler.running, world.scheduler.busy) == (1, 0, False)
     world.serve()
     assert done(world, number) == ("length", [11, 12, 13, 14, 15])
@@ -374,7 +379,7 @@ def test_the_longest_request_is_not_refused() -> None:
     world = World()
     number = world.add(MAX_TOKENS - 5, max_tokens=5)
     assert world.state(number) is State.ALLOCATING
-    assert world.asked == [Allocate(number, MAX_TOKENS // BLOCK_TOKENS)]
+    assert sizes(world) == [(number, MAX_TOKENS // BLOCK_TOKENS)]
 
 
 def test_one_that_the_store_can_never_hold_is_refused_and_its_slot_goes_to_the_next() -> None:
@@ -396,7 +401,7 @@ def test_more_requests_than_slots_and_blocks_are_served_in_their_order() -> None
     world = World()
     numbers = [world.add(prompt=9, max_tokens=5, first=100 * n) for n in range(9)]  # 4 blocks each
     assert world.scheduler.waiting == 9
-    assert world.asked == [Allocate(number, 4) for number in numbers[:SLOTS]]
+    assert sizes(world) == [(number, 4) for number in numbers[:SLOTS]]
     ends = []
     for _ in range(1000):
         world.store_works()
@@ -963,7 +968,7 @@ def test_answers_that_are_about_nothing_change_nothing(
 def test_a_denied_allocation(reach: Callable[[World], int]) -> None:
     """One that waits for blocks is refused and gives its slot back; it is too late for any other."""
     world, number = reached(reach)
-    world.asked[:] = [message for message in world.asked if message != Allocate(number, 3)]
+    world.asked[:] = [m for m in world.asked if not (isinstance(m, Allocate) and m.sequence == number)]
     world.answers[:] = [answer for answer in world.answers if answer.sequence != number]
     world.pool.free(0, number) if REACHED[reach] is State.ALLOCATING else None
     world.scheduler.denied(Denied("Allocate", number, PromptTooLong.code, "Never."))

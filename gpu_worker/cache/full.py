@@ -6,6 +6,7 @@ from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_all
+from clo.kernels.blocks import gather_tokens
 from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList
 
@@ -26,6 +27,11 @@ class FullLayer:
         """See ``LayerCache.take_rows``; nothing is indexed."""
         with self._storing.fork(rows):
             prompts.store(rows, self._arena)
+
+    def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """See ``LayerCache.load_rows``; nothing is indexed."""
+        blocks = prompts.blocks.blocks.unsqueeze(0)
+        rows.copy_(gather_tokens(self._arena, blocks)[0].transpose(0, 1))
 
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Nothing to do: there are no resident rows."""

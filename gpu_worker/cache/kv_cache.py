@@ -140,6 +140,10 @@ class KVCache:
         """Take rows of prompts into one layer; see ``LayerCache.take_rows``."""
         self.layers[layer].take_rows(rows, prompts)
 
+    def load_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
+        """Read rows that are in the arena already, and index them; see ``LayerCache.load_rows``."""
+        self.layers[layer].load_rows(rows, prompts)
+
     def start_sets(
         self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
     ) -> None:
@@ -241,6 +245,7 @@ class KVCache:
             resident_bytes=sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
             index_bytes=tokens * self._index_token_bytes,
             kv_bytes=tokens * self.shape.token_bytes,
+            cached_tokens=0,
         )
 
 

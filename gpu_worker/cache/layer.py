@@ -92,6 +92,18 @@ class LayerCache:
         with self._streams.filling.fork(rows):
             self.index.write_prompts(rows, prompts.blocks)
 
+    def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """Read rows of whole blocks that are in the arena already, and index them, beside later work.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], to be filled.
+            prompts: where they lie.
+        """
+        blocks = prompts.blocks.blocks.unsqueeze(0)
+        rows.copy_(gather_tokens(self.arena, blocks)[0].transpose(0, 1))
+        with self._streams.filling.fork(rows):
+            self.index.write_prompts(rows, prompts.blocks)
+
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Choose and copy the first resident rows of prompts that ``take_rows`` has taken, beside later work.
 

@@ -11,14 +11,21 @@ from msgspec import UNSET, UnsetType
 from clo.runtime.wire.messages import StoreStats, Traffic, WorkerStats
 
 
-class Usage(msgspec.Struct, frozen=True):
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
-        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> "Usage":
+        """``cached_tokens`` are those of the prompt whose KV was there already."""
+        details = PromptTokensDetails(cached_tokens) if cached_tokens else None
+        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
 
 # ----------------------------------------------------------------------------------- /v1/completions

@@ -40,8 +40,14 @@ def open_streams(
 
 
 def count(prompts: list[list[int]], results: list[Result]) -> Usage:
-    """Of a whole answer; a prompt counts once, however many answers it has."""
-    return Usage.of(sum(map(len, prompts)), sum(result.usage.completion_tokens for result in results))
+    """Of a whole answer; a prompt counts once, however many answers it has, with what the first of them found
+    cached."""
+    firsts = results[:: max(1, len(results) // len(prompts))]
+    return Usage.of(
+        sum(map(len, prompts)),
+        sum(result.usage.completion_tokens for result in results),
+        sum(result.usage.cached_tokens for result in firsts),
+    )
 
 
 class StreamedUsage:

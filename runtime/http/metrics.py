@@ -76,11 +76,19 @@ class _Snapshot(Collector):
             ("arena_bytes", "CPU memory of a KV store."),
             ("blocks", "Blocks of a KV store."),
             ("free_blocks", "Blocks of a KV store that nobody uses."),
+            ("kept_blocks", "Those of them that hold prompts, for others that begin like them."),
             ("sequences", "Sequences that hold blocks of a KV store."),
             ("waiting", "Sequences that wait for blocks of a KV store."),
         ):
             values = {store.store: getattr(store, name) for store in stores}
             yield _by(values, GaugeMetricFamily(f"clo_store_{name}", text, labels=["store"]))
+        for name, tokens, text in (
+            ("queries", "asked_tokens", "Prompt tokens that could have been cached."),
+            ("hits", "cached_tokens", "Prompt tokens that were cached."),
+        ):
+            total = sum(getattr(store, tokens) for store in stores)
+            family = CounterMetricFamily(f"vllm:prefix_cache_{name}", text, labels=["model_name"])
+            yield _by({self._model: total}, family)
 
     def _workers(self) -> Iterator[Metric]:
         workers = {str(worker.worker): worker for worker in self._info.workers}

@@ -215,6 +215,7 @@ class Logprob(msgspec.Struct, frozen=True):
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: Count
     completion_tokens: Count
+    cached_tokens: Count = 0  # of the prompt, whose KV was there already
 
 
 class CacheStats(msgspec.Struct, frozen=True):
@@ -232,6 +233,7 @@ class CacheStats(msgspec.Struct, frozen=True):
     resident_bytes: Count  # rows held on the worker for this request
     index_bytes: Count  # codes held on the worker for this request
     kv_bytes: Count  # the whole KV of this request, in the store
+    cached_tokens: Count  # of its prompt, whose KV was there already
 
     @property
     def hit_rate(self) -> float:
@@ -260,7 +262,7 @@ class CacheStats(msgspec.Struct, frozen=True):
         return self.fetched_rows / self.head_steps if self.head_steps else 0.0
 
 
-NO_STATS = CacheStats(*[0] * 12)  # for a request that never decoded
+NO_STATS = CacheStats(*[0] * 13)  # for a request that never decoded
 
 
 class StoreStats(msgspec.Struct, frozen=True):
@@ -268,9 +270,12 @@ class StoreStats(msgspec.Struct, frozen=True):
     arena_bytes: Count
     block_bytes: Count
     blocks: Count
-    free_blocks: Count
+    free_blocks: Count  # held by no sequence
+    kept_blocks: Count  # those of them that hold rows of prompts, for others that begin like them
     sequences: Count
     waiting: Count  # allocations that wait for blocks
+    asked_tokens: Count  # of prompts that could have shared blocks
+    cached_tokens: Count  # how many of these were there already
 
 
 class DriftStats(msgspec.Struct, frozen=True):
@@ -565,6 +570,8 @@ class Allocate(Message, frozen=True):
 
     sequence: Count
     blocks: Annotated[int, Meta(ge=1)]
+    prompt: list[TokenId] = []  # whose blocks it may share with others; empty for none
+    own: Annotated[int, Meta(ge=1)] = 1  # last tokens of the prompt that it computes itself
 
 
 class Commit(Message, frozen=True):
@@ -640,8 +647,12 @@ class Attached(Message, frozen=True):
 
 
 class Allocated(Message, frozen=True):
+    """Blocks of a sequence; the first ``cached`` hold the rows of its first tokens already, and those of
+    others: nobody writes to them any more."""
+
     sequence: Count
     blocks: list[Count]
+    cached: Count = 0
 
 
 class Denied(Message, frozen=True):
