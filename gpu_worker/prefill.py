@@ -124,7 +124,7 @@ class Prefill:
         even = -(-own // -(-own // most))
         self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
-        self._layer = 0
+        self._layer = self._start = self._taken = 0
         self._begin_layer()
 
     @property

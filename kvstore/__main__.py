@@ -40,7 +40,8 @@ def main() -> None:
     key = read_key()
     with zmq.Context() as context, listen(context, config.endpoint, key) as socket:
         check_memory({config.node: config.arena_bytes})
-        arena, pool = Arena.create(config.arena_bytes), BlockPool(blocks, config.block.tokens)
+        arena = Arena.create(config.arena_bytes)
+        pool = BlockPool(blocks, config.block.tokens, keep=config.prefix_caching == "on")
         launcher: Launcher = DealerSocket(context, config.router, Ping, key, store_identity(config.name))
         store = StoreServer(config, arena, pool, socket, launcher)
         end_start_up()

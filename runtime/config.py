@@ -20,6 +20,7 @@ PrefillAttention = Literal["auto", "dense", "sparse"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+PrefixCaching = Literal["on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
 ReasoningParser = Literal["auto", "think", "none"]
@@ -408,6 +409,11 @@ class ServerConfig:
         parse_size,
         none="auto",
     )
+    prefix_caching: PrefixCaching = option(
+        "on",
+        "on keeps the KV of prompts in the store until the space is needed, and a prompt that begins like one "
+        "of them is computed from where they differ",
+    )
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str
     )
@@ -467,6 +473,7 @@ class StoreConfig:
     router: str
     block: BlockConfig
     workers: dict[int, StartedWorker]
+    prefix_caching: PrefixCaching = "on"
     log_level: LogLevel = "warning"
 
 

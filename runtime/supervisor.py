@@ -211,6 +211,7 @@ class Supervisor:
                 router=self._router_endpoint,
                 block=block,
                 workers=workers,
+                prefix_caching=config.prefix_caching,
                 log_level=config.log_level,
             )
             child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)

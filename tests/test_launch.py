@@ -20,7 +20,8 @@ def test_every_option_reaches_the_configuration() -> None:
     line = (
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
-        "--kv-size 1.5MiB --workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
+        "--kv-size 1.5MiB --prefix-caching off "
+        "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 "
         "--host 127.0.0.2 "
         "--port 0 --seed 7 --log-level info --api-key k --http 1 --served-model-name a,b "
@@ -37,6 +38,7 @@ def test_every_option_reaches_the_configuration() -> None:
         workers=2,
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
+        prefix_caching="off",
         host="127.0.0.2",
         port=0,
         log_level="info",

@@ -1,6 +1,8 @@
 """Reuse of prefixes: names of blocks, and prompts that begin with rows that are there already."""
 
 from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY, blocks_of, make_engine, wait_for
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.kvstore.prefix import chain
-from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.client import Client
+from clo.runtime.config import Attention, CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
+from tests.faults import WAIT_S, assert_serves
+from tests.server import Server
 
 PROMPT, STEPS = 1400, 24
 ROOM = 2000  # tokens; a sequence that goes on decoding beside the others comes to more than they do
@@ -49,7 +54,7 @@ def generate(engine: Engine, slot: int, blocks: list[int], prompt: list[int], ca
 
 @pytest.mark.parametrize("attention", ["clo", "topk", "full"])
 def test_a_prompt_that_begins_with_rows_that_are_there_gets_the_tokens_that_it_would_get(
-    tiny_model: Path, prompt: list[int], attention: str
+    tiny_model: Path, prompt: list[int], attention: Attention
 ) -> None:
     """While the sequence that has computed them decodes, and after it has gone."""
     decoder = load_decoder(resolve(ModelConfig(model=str(tiny_model), device="cpu")))
@@ -72,3 +77,35 @@ def test_a_prompt_that_begins_with_rows_that_are_there_gets_the_tokens_that_it_w
             engine.retire(2)
     engine.retire(0)
     engine.check_integrity()
+
+
+OPTIONS = ("--kv-size", "4MiB", "--max-num-seqs", "4", "--select-k", "16", "--resident", "64")
+
+
+def test_a_server_computes_what_prompts_have_in_common_once(
+    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, prompt: list[int]
+) -> None:
+    """With the answers of one that keeps nothing; more prompts than the store holds leave nothing behind."""
+    questions = [[*prompt, *([base] * 40)] for base in range(4, 7)]
+    others = [[base, *prompt] for base in range(100, 104)]
+    answers: dict[str, list[list[int]]] = {}
+    for caching in ("on", "off"):
+        line = ("--model", str(tiny_model), "--prefix-caching", caching, *OPTIONS)
+        with launch(*line) as server, Client(server.address, timeout=WAIT_S) as client:
+            asked = [
+                client.generate(question, max_tokens=8, temperature=0.0, ignore_eos=True)
+                for question in questions
+            ]
+            cached = [answer.usage.cached_tokens for answer in asked]
+            assert cached == ([0, 1024, 1024] if caching == "on" else [0] * 3)
+            asked += [
+                client.generate(other, max_tokens=8, temperature=0.0, ignore_eos=True) for other in others
+            ]
+            again = client.generate(others[-1], max_tokens=8, temperature=0.0, ignore_eos=True)
+            assert again.usage.cached_tokens == (1024 if caching == "on" else 0)
+            (store,) = client.info().stores
+            assert store.cached_tokens == (3 * 1024 if caching == "on" else 0)
+            assert (store.kept_blocks > 0) == (caching == "on")
+            answers[caching] = [answer.tokens for answer in [*asked, again]]
+            assert_serves(server)
+    assert answers["on"] == answers["off"]

@@ -71,7 +71,7 @@ from tests.peers import SLOTS, Client, Wire, Worker, running
 from tests.store import KEY, new_endpoint
 
 MODEL_LENGTH = 100
-STATS = CacheStats(*range(1, 13), 0)
+STATS = CacheStats(*[*range(1, 13), 0])
 SEVEN = SamplingParams(max_tokens=7)
 
 P = ParamSpec("P")
@@ -665,7 +665,7 @@ async def test_traffic_is_counted_for_all_clients_together(
         traffic = info.traffic
         assert (traffic.prompt_tokens, traffic.generated_tokens) == (11, 7)
         assert traffic.ended == {"stop": 1, "length": 1, "cancelled": 1, "failed": 1}
-        assert traffic.cache == CacheStats(*range(2, 26, 2), 0)
+        assert traffic.cache == CacheStats(*[*range(2, 26, 2), 0])
         counted = [sum(each.counts) for each in (traffic.first_token, traffic.token_gap, traffic.request)]
         assert counted == [2, 5, 4]
         assert traffic.step_tokens.counts[:2] == [1, 3] and traffic.step_tokens.sum == 7

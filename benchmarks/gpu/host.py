@@ -101,7 +101,13 @@ class PrefilledEngine(Engine):
     """Whose prompts count as prefilled, in the blocks that their slots have already. None is a short one."""
 
     def prefill(
-        self, slot: int, tokens: list[int], blocks: list[int], last: int = 1, score: int | None = None
+        self,
+        slot: int,
+        tokens: list[int],
+        blocks: list[int],
+        last: int = 1,
+        score: int | None = None,
+        cached: int = 0,
     ) -> Prefill:
         return Prefilled(len(tokens), self._logits)
 
