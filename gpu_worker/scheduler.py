@@ -200,8 +200,8 @@ class Scheduler:
             sequence.move(State.ALLOCATING)
             blocks = self._blocks(sequence)
             self._shares.take(sequence.run.client, blocks)
-            tokens = sequence.run.tokens
-            self._ask_store(Allocate(sequence.id, blocks, tokens, self._prompts.own_tokens(sequence)))
+            run, own = sequence.run, self._prompts.own_tokens(sequence)
+            self._ask_store(Allocate(sequence.id, blocks, run.tokens, own, run.sampling.cache_salt))
 
     def _may_run(self, sequence: Sequence) -> bool:
         return self._shares.may_take(sequence.run.client, self._blocks(sequence))

@@ -104,7 +104,7 @@ class BlockPool:
         return len(self._waiting)
 
     def allocate(
-        self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = (), own: int = 1
+        self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = (), own: int = 1, salt: str = ""
     ) -> None:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
 
@@ -113,6 +113,7 @@ class BlockPool:
             prompt: its first tokens; empty where it begins with no rows that are there already, and leaves
                 none to others.
             own: last tokens of the prompt that it has to compute itself.
+            salt: it has blocks in common with prompts under the same one alone.
 
         Raises:
             PromptTooLong: there are not that many blocks.
@@ -129,7 +130,9 @@ class BlockPool:
             raise ProtocolError(f"{blocks} blocks do not hold a prompt of {len(prompt)} tokens.")
         tokens = array("i", prompt if self._keep else ())
         most = max(0, len(tokens) - own) // self.block_tokens
-        self._waiting[group, sequence] = _Wait(blocks, tokens, chain(tokens, self.block_tokens), most)
+        self._waiting[group, sequence] = _Wait(
+            blocks, tokens, chain(tokens, self.block_tokens, salt.encode()), most
+        )
 
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""

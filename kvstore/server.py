@@ -150,7 +150,9 @@ class StoreServer:
 
     def on_allocate(self, identity: bytes, message: Allocate) -> None:
         worker = self._attached(identity)
-        self._pool.allocate(worker.group, message.sequence, message.blocks, message.prompt, message.own)
+        self._pool.allocate(
+            worker.group, message.sequence, message.blocks, message.prompt, message.own, message.salt
+        )
         self._grant()
 
     def on_commit(self, identity: bytes, message: Commit) -> None:

@@ -411,8 +411,8 @@ class ServerConfig:
     )
     prefix_caching: PrefixCaching = option(
         "on",
-        "on keeps the KV of prompts in the store until the space is needed, and a prompt that begins like one "
-        "of them is computed from where they differ",
+        "on keeps the KV of prompts in the store until the space is needed, and a prompt that begins like "
+        "one of them is computed from where they differ",
     )
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str

@@ -404,6 +404,7 @@ class Router:
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
             grammar=grammar,
+            cache_salt=params.cache_salt,
         )
 
     async def _tokens(

@@ -14,7 +14,7 @@ from clo.gpu_worker.in_process import GREEDY, blocks_of, divergence, make_engine
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.prompt_graphs import SIZES
 from clo.kernels.attend_prompt import attend_prompt, attend_prompts
-from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.config import Attention, CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 
 pytestmark = pytest.mark.gpu
@@ -160,3 +160,32 @@ def test_units_of_any_size_give_the_same_logits(decoder: Decoder, last: int) -> 
         found.append(logits)
     for logits in found:
         assert logits.shape == (last, 512) and divergence(logits, found[-1]) < 2e-3
+
+
+@pytest.mark.parametrize("attention", ["clo", "full"])
+def test_a_prompt_that_begins_with_rows_that_are_there(decoder: Decoder, attention: Attention) -> None:
+    """Its logits are those of the whole prefill, and so are those of the steps that follow."""
+    size, config = decoder.shape.block_tokens, CacheConfig(attention=attention, select_k=16, resident=200)
+    prompt, room = random_tokens(5500, 4), 5600
+    engine = make_engine(decoder, config, 2, room, SOURCES)
+    expected = prefill(engine, 0, prompt, room)
+    for cached in (size, len(prompt) // size * size):
+        own = blocks_of(engine, 1, room)
+        blocks = blocks_of(engine, 0, room)[: cached // size] + own[cached // size :]
+        work = engine.prefill(1, prompt, blocks, cached=cached)
+        while (logits := work.advance()) is None:
+            pass
+        engine.activate(1, len(prompt), GREEDY, 0)
+        assert divergence(logits, expected) < 2e-3
+        for cached_layer in engine.cache.sparse_layers:
+            index = cached_layer.index
+            assert isinstance(index, TwoBitIndex)
+            pages = [engine.tables(slot)[1][: cached // size] for slot in (0, 1)]
+            assert torch.equal(index.pages.codes[pages[0]], index.pages.codes[pages[1]])
+        for one in forced(
+            engine, [0, 1], len(prompt), torch.randint(512, (8, 1), device="cuda").expand(8, 2)
+        ):
+            assert divergence(one[:1], one[1:]) < 5e-3
+        engine.retire(1)
+        engine.retire(0)
+        expected = prefill(engine, 0, prompt, room)

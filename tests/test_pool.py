@@ -128,10 +128,15 @@ def test_freed_blocks_forget_their_tokens() -> None:
 
 
 def begin(
-    pool: BlockPool, sequence: int, prompt: list[int], blocks: int | None = None, own: int = 1
+    pool: BlockPool,
+    sequence: int,
+    prompt: list[int],
+    blocks: int | None = None,
+    own: int = 1,
+    salt: str = "",
 ) -> Grant:
     """A sequence of group 0 that gets its blocks at once."""
-    pool.allocate(0, sequence, blocks or -(-len(prompt) // pool.block_tokens), prompt, own)
+    pool.allocate(0, sequence, blocks or -(-len(prompt) // pool.block_tokens), prompt, own, salt)
     (grant,) = pool.grants()
     pool.check_integrity()
     return grant
@@ -161,6 +166,15 @@ def test_a_prompt_that_begins_like_another_shares_the_blocks_that_are_committed(
     assert pool.free(0, 1) == 4
     assert pool.free_blocks == 10 - 4 - 4 + 1, "the first block is in both"
     pool.check_integrity()
+
+
+def test_prompts_under_another_salt_share_nothing() -> None:
+    pool = BlockPool(blocks=10, block_tokens=4)
+    prompt = list(range(9))
+    begin(pool, 1, prompt, salt="one")
+    pool.commit(0, 1, 0, prompt)
+    assert begin(pool, 2, prompt).cached == 0
+    assert begin(pool, 3, prompt, salt="one").cached == 2
 
 
 def test_blocks_that_nobody_holds_are_kept_until_their_space_is_needed() -> None:

@@ -103,8 +103,11 @@ def test_a_server_computes_what_prompts_have_in_common_once(
             ]
             again = client.generate(others[-1], max_tokens=8, temperature=0.0, ignore_eos=True)
             assert again.usage.cached_tokens == (1024 if caching == "on" else 0)
+            for place in range(2):
+                salted = client.generate(others[-1], max_tokens=1, temperature=0.0, cache_salt="of a tenant")
+                assert salted.usage.cached_tokens == (1024 if caching == "on" and place else 0)
             (store,) = client.info().stores
-            assert store.cached_tokens == (3 * 1024 if caching == "on" else 0)
+            assert store.cached_tokens == (4 * 1024 if caching == "on" else 0)
             assert (store.kept_blocks > 0) == (caching == "on")
             answers[caching] = [answer.tokens for answer in [*asked, again]]
             assert_serves(server)

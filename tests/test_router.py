@@ -303,7 +303,7 @@ async def test_a_worker_is_told_everything_about_sampling(model: ResolvedModel) 
             "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "presence_penalty": -2.0,
             "frequency_penalty": 2.0, "repetition_penalty": 1.5, "logit_bias": {3: -100.0, 4: 100.0},
             "max_tokens": 7, "min_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "logprobs": 1,
-            "prompt_logprobs": 2,
+            "prompt_logprobs": 2, "cache_salt": "of a tenant",
         }  # fmt: skip
         assert wanted.keys() == set(Sampling.__struct_fields__) - {"grammar"}
         client.send(ask(sampling=SamplingParams(**wanted)))

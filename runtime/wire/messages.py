@@ -111,6 +111,7 @@ StopTokenIds = Annotated[list[TokenId], Meta(max_length=128)]
 MaxTokens = Annotated[int, Meta(ge=1, lt=2**31)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+CacheSalt = Annotated[str, Meta(max_length=256)]
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,7 +148,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``seed`` makes a request repeatable in any batch; -1 is as good as None. ``logprobs`` n returns the
     log-probability of each token and of the n most likely ones, and ``prompt_logprobs`` n the same for the
     tokens of the prompt but the first; all of them are of the model's own logits, before any of the above.
-    ``echo`` puts the text of the prompt before that of the answer.
+    ``echo`` puts the text of the prompt before that of the answer. A prompt finds the KV of an earlier one
+    only if that had the same ``cache_salt``.
     """
 
     temperature: Temperature | None = None
@@ -167,6 +169,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     echo: bool = False
+    cache_salt: CacheSalt = ""
     structured_outputs: StructuredOutputs | None = None
 
 
@@ -189,6 +192,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     grammar: str | None = None
+    cache_salt: CacheSalt = ""
 
     @property
     def adjusts(self) -> bool:
@@ -572,6 +576,7 @@ class Allocate(Message, frozen=True):
     blocks: Annotated[int, Meta(ge=1)]
     prompt: list[TokenId] = []  # whose blocks it may share with others; empty for none
     own: Annotated[int, Meta(ge=1)] = 1  # last tokens of the prompt that it computes itself
+    salt: CacheSalt = ""  # it shares them with prompts under the same one
 
 
 class Commit(Message, frozen=True):
