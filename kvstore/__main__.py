@@ -41,7 +41,8 @@ def main() -> None:
     with zmq.Context() as context, listen(context, config.endpoint, key) as socket:
         check_memory({config.node: config.arena_bytes})
         arena = Arena.create(config.arena_bytes)
-        pool = BlockPool(blocks, config.block.tokens, keep=config.prefix_caching == "on")
+        keep = config.prefix_caching == "on"
+        pool = BlockPool(blocks, config.block.tokens, keep=keep, report=config.kv_events)
         launcher: Launcher = DealerSocket(context, config.router, Ping, key, store_identity(config.name))
         store = StoreServer(config, arena, pool, socket, launcher)
         end_start_up()

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from clo.kvstore.prefix import chain
+from clo.kvstore.prefix import chain, number
 from clo.runtime.wire.errors import PromptTooLong, ProtocolError
+from clo.runtime.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 
 
 class Grant(NamedTuple):
@@ -68,9 +69,10 @@ class BlockPool:
         blocks: their number.
         block_tokens: tokens of a block.
         keep: whether blocks are committed at all.
+        report: whether ``events`` says what becomes of those that are.
     """
 
-    def __init__(self, blocks: int, block_tokens: int, *, keep: bool = True) -> None:
+    def __init__(self, blocks: int, block_tokens: int, *, keep: bool = True, report: bool = False) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
         self._keep = keep
@@ -81,6 +83,8 @@ class BlockPool:
         self._by_name: dict[bytes, int] = {}  # committed blocks, held or kept
         self._names: dict[int, bytes] = {}  # by block
         self._kept: OrderedDict[int, None] = OrderedDict()  # the next to be taken first
+        self._report = report
+        self._events: list[KVEvent] = [AllBlocksCleared()] if report else []
         self.asked_tokens = self.cached_tokens = 0  # of all prompts so far
 
     @property
@@ -182,10 +186,17 @@ class BlockPool:
             first = self._by_name.setdefault(name, block)
             if first == block:
                 self._names[block] = name
+                if self._report:
+                    self._stored(holding, place)
             else:  # another sequence was faster: held, it goes no earlier than what follows on it
                 holding.anchors[place] = first
                 self._hold([first])
         holding.committed = max(holding.committed, full)
+
+    def events(self) -> list[KVEvent]:
+        """What has changed since this was called last, where it is reported."""
+        events, self._events = self._events, []
+        return events
 
     def free(self, group: int, sequence: int) -> int:
         """Take back the blocks of a sequence, or withdraw it from the queue.
@@ -287,7 +298,10 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = self._kept.popitem(last=False)
-            del self._by_name[self._names.pop(block)]
+            name = self._names.pop(block)
+            del self._by_name[name]
+            if self._report:
+                self._events.append(BlockRemoved([number(name)]))
         self._holders[block] += 1
         return block
 
@@ -304,6 +318,13 @@ class BlockPool:
             self._kept[block] = None
         else:
             self._free.append(block)
+
+    def _stored(self, holding: _Holding, place: int) -> None:
+        """Report that a block of a prompt has been committed."""
+        size, names = self.block_tokens, holding.names
+        tokens = holding.prompt[place * size : (place + 1) * size].tolist()
+        parent = number(names[place - 1]) if place else None
+        self._events.append(BlockStored([number(names[place])], parent, tokens, size))
 
     def _holding(self, group: int, sequence: int) -> _Holding:
         holding = self._held.get(group, {}).get(sequence)

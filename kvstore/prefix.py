@@ -26,3 +26,8 @@ def chain(tokens: "array[int]", block_tokens: int, root: bytes = b"") -> list[by
         name = hashlib.blake2b(name + part, digest_size=NAME_BYTES).digest()
         names.append(name)
     return names
+
+
+def number(name: bytes) -> int:
+    """A name as others know it, who want 64 bits."""
+    return int.from_bytes(name[:8], "big")

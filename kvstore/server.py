@@ -27,6 +27,7 @@ from clo.runtime.wire.messages import (
     Freed,
     FromStore,
     GetStoreStats,
+    KVEvents,
     OpenStaging,
     Ping,
     Pong,
@@ -40,7 +41,7 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import DealerSocket, Decoder, configure, encode
 from clo.runtime.wire.strangers import INTRUDER, Strangers, watch
 
-Launcher = DealerSocket[StoreReady | Pong, Ping]
+Launcher = DealerSocket[StoreReady | Pong | KVEvents, Ping]
 
 _logger = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ class StoreServer:
                 self._launcher.send(Pong())
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
+            if events := self._pool.events():
+                self._launcher.send(KVEvents(events))
 
     def _answer(self, identity: bytes, *frames: bytes) -> None:
         answers, sequence = "", -1

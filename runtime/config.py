@@ -426,6 +426,15 @@ class ServerConfig:
         none="off",
     )
     port: int = option(5555, "0 takes a free one; the ready line names it", "PORT", int)
+    kv_events_port: int | None = option(
+        None,
+        "port of --host at which the stores' blocks of prompts are published in vLLM's form, for routers "
+        "that send a prompt to where its beginning is; anyone who reaches it can read the tokens of prompts",
+        "PORT",
+        int,
+        none="off",
+    )
+    kv_events_topic: str = option("", "topic of what is published there", "TEXT", str)
     log_level: LogLevel = option("warning", "what all processes log, on stderr")
 
     def __post_init__(self) -> None:
@@ -433,6 +442,10 @@ class ServerConfig:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
+        if self.kv_events_port is not None and not 0 <= self.kv_events_port <= 65535:
+            raise ConfigError(f"--kv-events-port is {self.kv_events_port}; it must be from 0 to 65535.")
+        if self.kv_events_port is not None and self.prefix_caching == "off":
+            raise ConfigError("--kv-events-port is for --prefix-caching on: there is nothing to publish.")
         if self.api_key is not None and not 1 <= len(self.api_key.encode()) <= 255:
             raise ConfigError(f"--api-key has {len(self.api_key.encode())} bytes; it must have 1 to 255.")
         for name in self.kvstore:
@@ -474,6 +487,7 @@ class StoreConfig:
     block: BlockConfig
     workers: dict[int, StartedWorker]
     prefix_caching: PrefixCaching = "on"
+    kv_events: bool = False
     log_level: LogLevel = "warning"
 
 

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
+from clo.runtime.kv_events import KVEventPublisher
 from clo.runtime.machine.addresses import not_bound, numeric_host
 from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
@@ -46,6 +47,7 @@ from clo.runtime.wire.messages import (
     GetInfo,
     GetWorkerStats,
     Info,
+    KVEvents,
     Logprob,
     Ping,
     Pong,
@@ -110,6 +112,7 @@ class Router:
 
     Attributes:
         address: where clients connect.
+        kv_events: where changes in the stores are published, None for nowhere.
 
     Raises:
         ConfigError: host or port cannot be used, or the model has no tokenizer.
@@ -148,6 +151,10 @@ class Router:
             handle=self._hear_worker,
             refuse=Strangers(_logger, INTRUDER).turned_away,
         )
+        self.kv_events: KVEventPublisher | None = None
+        if config.kv_events_port is not None:
+            self.kv_events = KVEventPublisher(config.host, config.kv_events_port, config.kv_events_topic)
+        self._stores = [store_identity(name) for name in config.kvstore]
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
         self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # to tokenise
@@ -183,6 +190,8 @@ class Router:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._workers.listen())
             group.create_task(self._clients.listen())
+            if self.kv_events is not None:
+                group.create_task(self.kv_events.listen())
             group.create_task(self._keep_in_touch())
 
     async def watch_children(self) -> None:
@@ -209,6 +218,8 @@ class Router:
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._grammars.close()
         await self._clients.close(FLUSH_S)
+        if self.kv_events is not None:
+            await self.kv_events.close(FLUSH_S)
         await self._workers.close(0)
 
     def _hear_client(self, client: bytes, message: ToRouter | ProtocolError | TooLarge, size: int) -> None:
@@ -468,6 +479,10 @@ class Router:
     def on_store_ready(self, store: bytes, message: StoreReady) -> None:
         if self._begin(store, message.pid):
             self._check_ready()
+
+    def on_kv_events(self, store: bytes, message: KVEvents) -> None:
+        if self.kv_events is not None:
+            self.kv_events.publish(self._stores.index(store), message.events)
 
     def on_gateway_ready(self, gateway: bytes, message: GatewayReady) -> None:
         if self._begin(gateway, message.pid):

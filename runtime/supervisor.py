@@ -134,6 +134,10 @@ class Supervisor:
                 "Whoever reaches %s can use this server; set CLO_API_KEY, or listen on 127.0.0.1.",
                 self._addresses,
             )
+        if self._router.kv_events is not None and host is not None and not ip_address(host).is_loopback:
+            _logger.warning(
+                "Whoever reaches %s can read the tokens of prompts.", self._router.kv_events.address
+            )
 
     @property
     def _addresses(self) -> str:
@@ -212,6 +216,7 @@ class Supervisor:
                 block=block,
                 workers=workers,
                 prefix_caching=config.prefix_caching,
+                kv_events=config.kv_events_port is not None,
                 log_level=config.log_level,
             )
             child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
@@ -270,6 +275,8 @@ class Supervisor:
         self._warn()
         name = self._config.model.model
         words = [f"ready {self._router.address} model={name} capacity={capacity} tokens"]
+        if self._router.kv_events is not None:
+            words.append(f"kv-events={self._router.kv_events.address}")
         words += [] if self._listener is None else [self._listener.url]
         print(*words, flush=True)
 

@@ -20,7 +20,7 @@ def test_every_option_reaches_the_configuration() -> None:
     line = (
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
-        "--kv-size 1.5MiB --prefix-caching off "
+        "--kv-size 1.5MiB --prefix-caching on --kv-events-port 0 --kv-events-topic kv "
         "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 "
         "--host 127.0.0.2 "
@@ -38,7 +38,9 @@ def test_every_option_reaches_the_configuration() -> None:
         workers=2,
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
-        prefix_caching="off",
+        prefix_caching="on",
+        kv_events_port=0,
+        kv_events_topic="kv",
         host="127.0.0.2",
         port=0,
         log_level="info",
@@ -97,6 +99,8 @@ WRONG_OPTIONS = {
         "--otlp-traces-endpoint 'localhost:4318' is no URL with a path; write for example http://127",
     ),
     "store that is no node": ("--kvstore gpu", "--kvstore 'gpu' is not of the form numa0"),
+    "port of events": ("--kv-events-port 65536", "--kv-events-port is 65536; it must be from 0 to 65535"),
+    "events of nothing": ("--kv-events-port 0 --prefix-caching off", "there is nothing to publish"),
     "same node twice": ("--kvstore numa0,numa0", "--kvstore names a node twice"),
 }
 

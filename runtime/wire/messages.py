@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from clo.runtime.wire.kv_events import KVEvent
+
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # for one message on any socket; a prompt of 10 M tokens fits
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024  # tokens of one request
@@ -487,6 +489,12 @@ class Pong(Message, frozen=True):
     pass
 
 
+class KVEvents(Message, frozen=True):
+    """What has changed in a store, where somebody wants to know."""
+
+    events: list[KVEvent]
+
+
 class StoreReady(Message, frozen=True):
     """First message of a store, once its arena is there."""
 
@@ -555,7 +563,7 @@ class WorkerReport(Message, frozen=True):
 
 
 FromWorker = Ready | Stepped | Prefilled | PromptScored | Done | Refused | WorkerReport | Pong
-FromChild = FromWorker | StoreReady | GatewayReady
+FromChild = FromWorker | StoreReady | GatewayReady | KVEvents
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)

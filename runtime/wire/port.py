@@ -16,7 +16,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from clo.runtime.wire.errors import ProtocolError
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
@@ -28,7 +28,6 @@ _GREETING_BYTES = 64
 _COMMAND_BYTES = 1024  # of the longest command that is read
 _HEAD_BYTES = 1024  # that are kept of a message too large to be read
 _MORE, _LONG, _COMMAND = 1, 2, 4  # flags of a frame
-_READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER\x08Identity\x00\x00\x00\x00"
 _ERROR = b"\x05ERROR\x03400"
 _SPARE_DESCRIPTORS = 128  # that connections leave to all else, and to those that are about to be closed
 _ACCEPTED = 8  # connections in a turn of the event loop: it takes some turns to close one
@@ -80,6 +79,11 @@ def listen_unix(endpoint: str) -> socket.socket:
 def _greeting(mechanism: bytes) -> bytes:
     signature = b"\xff\x00\x00\x00\x00\x00\x00\x00\x00\x7f"
     return signature + b"\x03\x00" + mechanism.ljust(20, b"\0") + b"\x01" + bytes(31)
+
+
+def _ready(role: str) -> bytes:
+    kind = len(role).to_bytes(4, "big") + role.encode()
+    return b"\x05READY\x0bSocket-Type" + kind + b"\x08Identity\x00\x00\x00\x00"
 
 
 def _frame(body: bytes, flags: int = 0) -> bytes:
@@ -244,7 +248,7 @@ class _Peer(asyncio.Protocol):
             raise _Refused
         self._greeted = True
         if self._port.key is None:
-            self.transport.write(_frame(_READY, _COMMAND))
+            self.transport.write(_frame(_ready(self._port.role), _COMMAND))
 
     def _obey(self, command: bytes) -> None:
         """Take a command, which is about the connection and not for the router."""
@@ -264,7 +268,7 @@ class _Peer(asyncio.Protocol):
             self.transport.write(_frame(b"\x07WELCOME", _COMMAND))
         elif self._authenticated and name == b"INITIATE":
             self._open(rest)
-            self.transport.write(_frame(_READY, _COMMAND))
+            self.transport.write(_frame(_ready(self._port.role), _COMMAND))
         else:
             raise _Refused
 
@@ -319,6 +323,7 @@ class Port(Generic[Sent, Received]):
             do the event loop's other tasks, after each message.
         refuse: is called when a peer does not know the key, or has one where none is wanted, or is another
             user's.
+        role: what it is to peers of ZeroMQ.
 
     Attributes:
         surplus: is told of connections for which there is no room.
@@ -335,8 +340,9 @@ class Port(Generic[Sent, Received]):
         unread: float,
         handle: Callable[[bytes, Received | ProtocolError | TooLarge, int], None],
         refuse: Callable[[], None],
+        role: Literal["ROUTER", "PUB"] = "ROUTER",
     ) -> None:
-        self.key, self.largest, self.refuse = key, largest, refuse
+        self.key, self.largest, self.refuse, self.role = key, largest, refuse, role
         self._named, self._unread, self._handle = named, unread, handle
         self._decode: Decoder[Received] = Decoder(received)
         self._connections: set[_Peer] = set()
@@ -372,6 +378,14 @@ class Port(Generic[Sent, Received]):
             return Delivery.FULL
         peer.send(encode(message))
         return Delivery.SENT
+
+    def publish(self, *frames: bytes) -> None:
+        """Send a message of several frames to all peers, but those that have not read for long."""
+        *first, last = frames
+        data = b"".join([*(_frame(frame, _MORE) for frame in first), _frame(last)])
+        for peer in self._peers.values():
+            if peer.transport.get_write_buffer_size() < self._unread:
+                peer.transport.write(data)
 
     async def close(self, linger_s: float) -> None:
         """What was sent gets up to ``linger_s`` seconds to leave."""
