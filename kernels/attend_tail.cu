@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
     const int queries = min(8, GROUP - tile * 8);
     const int count = lengths[batch] > 0 ? min(RUNS, tail_counts[line] - part * RUNS) : 0;
     if (count <= 0) {
+        wait_for_previous();  // whoever waits for this kernel may reuse the memory of that one
         for (int i = threadIdx.x; i < queries * DIM; i += THREADS) outs[place * DIM + i] = 0.f;
         if (threadIdx.x < queries) sums[place + threadIdx.x] = 0.f, maxima[place + threadIdx.x] = -INFINITE;
         return;
@@ -129,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
 
     Run(*ring)[2] = (Run(*)[2])room + warp * STAGES;
     const int64 policy = passing();
-    const auto fill = [&](int first) {
+    const auto fill = [&](int first, bool with_offsets) {
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             const int i = first + which;
@@ -154,13 +155,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
                 copy_16(
                     (uint4*)run.value_scales + lane - 2, (const uint4*)value_scales + place * 2 + lane - 2,
                     policy);
-            else if (lane >= 8 && lane < 8 + queries)
+            else if (with_offsets && lane >= 8 && lane < 8 + queries)
                 copy_4(run.offsets + lane - 8, offsets + at_offsets + lane - 8);
         }
         close_copies();
     };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) fill(i * 2);
+    for (int i = 0; i < STAGES - 1; i++) fill(i * 2, false);
+    wait_for_previous();  // for the query
+#pragma unroll
+    for (int i = 0; i < (STAGES - 1) * 2; i++) {
+        const int at_offsets = __shfl_sync(FULL_WARP, offsets_of_lane, i);
+        if (i < mine && lane < queries) ring[i / 2][i % 2].offsets[lane] = offsets[at_offsets + lane];
+    }
 
     const int query = tile * 8 + row % DISTINCT;
     const bool used = query < GROUP;
@@ -188,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tail(
     for (int i = 0; i < mine; i += 2) {
         wait_for_copies<STAGES - 2>();
         __syncwarp();  // every lane's copies are there, and every lane is done with the stage that comes next
-        fill(i + (STAGES - 1) * 2);
+        fill(i + (STAGES - 1) * 2, true);
         const Run(&pair)[2] = ring[i / 2 % STAGES];
         int levels[2][2][2];  // [run][upper][j], 4 times, added to MAGIC
 #pragma unroll

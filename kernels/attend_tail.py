@@ -81,6 +81,8 @@ def attend_tail(
     page_table: Tensor,
     lse: Tensor,
     scale: float,
+    *,
+    early: bool = False,
 ) -> None:
     """Attend to the tail from its codes.
 
@@ -96,6 +98,8 @@ def attend_tail(
         page_table: [B, max_blocks] int64.
         lse: [B, query_heads] float32, log-sum-exp of the last attention.
         scale: factor of the scores.
+        early: whether ``quantize_query`` was what the stream got last, and what else the tail is attended
+            with is older: then the kernel begins to read the codes before that one has ended.
     """
     _SIGNATURE.check(
         *quantized, pages.codes, pages.scales, *values, *tail,
@@ -117,7 +121,7 @@ def attend_tail(
              page_table.stride(0), lse, *state, parts, parts - own, scale],
             shared=max(_THREADS * halves_of(dim) * 16 * 4, _THREADS // 32 * _STAGES * pair_bytes), DIM=dim,
             GROUP=group, BLOCK_TOKENS=block_tokens, THREADS=_THREADS, RUNS=-(-runs // (8 * own)) * 8,
-            STAGES=_STAGES, MIX=MIX,
+            STAGES=_STAGES, MIX=MIX, early=early,
         )  # fmt: skip
         return
     arrays = (

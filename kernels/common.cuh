@@ -31,6 +31,20 @@ __device__ inline uint16 float_to_half(float value) {
     return bits;
 }
 
+// From here on the next kernel of the stream may begin, if it was launched as `early`.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one on the stream has ended.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #ifdef ELEMENT
 #if ELEMENT == 0
 typedef uint16 Element;

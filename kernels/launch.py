@@ -4,6 +4,7 @@ An operation launches its kernel for tensors that are not on the CPU: on a GPU, 
 which ``recorded`` shows what would be launched, also where there is no GPU.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,8 @@ FOLDER = Path(__file__).parent
 STANDARD = "c++17"
 """Of the sources."""
 
+_EARLY = (9, 0)  # compute capability from which a kernel may begin before another one ends
+
 _recordings: list[list["Launch"]] = []
 
 
@@ -38,6 +41,7 @@ class Launch(NamedTuple):
     args: tuple[Tensor | int | float | None, ...]
     shared: int
     defines: tuple[tuple[str, int], ...]
+    early: bool = False
 
     def run(self) -> None:
         """Launch on torch's current stream; the source is compiled at its first use."""
@@ -45,7 +49,11 @@ class Launch(NamedTuple):
 
         kernel = _kernel(self.file, self.name, self.defines, self.shared)
         values = [_value(argument) for argument in self.args]
-        with cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
+        stream = torch.cuda.current_stream().cuda_stream
+        if self.early and torch.cuda.get_device_capability() >= _EARLY:
+            _launch_early(kernel.kernel.ptr, self, values, stream)
+            return
+        with cupy.cuda.Stream.from_external(_Stream(stream)):
             kernel(self.grid, (self.threads,), values, shared_mem=self.shared)
 
 
@@ -56,6 +64,8 @@ def launch(
     threads: int,
     args: Sequence[Tensor | int | float | None],
     shared: int = 0,
+    *,
+    early: bool = False,
     **defines: int,
 ) -> None:
     """Launch a kernel on torch's current stream, or note the launch within ``recorded``.
@@ -67,6 +77,9 @@ def launch(
         threads: of a block.
         args: tensors as pointers (None is a null pointer), integers as 64 bits, floats as 32 bits.
         shared: bytes of dynamic shared memory.
+        early: whether the kernel may begin as soon as that before it on the stream calls ``let_next_begin``,
+            whose results it reads after ``wait_for_previous`` alone ("programmatic dependent launch").
+            Before Hopper it makes no difference.
         defines: constants of the source.
 
     Raises:
@@ -74,7 +87,7 @@ def launch(
     """
     if shared > max(SHARED_BYTES.values()):
         raise _too_much_shared_memory(name, shared, max(SHARED_BYTES.values()))
-    asked = Launch(file, name, grid, threads, tuple(args), shared, tuple(defines.items()))
+    asked = Launch(file, name, grid, threads, tuple(args), shared, tuple(defines.items()), early)
     if _recordings:
         _recordings[-1].append(asked)
     else:
@@ -126,6 +139,25 @@ def _kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], shared: 
             raise _too_much_shared_memory(name, needed, most)
         kernel.max_dynamic_shared_size_bytes = max(shared, kernel.max_dynamic_shared_size_bytes)
     return kernel
+
+
+def _launch_early(function: int, asked: Launch, values: Sequence[int | np.float32], stream: int) -> None:
+    """What cupy cannot: a launch with an attribute."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*asked.grid, 1, 1)[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = asked.threads, 1, 1
+    config.sharedMemBytes, config.hStream = asked.shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    types = tuple(ctypes.c_float if isinstance(value, np.float32) else ctypes.c_int64 for value in values)
+    plain = tuple(value.item() if isinstance(value, np.float32) else value for value in values)
+    (status,) = driver.cuLaunchKernelEx(config, function, (plain, types), 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{asked.name} could not be launched: {status.name}.")
 
 
 def _too_much_shared_memory(name: str, needed: int, most: int) -> ValueError:

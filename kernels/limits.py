@@ -47,8 +47,8 @@ def quantize_parts(group: int, head_dim: int) -> int:
 
 def parts_of_heads(heads: int, blocks: int) -> int:
     """In how many parts the attention of each head is computed so that they fill about so many blocks of
-    threads: a power of two up to 8, since each number is a kernel of its own."""
-    return max(parts for parts in (1, 2, 4, 8) if parts == 1 or parts * heads <= blocks)
+    threads: a power of two up to 16, since each number is a kernel of its own."""
+    return max(parts for parts in (1, 2, 4, 8, 16) if parts == 1 or parts * heads <= blocks)
 
 
 def update_shared_bytes(k: int, capacity: int, tokens: int) -> int:

@@ -13,6 +13,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
     float* steps, float* offsets, float scale) {
     __shared__ __align__(16) float sums[PARTS][GROUP][DIM];
     const int kv_heads = gridDim.x, head = blockIdx.x, batch = blockIdx.y;
+    let_next_begin();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int64 line = (int64)batch * kv_heads + head;
     query += batch * query_stride + head * GROUP * DIM;

@@ -131,3 +131,33 @@ def test_attend_tail(shape: Shape, runs: int) -> None:
     shares = (weights - logarithm.unsqueeze(2)).exp().nan_to_num()
     merged = (out * shares.unsqueeze(-1)).sum(2)
     torch.testing.assert_close(merged, expected.out[:3, :, -1], rtol=0, atol=2e-2)
+
+
+@shapes
+def test_attention_that_begins_beside_the_rounding_of_its_query(shape: Shape) -> None:
+    """In a graph, again and again with other queries: it never reads those of the time before."""
+    dim, kv_heads, group, _ = shape
+    batch, tokens, scale = 4, 20 * BLOCK_TOKENS, 2 * dim**-0.5
+    index = coded(shape, batch, tokens)
+    pages = type(index.pages)(*(part.cuda() for part in index.pages))
+    values = ValuePages(*(part.cuda() for part in index.values))
+    tail = TailList(*(part.cuda() for part in random_tail(batch, kv_heads, 30, tokens)))
+    lengths, table = torch.tensor([tokens, tokens, 0, tokens - 5]).cuda(), index.page_table.cuda()
+    lse, rotation = torch.zeros(batch, kv_heads * group, device="cuda"), index.rotation.cuda()
+    query = torch.randn(batch, kv_heads * group, dim).to(shape.dtype).cuda()
+    parts = (batch, kv_heads, tail_parts(tail), group)
+
+    def attend(*, early: bool) -> AttentionState:
+        state = AttentionState(*(torch.zeros(size, device="cuda") for size in ((*parts, dim), parts, parts)))
+        quantized = quantize_query(query, pages, rotation, lse, lengths, table, scale)
+        attend_tail(state, quantized, pages, values, tail, lengths, table, lse, scale, early=early)
+        return state
+
+    attend(early=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend(early=True)
+    for _ in range(50):
+        query.normal_()
+        graph.replay()
+        same(*zip(found, attend(early=False), strict=True))

@@ -119,6 +119,8 @@ class TwoBitIndex:
         tail: TailList,
         lse: Tensor,
         batch: Batch,
+        *,
+        early: bool,
     ) -> None:
         """Attend to the tail; see ``clo.kernels.attend_tail``.
 
@@ -127,7 +129,16 @@ class TwoBitIndex:
         """
         assert self.values is not None, "the index was made for a tail"
         attend_tail(
-            state, prepared, self.pages, self.values, tail, batch.lengths, batch.pages, lse, self._scale
+            state,
+            prepared,
+            self.pages,
+            self.values,
+            tail,
+            batch.lengths,
+            batch.pages,
+            lse,
+            self._scale,
+            early=early,
         )
 
 

@@ -221,7 +221,8 @@ class LayerCache:
         count = len(query)
         tail, lse = self.state.tail.slots(count), self.state.lse[:count]
         with self._streams.tail.fork(query, *state):
-            self.index.attend(state, prepared or self.index.prepare(query, lse, batch), tail, lse, batch)
+            quantized = prepared or self.index.prepare(query, lse, batch)
+            self.index.attend(state, quantized, tail, lse, batch, early=prepared is None)
 
     def _select(self, query: Tensor, batch: Batch, latest: int, *, ahead: bool) -> tuple[FetchList, Any]:
         """Gate and select, and begin to fetch; the latest ``latest`` tokens are not candidates.
