@@ -145,7 +145,7 @@ def test_attention_that_begins_beside_the_rounding_of_its_query(shape: Shape) ->
     lengths, table = torch.tensor([tokens, tokens, 0, tokens - 5]).cuda(), index.page_table.cuda()
     lse, rotation = torch.zeros(batch, kv_heads * group, device="cuda"), index.rotation.cuda()
     query = torch.randn(batch, kv_heads * group, dim).to(shape.dtype).cuda()
-    parts = (batch, kv_heads, tail_parts(tail), group)
+    parts = (batch, kv_heads, tail_parts(tail) + 1, group)  # the first one is that of the resident rows
 
     def attend(*, early: bool) -> AttentionState:
         state = AttentionState(*(torch.zeros(size, device="cuda") for size in ((*parts, dim), parts, parts)))
