@@ -1,7 +1,7 @@
 """Prefill, layer by layer: only one layer's KV is on the worker at a time; each row leaves it once."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -125,6 +125,7 @@ class Prefill:
         self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
         self._layer = self._start = self._taken = 0
+        self._loaded: DeviceEvent | None = None  # the rows of this layer that are in the arena already
         self._begin_layer()
 
     @property
@@ -214,11 +215,19 @@ class Prefill:
         return decoder.logits(normed[-self._last :]) if final and ending else None
 
     def _begin_layer(self) -> None:
-        """The layer's rows begin with those that are in the arena already."""
+        """The layer's rows begin with those that are in the arena already. Those of the next layer come
+        meanwhile, where there is room for them."""
         self._start = self._taken = self._cached
-        if self._cached:
-            part = self._prompts.part(0, self._cached // self._decoder.shape.block_tokens)
-            self._cache.load_rows(self._layer, self._rows[: self._cached], part)
+        if not self._cached:
+            return
+        (self._loaded or self._load(self._layer, self._rows, ())).wait()
+        following, self._loaded = self._layer + 1, None
+        if self._spare and following < self._decoder.shape.layers:
+            self._loaded = self._load(following, *self._spare[0])
+
+    def _load(self, layer: int, rows: Tensor, taken: Iterable[DeviceEvent]) -> DeviceEvent:
+        part = self._prompts.part(0, self._cached // self._decoder.shape.block_tokens)
+        return self._cache.load_rows(layer, rows[: self._cached], part, taken)
 
     def _take_blocks(self) -> None:
         """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share

@@ -23,11 +23,6 @@ _STORE_PROMPTS = Signature(
     (Argument("rows", ELEMENT, "N kv_heads 2 head_dim", chunks=True), *PROMPT_BLOCKS, ARENA),
     (HEAD_DIM,),
 )
-_STORE_PROMPTS = Signature(
-    "store_prompts",
-    (Argument("rows", ELEMENT, "N kv_heads 2 head_dim", chunks=True), *PROMPT_BLOCKS, ARENA),
-    (HEAD_DIM,),
-)
 _STORE_NEW = Signature(
     "store_new",
     (

@@ -19,6 +19,7 @@ from clo.kernels.fill_resident import PromptSequences, fill_resident
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
 from clo.kernels.limits import RUN
+from clo.kernels.load import load_blocks
 from clo.kernels.mailbox import post
 from clo.kernels.quantize_query import QuantizedQuery, quantize_query
 from clo.kernels.resident import ResidentSet
@@ -177,6 +178,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     found = [
         Call(append, {"kv": kv, "lengths": lengths, "resident": resident}),
         Call(store_prompts, {"rows": prompts, "prompt_blocks": prompt_blocks, "arena": arena}),
+        Call(load_blocks, {"rows": prompts[: sizes.block_tokens], "blocks": parts[:1], "arena": arena}),
         Call(store_new, {"kv": kv, "lengths": lengths, "block_table": table, "arena": arena}),
         Call(
             encode_new,

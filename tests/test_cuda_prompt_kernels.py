@@ -11,6 +11,7 @@ from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import CODES_PER_BYTE, STEP, CodePages, unpack
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.fill_resident import PromptSequences, fill_resident
+from clo.kernels.load import load_blocks
 from clo.kernels.resident import ResidentSet
 from clo.kernels.store import store_prompts
 from tests.cuda_tensors import RECENT, SINKS, mapped, on_gpu, resident_set, same
@@ -95,6 +96,20 @@ def test_store_prompts(dim: int, kv_heads: int, group: int, dtype: torch.dtype, 
     store_prompts(rows, prompt_blocks, arena)
     store_prompts(rows.cuda(), blocks_on_gpu(prompt_blocks), arena_gpu)
     same((arena, arena_gpu))
+
+
+@shapes
+@pytest.mark.parametrize("block_tokens", [64, 512])
+def test_load_blocks(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
+    arena = torch.randn(kv_heads, 23, block_tokens, 2, dim).to(dtype)
+    arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
+    for count in (1, 2, 17):
+        blocks = torch.randperm(23)[:count]
+        expected = torch.empty(count * block_tokens, kv_heads, 2, dim, dtype=dtype)
+        found = torch.full_like(expected, torch.nan).cuda()
+        load_blocks(expected, blocks, arena)
+        load_blocks(found, blocks.cuda(), arena_gpu)
+        same((expected, found))
 
 
 @shapes

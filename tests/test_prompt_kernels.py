@@ -9,6 +9,7 @@ from clo.kernels.blocks import PromptBlocks
 from clo.kernels.encode import STEP, CodePages, unpack
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.fill_resident import PromptSequences, fill_resident
+from clo.kernels.load import load_blocks
 from clo.kernels.resident import ResidentSet
 from clo.kernels.store import store_prompts
 from tests.kernel_calls import prompt_blocks_of
@@ -57,6 +58,21 @@ def test_rows_of_prompts_go_to_their_blocks_and_nowhere_else(dtype: torch.dtype)
         expected[block, :, offset] = rows[token]
     store_prompts(rows, prompt_blocks, arena)
     assert torch.equal(arena, expected)
+
+
+@dtypes
+def test_rows_of_whole_blocks_come_back(dtype: torch.dtype) -> None:
+    rows = random_rows([5 * BLOCK_TOKENS], 16, dtype)[: 5 * BLOCK_TOKENS]
+    blocks = torch.tensor([6, 0, 3, 2, 5])
+    arena = torch.randn(KV_HEADS, 8, BLOCK_TOKENS, 2, 16).to(dtype).transpose(0, 1)
+    for number, block in enumerate(blocks.tolist()):
+        part = rows[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS]
+        arena[block] = part.transpose(0, 1)
+    found = torch.full_like(rows, torch.nan)
+    load_blocks(found, blocks, arena)
+    assert torch.equal(found, rows)
+    with pytest.raises(ValueError, match="the blocks are whole"):
+        load_blocks(found[1:], blocks, arena)
 
 
 @dtypes

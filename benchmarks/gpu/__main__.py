@@ -18,6 +18,7 @@ from benchmarks.gpu import (
     million,
     overlap,
     prefill,
+    prefix,
     real,
     step,
     throughput,
@@ -35,6 +36,7 @@ CASES: dict[str, ModuleType] = {
     "million": million,
     "overlap": overlap,
     "prefill": prefill,
+    "prefix": prefix,
     "host": host,
     "real": real,
 }

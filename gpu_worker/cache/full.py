@@ -1,12 +1,14 @@
 """A layer that attends to the whole KV in the arena, to compare everything else with."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
-from clo.gpu_worker.side_stream import SideStream
+from clo.gpu_worker.side_stream import DeviceEvent, SideStream
 from clo.kernels.attend import attend_all
-from clo.kernels.blocks import gather_tokens
+from clo.kernels.load import load_blocks
 from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList
 
@@ -16,22 +18,25 @@ class FullLayer:
 
     Args:
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
-        storing: the stream on which rows of a prompt go to the arena.
+        loading, storing: the streams on which rows of a prompt come from the arena and go there.
         scale: factor of the scores.
     """
 
-    def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
-        self._arena, self._storing, self._scale = arena, storing, scale
+    def __init__(self, arena: Tensor, loading: SideStream, storing: SideStream, scale: float) -> None:
+        self._arena, self._loading, self._storing, self._scale = arena, loading, storing, scale
 
     def take_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """See ``LayerCache.take_rows``; nothing is indexed."""
         with self._storing.fork(rows):
             prompts.store(rows, self._arena)
 
-    def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
+    def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
         """See ``LayerCache.load_rows``; nothing is indexed."""
-        blocks = prompts.blocks.blocks.unsqueeze(0)
-        rows.copy_(gather_tokens(self._arena, blocks)[0].transpose(0, 1))
+        with self._loading.fork(rows):
+            for event in after:
+                event.wait()
+            load_blocks(rows, prompts.blocks.blocks, self._arena)
+            return self._loading.event()
 
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Nothing to do: there are no resident rows."""

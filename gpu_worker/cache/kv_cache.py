@@ -4,6 +4,8 @@ A slot is a place for one sequence; row b of every batch is slot b, so no kernel
 is the first B slots. The cache knows the shape of the KV and nothing else of the model.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ class KVCache:
     ) -> None:
         self.shape = shape
         self.pages = IndexPages(index_pages(shape, arena.shape[0], slots, max_tokens))
-        self._storing, self._filling, self._recording = (SideStream(device) for _ in range(3))
+        self._loading, self._storing, self._filling, self._recording = (SideStream(device) for _ in range(4))
         heads = (shape.layers, slots, shape.kv_heads)
         self._counters = torch.zeros(*heads, 6, dtype=torch.int64, device=device)
         self._ended = torch.zeros(shape.layers, shape.kv_heads, 6, dtype=torch.int64)  # of former sequences
@@ -75,7 +77,10 @@ class KVCache:
         self.layers: list[LayerCache | FullLayer] = []
         self._index_token_bytes = 0
         if config.attention == "full":
-            self.layers += [FullLayer(arena[:, layer], self._storing, scale) for layer in range(shape.layers)]
+            self.layers += [
+                FullLayer(arena[:, layer], self._loading, self._storing, scale)
+                for layer in range(shape.layers)
+            ]
             return
         indexes: list[TwoBitIndex] | list[ExactIndex]
         if config.attention == "clo":
@@ -91,7 +96,7 @@ class KVCache:
         lse = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
         tails = _tails(heads, -(-config.tail_tokens(max_tokens) // RUN), device)
         # Neighbouring layers overlap; layers two apart do not.
-        shared = self._storing, self._filling, self._recording
+        shared = self._loading, self._storing, self._filling, self._recording
         streams = [
             LayerStreams(
                 *shared,
@@ -140,9 +145,11 @@ class KVCache:
         """Take rows of prompts into one layer; see ``LayerCache.take_rows``."""
         self.layers[layer].take_rows(rows, prompts)
 
-    def load_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
+    def load_rows(
+        self, layer: int, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]
+    ) -> DeviceEvent:
         """Read rows that are in the arena already, and index them; see ``LayerCache.load_rows``."""
-        self.layers[layer].load_rows(rows, prompts)
+        return self.layers[layer].load_rows(rows, prompts, after)
 
     def start_sets(
         self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
