@@ -7,7 +7,7 @@ from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import ARENA, gather_tokens
 from clo.kernels.launch import launch
 
-_BLOCKS, _THREADS = 32, 512  # with four reads of each thread on their way they fill PCIe
+_BLOCKS, _THREADS, _READS = 32, 512, 2  # reads of a thread that are on their way
 
 _LOAD_BLOCKS = Signature(
     "load_blocks",
@@ -16,7 +16,11 @@ _LOAD_BLOCKS = Signature(
         Argument("blocks", torch.int64, "P"),
         ARENA,
     ),
-    (HEAD_DIM, Rule("N == P * block_tokens", "the blocks are whole")),
+    (
+        HEAD_DIM,
+        Rule("N == P * block_tokens", "the blocks are whole"),
+        Rule(f"N * head_dim <= {2**30}", "a thread counts chunks of rows in 32 bits", gpu=True),
+    ),
 )
 
 
@@ -34,7 +38,7 @@ def load_blocks(rows: Tensor, blocks: Tensor, arena: Tensor) -> None:
         return
     launch(
         "load.cu", "load_blocks", (_BLOCKS,), _THREADS,
-        [rows, rows.shape[1], rows[0, 0].nbytes // 16, blocks, len(blocks), arena,
-         arena.stride(0) * arena.itemsize, arena.stride(1) * arena.itemsize],
-        BLOCK_TOKENS=arena.shape[2],
+        [rows, rows.shape[1], blocks, len(blocks), arena, arena.stride(0) * arena.itemsize,
+         arena.stride(1) * arena.itemsize],
+        BLOCK_TOKENS=arena.shape[2], CHUNKS=arena[0, 0, 0].nbytes // 16, READS=_READS,
     )  # fmt: skip
