@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
-from clo.gpu_worker.cache.prompt import LastTokens, one_prompt
+from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
@@ -221,13 +221,19 @@ class Prefill:
         if not self._cached:
             return
         (self._loaded or self._load(self._layer, self._rows, ())).wait()
+        # Only now, as work on the side is done in the order in which it is asked for: the sets of the layer
+        # before would wait for these rows, and then the rows of the next layer for those sets.
+        self._cache.index_rows(self._layer, self._rows[: self._cached], self._cached_part)
         following, self._loaded = self._layer + 1, None
         if self._spare and following < self._decoder.shape.layers:
             self._loaded = self._load(following, *self._spare[0])
 
     def _load(self, layer: int, rows: Tensor, taken: Iterable[DeviceEvent]) -> DeviceEvent:
-        part = self._prompts.part(0, self._cached // self._decoder.shape.block_tokens)
-        return self._cache.load_rows(layer, rows[: self._cached], part, taken)
+        return self._cache.load_rows(layer, rows[: self._cached], self._cached_part, taken)
+
+    @property
+    def _cached_part(self) -> Prompts:
+        return self._prompts.part(0, self._cached // self._decoder.shape.block_tokens)
 
     def _take_blocks(self) -> None:
         """The cache takes the blocks that have become complete: evenly over a layer, since decode steps share

@@ -22,7 +22,7 @@ _MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Not cuDNN: PyTorch 2.11 masks there by adding -65504, which larger scores of stale rows survive."""
 
 _SPLIT_BYTES = 32 * 1024, 128 * 1024  # rows that a block of threads attends to, at least and at most, about
-_BLOCKS = 256  # of threads that fill a GPU, about
+_BLOCKS = 128  # of threads; a layer's other kernels fill the rest of a GPU
 _THREADS = 128
 _STAGES = 2  # batches of rows on their way to a warp
 _MOST_BATCH = 16  # rows that a warp takes together

@@ -33,7 +33,7 @@ from clo.kernels.quantize_query import QuantizedQuery
 from clo.kernels.update_resident import TAIL_BOOSTS, TAIL_COUNTS, TAIL_MASKS, TAIL_RUNS, TailList
 
 _THREADS = 128
-_BLOCKS = 512  # of threads that fill a GPU, about
+_BLOCKS = 256  # of threads that fill a GPU, about
 _RUNS = 8, 128  # of a part, at least and at most; a lane of each warp looks up one
 _USUAL = 4, 16  # parts, and runs of each: where there are many heads, fewer parts took longer
 _STAGES = 3  # pairs of runs on their way to a warp, or with it

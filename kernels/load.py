@@ -7,7 +7,7 @@ from clo.kernels.arguments import ELEMENT, HEAD_DIM, Argument, Rule, Signature
 from clo.kernels.blocks import ARENA, gather_tokens
 from clo.kernels.launch import launch
 
-_BLOCKS, _THREADS, _READS = 32, 512, 2  # reads of a thread that are on their way
+_BLOCKS, _THREADS, _READS = 32, 512, 4  # reads of a thread that are on their way
 
 _LOAD_BLOCKS = Signature(
     "load_blocks",

@@ -31,12 +31,15 @@ class FullLayer:
             prompts.store(rows, self._arena)
 
     def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
-        """See ``LayerCache.load_rows``; nothing is indexed."""
+        """See ``LayerCache.load_rows``."""
         with self._loading.fork(rows):
             for event in after:
                 event.wait()
             load_blocks(rows, prompts.blocks.blocks, self._arena)
-            return self._loading.event()
+        return self._loading.event()
+
+    def index_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """Nothing to do: there is no index."""
 
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Nothing to do: there are no resident rows."""

@@ -148,8 +148,12 @@ class KVCache:
     def load_rows(
         self, layer: int, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]
     ) -> DeviceEvent:
-        """Read rows that are in the arena already, and index them; see ``LayerCache.load_rows``."""
+        """Read rows that are in the arena already; see ``LayerCache.load_rows``."""
         return self.layers[layer].load_rows(rows, prompts, after)
+
+    def index_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
+        """See ``LayerCache.index_rows``."""
+        self.layers[layer].index_rows(rows, prompts)
 
     def start_sets(
         self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None

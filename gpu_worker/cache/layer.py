@@ -95,7 +95,7 @@ class LayerCache:
             self.index.write_prompts(rows, prompts.blocks)
 
     def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
-        """Read rows of whole blocks that are in the arena already, and index them, beside later work.
+        """Read rows of whole blocks that are in the arena already, beside later work.
 
         Args:
             rows: [N, kv_heads, 2, head_dim], to be filled.
@@ -109,10 +109,12 @@ class LayerCache:
             for event in after:
                 event.wait()
             load_blocks(rows, prompts.blocks.blocks, self.arena)
-            loaded = self._streams.loading.event()
-            with self._streams.filling.fork(rows):
-                self.index.write_prompts(rows, prompts.blocks)
-        return loaded
+        return self._streams.loading.event()
+
+    def index_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """Index rows that ``load_rows`` has read, beside later work."""
+        with self._streams.filling.fork(rows):
+            self.index.write_prompts(rows, prompts.blocks)
 
     def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
         """Choose and copy the first resident rows of prompts that ``take_rows`` has taken, beside later work.
