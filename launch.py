@@ -31,7 +31,7 @@ When the server accepts requests it prints one line, whose last word is there wi
   ready tcp://127.0.0.1:5555 model=NAME capacity=N tokens http://127.0.0.1:8000
 Ctrl-C or SIGTERM stops it and all its processes; a second one does so at once. The exit code is 0
 after such a stop, 2 for a wrong option, and 1 when the server could not start or a process of it
-died."""
+died that was not to be started again."""
 
 
 def _without_package(error: ModuleNotFoundError) -> str:

@@ -5,7 +5,7 @@ llguidance does the work, without Python's lock, in tens of microseconds for mos
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Constraint:
     Args:
         pool: does the work.
         compiled: returns a matcher of the grammar's beginning; called in the pool.
+        answer: tokens that have come already.
         words: of a mask.
 
     Attributes:
@@ -37,12 +38,14 @@ class Constraint:
         error: why the grammar cannot be followed, or empty.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, compiled: Callable[[], Any], words: int) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor, compiled: Callable[[], Any], answer: Sequence[int], words: int
+    ) -> None:
         self._pool, self._words = pool, words
         self.mask = np.zeros(words, np.int32)
         self.complete, self.error = False, ""
         self._matcher: Any = None
-        self._work: Future[None] = pool.submit(self._begin, compiled)
+        self._work: Future[None] = pool.submit(self._begin, compiled, answer)
 
     @property
     def done(self) -> bool:
@@ -58,10 +61,14 @@ class Constraint:
         ``publish``, in a thread; nothing does where the text is complete or an error came up."""
         self._work = self._pool.submit(self._advance, token, length, publish)
 
-    def _begin(self, compiled: Callable[[], Any]) -> None:
+    def _begin(self, compiled: Callable[[], Any], answer: Sequence[int]) -> None:
         try:
             self._matcher = compiled()
-            self._look()
+            for token in answer:
+                self._matcher.consume_token(token)
+            self.complete = bool(answer) and self._matcher.is_stopped()
+            if not self.complete:
+                self._look()
         except Exception as error:  # of a library that computes what a client wrote
             _logger.exception("A grammar failed.")
             self.error = str(error) or type(error).__name__
@@ -111,14 +118,18 @@ class Constraints:
         except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             self.missing = f"llguidance cannot use the model's tokenizer ({error})"
 
-    def begin(self, grammar: str) -> Constraint:
-        """Compile a grammar of llguidance. Raises ``RuntimeError`` where constraints are ``missing``."""
+    def begin(self, grammar: str, answer: Sequence[int] = ()) -> Constraint:
+        """Compile a grammar of llguidance, of which ``answer`` has come already.
+
+        Raises:
+            RuntimeError: constraints are ``missing``.
+        """
         if self.missing:
             raise RuntimeError(self.missing)
         known = self._compiled.get(grammar)
         if known is not None:
-            return Constraint(self._pool, known.deep_copy, self._words)
-        return Constraint(self._pool, lambda: self._compile(grammar), self._words)
+            return Constraint(self._pool, known.deep_copy, answer, self._words)
+        return Constraint(self._pool, lambda: self._compile(grammar), answer, self._words)
 
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher, LLParserLimits

@@ -1,6 +1,6 @@
 """The engine: the state of every slot, and the steps that are launched on the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -203,9 +203,11 @@ class Engine:
         self.sampler.set(slot, sampling, seed)
 
     @torch.inference_mode()
-    def adjust(self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int]) -> None:
+    def adjust(
+        self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int], answer: Sequence[int] = ()
+    ) -> None:
         """Adjust the logits of an activated slot before each draw; see ``Sampler.adjust``."""
-        self.sampler.adjust(slot, sampling, prompt, ends)
+        self.sampler.adjust(slot, sampling, prompt, ends, answer)
 
     def constrain(self, slot: int, mask: np.ndarray, length: int) -> None:
         """Say which tokens may follow in a slot whose sampling has a grammar; any thread may call this.

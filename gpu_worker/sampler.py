@@ -1,5 +1,8 @@
 """How every slot draws its tokens: parameters, and what changes its logits before."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +10,7 @@ from torch import Tensor
 from clo.kernels.sample import (
     BIASED,
     END,
+    MOST_COUNTED,
     PROMPT,
     Adjustments,
     SamplingState,
@@ -78,12 +82,15 @@ class Sampler:
             self._adjustments.active[slot].fill_(False)
             self._adjusted.discard(slot)
 
-    def adjust(self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int]) -> None:
+    def adjust(
+        self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int], answer: Sequence[int] = ()
+    ) -> None:
         """Adjust the logits of a slot from now on; after ``set``.
 
         Args:
             prompt: the tokens of its prompt.
             ends: tokens that end its answer.
+            answer: the tokens that it has drawn already.
         """
         to = self._adjustments
         marks = to.marks[slot].zero_()
@@ -95,6 +102,11 @@ class Sampler:
             if those:
                 places = self._send(sorted(set(those)), torch.int64)
                 marks.index_copy_(0, places, marks.index_select(0, places) | bit)
+        if answer:
+            drawn = Counter(answer)
+            places = self._send(list(drawn), torch.int64)
+            counts = self._send([min(count, MOST_COUNTED) for count in drawn.values()], torch.int16)
+            marks.index_copy_(0, places, marks.index_select(0, places) | counts)
         if bias:
             rest = MAX_LOGIT_BIAS - len(bias)
             to.bias_tokens[slot].copy_(self._send(tokens + [_NO_TOKEN] * rest, torch.int32))

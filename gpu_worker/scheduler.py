@@ -142,8 +142,9 @@ class Scheduler:
 
     def add(self, run: Run) -> None:
         """Take a request; it is refused at once where it could never run."""
-        longest, grammar = len(run.tokens) + run.sampling.max_tokens, run.sampling.grammar
-        if not run.tokens or longest > self._max_tokens:
+        prompt, grammar = len(run.tokens) - run.answered, run.sampling.grammar
+        longest = prompt + run.sampling.max_tokens
+        if prompt < 1 or longest > self._max_tokens:
             text = f"{longest} tokens with the prompt; the longest sequence is {self._max_tokens}."
             self._report(Refused(run.sequence, PromptTooLong.code, text))
             return
@@ -156,7 +157,7 @@ class Scheduler:
             self._report(Refused(run.sequence, InvalidRequest.code, text))
             return
         else:
-            sequence = Sequence(run, self._constraints.begin(grammar))
+            sequence = Sequence(run, self._constraints.begin(grammar, run.tokens[prompt:]))
             self._compiling.append(sequence)
         self._sequences[sequence.id] = sequence
         self._shares.ask(run.client)
@@ -300,7 +301,8 @@ class Scheduler:
                 return
             self._decoding[slot] = sequence
             if run.sampling.adjusts:
-                self._engine.adjust(slot, run.sampling, run.tokens, sequence.ends)
+                prompt, answer = run.tokens[: sequence.prompt], run.tokens[sequence.prompt :]
+                self._engine.adjust(slot, run.sampling, prompt, sequence.ends, answer)
             if sequence.constraint is not None:
                 self._engine.constrain(slot, sequence.constraint.mask, len(run.tokens))
                 self._constrained.append(sequence)
@@ -309,7 +311,7 @@ class Scheduler:
 
     def _launch_step(self) -> None:
         sequences = [self._decoding[slot] for slot in sorted(self._decoding)]
-        lengths = {sequence.slot: len(sequence.run.tokens) + sequence.launched for sequence in sequences}
+        lengths = {sequence.slot: sequence.prompt + sequence.launched for sequence in sequences}
         if self._drift_check is not None:
             self._drift_check.before(lengths)
         timer = self._engine.timer() if self._prompts else None

@@ -44,12 +44,13 @@ class Sequence:
 
     Attributes:
         state: see ``State``; ``move`` changes it.
+        prompt: tokens of its prompt.
         tokens: the prompt and all tokens generated so far.
         ends: tokens that end it.
         slot: its slot of the batch, -1 before it has one.
         blocks: its blocks of the arena, empty before they are granted.
         prefill: the work on its prompt, None before its turn and afterwards.
-        launched: tokens that have arrived or are on their way.
+        launched: tokens of the answer that have arrived or are on their way.
         steps: decode steps launched for it.
         cached: tokens of the prompt whose rows were there already.
         committed: tokens that the store knows of.
@@ -63,6 +64,7 @@ class Sequence:
     def __init__(self, run: Run, constraint: Constraint | None = None) -> None:
         self.run, self.constraint = run, constraint
         self.state = State.WAITING if constraint is None else State.COMPILING
+        self.prompt = len(run.tokens) - run.answered
         self.tokens = list(run.tokens)
         self.ends = (
             run.sampling.stop_token_ids
@@ -72,7 +74,8 @@ class Sequence:
         self.slot = -1
         self.blocks: list[int] = []
         self.prefill: Prefill | None = None
-        self.launched = self.steps = self.cached = self.committed = 0
+        self.launched = run.answered
+        self.steps = self.cached = self.committed = 0
         self.reported = 0.0
         self.reason: Reason | None = None
         self.failure = ""
@@ -85,12 +88,12 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return len(self.tokens) - len(self.run.tokens)
+        return len(self.tokens) - self.prompt
 
     @property
     def longest(self) -> int:
         """The most tokens that it may have in the end."""
-        return len(self.run.tokens) + self.run.sampling.max_tokens
+        return self.prompt + self.run.sampling.max_tokens
 
     def move(self, state: State) -> None:
         """Raises ``RuntimeError`` where ``state`` may not follow the present one."""

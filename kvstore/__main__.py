@@ -22,7 +22,7 @@ from clo.runtime.machine.process import (
     run_process,
 )
 from clo.runtime.wire.errors import ConfigError
-from clo.runtime.wire.messages import Ping, store_identity
+from clo.runtime.wire.messages import LauncherToStore, store_identity
 from clo.runtime.wire.sockets import DealerSocket
 
 
@@ -43,7 +43,9 @@ def main() -> None:
         arena = Arena.create(config.arena_bytes)
         keep = config.prefix_caching == "on"
         pool = BlockPool(blocks, config.block.tokens, keep=keep, report=config.kv_events)
-        launcher: Launcher = DealerSocket(context, config.router, Ping, key, store_identity(config.name))
+        launcher: Launcher = DealerSocket(
+            context, config.router, LauncherToStore, key, store_identity(config.name)
+        )
         store = StoreServer(config, arena, pool, socket, launcher)
         end_start_up()
         store.run()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -23,11 +24,13 @@ from clo.runtime.wire.messages import (
     Denied,
     Describe,
     Described,
+    Expect,
     Free,
     Freed,
     FromStore,
     GetStoreStats,
     KVEvents,
+    LauncherToStore,
     OpenStaging,
     Ping,
     Pong,
@@ -41,7 +44,7 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import DealerSocket, Decoder, configure, encode
 from clo.runtime.wire.strangers import INTRUDER, Strangers, watch
 
-Launcher = DealerSocket[StoreReady | Pong | KVEvents, Ping]
+Launcher = DealerSocket[StoreReady | Pong | KVEvents, LauncherToStore]
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +98,8 @@ class StoreServer:
         self._poller.register(launcher.socket, zmq.POLLIN)
         self._watch, self._strangers = watch(socket), Strangers(_logger, INTRUDER)
         self._poller.register(self._watch, zmq.POLLIN)
+        self._workers = dict(config.workers)  # that may attach
+        self._doors: dict[int, str] = {}  # where those connect that were started again, by worker
         self._by_number: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._source = Source(arena)
@@ -112,12 +117,23 @@ class StoreServer:
             if self._watch in ready:
                 self._watch.recv_multipart()
                 self._strangers.turned_away()
-            if self._launcher.receive() is not None:
-                self._launcher.send(Pong())
+            match self._launcher.receive():
+                case Ping():
+                    self._launcher.send(Pong())
+                case Expect() as message:
+                    self._expect(message)
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
             if events := self._pool.events():
                 self._launcher.send(KVEvents(events))
+
+    def _expect(self, message: Expect) -> None:
+        """A worker was started again, in the place of one that has ended."""
+        if (former := self._doors.pop(message.worker, None)) is not None:
+            self._socket.unbind(former)  # only now, as that ends the connections made there
+        self._workers[message.worker] = replace(self._workers[message.worker], pid=message.pid)
+        self._socket.bind(message.endpoint)
+        self._doors[message.worker] = message.endpoint
 
     def _answer(self, identity: bytes, *frames: bytes) -> None:
         answers, sequence = "", -1
@@ -132,7 +148,7 @@ class StoreServer:
             self._send(identity, Denied(answers, sequence, error.code, str(error)))
 
     def on_attach(self, identity: bytes, message: Attach) -> None:
-        started = self._config.workers.get(message.worker)
+        started = self._workers.get(message.worker)
         if started is None or started.pid != message.pid:
             _logger.error("Process %d may not attach as worker %d.", message.pid, message.worker)
             raise ProtocolError(f"Process {message.pid} is not worker {message.worker} of this server.")

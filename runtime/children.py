@@ -54,20 +54,20 @@ class Children:
         child = self._children[connection]
         child.asked, child.waited = False, 0.0
 
-    def wait(self, seconds: float) -> None:
-        """So much time has passed, in which children could have answered.
-
-        Raises:
-            WorkerDied: one has exceeded its budget.
-        """
-        for child in self._children.values():
+    def wait(self, seconds: float) -> list[tuple[bytes, WorkerDied]]:
+        """So much time has passed, in which children could have answered. Returns those that have exceeded
+        their budgets, which they are given once more."""
+        silent = []
+        for connection, child in self._children.items():
             if child.ready and not child.asked:
                 continue
             child.waited += seconds
             budget = SERVING_S if child.ready else STARTING_S
             if child.waited >= budget:
                 what = "has not answered for" if child.ready else "was not ready within"
-                raise WorkerDied(f"{child.name} {what} {budget:g} s; the server has stopped, start it again.")
+                silent.append((connection, WorkerDied(f"{child.name} {what} {budget:g} s")))
+                child.waited = 0.0
+        return silent
 
     def is_stalled(self, connection: bytes) -> bool:
         """Whether a child has not answered for so long that clients should know."""

@@ -21,6 +21,7 @@ LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCaching = Literal["on", "off"]
+Recovery = Literal["on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
 ReasoningParser = Literal["auto", "think", "none"]
@@ -413,6 +414,11 @@ class ServerConfig:
         "on",
         "on keeps the KV of prompts in the store until the space is needed, and a prompt that begins like "
         "one of them is computed from where they differ",
+    )
+    recovery: Recovery = option(
+        "on",
+        "on starts a worker or the HTTP gateway again that has died, and requests go on from the tokens that "
+        "have come; off stops the server",
     )
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str

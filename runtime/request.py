@@ -4,7 +4,7 @@ from asyncio import Semaphore
 from enum import Enum
 
 from clo.runtime.tokenizer import Detokenizer
-from clo.runtime.wire.messages import Reason
+from clo.runtime.wire.messages import Reason, Run
 
 
 class State(Enum):
@@ -12,13 +12,15 @@ class State(Enum):
 
     ADMITTING = "is being tokenised, or waits until the workers are ready and have few of its client's"
     ASSIGNED = "a worker has it: it waits there, prefills or decodes"
+    LOST = "its worker has ended; it goes on as soon as there is another"
     STOPPING = "its worker has been told to end it; tokens that still come are dropped"
     CLOSED = "its client has been sent the last message, or is gone; its worker may not be done yet"
 
 
 NEXT = {
     State.ADMITTING: {State.ASSIGNED, State.CLOSED},
-    State.ASSIGNED: {State.STOPPING, State.CLOSED},
+    State.ASSIGNED: {State.LOST, State.STOPPING, State.CLOSED},
+    State.LOST: {State.ASSIGNED, State.CLOSED},
     State.STOPPING: {State.CLOSED},
     State.CLOSED: set(),
 }
@@ -41,6 +43,10 @@ class Request:
         stepped: when its latest token came.
         reason: why it ends, if the worker cannot know: "stop" (a stop string) or "cancelled".
         prefilled: tokens prefilled so far; None while it waits for its prefill.
+        run: what its worker was told; None before it has one.
+        answer: the tokens that have come.
+        losses: how many workers have ended while they had it.
+        scored: tokens of its prompt whose log-probabilities have come.
         sequence: its number on the worker; -1 before it has one.
         worker: name of the worker's connection.
         admitted: nothing waits any more to give it to a worker.
@@ -57,13 +63,32 @@ class Request:
         self.admitted = False
         self.permits: Semaphore | None = None
         self.reason: Reason | None = None
-        self.prompt_tokens = self.max_tokens = self.generated = 0
+        self.prompt_tokens = self.max_tokens = 0
         self.prefilled: int | None = None
+        self.run: Run | None = None
+        self.answer: list[int] = []
+        self.losses = self.scored = 0
         self.sequence = -1
         self.worker = b""
         self.text: Detokenizer | None = None
         self.prompt: list[int] = []
         self.stop_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def generated(self) -> int:
+        return len(self.answer)
+
+    @property
+    def complete(self) -> Reason | None:
+        """Why its answer is complete, as far as that shows in the tokens, else None."""
+        if self.run is None:
+            return None
+        sampling = self.run.sampling
+        if self.generated >= sampling.max_tokens and (self.generated or self.scored >= self.prompt_tokens):
+            return "length"
+        eos = [] if sampling.ignore_eos else self.run.eos
+        ended = self.answer and self.run.forced is None and self.answer[-1] in (*eos, *self.stop_token_ids)
+        return "stop" if ended else None
 
     @property
     def open(self) -> bool:

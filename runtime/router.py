@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from msgspec.structs import replace
+
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
@@ -27,6 +29,7 @@ from clo.runtime.wire.errors import (
     Overloaded,
     PromptTooLong,
     ProtocolError,
+    WorkerDied,
     context_is,
 )
 from clo.runtime.wire.handlers import handlers_of
@@ -34,11 +37,13 @@ from clo.runtime.wire.messages import (
     MAX_MESSAGE_BYTES,
     NO_STATS,
     Abort,
+    CacheStats,
     Cancel,
     Chat,
     Chunk,
     Chunks,
     Done,
+    Expect,
     Failed,
     Finished,
     FromChild,
@@ -48,6 +53,7 @@ from clo.runtime.wire.messages import (
     GetWorkerStats,
     Info,
     KVEvents,
+    LauncherToStore,
     Logprob,
     Ping,
     Pong,
@@ -86,6 +92,8 @@ INFO_S = 2.0
 FLUSH_S = 1.0
 THREADS = 4  # that tokenise, each for another client
 SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
+
+_MOST_LOSSES = 3  # of its workers, after which a request is taken for the cause
 
 _TURNED_AWAY = "A client was turned away: it has another API key, or none."
 
@@ -141,7 +149,7 @@ class Router:
             refuse=Strangers(_logger, _TURNED_AWAY).turned_away,
         )
         self.address = self._clients.endpoint
-        self._workers: Port[ToWorker, FromChild] = Port(
+        self._workers: Port[ToWorker | LauncherToStore, FromChild] = Port(
             listen_unix(endpoint),
             FromChild,
             key,
@@ -166,6 +174,8 @@ class Router:
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
         self._all_ready = asyncio.Event()
+        self._some_ready = asyncio.Event()  # a worker, once all have been
+        self._begun: dict[bytes, asyncio.Event] = {}  # by connection
         self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for but not here yet
         self._owed: dict[bytes, list[Failed]] = {}  # owed to clients whose queues were full
         self._failure: CLOError | None = None
@@ -179,6 +189,55 @@ class Router:
     def expect(self, connection: bytes, name: str, pid: int) -> None:
         """A worker or store was started, and may say that it is ready; nobody else may say anything."""
         self._children.expect(connection, name, pid)
+        self._begun[connection] = asyncio.Event()
+
+    async def until_begun(self, connection: bytes) -> None:
+        """Wait until a worker, store or gateway that was started is ready."""
+        await self._begun[connection].wait()
+
+    async def listen_at(self, endpoint: str) -> asyncio.Server:
+        """Let children connect at another address, too, until what is returned is closed."""
+        return await self._workers.listen_also(listen_unix(endpoint))
+
+    def tell_store(self, name: str, message: Expect) -> None:
+        """Tell a store of a worker that was started again."""
+        self._workers.send(store_identity(name), message)
+
+    def lose(self, worker: bytes, error: WorkerDied) -> None:
+        """A worker has ended. Its requests go on with another one, or with its successor, from the tokens
+        that have come; what a worker had when it ended ``_MOST_LOSSES`` times fails with ``error``."""
+        self._ready_workers.pop(worker, None)
+        if not self._ready_workers:
+            self._some_ready.clear()
+        if (report := self._reports.pop(worker, None)) is not None:
+            report.cancel()
+        lost, self._running[worker] = self._running.get(worker, {}), {}
+        for request in lost.values():
+            request.losses += 1
+            reason = request.reason if request.state is State.STOPPING else request.complete
+            if not request.open:
+                self._give_permit_back(request)
+            elif reason is not None:
+                self._give_permit_back(request)
+                self._finish(request, reason, NO_STATS)
+            elif request.losses == _MOST_LOSSES:
+                self._give_permit_back(request)
+                text = f"Workers ended {_MOST_LOSSES} times while they had the request: {error}"
+                self._end(request, Failed(request.name, error.code, text))
+            else:
+                request.move(State.LOST)
+                request.worker, request.prefilled = b"", None
+                self._spawn(self._go_on(request))
+
+    async def _go_on(self, request: Request) -> None:
+        """Give a lost request to a worker, from the tokens that have come."""
+        await self._some_ready.wait()
+        if request.state is not State.LOST:  # it was cancelled meanwhile, or its client is gone
+            return
+        assert request.run is not None
+        prompt = request.run.tokens[: request.prompt_tokens]
+        run = replace(request.run, tokens=prompt + request.answer, answered=len(request.answer))
+        self._assign(request, run, self._least_loaded())
 
     async def ready(self) -> int:
         """Wait until all workers are ready; returns ``capacity_tokens``."""
@@ -194,8 +253,8 @@ class Router:
                 group.create_task(self.kv_events.listen())
             group.create_task(self._keep_in_touch())
 
-    async def watch_children(self) -> None:
-        """Raises ``WorkerDied`` where a child is not ready, or does not answer, in time."""
+    async def watch_children(self, give_up: Callable[[bytes, WorkerDied], None]) -> None:
+        """Tell ``give_up`` where a child is not ready, or does not answer, in time."""
         loop = asyncio.get_running_loop()
         while True:
             for child in self._children.ask():
@@ -203,7 +262,8 @@ class Router:
             began = loop.time()
             await asyncio.sleep(PING_S)
             if loop.time() - began < 2 * PING_S:  # else this process was stopped itself
-                self._children.wait(PING_S)
+                for connection, error in self._children.wait(PING_S):
+                    give_up(connection, error)
 
     def fail_all(self, error: CLOError) -> None:
         """End every open request with ``error``, and every later one at once."""
@@ -261,8 +321,9 @@ class Router:
         request = self._open.get((client, message.request))
         if request is None:  # it has ended meanwhile
             return
-        if request.state is State.ADMITTING:
-            self._end(request, Finished(request.name, "cancelled", Usage(request.prompt_tokens, 0), NO_STATS))
+        if request.state in (State.ADMITTING, State.LOST):
+            usage = Usage(request.prompt_tokens, request.generated)
+            self._end(request, Finished(request.name, "cancelled", usage, NO_STATS))
         elif request.state is State.ASSIGNED:
             self._stop(request, "cancelled")
 
@@ -328,22 +389,29 @@ class Router:
         await self._all_ready.wait()
         permits = self._permits.setdefault(request.client, asyncio.Semaphore(self._most_at_workers()))
         await permits.acquire()
+        await self._some_ready.wait()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             permits.release()
             return
         request.permits = permits
-        request.move(State.ASSIGNED)
-        request.worker = min(self._ready_workers, key=self._load)
-        capacity = self._ready_workers[request.worker].capacity_tokens
+        worker = self._least_loaded()
+        capacity = self._ready_workers[worker].capacity_tokens
         sampling = self._sampling(params, len(tokens), capacity, grammar)
         request.max_tokens = sampling.max_tokens
-        request.sequence = self._sequences
-        self._sequences += 1
-        self._running[request.worker][request.sequence] = request
         seed = secrets.randbits(63) if params.seed is None or params.seed == -1 else params.seed % 2**63
         client = int.from_bytes(request.client)
-        run = Run(request.sequence, tokens, sampling, seed, self._tokenizer.eos, forced, client)
-        self._order(request, run)
+        self._assign(request, Run(0, tokens, sampling, seed, self._tokenizer.eos, forced, client), worker)
+
+    def _least_loaded(self) -> bytes:
+        return min(self._ready_workers, key=self._load)
+
+    def _assign(self, request: Request, run: Run, worker: bytes) -> None:
+        request.move(State.ASSIGNED)
+        request.worker, request.sequence = worker, self._sequences
+        request.run = replace(run, sequence=request.sequence)
+        self._sequences += 1
+        self._running[worker][request.sequence] = request
+        self._order(request, request.run)
 
     def _most_at_workers(self) -> int:
         """Requests of one client that workers have at a time: so many that no slot of a batch stays free, and
@@ -358,9 +426,14 @@ class Router:
     def _leave_worker(self, worker: bytes, sequence: int) -> Request | None:
         """A worker has nothing more to do with a request, if it had."""
         request = self._running[worker].pop(sequence, None)
-        if request is not None and request.permits is not None:
-            request.permits.release()
+        if request is not None:
+            self._give_permit_back(request)
         return request
+
+    def _give_permit_back(self, request: Request) -> None:
+        if request.permits is not None:
+            request.permits.release()
+            request.permits = None
 
     def _check_params(self, params: SamplingParams) -> None:
         """Raises ``InvalidRequest`` where parameters contradict each other or the vocabulary."""
@@ -449,7 +522,8 @@ class Router:
         reports: list[WorkerReport] = []
         if self._reports:
             done, _ = await asyncio.wait(self._reports.values(), timeout=INFO_S)
-            reports = sorted((report.result() for report in done), key=lambda report: report.worker.worker)
+            there = (report.result() for report in done if not report.cancelled())  # else the worker ended
+            reports = sorted(there, key=lambda report: report.worker.worker)
         if self._failure is not None:
             self._send(client, Failed(name, self._failure.code, str(self._failure)))
             return
@@ -492,6 +566,7 @@ class Router:
         """Whether a first message is from the process that was started."""
         if self._children.begin(child, pid):
             self._running.setdefault(child, {})
+            self._begun[child].set()
             return True
         _logger.error("Process %d is not %s.", pid, child.decode(errors="replace"))
         return False
@@ -499,6 +574,8 @@ class Router:
     def _check_ready(self) -> None:
         if self._children.ready and len(self._ready_workers) == self._config.workers:
             self._all_ready.set()
+        if self._all_ready.is_set() and self._ready_workers:
+            self._some_ready.set()
 
     def on_pong(self, child: bytes, message: Pong) -> None:
         self._children.answered(child)
@@ -516,7 +593,12 @@ class Router:
         start, logprobs = message.start, list[Logprob | None](message.logprobs)
         if start == 1:
             start, logprobs = 0, [None, *logprobs]
-        tokens = request.prompt[start : start + len(logprobs)]
+        known = max(0, request.scored - start)  # from a worker that has ended
+        start, logprobs = start + known, logprobs[known : request.prompt_tokens - start]
+        if not logprobs:
+            return
+        request.scored = start + len(logprobs)
+        tokens = request.prompt[start : request.scored]
         self._tell(request, PromptChunk(request.name, tokens, logprobs))
 
     def on_stepped(self, worker: bytes, message: Stepped) -> None:
@@ -539,7 +621,7 @@ class Router:
             if request.text.stopped:
                 self._stop(request, "stop")
             self._traffic.token(request, now)
-            request.generated += 1
+            request.answer.append(step.token)
             request.heard = now
             logprobs = None if step.logprob is None else [step.logprob]
             chunks[request.client].append(Chunk(request.name, text, [step.token], logprobs))
@@ -549,8 +631,11 @@ class Router:
     def on_done(self, worker: bytes, message: Done) -> None:
         self._traffic.add_cache(message.cache)
         request = self._leave_worker(worker, message.sequence)
-        if request is None or not request.open:
-            return
+        if request is not None and request.open:
+            self._finish(request, message.reason, message.cache)
+
+    def _finish(self, request: Request, reason: Reason, cache: CacheStats) -> None:
+        """The answer of a request is complete."""
         assert request.text is not None
         try:
             rest = request.text.flush()
@@ -559,14 +644,14 @@ class Router:
             return
         if rest:
             self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
-        usage = Usage(request.prompt_tokens, request.generated, message.cache.cached_tokens)
-        reason = "stop" if request.text.stopped else request.reason or message.reason
-        self._end(request, Finished(request.name, reason, usage, message.cache))
+        usage = Usage(request.prompt_tokens, request.generated, cache.cached_tokens)
+        reason = "stop" if request.text.stopped else request.reason or reason
+        self._end(request, Finished(request.name, reason, usage, cache))
 
     def _fail_text(self, request: Request) -> None:
         """End a request whose tokens cannot be made into text."""
         _logger.exception("Tokens could not be made into text.")
-        if request.sequence in self._running[request.worker]:
+        if request.sequence in self._running.get(request.worker, {}):
             self._order(request, Abort(request.sequence))
         self._end(request, Failed(request.name, CLOError.code, "The tokens could not be made into text."))
 
@@ -625,6 +710,8 @@ class Router:
                 self._forget(request, message.reason if isinstance(message, Finished) else "failed")
 
     def _forget(self, request: Request, how: Reason | Literal["failed"]) -> None:
+        if request.state is State.LOST:  # else its worker's last word gives it back
+            self._give_permit_back(request)
         request.move(State.CLOSED)
         self._traffic.end(request, how, asyncio.get_running_loop().time())
         del self._open[request.client, request.name]
@@ -653,7 +740,7 @@ class Router:
 
     def _order(self, request: Request, message: Run | Abort) -> None:
         """Send to a request's worker. One that is gone needs nothing here: its connection lasts as long as
-        the process, and the supervisor ends the server, with an error for each open request."""
+        the process, at whose end the supervisor calls ``lose``, or ends the server."""
         if self._workers.send(request.worker, message) is not Delivery.SENT:
             _logger.warning("%s is gone.", request.worker.decode())
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -32,9 +34,12 @@ from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
-from clo.runtime.wire.messages import GATEWAY_IDENTITY, store_identity, worker_identity
+from clo.runtime.wire.messages import GATEWAY_IDENTITY, Expect, store_identity, worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
+_LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 5, 0.5
+"""Where a process that was started again serves for less than so many seconds, so often in a row, the server
+stops. Before its next start such a one waits so many seconds, then three times, seven times, ... as long."""
 
 _logger = logging.getLogger(__name__)
 
@@ -84,8 +89,8 @@ class Child:
             with suppress(ProcessLookupError):  # it ended a moment ago
                 os.kill(self.process.pid, number)
 
-    async def watch(self) -> None:
-        """Raises ``WorkerDied`` when the process ends, saying how."""
+    async def ended(self) -> WorkerDied:
+        """Wait for the end of the process; says how it ended."""
         code = await self.process.wait()
         if code == EXIT_EXPLAINED:
             how = "ended with an error that the server has printed"
@@ -95,7 +100,12 @@ class Child:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        raise WorkerDied(f"{self.name} {how}; the server has stopped, start it again.")
+        return WorkerDied(f"{self.name} {how}")
+
+
+def _stopped(error: WorkerDied) -> WorkerDied:
+    """The same for those whose server does not go on."""
+    return WorkerDied(f"{error}; the server has stopped, start it again.")
 
 
 class Supervisor:
@@ -105,7 +115,8 @@ class Supervisor:
         config: what was asked for.
         worker: module that each worker runs.
         folder: for the sockets between the processes. It is removed once they are connected, so that nobody
-            can connect to them any more, and nothing is left behind where this process is killed.
+            can connect to them any more, and nothing is left behind where this process is killed. A process
+            that is started again connects in a folder of its own.
 
     Raises:
         ConfigError: the model, the machine's memory or the port do not allow it.
@@ -119,12 +130,12 @@ class Supervisor:
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)
-        self._router_endpoint = f"ipc://{folder.path}/router"
-        self._router = Router(config, self._model, self._router_endpoint, self._key)
+        self._router = Router(config, self._model, _router_in(folder), self._key)
         self._gateways: list[Child] = []  # one or none
         self._workers: list[Child] = []
         self._stores: list[Child] = []
         self._stopping = asyncio.Event()
+        self._serving = False  # it was ready
 
     def _warn(self) -> None:
         """Once, where others than this machine's users can use the server."""
@@ -183,24 +194,11 @@ class Supervisor:
 
     async def _start_children(self) -> None:
         """Workers before stores, which have to know which processes they are."""
-        config = self._config
+        config, folder = self._config, self._folder
         if self._listener is not None:
-            await self._start_gateway(self._listener)
-        endpoints = {node: f"ipc://{self._folder.path}/numa{node}" for node in self._nodes}
-        threads = len(os.sched_getaffinity(0)) // config.workers
+            self._gateways.append(await self._start_gateway(self._listener, folder))
         for index in range(config.workers):
-            worker_config = WorkerConfig(
-                worker=index,
-                router=self._router_endpoint,
-                stores=endpoints,
-                model=self._model,
-                cache=config.cache,
-                engine=config.engine,
-                log_level=config.log_level,
-            )
-            child = await Child.start(f"worker {index}", self._worker, worker_config, self._key, threads)
-            self._workers.append(child)
-            self._router.expect(worker_identity(index), child.name, child.process.pid)
+            self._workers.append(await self._start_worker(index, folder))
         workers = {
             index: StartedWorker(child.process.pid, index) for index, child in enumerate(self._workers)
         }
@@ -211,8 +209,8 @@ class Supervisor:
                 name=name,
                 node=node,
                 arena_bytes=self._kv_size,
-                endpoint=endpoints[node],
-                router=self._router_endpoint,
+                endpoint=_store_in(folder, node),
+                router=_router_in(folder),
                 block=block,
                 workers=workers,
                 prefix_caching=config.prefix_caching,
@@ -223,22 +221,104 @@ class Supervisor:
             self._stores.append(child)
             self._router.expect(store_identity(name), child.name, child.process.pid)
 
-    async def _start_gateway(self, listener: Listener) -> None:
+    async def _start_worker(self, index: int, folder: PrivateFolder) -> Child:
+        config = self._config
+        worker_config = WorkerConfig(
+            worker=index,
+            router=_router_in(folder),
+            stores={node: _store_in(folder, node) for node in self._nodes},
+            model=self._model,
+            cache=config.cache,
+            engine=config.engine,
+            log_level=config.log_level,
+        )
+        threads = len(os.sched_getaffinity(0)) // config.workers
+        child = await Child.start(f"worker {index}", self._worker, worker_config, self._key, threads)
+        self._router.expect(worker_identity(index), child.name, child.process.pid)
+        return child
+
+    async def _start_gateway(self, listener: Listener, folder: PrivateFolder) -> Child:
         gateway_config = GatewayProcessConfig(
             gateway=self._config.gateway,
             model=self._model,
             descriptor=listener.descriptor,
             server=from_this_machine(self._router.address),
-            router=self._router_endpoint,
+            router=_router_in(folder),
             log_level=self._config.log_level,
         )
         secret = f"{self._key}\n{self._config.api_key or ''}"
         child = await Child.start(
             "HTTP gateway", "clo.runtime.http", gateway_config, secret, 1, (listener.descriptor,)
         )
-        listener.close()  # here: nobody else shall keep the port open
-        self._gateways.append(child)
+        if self._config.recovery == "off":
+            listener.close()  # here: nobody else shall keep the port open
         self._router.expect(GATEWAY_IDENTITY, child.name, child.process.pid)
+        return child
+
+    # --------------------------------------------------------------------------------- recovery
+
+    async def _keep_worker(self, index: int) -> None:
+        """Start a worker again whenever it ends. Raises ``WorkerDied`` where that is not wanted or of no
+        use."""
+        identity = worker_identity(index)
+
+        async def start(folder: PrivateFolder) -> Child:
+            child = self._workers[index] = await self._start_worker(index, folder)
+            for name, node in zip(self._config.kvstore, self._nodes, strict=True):
+                self._router.tell_store(name, Expect(index, child.process.pid, _store_in(folder, node)))
+            return child
+
+        await self._keep(
+            self._workers[index], identity, start, lambda error: self._router.lose(identity, error)
+        )
+
+    async def _keep_gateway(self, listener: Listener) -> None:
+        """The same for the HTTP gateway. Its clients' connections end with it, and so do their requests."""
+
+        async def start(folder: PrivateFolder) -> Child:
+            child = self._gateways[0] = await self._start_gateway(listener, folder)
+            return child
+
+        await self._keep(self._gateways[0], GATEWAY_IDENTITY, start, lambda error: None)
+
+    async def _keep(
+        self,
+        child: Child,
+        identity: bytes,
+        start: Callable[[PrivateFolder], Awaitable[Child]],
+        lose: Callable[[WorkerDied], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        quick = 0
+        error = await child.ended()
+        while self._serving and self._config.recovery == "on" and quick <= _QUICK_ENDS:
+            lose(error)
+            _logger.warning("%s; it is started again.", error)
+            await asyncio.sleep(_BACK_OFF_S * (2**quick - 1))
+            with PrivateFolder() as folder:
+                door = await self._router.listen_at(_router_in(folder))
+                child = await start(folder)
+                begun = asyncio.create_task(self._router.until_begun(identity))
+                ended = asyncio.create_task(child.ended())
+                await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
+                door.close()
+            since = loop.time() if begun.done() else math.inf
+            begun.cancel()
+            error = await ended
+            quick = quick + 1 if loop.time() - since < _LASTING_S else 0
+        raise _stopped(error)
+
+    def _give_up(self, identity: bytes, error: WorkerDied) -> None:
+        """A process does not answer. Raises ``WorkerDied`` unless it is one that is started again."""
+        names = [GATEWAY_IDENTITY] * len(self._gateways) + [*map(worker_identity, range(len(self._workers)))]
+        kept = dict(zip(names, self._gateways + self._workers, strict=True))
+        if not self._serving or self._config.recovery == "off" or identity not in kept:
+            raise _stopped(error)
+        _logger.warning("%s; it is killed.", error)
+        kept[identity].send(signal.SIGKILL)
+
+    async def _watch_store(self, child: Child) -> None:
+        raise _stopped(await child.ended())
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
@@ -249,8 +329,10 @@ class Supervisor:
             asyncio.create_task(work)
             for work in (
                 self._until_stopped(),
-                *(child.watch() for child in self._children),
-                self._router.watch_children(),
+                *([] if self._listener is None else [self._keep_gateway(self._listener)]),
+                *(self._keep_worker(index) for index in range(len(self._workers))),
+                *(self._watch_store(child) for child in self._stores),
+                self._router.watch_children(self._give_up),
                 self._router.serve(),
                 self._announce(),
             )
@@ -271,6 +353,7 @@ class Supervisor:
     async def _announce(self) -> None:
         capacity = await self._router.ready()
         self._folder.remove()
+        self._serving = True
         end_start_up()
         self._warn()
         name = self._config.model.model
@@ -292,6 +375,14 @@ class Supervisor:
             for child in children:
                 child.send(signal.SIGKILL)
             await asyncio.gather(*endings)
+
+
+def _router_in(folder: PrivateFolder) -> str:
+    return f"ipc://{folder.path}/router"
+
+
+def _store_in(folder: PrivateFolder, node: int) -> str:
+    return f"ipc://{folder.path}/numa{node}"
 
 
 def supervise(config: ServerConfig, worker: str) -> int:

@@ -127,7 +127,7 @@ class FakeEngine:
         self.log: list[str] = []
         self.joined = 0
         self.activated: list[tuple[Sampling, int]] = []  # with their seeds
-        self.adjusted: list[tuple[int, list[int], list[int]]] = []  # slots, their prompts and ends
+        self.adjusted: list[tuple[int, list[int], list[int], list[int]]] = []  # with prompts, ends, answers
         self.masks: dict[int, tuple[set[int], int]] = {}  # what may follow in a slot, and after which length
         self._mail: dict[int, list[int]] = {}  # work number -> drawn tokens, by slot
         self._logits = torch.zeros(SLOTS, 1)  # one buffer, as a graph has
@@ -181,9 +181,11 @@ class FakeEngine:
         self.lengths[slot] = length
         self.activated.append((sampling, seed))
 
-    def adjust(self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int]) -> None:
+    def adjust(
+        self, slot: int, sampling: Sampling, prompt: list[int], ends: list[int], answer: list[int]
+    ) -> None:
         assert slot in self.lengths
-        self.adjusted.append((slot, prompt, ends))
+        self.adjusted.append((slot, prompt, ends, answer))
 
     def constrain(self, slot: int, mask: np.ndarray, length: int) -> None:
         if slot in self.lengths:

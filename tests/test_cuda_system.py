@@ -260,7 +260,7 @@ def test_the_worker_answers_as_one_on_the_cpu_does(launch: Launch, smollm2: Path
 def test_a_killed_worker_leaves_nothing_on_the_gpu(launch: Launch, tiny_model: Path) -> None:
     """In mid-decode: the stream ends with ``WorkerDied``, all GPU memory comes back and no process stays."""
     before, _ = torch.cuda.mem_get_info()
-    with launch("--model", str(tiny_model), *FLOAT32, "--kv-size", "16MiB") as server:
+    with launch("--model", str(tiny_model), *FLOAT32, "--kv-size", "16MiB", "--recovery", "off") as server:
         assert before - torch.cuda.mem_get_info()[0] > 100 * MIB
         (worker,) = server.children("gpu_worker")
         family = [worker, *worker.children(recursive=True)]

@@ -119,7 +119,7 @@ def errors_of_open_requests(server: Server, act: Callable[[], None]) -> list[CLO
 def test_a_killed_worker_or_store(launch: Launch, tiny_model: Path, package: str, name: str) -> None:
     """Every open request gets ``WorkerDied``; the launcher says which process it was, exits with 1
     and takes the others along."""
-    with launch("--model", str(tiny_model), *SMALL) as server:
+    with launch("--model", str(tiny_model), *SMALL, "--recovery", "off") as server:
         (child,) = server.children(package)
         errors = errors_of_open_requests(server, child.kill)
         assert [type(error) for error in errors] == [WorkerDied] * 4
@@ -130,7 +130,7 @@ def test_a_killed_worker_or_store(launch: Launch, tiny_model: Path, package: str
 
 def test_a_signal_after_the_death_of_a_child_changes_no_exit_code(launch: Launch, tiny_model: Path) -> None:
     """However late it comes."""
-    with launch("--model", str(tiny_model), *SMALL) as server:
+    with launch("--model", str(tiny_model), *SMALL, "--recovery", "off") as server:
         (worker,), (store,) = server.children("gpu_worker"), server.children("kvstore")
 
         def act() -> None:

@@ -126,7 +126,7 @@ def test_open_requests_when_something_ends(launch: Launch, tiny_model: Path, wha
             (child,) = server.children(package)
             child.kill()
 
-    with echo(launch, tiny_model, "--host", "::1") as server:
+    with echo(launch, tiny_model, "--host", "::1", "--recovery", "off") as server:
         assert server.url.startswith("http://[::1]:")
         with Client(server.address, timeout=WAIT_S) as native:
             answer, lines = asyncio.run(asyncio.wait_for(run(server, native), WAIT_S))

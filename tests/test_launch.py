@@ -22,7 +22,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
         "--kv-size 1.5MiB --prefix-caching on --kv-events-port 0 --kv-events-topic kv "
         "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
-        "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 "
+        "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 --recovery off "
         "--host 127.0.0.2 "
         "--port 0 --seed 7 --log-level info --api-key k --http 1 --served-model-name a,b "
         "--tool-call-parser hermes --reasoning-parser none --ssl-certfile c --ssl-keyfile p "
@@ -39,6 +39,7 @@ def test_every_option_reaches_the_configuration() -> None:
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
         prefix_caching="on",
+        recovery="off",
         kv_events_port=0,
         kv_events_topic="kv",
         host="127.0.0.2",

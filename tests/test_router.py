@@ -17,6 +17,7 @@ from typing import Any, ParamSpec
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from clo.runtime import router as router_module
 from clo.runtime import tokenizer as tokenizer_module
@@ -63,6 +64,7 @@ from clo.runtime.wire.messages import (
     ToolCall,
     Turn,
     Usage,
+    worker_identity,
 )
 from clo.runtime.wire.sockets import encode
 from tests.conftest import VOCABULARY
@@ -610,11 +612,15 @@ async def test_an_http_gateway_is_waited_for_and_asked_whether_it_is_alive(
         assert isinstance(info, Info) and info.state == "starting" and not waiting.done()
         gateway.send(GatewayReady(4321))
         assert await asyncio.wait_for(waiting, WAIT_S) == 1000
-        watching = asyncio.create_task(wire.router.watch_children())
+        watching = asyncio.create_task(wire.router.watch_children(give_up))
         for _ in range(2):
             assert await gateway.message() == Ping()
             gateway.send(Pong())
         watching.cancel()
+
+
+def give_up(connection: bytes, error: WorkerDied) -> None:
+    raise error
 
 
 @in_loop
@@ -625,7 +631,7 @@ async def test_a_launcher_that_was_stopped_itself_takes_no_child_for_silent(
     monkeypatch.setattr(router_module, "PING_S", 0.01)
     monkeypatch.setattr("clo.runtime.children.SERVING_S", 0.03)
     async with running(model) as wire:  # its worker answers no Ping
-        watching = asyncio.create_task(wire.router.watch_children())
+        watching = asyncio.create_task(wire.router.watch_children(give_up))
         for _ in range(20):  # two for each turn of what watches
             time.sleep(0.03)
             await asyncio.sleep(0)
@@ -1536,3 +1542,124 @@ async def test_random_requests_end_once_each(model: ResolvedModel, seed: int) ->
         for worker in wire.workers:
             aborts = [order.sequence for order in worker.heard if isinstance(order, Abort)]
             assert len(aborts) == len(set(aborts)), "ended twice"
+
+
+# ----------------------------------------------------------------------------------- lost workers
+
+KILLED = WorkerDied("worker 0 was killed")
+
+
+@in_loop
+async def test_a_request_of_a_lost_worker_goes_on_with_another(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """From the tokens that have come, with the same seed; what the lost one still says is not heard."""
+    async with running(model, workers=2) as wire:
+        client = wire.client()
+        client.send(ask(sampling=SamplingParams(max_tokens=4, seed=11)))
+        progress: list[asyncio.Task[Any]] = [asyncio.create_task(worker.order()) for worker in wire.workers]
+        await asyncio.wait(progress, return_when=asyncio.FIRST_COMPLETED)
+        number = progress.index(next(task for task in progress if task.done()))
+        first, run = wire.workers[number], progress[number].result()
+        letters = ids_of(tokenizer, "abcd")
+        first.step(run.sequence, *letters[:2])
+        assert [await client.next() for _ in range(2)] == [
+            Chunk("r", letter, [token], None) for letter, token in zip("ab", letters[:2], strict=True)
+        ]
+        wire.router.lose(worker_identity(number), KILLED)
+        again = await asyncio.wait_for(progress[1 - number], WAIT_S)
+        assert again == replace(run, sequence=again.sequence, tokens=run.tokens + letters[:2], answered=2)
+        assert again.sequence != run.sequence
+        first.step(run.sequence, letters[3])
+        other = wire.workers[1 - number]
+        other.send(Prefilled(again.sequence, 7, 7))
+        other.step(again.sequence, *letters[2:])
+        other.send(Done(again.sequence, "length", STATS))
+        messages = await client.to_end("r")
+        chunks = [message for message in messages if isinstance(message, Chunk)]
+        assert [chunk.tokens for chunk in chunks] == [[token] for token in letters[2:]]
+        assert messages[-1] == Finished("r", "length", Usage(5, 4), STATS)
+
+
+@in_loop
+async def test_lost_requests_wait_for_the_successor_of_the_only_worker(model: ResolvedModel) -> None:
+    """They may be cancelled meanwhile; new ones wait, too."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask("a"))
+        client.send(ask("b"))
+        old = [await worker.order() for _ in range(2)]
+        wire.router.lose(worker_identity(0), KILLED)
+        wire.router.expect(worker_identity(0), "worker 0", 1000)
+        client.send(ask("c"))
+        client.send(Cancel("b"))
+        assert await client.next() == Finished("b", "cancelled", Usage(5, 0), NO_STATS)
+        worker.ready()
+        await asyncio.wait_for(wire.router.until_begun(worker_identity(0)), WAIT_S)
+        new = [await worker.order() for _ in range(2)]
+        assert [run.tokens for run in new] == [old[0].tokens, [1, 2, 3, 4, 5]]
+        assert not {run.sequence for run in new} & {run.sequence for run in old}
+
+
+@in_loop
+async def test_what_was_complete_when_its_worker_was_lost_ends(
+    model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
+    """By its length, by an end token, and where it was cancelled."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        letter, *_ = ids_of(tokenizer, "a")
+        sampling = SamplingParams(max_tokens=2, stop_token_ids=[letter])
+        for name, params in (("long", SamplingParams(max_tokens=1)), ("end", sampling), ("stop", SEVEN)):
+            client.send(ask(name, sampling=params))
+        runs = [await worker.order() for _ in range(3)]
+        for run in runs[:2]:
+            worker.step(run.sequence, letter)
+        for _ in range(2):
+            assert isinstance(await client.next(), Chunk)
+        client.send(Cancel("stop"))
+        assert await worker.order() == Abort(runs[2].sequence)
+        wire.router.lose(worker_identity(0), KILLED)
+        ends = {message.request: message for message in [await client.next() for _ in range(3)]}
+        assert {name: end.reason for name, end in ends.items()} == {
+            "long": "length", "end": "stop", "stop": "cancelled"
+        }  # fmt: skip
+
+
+@in_loop
+async def test_a_request_that_ends_its_workers_is_given_up(model: ResolvedModel) -> None:
+    """After three of them; others go on."""
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask("bad"))
+        for losses in range(3):
+            await worker.order()
+            if losses == 2:
+                client.send(ask("good"))
+                await worker.order()
+            wire.router.lose(worker_identity(0), KILLED)
+            worker.ready()
+        failed = await client.next()
+        assert isinstance(failed, Failed) and (failed.request, failed.code) == ("bad", WorkerDied.code)
+        assert failed.text == "Workers ended 3 times while they had the request: worker 0 was killed"
+        assert (await worker.order()).tokens == [1, 2, 3, 4, 5]
+
+
+@in_loop
+async def test_scores_of_a_prompt_that_are_known_do_not_come_again(model: ResolvedModel) -> None:
+    async with running(model) as wire:
+        client, (worker,) = wire.client(), wire.workers
+        client.send(ask(sampling=SamplingParams(max_tokens=1, prompt_logprobs=0)))
+        run = await worker.order()
+        scores = [Logprob(token, -0.5, []) for token in range(2, 6)]
+        worker.send(PromptScored(run.sequence, 1, scores[:2]))
+        assert await client.next() == PromptChunk("r", [1, 2, 3], [None, *scores[:2]])
+        wire.router.lose(worker_identity(0), KILLED)
+        worker.ready()
+        again = await worker.order()
+        worker.send(PromptScored(again.sequence, 1, scores[:1]))
+        worker.send(PromptScored(again.sequence, 2, scores[1:]))
+        found = await client.next()
+        while isinstance(found, Progress):
+            found = await client.next()
+        assert found == PromptChunk("r", [4, 5], [*scores[2:]])

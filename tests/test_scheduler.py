@@ -85,8 +85,8 @@ class FakeConstraints:
     def __init__(self) -> None:
         self.made: list[FakeConstraint] = []
 
-    def begin(self, grammar: str) -> FakeConstraint:
-        self.made.append(FakeConstraint(grammar))
+    def begin(self, grammar: str, answer: list[int]) -> FakeConstraint:
+        self.made.append(FakeConstraint(" ".join(grammar.split()[len(answer) :])))
         return self.made[-1]
 
     def work(self) -> None:
@@ -127,14 +127,15 @@ class World:
         first: int = 0,
         forced: list[int] | None = None,
         client: int = 0,
+        answer: tuple[int, ...] = (),
         **sampling: Any,
     ) -> int:
-        """A request of ``prompt`` tokens that end with token ``first``, so that it generates first + 1, ...;
-        returns its number."""
+        """A request of ``prompt`` tokens that end with token ``first``, so that it generates first + 1, ...,
+        of which another worker has generated ``answer``; returns its number."""
         number = len(self.runs)
-        tokens = [first] * prompt
+        tokens = [first] * prompt + [*answer]
         asked = Sampling(temperature=0.0, max_tokens=max_tokens, **sampling)
-        self.runs[number] = run = Run(number, tokens, asked, 100 + number, [END], forced, client)
+        self.runs[number] = run = Run(number, tokens, asked, 100 + number, [END], forced, client, len(answer))
         self.scheduler.add(run)
         return number
 
@@ -304,6 +305,26 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
     assert len(world.tokens(number)) == 13 and world.end(number) is not None
     assert held[:prompt] == [10] * prompt and len(held) > prompt
     assert ends == [prompt, *(end for end in range(prompt + 1, prompt + 13) if end % BLOCK_TOKENS == 0)]
+
+
+@pytest.mark.parametrize("answered", [1, 3, 4])
+def test_an_answer_that_another_worker_began_goes_on(answered: int) -> None:
+    """All that was asked is of the whole answer: its length, forced tokens, what its penalties count, and its
+    grammar."""
+    world = World()
+    known, rest = tuple(range(11, 11 + answered)), list(range(11 + answered, 16))
+    plain = world.add(prompt=6, max_tokens=5, first=10, answer=known)
+    forced = world.add(prompt=6, max_tokens=5, first=10, answer=known, forced=[11, 12, 13, 14, 90])
+    counted = world.add(prompt=6, max_tokens=5, first=10, answer=known, presence_penalty=0.5)
+    assert sizes(world) == [(number, 3) for number in (plain, forced, counted)], "no more blocks than before"
+    world.serve()
+    assert done(world, plain) == done(world, counted) == ("length", rest)
+    assert done(world, forced) == ("length", [11, 12, 13, 14, 90][answered:])
+    assert [each[1:] for each in world.engine.adjusted] == [([10] * 6, [END], [*known])]
+    grammar = world.add(6, 9, first=10, answer=known, grammar="11 12 13 14 15")
+    world.serve()
+    assert done(world, grammar) == ("stop", rest)
+    world.check_over()
 
 
 def test_max_tokens_of_one_takes_no_step() -> None:
@@ -1155,7 +1176,7 @@ def test_only_what_wants_its_logits_adjusted_is_adjusted() -> None:
     number = world.add(prompt=3, max_tokens=2, first=5, min_tokens=2, stop_token_ids=[8], logit_bias={1: 2.0})
     world.serve()
     slot = 1
-    assert world.engine.adjusted == [(slot, world.runs[number].tokens, [END, 8])]
+    assert world.engine.adjusted == [(slot, world.runs[number].tokens, [END, 8], [])]
     world.check_over()
 
 

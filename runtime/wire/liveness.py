@@ -2,9 +2,9 @@
 
 The launcher asks each child once a second with ``Ping``, which the child's loop answers with ``Pong`` between
 two pieces of work. There are two budgets, as a child that starts answers nothing: it loads a model or touches
-its memory. A child that exceeds its budget ends the server. Before that, clients whose requests wait for one
-that is silent are told; if it comes back nothing is lost, for connections between processes of one machine
-last as long as the processes.
+its memory. A worker or gateway that exceeds its budget is killed and started again, any other child ends the
+server. Before that, clients whose requests wait for one that is silent are told; if it comes back nothing is
+lost, for connections between processes of one machine last as long as the processes.
 """
 
 STARTING_S = 1800.0  # from its start to its first message: a terabyte is touched, or weights are read

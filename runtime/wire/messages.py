@@ -442,9 +442,18 @@ class Ping(Message, frozen=True):
     """Answered with ``Pong``; see ``clo.runtime.wire.liveness``."""
 
 
+class Expect(Message, frozen=True):
+    """To a store: ``worker`` is now the process ``pid``, which is going to connect to ``endpoint``."""
+
+    worker: Count
+    pid: Count
+    endpoint: str
+
+
 class Run(Message, frozen=True):
     """Serve a request. ``sequence`` is unique in the router's life; ``client`` says whose it is, as clients
-    take turns."""
+    take turns. The last ``answered`` of the tokens are the answer so far, from a worker that has ended; all
+    that ``sampling`` and ``forced`` say is of the whole answer."""
 
     sequence: Count
     tokens: list[TokenId]
@@ -453,6 +462,7 @@ class Run(Message, frozen=True):
     eos: list[TokenId]
     forced: list[TokenId] | None
     client: Count = 0
+    answered: Count = 0
 
 
 class Abort(Message, frozen=True):
@@ -466,6 +476,7 @@ class GetWorkerStats(Message, frozen=True):
 
 
 ToWorker = Run | Abort | GetWorkerStats | Ping
+LauncherToStore = Ping | Expect
 
 
 # ------------------------------------------------------------- worker, store or HTTP gateway -> router

@@ -370,6 +370,11 @@ class Port(Generic[Sent, Received]):
         finally:
             server.close()
 
+    async def listen_also(self, listener: socket.socket) -> asyncio.Server:
+        """Let peers connect at another address, too, until what is returned is closed."""
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(self._connect, sock=listener, backlog=_ACCEPTED)
+
     def send(self, name: bytes, message: Sent) -> Delivery:
         peer = self._peers.get(name)
         if peer is None:
