@@ -73,7 +73,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.NoneType():
             return st.none()
         case inspect.StructType() if kind.array_like:
-            return st.tuples(*(values(field.type) for field in kind.fields)).map(list)
+            name = [] if kind.tag is None else [st.just(kind.tag)]
+            return st.tuples(*name, *(values(field.type) for field in kind.fields)).map(list)
         case inspect.StructType():
             fields = {field.encode_name: values(field.type) for field in kind.fields}
             optional = {field.encode_name for field in kind.fields if not field.required}

@@ -45,7 +45,7 @@ from tests.test_port import GREETING, READY, command
 ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe | messages.Push
 """What a worker asks a store all the time."""
 
-UNIONS = ("ToRouter", "ToClient", "ToWorker", "FromChild", "ToStore", "FromStore")
+UNIONS = ("ToRouter", "ToClient", "ToWorker", "LauncherToStore", "FromChild", "ToStore", "FromStore")
 
 
 def drawn(examples: int) -> settings:
