@@ -66,6 +66,9 @@ class Constraint:
             self._matcher = compiled()
             for token in answer:
                 self._matcher.consume_token(token)
+            if self._matcher.is_error():
+                self.error = self._matcher.get_error()
+                return
             self.complete = bool(answer) and self._matcher.is_stopped()
             if not self.complete:
                 self._look()

@@ -97,18 +97,23 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and load what prompts need on a GPU, before there is any sequence: it would take the first
-        one ten seconds. The first blocks of the arena are overwritten."""
+        one ten seconds. Nothing is written to the arena, which others may be using."""
         if self._device.type == "cpu":
             return
         block_tokens = self.decoder.shape.block_tokens
         longest = min(self.max_blocks, self.cache.pages.pages) * block_tokens
         ranked = (self.cache.fitting_tokens or 0) + 2 * PROMPT_QUERIES  # more than a set holds
         total = min(ranked, longest)
-        prefill = self.prefill(0, [0] * total, list(range(-(-total // block_tokens))))
-        while prefill.advance() is None:
-            pass
-        self.cache.join_prompts()
-        self.retire(0)
+        blocks = list(range(-(-total // block_tokens)))
+        with self.cache.storing_nothing():
+            for cached in (0, block_tokens):
+                if total - cached < PROMPT_QUERIES:
+                    break
+                prefill = self.prefill(0, [0] * total, blocks, cached=cached)
+                while prefill.advance() is None:
+                    pass
+                self.cache.join_prompts()
+                self.retire(0)
         load_kernels(self.decoder, longest)
         if self._attention is SPARSE:
             self._warm_up_sparse()

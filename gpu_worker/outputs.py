@@ -83,7 +83,6 @@ class Mailbox:
             self._waiting_for, self._since = number, now
         if now - self._since > _STUCK_SECONDS:
             raise DeviceStuck(
-                f"The GPU has not finished a step for {_STUCK_SECONDS:g} s; look at it with nvidia-smi, then "
-                "start the server again."
+                f"The GPU has not finished a step for {_STUCK_SECONDS:g} s; look at it with nvidia-smi."
             )
         return None

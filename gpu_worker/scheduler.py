@@ -246,6 +246,9 @@ class Scheduler:
             if sequence.constraint.error:
                 sequence.failure = sequence.constraint.error
                 self._leave(sequence, NO_STATS)
+            elif sequence.constraint.complete:  # with what another worker has generated
+                sequence.reason = "stop"
+                self._leave(sequence, NO_STATS)
             else:
                 sequence.move(State.WAITING)
                 self._waiting.append(sequence)

@@ -132,8 +132,12 @@ class StoreServer:
         if (former := self._doors.pop(message.worker, None)) is not None:
             self._socket.unbind(former)  # only now, as that ends the connections made there
         self._workers[message.worker] = replace(self._workers[message.worker], pid=message.pid)
-        self._socket.bind(message.endpoint)
-        self._doors[message.worker] = message.endpoint
+        try:
+            self._socket.bind(message.endpoint)
+        except zmq.ZMQError as error:  # the worker has gone again, or has connected to another store
+            _logger.info("Worker %d is not waited for any more: %s.", message.worker, error)
+        else:
+            self._doors[message.worker] = message.endpoint
 
     def _answer(self, identity: bytes, *frames: bytes) -> None:
         answers, sequence = "", -1

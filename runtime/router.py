@@ -173,6 +173,7 @@ class Router:
         self._running: dict[bytes, dict[int, Request]] = {}  # by worker and sequence; CLOSED ones too
         self._sequences = 0
         self._ready_workers: dict[bytes, Ready] = {}
+        self._known_workers: dict[bytes, Ready] = {}  # with those that have ended and are started again
         self._all_ready = asyncio.Event()
         self._some_ready = asyncio.Event()  # a worker, once all have been
         self._begun: dict[bytes, asyncio.Event] = {}  # by connection
@@ -184,7 +185,7 @@ class Router:
     @property
     def capacity_tokens(self) -> int:
         """Tokens that all stores hold together."""
-        return sum({ready.store: ready.capacity_tokens for ready in self._ready_workers.values()}.values())
+        return sum({ready.store: ready.capacity_tokens for ready in self._known_workers.values()}.values())
 
     def expect(self, connection: bytes, name: str, pid: int) -> None:
         """A worker or store was started, and may say that it is ready; nobody else may say anything."""
@@ -231,7 +232,7 @@ class Router:
 
     async def _go_on(self, request: Request) -> None:
         """Give a lost request to a worker, from the tokens that have come."""
-        await self._some_ready.wait()
+        await self._until_some_ready()
         if request.state is not State.LOST:  # it was cancelled meanwhile, or its client is gone
             return
         assert request.run is not None
@@ -321,9 +322,10 @@ class Router:
         request = self._open.get((client, message.request))
         if request is None:  # it has ended meanwhile
             return
-        if request.state in (State.ADMITTING, State.LOST):
-            usage = Usage(request.prompt_tokens, request.generated)
-            self._end(request, Finished(request.name, "cancelled", usage, NO_STATS))
+        if request.state is State.ADMITTING:
+            self._end(request, Finished(request.name, "cancelled", Usage(request.prompt_tokens, 0), NO_STATS))
+        elif request.state is State.LOST:
+            self._finish(request, "cancelled", NO_STATS)
         elif request.state is State.ASSIGNED:
             self._stop(request, "cancelled")
 
@@ -362,7 +364,9 @@ class Router:
             forced, params = None, message.sampling
             if message.continuation is not None:
                 forced = await self._tokens(request, message.continuation, continues=True)
-                params = SamplingParams(max_tokens=len(forced), logprobs=params.logprobs or 0)
+                params = SamplingParams(
+                    max_tokens=len(forced), logprobs=params.logprobs or 0, cache_salt=params.cache_salt
+                )
             self._check_params(params)
             self._check_length(len(tokens), params)
             if params.structured_outputs is not None:
@@ -389,7 +393,7 @@ class Router:
         await self._all_ready.wait()
         permits = self._permits.setdefault(request.client, asyncio.Semaphore(self._most_at_workers()))
         await permits.acquire()
-        await self._some_ready.wait()
+        await self._until_some_ready()
         if not request.open:  # it was cancelled meanwhile, or its client is gone
             permits.release()
             return
@@ -401,6 +405,10 @@ class Router:
         seed = secrets.randbits(63) if params.seed is None or params.seed == -1 else params.seed % 2**63
         client = int.from_bytes(request.client)
         self._assign(request, Run(0, tokens, sampling, seed, self._tokenizer.eos, forced, client), worker)
+
+    async def _until_some_ready(self) -> None:
+        while not self._ready_workers:  # one that was ready may have ended before this goes on
+            await self._some_ready.wait()
 
     def _least_loaded(self) -> bytes:
         return min(self._ready_workers, key=self._load)
@@ -416,7 +424,7 @@ class Router:
     def _most_at_workers(self) -> int:
         """Requests of one client that workers have at a time: so many that no slot of a batch stays free, and
         so few that those of other clients are read soon."""
-        return SPARE + 2 * sum(ready.slots for ready in self._ready_workers.values())
+        return SPARE + 2 * sum(ready.slots for ready in self._known_workers.values())
 
     def _admitted(self, request: Request) -> None:
         request.admitted = True
@@ -528,7 +536,7 @@ class Router:
             self._send(client, Failed(name, self._failure.code, str(self._failure)))
             return
         stores = {report.store.store: report.store for report in reports}
-        admitting = State.ADMITTING
+        waiting = State.ADMITTING, State.LOST
         info = Info(
             request=name,
             state="ready" if self._all_ready.is_set() else "starting",
@@ -538,7 +546,7 @@ class Router:
             attention=self._config.cache.attention,
             workers=[report.worker for report in reports],
             stores=list(stores.values()),
-            waiting=sum(request.state is admitting for request in self._open.values()),
+            waiting=sum(request.state in waiting for request in self._open.values()),
             traffic=self._traffic.traffic(),
         )
         self._send(client, info)
@@ -547,7 +555,7 @@ class Router:
 
     def on_ready(self, worker: bytes, message: Ready) -> None:
         if self._begin(worker, message.pid):
-            self._ready_workers[worker] = message
+            self._ready_workers[worker] = self._known_workers[worker] = message
             self._check_ready()
 
     def on_store_ready(self, store: bytes, message: StoreReady) -> None:
@@ -583,8 +591,9 @@ class Router:
     def on_prefilled(self, worker: bytes, message: Prefilled) -> None:
         request = self._running[worker].get(message.sequence)
         if request is not None:
-            request.prefilled = message.done
-            self._tell(request, Progress(request.name, "prefill", message.done, message.total))
+            total = request.prompt_tokens  # its worker may count a part of the answer, too
+            request.prefilled = min(message.done, total)
+            self._tell(request, Progress(request.name, "prefill", request.prefilled, total))
 
     def on_prompt_scored(self, worker: bytes, message: PromptScored) -> None:
         request = self._running[worker].get(message.sequence)
@@ -644,7 +653,8 @@ class Router:
             return
         if rest:
             self._tell(request, Chunks([Chunk(request.name, rest, [], None)]))
-        usage = Usage(request.prompt_tokens, request.generated, cache.cached_tokens)
+        cached = min(cache.cached_tokens, request.prompt_tokens)
+        usage = Usage(request.prompt_tokens, request.generated, cached)
         reason = "stop" if request.text.stopped else request.reason or reason
         self._end(request, Finished(request.name, reason, usage, cache))
 

@@ -37,7 +37,7 @@ from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
 from clo.runtime.wire.messages import GATEWAY_IDENTITY, Expect, store_identity, worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
-_LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 5, 0.5
+_LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 6, 0.5
 """Where a process that was started again serves for less than so many seconds, so often in a row, the server
 stops. Before its next start such a one waits so many seconds, then three times, seven times, ... as long."""
 
@@ -93,8 +93,8 @@ class Child:
         """Wait for the end of the process; says how it ended."""
         code = await self.process.wait()
         if code == EXIT_EXPLAINED:
-            how = "ended with an error that the server has printed"
-        elif code == -signal.SIGKILL:
+            return _Explained(f"{self.name} ended with an error that the server has printed")
+        if code == -signal.SIGKILL:
             how = "was killed by SIGKILL (the kernel does so when memory runs out, see dmesg)"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
@@ -103,9 +103,13 @@ class Child:
         return WorkerDied(f"{self.name} {how}")
 
 
+class _Explained(WorkerDied):
+    """The process has said why itself."""
+
+
 def _stopped(error: WorkerDied) -> WorkerDied:
     """The same for those whose server does not go on."""
-    return WorkerDied(f"{error}; the server has stopped, start it again.")
+    return type(error)(f"{error}; the server has stopped, start it again.")
 
 
 class Supervisor:
@@ -136,6 +140,7 @@ class Supervisor:
         self._stores: list[Child] = []
         self._stopping = asyncio.Event()
         self._serving = False  # it was ready
+        self._killed: list[Child] = []  # because they did not answer
 
     def _warn(self) -> None:
         """Once, where others than this machine's users can use the server."""
@@ -182,7 +187,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, ServerStopped):
             return 0
-        if not any(child.process.returncode == EXIT_EXPLAINED for child in self._children):
+        if not isinstance(error, _Explained):
             print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -291,17 +296,19 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         quick = 0
         error = await child.ended()
-        while self._serving and self._config.recovery == "on" and quick <= _QUICK_ENDS:
+        while self._serving and self._config.recovery == "on" and quick < _QUICK_ENDS:
             lose(error)
             _logger.warning("%s; it is started again.", error)
             await asyncio.sleep(_BACK_OFF_S * (2**quick - 1))
             with PrivateFolder() as folder:
                 door = await self._router.listen_at(_router_in(folder))
-                child = await start(folder)
-                begun = asyncio.create_task(self._router.until_begun(identity))
-                ended = asyncio.create_task(child.ended())
-                await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
-                door.close()
+                try:
+                    child = await start(folder)
+                    begun = asyncio.create_task(self._router.until_begun(identity))
+                    ended = asyncio.create_task(child.ended())
+                    await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    door.close()
             since = loop.time() if begun.done() else math.inf
             begun.cancel()
             error = await ended
@@ -312,10 +319,12 @@ class Supervisor:
         """A process does not answer. Raises ``WorkerDied`` unless it is one that is started again."""
         names = [GATEWAY_IDENTITY] * len(self._gateways) + [*map(worker_identity, range(len(self._workers)))]
         kept = dict(zip(names, self._gateways + self._workers, strict=True))
-        if not self._serving or self._config.recovery == "off" or identity not in kept:
-            raise _stopped(error)
+        child = kept.get(identity)
+        if not self._serving or self._config.recovery == "off" or child is None or child in self._killed:
+            raise _stopped(error)  # the kernel itself cannot end one that was killed before
         _logger.warning("%s; it is killed.", error)
-        kept[identity].send(signal.SIGKILL)
+        self._killed.append(child)
+        child.send(signal.SIGKILL)
 
     async def _watch_store(self, child: Child) -> None:
         raise _stopped(await child.ended())
@@ -365,6 +374,8 @@ class Supervisor:
 
     async def _stop_children(self) -> None:
         """SIGTERM and up to 5 s; then SIGKILL."""
+        if self._listener is not None:
+            self._listener.close()
         deadline = asyncio.get_running_loop().time() + STOP_S
         for children in (self._gateways, self._workers, self._stores):
             for child in children:

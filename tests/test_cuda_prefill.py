@@ -10,7 +10,15 @@ from torch import Tensor
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.in_process import GREEDY, blocks_of, divergence, make_engine, prefill, wait_for
+from clo.gpu_worker.in_process import (
+    GREEDY,
+    blocks_of,
+    divergence,
+    make_arena,
+    make_engine,
+    prefill,
+    wait_for,
+)
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.prompt_graphs import SIZES
 from clo.kernels.attend_prompt import attend_prompt, attend_prompts
@@ -189,3 +197,13 @@ def test_a_prompt_that_begins_with_rows_that_are_there(decoder: Decoder, attenti
         engine.retire(1)
         engine.retire(0)
         expected = prefill(engine, 0, prompt, room)
+
+
+def test_a_warm_up_leaves_the_arena_as_it_is(decoder: Decoder) -> None:
+    """As others may be using it: a worker that is started again warms up, too."""
+    arena = make_arena(decoder, 1, 4096)
+    arena.fill_(3.0)
+    engine = Engine(decoder, arena, CacheConfig(), 1, 4096)
+    engine.warm_up()
+    torch.cuda.synchronize()
+    assert bool((arena == 3.0).all())

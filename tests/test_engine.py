@@ -14,6 +14,7 @@ from clo.gpu_worker.in_process import (
     GREEDY,
     blocks_of,
     divergence,
+    make_arena,
     make_engine,
     prefill,
     stats_of,
@@ -55,6 +56,22 @@ def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[in
         for slot, token in enumerate(wait_for(engine, engine.step(slots, max(lengths) + step))):
             generated[slot].append(token)
     return generated
+
+
+@pytest.mark.parametrize("attention", ["full", "clo", "topk"])
+def test_a_prompt_may_leave_the_arena_as_it_is(decoder: Decoder, attention: str) -> None:
+    """As a worker warms up beside others that use the arena."""
+    config = CacheConfig(attention=attention, resident=64, select_k=16)  # type: ignore[arg-type]
+    arena = make_arena(decoder, 1, 700).uniform_()
+    before = arena.clone()
+    engine = Engine(decoder, arena, config, 1, 700)
+    with engine.cache.storing_nothing():
+        prefill(engine, 0, random_tokens(decoder, 600), 700)
+        engine.cache.join_prompts()
+    engine.retire(0)
+    assert torch.equal(arena, before)
+    prefill(engine, 0, random_tokens(decoder, 600), 700)
+    assert not torch.equal(arena, before)
 
 
 @pytest.mark.parametrize("attention", ["full", "clo"])

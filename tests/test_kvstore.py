@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from clo.runtime.wire.messages import (
     Denied,
     Describe,
     Described,
+    Expect,
     Free,
     Freed,
     FromStore,
@@ -217,6 +219,19 @@ def test_only_workers_that_the_launcher_has_started_attach() -> None:
         assert stats(client).free_blocks == 0
         store.process.kill()
         assert store.process.communicate()[1].count("may not attach as worker") == 5
+
+
+def test_a_worker_that_was_started_again_attaches_where_it_is_expected(tmp_path: Path) -> None:
+    """An address that is gone by then ends nothing; the former one goes with the next, and no connection
+    before that."""
+    with own_store() as server:
+        for number in range(3):
+            endpoint = f"ipc://{tmp_path}/{number}"
+            server._expect(Expect(0, 100 + number, endpoint))
+            assert server._workers[0] == StartedWorker(100 + number, 0)
+            assert server._doors == {0: endpoint} and (tmp_path / str(number)).is_socket()
+        server._expect(Expect(0, 200, f"ipc://{tmp_path}/no-folder/socket"))
+        assert server._workers[0].pid == 200 and not server._doors
 
 
 def test_without_the_key_nothing_reaches_the_store(store: Store) -> None:

@@ -152,7 +152,7 @@ def test_a_worker_that_does_not_answer_is_replaced(launch: Launch, tiny_model: P
 HASTY = """\
 import sys
 import clo.runtime.supervisor, clo.launch
-clo.runtime.supervisor._QUICK_ENDS = 1
+clo.runtime.supervisor._QUICK_ENDS = 2
 clo.runtime.supervisor._BACK_OFF_S = 0.01
 sys.exit(clo.launch.main(sys.argv[1:]))
 """

@@ -324,6 +324,9 @@ def test_an_answer_that_another_worker_began_goes_on(answered: int) -> None:
     grammar = world.add(6, 9, first=10, answer=known, grammar="11 12 13 14 15")
     world.serve()
     assert done(world, grammar) == ("stop", rest)
+    complete = world.add(6, 9, first=10, answer=known, grammar=" ".join(map(str, known)))
+    world.serve()
+    assert done(world, complete) == ("stop", []), "nothing was left but to say so"
     world.check_over()
 
 

@@ -20,15 +20,20 @@ class FullLayer:
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
         loading, storing: the streams on which rows of a prompt come from the arena and go there.
         scale: factor of the scores.
+
+    Attributes:
+        stores: whether rows of prompts go to the arena.
     """
 
     def __init__(self, arena: Tensor, loading: SideStream, storing: SideStream, scale: float) -> None:
         self._arena, self._loading, self._storing, self._scale = arena, loading, storing, scale
+        self.stores = True
 
     def take_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """See ``LayerCache.take_rows``; nothing is indexed."""
-        with self._storing.fork(rows):
-            prompts.store(rows, self._arena)
+        if self.stores:
+            with self._storing.fork(rows):
+                prompts.store(rows, self._arena)
 
     def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
         """See ``LayerCache.load_rows``."""

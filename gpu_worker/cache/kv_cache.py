@@ -4,7 +4,8 @@ A slot is a place for one sequence; row b of every batch is slot b, so no kernel
 is the first B slots. The cache knows the shape of the KV and nothing else of the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -140,6 +141,17 @@ class KVCache:
         return self._index_token_bytes * self.pages.pages * self.shape.block_tokens
 
     # ------------------------------------------------------------------------------------- prompt
+
+    @contextmanager
+    def storing_nothing(self) -> Iterator[None]:
+        """What prompts would write to the arena meanwhile is left out."""
+        for layer in self.layers:
+            layer.stores = False
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.stores = True
 
     def take_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
         """Take rows of prompts into one layer; see ``LayerCache.take_rows``."""

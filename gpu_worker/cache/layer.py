@@ -60,6 +60,9 @@ class LayerCache:
         select_k: rows that a head selects.
         scale: factor of the scores.
         streams: side streams for the layer's work.
+
+    Attributes:
+        stores: whether rows of prompts go to the arena.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class LayerCache:
     ) -> None:
         self.arena, self.index, self.resident, self.state = arena, index, resident, state
         self.select_k = select_k
+        self.stores = True
         self._threshold, self._scale, self._streams = threshold, scale, streams
         self._mean_weights: Callable[..., Tensor] = _mean_weights
         if arena.device.type != "cpu":  # one pass over the scores
@@ -89,8 +93,9 @@ class LayerCache:
             rows: [N, kv_heads, 2, head_dim], of whole prompts or of whole blocks of one.
             prompts: where they go.
         """
-        with self._streams.storing.fork(rows):
-            self.store(rows, prompts)
+        if self.stores:
+            with self._streams.storing.fork(rows):
+                self.store(rows, prompts)
         with self._streams.filling.fork(rows):
             self.index.write_prompts(rows, prompts.blocks)
 

@@ -123,7 +123,7 @@ class Staging:
         if number := int(self._status):
             raise DeviceStuck(
                 f"The KV store has not brought rows within {STUCK_SECONDS:g} s (push {number}); see its "
-                "messages above and start the server again."
+                "messages above."
             )
 
     def _register(self, page: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ class _Snapshot(Collector):
         ):
             values = {store.store: getattr(store, name) for store in stores}
             yield _by(values, GaugeMetricFamily(f"clo_store_{name}", text, labels=["store"]))
+        if not stores:  # while no worker is there to ask, a sum of nothing would look like a new beginning
+            return
         for name, tokens, text in (
             ("queries", "asked_tokens", "Prompt tokens that could have been cached."),
             ("hits", "cached_tokens", "Prompt tokens that were cached."),
