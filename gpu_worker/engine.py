@@ -107,7 +107,7 @@ class Engine:
         blocks = list(range(-(-total // block_tokens)))
         with self.cache.storing_nothing():
             for cached in (0, block_tokens):
-                if total - cached < PROMPT_QUERIES:
+                if cached and total - cached < PROMPT_QUERIES:
                     break
                 prefill = self.prefill(0, [0] * total, blocks, cached=cached)
                 while prefill.advance() is None:

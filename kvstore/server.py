@@ -129,6 +129,9 @@ class StoreServer:
 
     def _expect(self, message: Expect) -> None:
         """A worker was started again, in the place of one that has ended."""
+        if message.worker not in self._workers:
+            _logger.error("The launcher speaks of worker %d, which is not of this server.", message.worker)
+            return
         if (former := self._doors.pop(message.worker, None)) is not None:
             self._socket.unbind(former)  # only now, as that ends the connections made there
         self._workers[message.worker] = replace(self._workers[message.worker], pid=message.pid)

@@ -603,7 +603,7 @@ class Router:
         if start == 1:
             start, logprobs = 0, [None, *logprobs]
         known = max(0, request.scored - start)  # from a worker that has ended
-        start, logprobs = start + known, logprobs[known : request.prompt_tokens - start]
+        start, logprobs = start + known, logprobs[known : max(0, request.prompt_tokens - start)]
         if not logprobs:
             return
         request.scored = start + len(logprobs)

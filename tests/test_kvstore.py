@@ -232,6 +232,8 @@ def test_a_worker_that_was_started_again_attaches_where_it_is_expected(tmp_path:
             assert server._doors == {0: endpoint} and (tmp_path / str(number)).is_socket()
         server._expect(Expect(0, 200, f"ipc://{tmp_path}/no-folder/socket"))
         assert server._workers[0].pid == 200 and not server._doors
+        server._expect(Expect(99, 1, f"ipc://{tmp_path}/99"))
+        assert 99 not in server._workers and not server._doors
 
 
 def test_without_the_key_nothing_reaches_the_store(store: Store) -> None:

@@ -1659,7 +1659,11 @@ async def test_scores_of_a_prompt_that_are_known_do_not_come_again(model: Resolv
         again = await worker.order()
         worker.send(PromptScored(again.sequence, 1, scores[:1]))
         worker.send(PromptScored(again.sequence, 2, scores[1:]))
+        beyond = [Logprob(token, -0.5, []) for token in range(9)]  # an answer that its worker scored, too
+        worker.send(PromptScored(again.sequence, 7, beyond))
+        worker.step(again.sequence, 7)
         found = await client.next()
         while isinstance(found, Progress):
             found = await client.next()
         assert found == PromptChunk("r", [4, 5], [*scores[2:]])
+        assert isinstance(await client.next(), Chunk)

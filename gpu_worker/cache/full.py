@@ -1,12 +1,10 @@
 """A layer that attends to the whole KV in the arena, to compare everything else with."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
-from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import attend_all
 from clo.kernels.load import load_blocks
 from clo.kernels.store import store_new
@@ -18,15 +16,15 @@ class FullLayer:
 
     Args:
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer.
-        loading, storing: the streams on which rows of a prompt come from the arena and go there.
+        storing: the stream on which rows of a prompt go to the arena.
         scale: factor of the scores.
 
     Attributes:
         stores: whether rows of prompts go to the arena.
     """
 
-    def __init__(self, arena: Tensor, loading: SideStream, storing: SideStream, scale: float) -> None:
-        self._arena, self._loading, self._storing, self._scale = arena, loading, storing, scale
+    def __init__(self, arena: Tensor, storing: SideStream, scale: float) -> None:
+        self._arena, self._storing, self._scale = arena, storing, scale
         self.stores = True
 
     def take_rows(self, rows: Tensor, prompts: Prompts) -> None:
@@ -35,13 +33,9 @@ class FullLayer:
             with self._storing.fork(rows):
                 prompts.store(rows, self._arena)
 
-    def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
+    def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """See ``LayerCache.load_rows``."""
-        with self._loading.fork(rows):
-            for event in after:
-                event.wait()
-            load_blocks(rows, prompts.blocks.blocks, self._arena)
-        return self._loading.event()
+        load_blocks(rows, prompts.blocks.blocks, self._arena)
 
     def index_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """Nothing to do: there is no index."""

@@ -78,10 +78,7 @@ class KVCache:
         self.layers: list[LayerCache | FullLayer] = []
         self._index_token_bytes = 0
         if config.attention == "full":
-            self.layers += [
-                FullLayer(arena[:, layer], self._loading, self._storing, scale)
-                for layer in range(shape.layers)
-            ]
+            self.layers += [FullLayer(arena[:, layer], self._storing, scale) for layer in range(shape.layers)]
             return
         indexes: list[TwoBitIndex] | list[ExactIndex]
         if config.attention == "clo":
@@ -97,7 +94,7 @@ class KVCache:
         lse = torch.zeros(shape.layers, slots, shape.query_heads, device=device)
         tails = _tails(heads, -(-config.tail_tokens(max_tokens) // RUN), device)
         # Neighbouring layers overlap; layers two apart do not.
-        shared = self._loading, self._storing, self._filling, self._recording
+        shared = self._storing, self._filling, self._recording
         streams = [
             LayerStreams(
                 *shared,
@@ -160,8 +157,21 @@ class KVCache:
     def load_rows(
         self, layer: int, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]
     ) -> DeviceEvent:
-        """Read rows that are in the arena already; see ``LayerCache.load_rows``."""
-        return self.layers[layer].load_rows(rows, prompts, after)
+        """Read rows of whole blocks of one layer that are in the arena already, beside later work.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], to be filled.
+            prompts: where they lie.
+            after: what has to be reached before ``rows`` may change.
+
+        Returns:
+            Once it is reached, the rows are there.
+        """
+        with self._loading.fork(rows):
+            for event in after:
+                event.wait()
+            self.layers[layer].load_rows(rows, prompts)
+        return self._loading.event()
 
     def index_rows(self, layer: int, rows: Tensor, prompts: Prompts) -> None:
         """See ``LayerCache.index_rows``."""

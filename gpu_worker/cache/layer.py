@@ -1,6 +1,6 @@
 """One layer of the cache: its resident set, its index, and the order of the work on them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import Index, TwoBitIndex
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
-from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, empty_state, merge_fetched
 from clo.kernels.attend_tail import tail_parts
@@ -30,7 +30,6 @@ _RANKED_TOKENS = 32768  # that are ranked at a time
 class LayerStreams(NamedTuple):
     """Side streams for the parts of a layer's work that the rest need not wait for."""
 
-    loading: SideStream  # rows of a prompt come from the arena; shared by all layers
     storing: SideStream  # rows of a prompt go to the arena; shared by all layers
     filling: SideStream  # they are indexed, and the first resident ones chosen; shared by all layers
     recording: SideStream  # the new row goes to arena, index and ring; shared by all layers
@@ -99,22 +98,9 @@ class LayerCache:
         with self._streams.filling.fork(rows):
             self.index.write_prompts(rows, prompts.blocks)
 
-    def load_rows(self, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]) -> DeviceEvent:
-        """Read rows of whole blocks that are in the arena already, beside later work.
-
-        Args:
-            rows: [N, kv_heads, 2, head_dim], to be filled.
-            prompts: where they lie.
-            after: what has to be reached before ``rows`` may change.
-
-        Returns:
-            Once it is reached, the rows are there.
-        """
-        with self._streams.loading.fork(rows):
-            for event in after:
-                event.wait()
-            load_blocks(rows, prompts.blocks.blocks, self.arena)
-        return self._streams.loading.event()
+    def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
+        """Read rows [N, kv_heads, 2, head_dim] of whole blocks that are in the arena already."""
+        load_blocks(rows, prompts.blocks.blocks, self.arena)
 
     def index_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """Index rows that ``load_rows`` has read, beside later work."""
