@@ -6,8 +6,10 @@ from torch import Tensor
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.query_prediction import QuerySource
-from clo.gpu_worker.model.decoder import Decoder, Rope
+from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.side_stream import SideStream
+from clo.kernels.attend import AttentionState
+from clo.kernels.quantize_query import Rope
 from clo.kernels.update_resident import FetchList
 
 
@@ -41,11 +43,17 @@ class DecodeStep:
             next_list: FetchList | None = None
             if following is QuerySource.INPUT:
                 next_list = self._prefetch(layer + 1, hidden, rope, batch)
-            query, kv = decoder.qkv(layer, normed, rope)
+            heads = decoder.project(layer, normed)
             if source is not QuerySource.OWN:
-                self._ahead[layer % 2].join()
+                self._ahead[layer % 2].join()  # from here on the tail is that of the prefetch
             select = source is QuerySource.OWN or self._verified
-            attended = cache.attend(layer, query, kv, batch, fetch_list, select=select)
+            begun: AttentionState | None = None
+            if not select and not decoder.norms_heads:
+                # This takes longer than attention to the rows, so it does not wait for RoPE, which it applies
+                # by itself. It knows no q/k norm: where there is one, ``attend`` begins it with its query.
+                begun = cache.begin_tail(layer, heads[:, : decoder.shape.query_heads], batch, rope)
+            query, kv = decoder.rotate(layer, heads, rope)
+            attended = cache.attend(layer, query, kv, batch, fetch_list, begun, select=select)
             hidden, normed = decoder.add_attention(layer, hidden, attended)
             if following is QuerySource.MIDDLE:
                 next_list = self._prefetch(layer + 1, hidden, rope, batch)

@@ -14,6 +14,7 @@ from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.attend_prompt import attend_prompt
+from clo.kernels.quantize_query import Rope
 from clo.kernels.sparse_prompt import attend_prompt_sparse, chosen_bytes, equivalent_tokens
 from clo.runtime.model.kv_shape import KVShape
 
@@ -180,11 +181,11 @@ class Prefill:
             tokens, _ = self.unit(torch.inf)
         decoder, layer, start = self._decoder, self._layer, self._start
         end = start + tokens
-        cos, sin = self._rope
         own = slice(start - self._cached, end - self._cached)
+        rope = Rope(*(part[own] for part in self._rope))
         hidden = self._hidden[own]
         normed = decoder.input_norm(layer, hidden)
-        query, _ = decoder.qkv(layer, normed, (cos[own], sin[own]), self._rows[start:end])
+        query, _ = decoder.qkv(layer, normed, rope, self._rows[start:end])
         ending = end == self.total
         final = layer == decoder.shape.layers - 1
         self._start = end

@@ -1,22 +1,33 @@
 // Blocks with z = 0 rotate and round the queries of one (KV head, sequence), PARTS threads for an entry; in
 // the other blocks each warp multiplies them with the centre of a page.
+//
+//   PARTS  of the rows of the rotation, each summed by threads of its own
+//   ROPE   whether RoPE is still to be applied to the queries
 #include "common.cuh"
 
 #define QUANTIZE_THREADS ((PARTS * DIM + 31) / 32 * 32)
 #define ROWS (DIM / PARTS)             // of the rotation, for a thread
 #define BATCH (ROWS < 32 ? ROWS : 32)  // of them on their way at a time
 #define LANE_ENTRIES ((DIM + 31) / 32)
+#define PARTNER(entry) (((entry) + DIM / 2) % DIM)  // that RoPE turns an entry with
+
+// An entry after RoPE, from it and its partner; with the sine of the other sign, before RoPE.
+__device__ inline float turned(float value, float partner, int entry, float cosine, float sine) {
+    return value * cosine + (entry < DIM / 2 ? -partner : partner) * sine;
+}
 
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
-    const Element* query, int64 query_stride, const float* rotation, const float* centres, const float* lse,
-    const int64* lengths, const int64* page_table, int64 max_blocks, int64 table_width, int8* integers,
-    float* steps, float* offsets, float scale) {
+    const Element* query, int64 query_stride, const Element* cosines, const Element* sines,
+    const float* rotation, const float* centres, const float* lse, const int64* lengths,
+    const int64* page_table, int64 max_blocks, int64 table_width, int8* integers, float* steps,
+    float* offsets, float scale) {
     __shared__ __align__(16) float sums[PARTS][GROUP][DIM];
     const int kv_heads = gridDim.x, head = blockIdx.x, batch = blockIdx.y;
     let_next_begin();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int64 line = (int64)batch * kv_heads + head;
     query += batch * query_stride + head * GROUP * DIM;
+    if (ROPE) cosines += batch * DIM, sines += batch * DIM;
     if (blockIdx.z > 0) {
         const int page = (blockIdx.z - 1) * warps + warp;
         if (page >= max_blocks || (int64)page * BLOCK_TOKENS >= lengths[batch]) return;
@@ -28,7 +39,10 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
         for (int i = 0; i < LANE_ENTRIES; i++) {
             const int entry = i * 32 + lane;
             if (entry >= DIM) continue;
-            const float value = centre[entry];
+            float value = centre[entry];
+            if (ROPE)  // instead of turning each query, turn the centre back: the products are the same
+                value = turned(
+                    value, centre[PARTNER(entry)], entry, to_float(cosines[entry]), -to_float(sines[entry]));
 #pragma unroll
             for (int q = 0; q < GROUP; q++) products[q] += to_float(query[q * DIM + entry]) * value;
         }
@@ -41,7 +55,15 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_query(
     }
     if (lengths[batch] <= 0) return;
     float (*group)[DIM] = sums[0];  // the queries lie where the sums of the first part will be
-    for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) group[0][i] = to_float(query[i]);
+    for (int i = threadIdx.x; i < GROUP * DIM; i += blockDim.x) {
+        float value = to_float(query[i]);
+        if (ROPE) {
+            const int entry = i % DIM;
+            const float partner = to_float(query[i - entry + PARTNER(entry)]);
+            value = turned(value, partner, entry, to_float(cosines[entry]), to_float(sines[entry]));
+        }
+        group[0][i] = value;
+    }
     const int part = min((int)threadIdx.x / DIM, PARTS - 1), entry = threadIdx.x % DIM;
     rotation += part * ROWS * DIM + entry;
     float rotated[GROUP];

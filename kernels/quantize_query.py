@@ -18,6 +18,8 @@ _SIGNATURE = Signature(
     "quantize_query",
     (
         Argument("query", ELEMENT, "B query_heads head_dim", dense=2),
+        Argument("rope.cosines", ELEMENT, "B head_dim", optional=True),
+        Argument("rope.sines", ELEMENT, "B head_dim", optional=True),
         CENTRES, ROTATION,
         Argument("lse", torch.float32, "B query_heads"),
         Argument("lengths", torch.int64, "B"),
@@ -29,6 +31,13 @@ _SIGNATURE = Signature(
              "the sums of a group lie in shared memory", gpu=True),
     ),
 )  # fmt: skip
+
+
+class Rope(NamedTuple):
+    """What RoPE turns the heads of N tokens with; both halves of a row are alike."""
+
+    cosines: Tensor  # [N, head_dim]
+    sines: Tensor  # [N, head_dim]
 
 
 class QuantizedQuery(NamedTuple):
@@ -47,6 +56,7 @@ def quantize_query(
     lengths: Tensor,
     page_table: Tensor,
     scale: float,
+    rope: Rope | None = None,
 ) -> QuantizedQuery:
     """Rotate and round the queries, and multiply them with the centre of each page.
 
@@ -59,8 +69,11 @@ def quantize_query(
             a sequence's end.
         page_table: [B, max_blocks] int64.
         scale: factor of the scores.
+        rope: of the queries' positions, if it is still to be applied to them. What comes of that is not
+            rounded to their dtype.
     """
-    _SIGNATURE.check(query, pages.centres, rotation, lse, lengths, page_table)
+    cosines, sines = rope or (None, None)
+    _SIGNATURE.check(query, cosines, sines, pages.centres, rotation, lse, lengths, page_table)
     batch, query_heads, dim = query.shape
     kv_heads, max_blocks = pages.centres.shape[1], page_table.shape[1]
     group = query_heads // kv_heads
@@ -75,9 +88,9 @@ def quantize_query(
         launch(
             "quantize_query.cu", "quantize_query",
             (kv_heads, batch, 1 + -(-max_blocks // (threads // 32))), threads,
-            [query, query.stride(0), rotation, pages.centres, lse, lengths, page_table, max_blocks,
-             page_table.stride(0), *quantized, scale], ELEMENT=ELEMENTS[query.dtype], DIM=dim, GROUP=group,
-            BLOCK_TOKENS=pages.block_tokens, PARTS=parts,
+            [query, query.stride(0), cosines, sines, rotation, pages.centres, lse, lengths, page_table,
+             max_blocks, page_table.stride(0), *quantized, scale], ELEMENT=ELEMENTS[query.dtype], DIM=dim,
+            GROUP=group, BLOCK_TOKENS=pages.block_tokens, PARTS=parts, ROPE=int(rope is not None),
         )  # fmt: skip
         return quantized
     integers = torch.empty(query.shape, dtype=torch.int8)
@@ -85,10 +98,18 @@ def quantize_query(
     offsets = torch.empty(batch, kv_heads, max_blocks, group)
     quantized = QuantizedQuery(integers, steps, offsets)
     _quantize(
-        floats(query), rotation.numpy(), pages.centres.numpy(), lse.numpy(), lengths.numpy(),
-        page_table.contiguous().numpy(), pages.block_tokens, scale, *(part.numpy() for part in quantized),
+        floats(query if rope is None else _turned(query, rope)), rotation.numpy(), pages.centres.numpy(),
+        lse.numpy(), lengths.numpy(), page_table.contiguous().numpy(), pages.block_tokens, scale,
+        *(part.numpy() for part in quantized),
     )  # fmt: skip
     return quantized
+
+
+def _turned(query: Tensor, rope: Rope) -> Tensor:
+    """The queries after RoPE, in float32."""
+    cosines, sines = (part.float().unsqueeze(1) for part in rope)
+    first, second = query.float().chunk(2, dim=-1)
+    return query * cosines + torch.cat((-second, first), dim=-1) * sines
 
 
 def _loop(

@@ -21,7 +21,7 @@ from clo.kernels.gate import gate
 from clo.kernels.limits import RUN
 from clo.kernels.load import load_blocks
 from clo.kernels.mailbox import post
-from clo.kernels.quantize_query import QuantizedQuery, quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import Adjustments, SamplingState, sample
 from clo.kernels.score import Scores, score_codes
@@ -158,6 +158,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     reselect = zeros(*heads, dtype=torch.bool)
     lse = zeros(batch, kv_heads * group, dtype=torch.float32)
     rotation = zeros(head_dim, head_dim, dtype=torch.float32)
+    rope = Rope(zeros(batch, head_dim), zeros(batch, head_dim))
     numbers = zeros(batch, dtype=torch.int64)
     many = max(sizes.slots, batch)
     of_slots, shares = zeros(many, dtype=torch.int64), zeros(many, dtype=torch.float32)
@@ -221,7 +222,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             quantize_query,
             {
                 "query": query, "pages": pages, "rotation": rotation, "lse": lse, "lengths": lengths,
-                "page_table": table, "scale": 0.3,
+                "page_table": table, "scale": 0.3, "rope": rope,
             },
         ),
         Call(

@@ -13,7 +13,7 @@ from clo.kernels.encode_values import (
     unpack_values,
 )
 from clo.kernels.limits import RUN
-from clo.kernels.quantize_query import quantize_query
+from clo.kernels.quantize_query import Rope, quantize_query
 from clo.kernels.score import NEVER, Scores
 from clo.kernels.update_resident import TailList, update_resident
 from tests.cuda_tensors import RECENT, SINKS, inner, on_gpu, resident_set, same
@@ -32,6 +32,11 @@ def values_of(shape: Shape, pages: int) -> ValuePages:
         torch.randint(-(2**15), 2**15, (*lines, *words), dtype=torch.int16),
         torch.randn(*lines, BLOCK_TOKENS).half(),
     )
+
+
+def random_rope(batch: int, shape: Shape) -> Rope:
+    angles = 9 * torch.rand(batch, shape.head_dim // 2).repeat(1, 2)
+    return Rope(angles.cos().to(shape.dtype), angles.sin().to(shape.dtype))
 
 
 def same_values(found: ValuePages, expected: ValuePages, dim: int) -> None:
@@ -134,6 +139,31 @@ def test_attend_tail(shape: Shape, runs: int) -> None:
 
 
 @shapes
+def test_queries_are_rounded_after_rope(shape: Shape) -> None:
+    dim, kv_heads, group, dtype = shape
+    batch, tokens, scale = 4, 9 * BLOCK_TOKENS, dim**-0.5
+    index = coded(shape, batch, tokens)
+    index.pages.centres.normal_()
+    query = torch.randn(batch, kv_heads * group, dim).to(dtype)
+    rope = random_rope(batch, shape)
+    held = (9, 1, 5, 0)  # pages of each sequence
+    lengths, lse = torch.tensor([tokens, 1, 4 * BLOCK_TOKENS + 1, 0]), torch.randn(batch, kv_heads * group)
+    expected = quantize_query(query, index.pages, index.rotation, lse, lengths, index.page_table, scale, rope)
+    pages = type(index.pages)(*(part.cuda() for part in index.pages))
+    on_device = Rope(*(part.cuda() for part in rope))
+    integers, steps, offsets = quantize_query(
+        inner(query), pages, index.rotation.cuda(), lse.cuda(), lengths.cuda(), index.page_table.cuda(),
+        scale, on_device,
+    )  # fmt: skip
+    different = (integers[:3].cpu().int() - expected.integers[:3]).abs()
+    assert different.max() <= 1 and different.float().mean() < 1e-2, "between two steps it may go either way"
+    torch.testing.assert_close(steps[:3].cpu(), expected.steps[:3], rtol=1e-4, atol=0)
+    for b, count in enumerate(held):
+        found, wanted = offsets[b, :, :count].cpu(), expected.offsets[b, :, :count]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@shapes
 def test_attention_that_begins_beside_the_rounding_of_its_query(shape: Shape) -> None:
     """In a graph, again and again with other queries: it never reads those of the time before."""
     dim, kv_heads, group, _ = shape
@@ -145,11 +175,12 @@ def test_attention_that_begins_beside_the_rounding_of_its_query(shape: Shape) ->
     lengths, table = torch.tensor([tokens, tokens, 0, tokens - 5]).cuda(), index.page_table.cuda()
     lse, rotation = torch.zeros(batch, kv_heads * group, device="cuda"), index.rotation.cuda()
     query = torch.randn(batch, kv_heads * group, dim).to(shape.dtype).cuda()
+    rope = Rope(*(part.cuda() for part in random_rope(batch, shape)))
     parts = (batch, kv_heads, tail_parts(tail) + 1, group)  # the first one is that of the resident rows
 
     def attend(*, early: bool) -> AttentionState:
         state = AttentionState(*(torch.zeros(size, device="cuda") for size in ((*parts, dim), parts, parts)))
-        quantized = quantize_query(query, pages, rotation, lse, lengths, table, scale)
+        quantized = quantize_query(query, pages, rotation, lse, lengths, table, scale, rope)
         attend_tail(state, quantized, pages, values, tail, lengths, table, lse, scale, early=early)
         return state
 

@@ -137,6 +137,10 @@ def test_sizes_that_contradict_each_other_are_refused(
         CALLS[operation].with_argument(name, value).run()
 
 
+def test_queries_are_quantized_without_rope() -> None:
+    CALLS["quantize_query"].with_argument("rope", None).run()
+
+
 def test_rows_are_attended_without_a_fetch_list() -> None:
     for operation in ("attend_resident", "merge_fetched"):
         CALLS[operation].with_argument("fetch_list", None).run()

@@ -52,6 +52,7 @@ def launches(shapes: Iterable[Shape], all_sizes: Iterable[Sizes]) -> dict[Progra
                 by_name["merge_fetched"] = by_name["merge_fetched"].with_argument("state", state)
                 for call in by_name.values():
                     call.run()
+                by_name["quantize_query"].with_argument("rope", None).run()
     found.append(Launch(str(_REPLAY), "replay", (1,), 64, (), 0, ()))
     programs: dict[Program, list[Launch]] = {}
     for launch in found:

@@ -14,7 +14,7 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.encode import CodePages, encode, encode_new, unpack
 from clo.kernels.fetch import fetch
 from clo.kernels.gate import gate
-from clo.kernels.quantize_query import QuantizedQuery, quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, score_codes, score_exact, score_products
 from clo.kernels.store import store_new, store_prompt
@@ -319,6 +319,30 @@ def test_queries_become_integers_and_products_with_the_centres(magnitude: float)
             expected = (centres @ query[b, h].double() * scale - lse[b, h]) / math.log(2)
             found = offsets[b, h // group, :held, h % group].double()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "kv_heads", "group"), SHAPES)
+def test_queries_before_rope_become_what_they_would_after_it(
+    dim: int, kv_heads: int, group: int, dtype: torch.dtype
+) -> None:
+    batch, scale, heads = 3, dim**-0.5, kv_heads * group
+    pages, page_table = random_pages(batch, 4, kv_heads, dim)
+    query = torch.randn(batch, heads + 2 * kv_heads, dim).to(dtype)[:, :heads]  # as they are projected
+    angles = 9 * torch.rand(batch, dim // 2).repeat(1, 2)
+    rope = Rope(angles.cos().to(dtype), 1.3 * angles.sin().to(dtype))
+    lse, lengths = torch.randn(batch, heads), torch.tensor([1, 2 * BLOCK_TOKENS + 1, 4 * BLOCK_TOKENS])
+    numbers = torch.complex(*query.double().chunk(2, dim=-1))
+    numbers *= torch.complex(*(part.double() for part in rope))[:, None, : dim // 2]
+    rotated = torch.cat((numbers.real, numbers.imag), dim=-1).float()
+    arguments = pages, random_rotation(dim), lse, lengths, page_table, scale
+    integers, steps, offsets = quantize_query(rotated, *arguments)
+    found = quantize_query(query, *arguments, rope)
+    different = (found.integers.int() - integers).abs()
+    assert different.max() <= 1 and different.float().mean() < 1e-3, "between two steps it may go either way"
+    torch.testing.assert_close(found.steps, steps, rtol=1e-5, atol=0)
+    for b, held in enumerate((1, 3, 4)):
+        torch.testing.assert_close(found.offsets[b, :, :held], offsets[b, :, :held], rtol=1e-5, atol=1e-4)
 
 
 def test_scores_are_cut_from_the_weights_of_integers_and_codes() -> None:

@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
+from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.in_process import make_engine, stats_of, teacher_force
@@ -27,7 +28,7 @@ from clo.kernels.encode_values import (
     unpack_values,
 )
 from clo.kernels.limits import RUN
-from clo.kernels.quantize_query import quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER
 from clo.kernels.update_resident import FetchList, update_resident
@@ -35,6 +36,7 @@ from clo.runtime.config import CacheConfig, ModelConfig, Prefetch
 from clo.runtime.model.files import resolve
 from tests.kernel_calls import Shape
 from tests.tail_inputs import BLOCK_TOKENS, check_tail, coded, empty_tail, random_tail, tokens_of, with_runs
+from tests.test_model import load, save
 
 DIMS = pytest.mark.parametrize("dim", [8, 16, 64, 80, 96, 128, 192, 256])
 
@@ -145,9 +147,16 @@ class CountingLayer(LayerCache):
     seen: ClassVar[list[Tensor]] = []  # [kv_heads, length] of all layers and steps
 
     def attend(
-        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+        self,
+        query: Tensor,
+        kv: Tensor,
+        batch: Batch,
+        fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
+        *,
+        select: bool,
     ) -> Tensor:
-        out = super().attend(query, kv, batch, fetch_list, select=select)
+        out = super().attend(query, kv, batch, fetch_list, begun, select=select)
         assert self.state.tail is not None
         length = int(batch.lengths[0])
         counted = tokens_of(self.state.tail.slots(1), length)[0]
@@ -155,6 +164,57 @@ class CountingLayer(LayerCache):
         counted.scatter_add_(1, resident.clamp_min(0), (resident >= 0).long())
         self.seen.append(counted)
         return out
+
+
+class CheckedLayer(LayerCache):
+    """Compares the query that begins to attend to the tail with the one that attends to the rows."""
+
+    before_rope: ClassVar[list[bool]] = []  # of all tails that have begun
+
+    def __init__(self, *args: Any) -> None:  # those of ``LayerCache``
+        super().__init__(*args)
+        self._begun: QuantizedQuery | None = None
+
+    def begin_tail(self, query: Tensor, batch: Batch, rope: Rope | None = None) -> AttentionState:
+        self._begun = self._quantized(query, batch, rope)
+        self.before_rope.append(rope is not None)
+        return super().begin_tail(query, batch, rope)
+
+    def attend(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        batch: Batch,
+        fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
+        *,
+        select: bool,
+    ) -> Tensor:
+        own = self._quantized(query, batch, None)
+        out = super().attend(query, kv, batch, fetch_list, begun, select=select)
+        if not select:
+            assert self._begun is not None
+            assert (self._begun.integers.int() - own.integers).abs().max() <= 1
+            torch.testing.assert_close(self._begun.steps, own.steps, rtol=1e-5, atol=0)
+        return out
+
+    def _quantized(self, query: Tensor, batch: Batch, rope: Rope | None) -> QuantizedQuery:
+        assert isinstance(self.index, TwoBitIndex)
+        return self.index.prepare(query, self.state.lse[: len(query)], batch, rope)
+
+
+@pytest.mark.parametrize(("name", "waits"), [("llama-biases-yarn", False), ("qwen3-tied", True)])
+def test_the_tail_is_attended_with_the_layers_own_query_whether_or_not_it_waits_for_rope(
+    tmp_path: Path, name: str, waits: bool
+) -> None:
+    decoder = load(save(name, tmp_path))
+    config = CacheConfig(select_k=8, resident=48, recent=16, tail=200, prefetch="predicted")
+    sources = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE)
+    prompt, continuation = (torch.randint(0, decoder.vocab, (count,)).tolist() for count in (300, 21))
+    engine = make_engine(decoder, config, 1, 321, sources, CheckedLayer)
+    CheckedLayer.before_rope.clear()
+    teacher_force(engine, prompt, continuation)
+    assert CheckedLayer.before_rope == [not waits] * 20 * 2, "in every step two of three layers prefetch"
 
 
 @pytest.mark.parametrize("gate", [None, 0.7])

@@ -24,7 +24,7 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prefill import Prefill
-from clo.kernels.attend import attend_all
+from clo.kernels.attend import AttentionState, attend_all
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.update_resident import FetchList, update_resident
@@ -200,11 +200,18 @@ class ProbeLayer(LayerCache):
         self._late.zero_()
 
     def attend(
-        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+        self,
+        query: Tensor,
+        kv: Tensor,
+        batch: Batch,
+        fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
+        *,
+        select: bool,
     ) -> Tensor:
         count, kv_heads = len(query), self.resident.kv_heads
         self._late[:count] += self._missing(query, batch)
-        attended = super().attend(query, kv, batch, fetch_list, select=select)
+        attended = super().attend(query, kv, batch, fetch_list, begun, select=select)
         self._streams.recording.join()  # the new row is in the arena
         full = attend_all(query, self.arena, batch.blocks, batch.lengths, self._scale).float()
         off = (attended.float() - full).view(count, kv_heads, -1).norm(dim=-1)

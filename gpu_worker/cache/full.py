@@ -5,7 +5,7 @@ from torch import Tensor
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import SideStream
-from clo.kernels.attend import attend_all
+from clo.kernels.attend import AttentionState, attend_all
 from clo.kernels.load import load_blocks
 from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList
@@ -47,7 +47,14 @@ class FullLayer:
         """Nothing to do: the rows are in the arena already."""
 
     def attend(
-        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+        self,
+        query: Tensor,
+        kv: Tensor,
+        batch: Batch,
+        fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
+        *,
+        select: bool,
     ) -> Tensor:
         """See ``LayerCache.attend``; nothing is selected or fetched."""
         store_new(kv, batch.lengths, batch.blocks, self._arena)

@@ -13,7 +13,7 @@ from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
 from clo.kernels.limits import RUN
-from clo.kernels.quantize_query import QuantizedQuery, quantize_query
+from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.score import Scores, score_codes, score_exact
 from clo.kernels.update_resident import TailList
 from clo.runtime.model.kv_shape import KVShape
@@ -102,8 +102,11 @@ class TwoBitIndex:
         if self.values is not None:
             encode_new_values(kv[:, :, 1], batch.lengths, batch.pages, self.values)
 
-    def prepare(self, query: Tensor, lse: Tensor, batch: Batch) -> QuantizedQuery:
-        return quantize_query(query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale)
+    def prepare(self, query: Tensor, lse: Tensor, batch: Batch, rope: Rope | None = None) -> QuantizedQuery:
+        """See ``Index``; with ``rope`` the query is one before RoPE."""
+        return quantize_query(
+            query, self.pages, self._rotation, lse, batch.lengths, batch.pages, self._scale, rope
+        )
 
     def score(
         self, prepared: QuantizedQuery, reselect: Tensor, batch: Batch, sinks: int, latest: int

@@ -17,7 +17,9 @@ from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
 from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.kernels.attend import AttentionState
 from clo.kernels.limits import RUN
+from clo.kernels.quantize_query import Rope
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList, TailList
 from clo.runtime.config import CacheConfig
@@ -211,6 +213,12 @@ class KVCache:
         assert isinstance(cached, LayerCache), "full attention fetches nothing"
         return cached.prefetch(query, batch)
 
+    def begin_tail(self, layer: int, query: Tensor, batch: Batch, rope: Rope | None = None) -> AttentionState:
+        """Begin to attend to the tail that ``prefetch`` has listed; see ``LayerCache.begin_tail``."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention lists nothing"
+        return cached.begin_tail(query, batch, rope)
+
     def attend(
         self,
         layer: int,
@@ -218,11 +226,12 @@ class KVCache:
         kv: Tensor,
         batch: Batch,
         fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
         *,
         select: bool,
     ) -> Tensor:
         """One layer of a decode step; see ``LayerCache.attend``."""
-        return self.layers[layer].attend(query, kv, batch, fetch_list, select=select)
+        return self.layers[layer].attend(query, kv, batch, fetch_list, begun, select=select)
 
     def end_step(self) -> None:
         """After the last layer: later work finds the new rows in arena, index and rings."""

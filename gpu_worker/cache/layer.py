@@ -18,6 +18,7 @@ from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
 from clo.kernels.load import load_blocks
+from clo.kernels.quantize_query import Rope
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import Scores
 from clo.kernels.store import store_new
@@ -175,14 +176,38 @@ class LayerCache:
         # The token that the new one will displace from the ring is no candidate yet.
         return self._select(query, batch, self.resident.recent + 1, ahead=True)[0]
 
+    def begin_tail(self, query: Tensor, batch: Batch, rope: Rope | None = None) -> AttentionState:
+        """Begin to attend to the tail that the last selection left, where there is one, beside later work.
+
+        Args:
+            query: [B, query_heads, head_dim], the one that ``attend`` will get, or the same before RoPE.
+            rope: of the query's positions, where RoPE is still to be applied.
+
+        Returns:
+            The state that ``attend`` continues.
+        """
+        count = len(query)
+        state = empty_state(query, self.resident.slots(count), self._tail_parts(count))
+        self._attend_tail(state, query, batch, rope)
+        return state
+
     def attend(
-        self, query: Tensor, kv: Tensor, batch: Batch, fetch_list: FetchList | None, *, select: bool
+        self,
+        query: Tensor,
+        kv: Tensor,
+        batch: Batch,
+        fetch_list: FetchList | None,
+        begun: AttentionState | None = None,
+        *,
+        select: bool,
     ) -> Tensor:
         """The layer's part of a decode step: gate, select, fetch, attend, append.
 
         Args:
             query: [B, query_heads, head_dim]; kv: [B, kv_heads, 2, head_dim].
             fetch_list: the list that ``prefetch`` returned, or None where there was no prefetch.
+            begun: what ``begin_tail`` returned, if it was called, which is for a layer that does not select
+                here.
             select: whether to select with this query, also where ``prefetch`` has selected already.
 
         Returns:
@@ -190,18 +215,17 @@ class LayerCache:
         """
         count = len(batch.lengths)
         resident, tail, lse = self.resident.slots(count), self.state.tail, self.state.lse[:count]
-        streams = self._streams
-        parts = 0 if tail is None else tail_parts(tail.slots(count))
-        state = empty_state(query, resident, parts)
-        if not select:  # the tail is known already, and takes longer than the rows where there are few
-            self._attend_tail(state, query, batch)
+        streams, parts = self._streams, self._tail_parts(count)
+        if begun is None and not select:  # the tail takes longer than the rows where there are few
+            begun = self.begin_tail(query, batch)
+        state = begun or empty_state(query, resident, parts)
         with streams.recording.fork(kv):
             self.record(kv, batch)
         if select:
             if fetch_list is not None:
                 streams.fetching.join()
             fetch_list, prepared = self._select(query, batch, resident.recent, ahead=False)
-            self._attend_tail(state, query, batch, prepared)
+            self._attend_tail(state, query, batch, prepared=prepared)
         if query.is_cpu:  # there `fetch` has returned with all rows
             fetch_list = None
         attend_resident(query, kv, resident, batch.lengths, fetch_list, self._scale, state)
@@ -216,7 +240,18 @@ class LayerCache:
             state, query, resident, batch.lengths, fetch_list, lse, self._scale, counters, parts
         )
 
-    def _attend_tail(self, state: AttentionState, query: Tensor, batch: Batch, prepared: Any = None) -> None:
+    def _tail_parts(self, count: int) -> int:
+        """Parts of the state of so many slots that their tails fill."""
+        return 0 if self.state.tail is None else tail_parts(self.state.tail.slots(count))
+
+    def _attend_tail(
+        self,
+        state: AttentionState,
+        query: Tensor,
+        batch: Batch,
+        rope: Rope | None = None,
+        prepared: Any = None,
+    ) -> None:
         """Begin to attend to the tail, where there is one; ``prepared`` as from the index, if it is known."""
         if self.state.tail is None:
             return
@@ -224,7 +259,7 @@ class LayerCache:
         count = len(query)
         tail, lse = self.state.tail.slots(count), self.state.lse[:count]
         with self._streams.tail.fork(query, *state):
-            quantized = prepared or self.index.prepare(query, lse, batch)
+            quantized = prepared or self.index.prepare(query, lse, batch, rope)
             self.index.attend(state, quantized, tail, lse, batch, early=prepared is None)
 
     def _select(self, query: Tensor, batch: Batch, latest: int, *, ahead: bool) -> tuple[FetchList, Any]:

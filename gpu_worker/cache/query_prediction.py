@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clo.gpu_worker.model.decoder import Decoder
 from clo.kernels.attend_prompt import attend_prompt
+from clo.kernels.quantize_query import Rope
 from clo.runtime.config import CacheConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def measure_query_sources(decoder: Decoder) -> tuple[QuerySource, ...]:
     shape, device = decoder.shape, decoder.device
     drawn = torch.randint(decoder.vocab, (_TOKENS // 2,), generator=torch.Generator().manual_seed(0))
     rope = decoder.rope(torch.arange(_TOKENS, device=device))
-    last = rope[0][-_QUERIES:], rope[1][-_QUERIES:]
+    last = Rope(*(part[-_QUERIES:] for part in rope))
     hidden = decoder.embed(drawn.repeat(2).to(device))
     normed = decoder.input_norm(0, hidden)
     sources = []

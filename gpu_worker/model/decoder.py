@@ -14,11 +14,10 @@ from clo.gpu_worker.model import eager
 from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
 from clo.gpu_worker.model.weights import Weights, load_weights
+from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.model.model_config import kv_shape, quiet_transformers, read_config
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines, each [N, head_dim]
 
 
 class Decoder:
@@ -59,6 +58,11 @@ class Decoder:
             self._gated, self._rotate, self._norm = gated, _rotate, _norm
             self._add_and_norm = _add_and_norm
 
+    @property
+    def norms_heads(self) -> bool:
+        """Whether the family norms queries and keys before RoPE."""
+        return self._weights.layers[0].qk_norm is not None
+
     def layer_flops(self, tokens: int, before: float) -> float:
         """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others, or
         attend to as much."""
@@ -88,7 +92,7 @@ class Decoder:
         angles = positions[:, None].float() * self._weights.rope_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         scale, dtype = self._weights.rope_scale, self.shape.dtype
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        return Rope((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
 
     def input_norm(self, layer: int, hidden: Tensor) -> Tensor:
         """Hidden states [N, hidden] as a layer's projections take them; as ``logits`` does after the last."""
@@ -109,8 +113,18 @@ class Decoder:
             Queries [N, query_heads, head_dim] and rows [N, kv_heads, 2, head_dim] (K, then V), with RoPE
             applied to queries and keys; those of a token are contiguous.
         """
+        return self.rotate(layer, self.project(layer, normed), rope, into)
+
+    def project(self, layer: int, normed: Tensor) -> Tensor:
+        """The heads of ``qkv`` before q/k norm and RoPE: [N, query_heads + 2 * kv_heads, head_dim], in that
+        order."""
+        return self._project(layer, normed, len(self._is_value))
+
+    def rotate(
+        self, layer: int, heads: Tensor, rope: Rope, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of ``qkv``, given what ``project`` returned, which on the CPU is changed in place."""
         queries, pairs = self.shape.query_heads, self.shape.kv_heads
-        heads = self._project(layer, normed, queries + 2 * pairs)
         arguments = *rope, self._weights.layers[layer].qk_norm, self._is_value, self._norm_eps
         if into is not None:
             return self._rotate_into(heads, *rope, into, *arguments[2:]), into
