@@ -1,13 +1,15 @@
 // One block for each (KV head, sequence). The k best scores lie in the k best stretches of 16, by their
-// largest score: those are found first, and only in them single scores are looked at. Then the set's
-// positions look themselves up among the chosen positions. The k-th best is found by counting: by the highest
-// byte, then by the next byte of those that share it. A barrier costs as much as the little work between two
-// of them, so every warp reads the counts for itself, and each byte has bins of its own, empty from the
-// start.
+// largest score: those are found first, and only in them single scores are looked at, each raised by that
+// before it, which leaves a stretch's largest as it is. Then the set's positions look themselves up among the
+// chosen positions. The k-th best is found by counting: by the highest byte, then by the next byte of those
+// that share it. A barrier costs as much as the little work between two of them, so every warp reads the
+// counts for itself, and each byte has bins of its own, empty from the start.
 //
 // The tail is the best of the same stretches by the sum of what their tokens weigh that are not resident. A
 // map of one bit for each token says which are; where a stretch has one, the sum that came with the scores
-// counts too much, and is taken anew.
+// counts too much, and is taken anew. Its scores are those that came, not raised ones.
+//
+// Defines: THREADS of a block, and SUCCESSOR_BITS of clo.kernels.update_resident, 0 where no score is raised.
 #include "common.cuh"
 
 #define BINS 256
@@ -26,6 +28,21 @@ __device__ inline void cut(uint4& eight, int left) {
     for (int i = 0; i < 4; i++) {
         if (left <= i * 2 + 1) *words[i] |= 0xffff0000;
         if (left <= i * 2) *words[i] |= 0x0000ffff;
+    }
+}
+
+// Makes each of eight scores at least that before it less SUCCESSOR_BITS; those below zero stay below. The
+// upper half of `before` is the score before the eight, or zero where a stretch begins. It takes two at a
+// time: a score below SUCCESSOR_BITS, and so each below zero, counts as that much and leaves zero, so that
+// neither half of a difference borrows from the other.
+__device__ inline void raise(uint4& eight, uint32 before) {
+    const uint32 bits = SUCCESSOR_BITS * 0x00010001u;
+    uint32* words[4] = {&eight.x, &eight.y, &eight.z, &eight.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32 own = *words[i], previous = __funnelshift_l(before, own, 16);
+        *words[i] = __vmaxs2(own, __vmaxs2(previous, bits) - bits) | (own & 0x80008000);
+        before = own;
     }
 }
 
@@ -311,7 +328,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) update_res
     for (int i = thread; i < looked_at; i += THREADS) {
         const int at = active[i / 2] * 2 + i % 2;
         uint4 eight = source[at];
-        cut(eight, end - at * 8);
+        // beside it the last score of the first half of a stretch, where this is the second
+        if (SUCCESSOR_BITS) raise(eight, i % 2 ? ((const uint32*)source)[at * 4 - 1] : 0);
+        cut(eight, end - at * 8);  // only now, as it also takes what was raised there
         eights[i] = eight;
 #pragma unroll
         for (int j = 0; j < 8; j++)

@@ -19,6 +19,13 @@ _SHORT = 131_072
 _MAP_SHARED_BYTES = 32 * 1024  # of the map and the sums; larger ones lie in global memory
 _MOST = 1e6  # times its own weight that the tail stands for, at most, beside itself
 
+SUCCESSOR_BITS = 5 * 128
+"""What is taken off a score to get what the row after it counts as at least: of a bfloat16, 1/32.
+
+Attention that copies, lists or quotes moves on by one token with each step. Selected by this share of the
+weight of the row before it, the next row is resident before it is asked for.
+"""
+
 
 class FetchList(NamedTuple):
     """Entries of resident sets whose rows have to be read from the arena; the positions say which rows."""
@@ -78,11 +85,18 @@ def update_resident(
     counters: Tensor,
     k: int,
     tail: TailList | None = None,
+    *,
+    successors: bool,
 ) -> FetchList:
     """Put the k best rows of each head into its set, in place, without moving any row yet, and list the tail.
 
     Rows that are resident are only marked as used; each other row takes the place of the row selected longest
     ago. Among equal scores the lower position wins; among equally old rows the first in the set leaves.
+
+    With ``successors`` a row is selected as if it weighed at least 1/32 of the row before it, where both are
+    candidates of one run of 16: by the larger of its score and that of the row before less
+    ``SUCCESSOR_BITS``. A raised score raises no other, and the largest of a run stays what it is. The tail is
+    listed by the scores as they are.
 
     The tail has the runs whose tokens weigh most in all. Only tokens count that were not resident before, and
     none that ``scores`` says nothing of; but of a run that is listed, all tokens are in the tail that are
@@ -100,6 +114,8 @@ def update_resident(
             what all weigh.
         k: rows that a head selects.
         tail: becomes the tail of the heads that select, of up to R runs; None where there is none.
+        successors: whether rows are selected by a part of the weight of those before them as well. It helps
+            sets that keep their rows for later steps; one that is used for a single step it costs good rows.
 
     Returns:
         The rows to fetch.
@@ -125,6 +141,7 @@ def update_resident(
              capacity, reselect.shape[1], *of_tail, 0 if tail is None else tail.runs.shape[2],
              resident.sinks, resident.recent, room],
             shared=near if room is None else shared, THREADS=threads,
+            SUCCESSOR_BITS=SUCCESSOR_BITS if successors else 0,
         )  # fmt: skip
         return fetch_list
     fetch_list = FetchList(
@@ -134,7 +151,7 @@ def update_resident(
         *scores, reselect, lengths, positions, last_used, counters, *fetch_list,
         *(tail or _no_tail(*reselect.shape)),
     )  # fmt: skip
-    _update(latest, k, resident.sinks, resident.recent, *(part.numpy() for part in arrays))
+    _update(latest, k, resident.sinks, resident.recent, successors, *(part.numpy() for part in arrays))
     return fetch_list
 
 
@@ -142,6 +159,19 @@ def _no_tail(batch: int, kv_heads: int) -> TailList:
     none = torch.empty(batch, kv_heads, 0, dtype=torch.int32)
     counts = none.sum(2, dtype=torch.int32)
     return TailList(none, none, counts, counts.float())
+
+
+def _raised(scores: Array) -> Array:
+    """The scores [T] by which rows are selected where successors are: those below 0 stay what they are."""
+    raised = scores.copy()
+    for position in range(1, len(scores)):
+        before = scores[position - 1]
+        if position % RUN > 0 and scores[position] >= 0 and before >= SUCCESSOR_BITS:
+            raised[position] = max(scores[position], before - SUCCESSOR_BITS)
+    return raised
+
+
+_raised = compiled(_raised)
 
 
 def _best(scores: Array, k: int) -> tuple[int, int]:
@@ -224,9 +254,9 @@ _sum_absent = compiled(_sum_absent)
 
 
 def _loop(
-    latest: int, k: int, sinks: int, recent: int, scores: Array, of_runs: Array, reselect: Array,
-    lengths: Array, positions: Array, last_used: Array, counters: Array, entries: Array, counts: Array,
-    runs: Array, masks: Array, tail_counts: Array, boosts: Array,
+    latest: int, k: int, sinks: int, recent: int, successors: bool, scores: Array, of_runs: Array,
+    reselect: Array, lengths: Array, positions: Array, last_used: Array, counters: Array, entries: Array,
+    counts: Array, runs: Array, masks: Array, tail_counts: Array, boosts: Array,
 ) -> None:  # fmt: skip
     batch, kv_heads, span = scores.shape
     capacity, most = positions.shape[2], runs.shape[2]
@@ -246,10 +276,11 @@ def _loop(
             candidates = scores[sequence, head, : max(length - latest, 0)]
             if most:
                 _sum_absent(candidates, held, row_of, of_runs[sequence, head], sums)
-            bound, equal = _best(candidates, k)
+            ranked = _raised(candidates) if successors else candidates
+            bound, equal = _best(ranked, k)
             selected = count = 0
-            for position in range(len(candidates)):
-                score = candidates[position]
+            for position in range(len(ranked)):
+                score = ranked[position]
                 if score < bound or (score == bound and equal == 0):
                     continue
                 if score == bound:

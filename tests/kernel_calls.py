@@ -237,6 +237,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             {
                 "scores": scores, "reselect": reselect, "lengths": lengths,
                 "latest": sizes.recent, "resident": resident, "counters": counters, "k": k, "tail": tail,
+                "successors": True,
             },
         ),
         Call(

@@ -13,6 +13,7 @@ from clo.kernels.gate import gate
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import RUN, UPDATE_STATIC_BYTES, update_shared_bytes
 from clo.kernels.quantize_query import quantize_query
+from clo.kernels.resident import ResidentSet
 from clo.kernels.score import NEVER, Scores, score_codes, sum_runs
 from clo.kernels.store import store_new, store_prompt
 from clo.kernels.update_resident import FetchList, update_resident
@@ -147,12 +148,13 @@ def test_score_codes(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
                 assert torch.equal(runs[b, h, there], wanted[b, h, there])
 
 
+@pytest.mark.parametrize("successors", [False, True])
 @pytest.mark.parametrize(
     ("span", "k", "capacity", "spread"),
     [(64, 6, 8, 9), (512, 128, 1024, 300), (6016, 128, 1024, 2000), (32768, 256, 2048, 9000),
      (32768, 256, 2048, 3), (70016, 1500, 4096, 32767)],
 )  # fmt: skip
-def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
+def test_update_resident(span: int, k: int, capacity: int, spread: int, successors: bool) -> None:
     batch, kv_heads, latest = 3, 3, 5
     resident = resident_set(batch, kv_heads, capacity, 4, torch.float32)
     counters = torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
@@ -163,13 +165,17 @@ def test_update_resident(span: int, k: int, capacity: int, spread: int) -> None:
         drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
         scores = (16000 + drift * spread / 3).clamp(0, 0x7F80).to(torch.int16)
         scores[..., :SINKS] = NEVER
+        scores[..., 9::41] = -64  # what is left of a sum that is not a number
         reselect = torch.rand(batch, kv_heads) < 0.8
         scored = with_runs(scores, lengths, latest)
-        fetch_list = update_resident(scored, reselect, lengths, latest, resident, counters, k)
+        fetch_list = update_resident(
+            scored, reselect, lengths, latest, resident, counters, k, successors=successors
+        )
         scored = Scores(*(part.cuda() for part in scored))
         found = update_resident(
-            scored, reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k
-        )
+            scored, reselect.cuda(), lengths.cuda(), latest, resident_gpu, counters_gpu, k,
+            successors=successors,
+        )  # fmt: skip
         same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters, counters_gpu))
         same((fetch_list.counts, found.counts))
         valid = torch.arange(k) < fetch_list.counts.unsqueeze(2)
@@ -184,9 +190,13 @@ def test_a_set_that_just_exceeds_the_shared_memory_is_refused() -> None:
     reselect = torch.ones(1, 1, dtype=torch.bool, device="cuda")
     lengths, counters = torch.tensor([64]).cuda(), torch.zeros(1, 1, 6, dtype=torch.int64, device="cuda")
     largest, larger = (on_gpu(resident_set(1, 1, spare // 4 + more, 4, torch.float32)) for more in (0, 1))
-    assert update_resident(scored, reselect, lengths, 0, largest, counters, 1).counts.item() == 1
+
+    def missing(resident: ResidentSet) -> Tensor:
+        return update_resident(scored, reselect, lengths, 0, resident, counters, 1, successors=True).counts
+
+    assert missing(largest).item() == 1
     with pytest.raises(ValueError, match=r"update_resident needs \d+ bytes of shared memory"):
-        update_resident(scored, reselect, lengths, 0, larger, counters, 1)
+        missing(larger)
 
 
 @shapes

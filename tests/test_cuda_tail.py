@@ -64,12 +64,15 @@ def test_encode_values(shape: Shape) -> None:
     same_values(found, expected, shape.head_dim)
 
 
+@pytest.mark.parametrize("successors", [False, True])
 @pytest.mark.parametrize(
     ("span", "k", "capacity", "spread", "runs"),
     [(64, 6, 8, 9, 3), (512, 128, 256, 300, 20), (6016, 128, 1024, 2000, 128), (32768, 256, 2048, 9000, 256),
      (32768, 64, 512, 3, 256), (200_064, 256, 2048, 9000, 512)],
 )  # fmt: skip
-def test_update_resident_lists_the_tail(span: int, k: int, capacity: int, spread: int, runs: int) -> None:
+def test_update_resident_lists_the_tail(
+    span: int, k: int, capacity: int, spread: int, runs: int, successors: bool
+) -> None:
     batch, kv_heads, latest = 3, 3, RECENT + 1
     resident = resident_set(batch, kv_heads, capacity, 4, torch.float32)
     counters, tail = torch.zeros(batch, kv_heads, 6, dtype=torch.int64), empty_tail(batch, kv_heads, runs)
@@ -81,12 +84,13 @@ def test_update_resident_lists_the_tail(span: int, k: int, capacity: int, spread
         drift = 0.9 * drift + 0.4 * torch.randn_like(drift)
         scores = (16000 + drift * spread / 3).clamp(0, 0x7F00).to(torch.int16)
         scores[..., :SINKS] = NEVER
+        scores[..., 9::41] = -64  # what is left of a sum that is not a number
         reselect = torch.rand(batch, kv_heads) < 0.8
         scored = with_runs(scores, lengths, latest)
-        update_resident(scored, reselect, lengths, latest, resident, counters, k, tail)
+        update_resident(scored, reselect, lengths, latest, resident, counters, k, tail, successors=successors)
         update_resident(
             Scores(*(part.cuda() for part in scored)), reselect.cuda(), lengths.cuda(), latest, resident_gpu,
-            counters_gpu, k, tail_gpu,
+            counters_gpu, k, tail_gpu, successors=successors,
         )  # fmt: skip
         same(*zip(resident[1:3], resident_gpu[1:3], strict=True), (counters[..., :5], counters_gpu[..., :5]))
         torch.testing.assert_close(counters_gpu[..., 5:].cpu(), counters[..., 5:], rtol=1e-4, atol=9)

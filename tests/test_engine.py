@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
@@ -24,8 +25,9 @@ from clo.gpu_worker.in_process import (
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.prefill import Prefill, PromptAttention
 from clo.kernels.blocks import gather_tokens
+from clo.kernels.score import Scores, sum_runs
 from clo.kernels.sparse_prompt import attend_prompt_sparse
-from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.config import Attention, CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from tests.reference import load_transformers, transformers_greedy
 
@@ -219,6 +221,22 @@ def test_exact_topk_attends_what_it_selects(decoder: Decoder) -> None:
     everything = CacheConfig(attention="topk", select_k=320)
     logits = teacher_force(make_engine(decoder, everything, 1, 320), prompt, continuation)
     torch.testing.assert_close(logits, full, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("attention", "second"), [("topk", 40), ("clo", 21)])
+def test_only_sets_that_keep_rows_select_those_after_the_ones_that_weigh_most(
+    decoder: Decoder, attention: Attention, second: int
+) -> None:
+    engine = make_engine(decoder, CacheConfig(attention=attention, select_k=2), 1, 400)
+    layer, kv_heads = engine.cache.sparse_layers[0], decoder.shape.kv_heads
+    scores = torch.full((1, kv_heads, 400), 1 << 7, dtype=torch.int16)  # rows of no weight but two
+    scores[..., 20], scores[..., 40] = 127 << 7, 121 << 7
+    batch = Batch(torch.tensor([300]), *(torch.zeros(1, 1, dtype=torch.int64) for _ in range(2)))
+    every = torch.ones(1, kv_heads, dtype=torch.bool)
+    fetched = layer.update_resident(Scores(scores, sum_runs(scores)), every, batch, 64)
+    for head in range(kv_heads):
+        entries = fetched.entries[0, head, : fetched.counts[0, head]].long()
+        assert layer.resident.positions[0, head, entries].tolist() == [20, second]
 
 
 def test_a_slot_keeps_nothing_of_its_predecessor(decoder: Decoder) -> None:

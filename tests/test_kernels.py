@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -395,6 +396,18 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
     assert (found <= weight).all() and (weight <= found * (1 + 2**-7)).all()
 
 
+def as_selected(scores: list[int], successors: bool) -> list[int]:
+    """By what each row of a head is selected; below 0 where it cannot be."""
+    if not successors:
+        return scores
+    raised = scores.copy()
+    for position, (before, own) in enumerate(pairwise(scores), 1):
+        if position % 16 != 0 and before >= 0 and own >= 0:
+            raised[position] = max(own, before - 5 * 128)
+    return raised
+
+
+@pytest.mark.parametrize("successors", [False, True])
 @pytest.mark.parametrize(
     ("sinks", "latest", "k", "capacity", "lowest", "apart"),
     [
@@ -407,7 +420,7 @@ def test_weights_are_normalised_for_each_query_and_bounded_to_candidates() -> No
     ],
 )
 def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
-    sinks: int, latest: int, k: int, capacity: int, lowest: int, apart: int
+    sinks: int, latest: int, k: int, capacity: int, lowest: int, apart: int, successors: bool
 ) -> None:
     batch, kv_heads, span = 3, 3, 64
     resident = empty_set(batch, kv_heads, 1, sinks=sinks, capacity=capacity)
@@ -422,14 +435,15 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
         reselect = torch.rand(batch, kv_heads) < 0.7
         before, old, counted = positions.tolist(), last_used.tolist(), counters.clone()
         fetch_list = update_resident(
-            with_runs(scores, lengths, latest), reselect, lengths, latest, resident, counters, k
-        )
+            with_runs(scores, lengths, latest), reselect, lengths, latest, resident, counters, k,
+            successors=successors,
+        )  # fmt: skip
         assert fetch_list.entries.dtype == fetch_list.counts.dtype == torch.int32
         for b in range(batch):
             for h in range(kv_heads):
                 best: list[int] = []
                 if reselect[b, h] and lengths[b] > 0:
-                    row = scores[b, h].tolist()
+                    row = as_selected(scores[b, h].tolist(), successors)
                     candidates = [p for p in range(max(0, int(lengths[b]) - latest)) if row[p] >= 0]
                     best = sorted(sorted(candidates, key=lambda p: (-row[p], p))[:k])
                 ages = [
@@ -446,6 +460,46 @@ def test_update_marks_resident_rows_and_replaces_those_selected_longest_ago(
                 assert fetch_list.counts[b, h] == len(missing)
                 assert fetch_list.entries[b, h, : len(missing)].tolist() == leaving
                 assert (counters - counted)[b, h].tolist() == [0, 0, len(best), len(missing), 0, 0]
+
+
+def selected(weights: dict[int, float], k: int, *, successors: bool = True) -> list[int]:
+    """Which of 60 rows a head selects that weigh 2**-12 except for those given; NaN is no candidate."""
+    weight = torch.full((1, 1, 64), 2.0**-12)
+    weight[..., list(weights)] = torch.tensor(list(weights.values()))
+    scores = (weight.view(torch.int32) >> 16).to(torch.int16)
+    scores[weight.isnan()] = NEVER
+    lengths, counters = torch.tensor([64]), torch.zeros(1, 1, 6, dtype=torch.int64)
+    resident = empty_set(1, 1, 4, capacity=k)
+    update_resident(
+        with_runs(scores, lengths, RECENT), torch.ones(1, 1, dtype=torch.bool), lengths, RECENT, resident,
+        counters, k, successors=successors,
+    )  # fmt: skip
+    assert counters.tolist() == [[[0, 0, k, k, 0, 0]]]
+    return sorted(resident.positions[0, 0].tolist())
+
+
+def test_a_row_is_selected_by_a_32nd_of_the_row_before_it() -> None:
+    assert selected({20: 1.0, 40: 2**-6}, 2) == [20, 21]
+    assert selected({20: 1.0, 40: 2**-6}, 2, successors=False) == [20, 40]
+    assert selected({20: 1.0, 40: 2**-4}, 2) == [20, 40], "which weighs more"
+    assert selected({20: 1.0, 21: 2**-3, 40: 2**-4}, 2) == [20, 21], "its own weight is more"
+    assert selected({20: 1.0, 21: 0.0}, 2) == [20, 21], "also of no weight"
+    assert selected({20: 1.0}, 1) == [20]
+
+
+def test_among_raised_rows_and_others_of_the_same_score_the_lower_wins() -> None:
+    assert selected({10: 2**-5, 20: 1.0}, 2) == [10, 20]
+    assert selected({20: 1.0, 40: 2**-5}, 2) == [20, 21]
+    assert selected({20: 1.0, 50: 1.0}, 3) == [20, 21, 50]
+
+
+def test_only_a_candidate_of_the_same_run_raises_a_row_and_none_is_raised_in_turn() -> None:
+    assert selected({31: 1.0, 40: 2**-11}, 2) == [31, 40], "row 32 begins a run"
+    assert selected({23: 1.0, 40: 2**-11}, 2) == [23, 24], "where a thread of the kernel begins"
+    assert selected({20: 32.0, 40: 2**-6}, 3) == [20, 21, 40], "row 22 would get as much from a raised one"
+    assert selected({20: 1.0, 21: torch.nan, 40: 2**-11}, 2) == [20, 40]
+    assert selected({20: torch.nan, 40: 2**-11}, 1) == [40]
+    assert selected({59: 1.0, 40: 2**-11}, 2) == [40, 59], "row 60 is one of the latest"
 
 
 def test_gate_compares_with_the_query_of_the_last_selection() -> None:

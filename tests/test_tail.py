@@ -91,7 +91,8 @@ def test_values_of_prompts_and_new_ones_are_encoded_alike(dim: int) -> None:
         torch.testing.assert_close(pages.scales[page], prompts.scales[page], rtol=5e-3, atol=0)
 
 
-def test_the_tail_is_what_weighs_most_and_is_not_resident() -> None:
+@pytest.mark.parametrize(("successors", "spread"), [(False, 2), (True, 2), (True, 6)])
+def test_the_tail_is_what_weighs_most_and_is_not_resident(successors: bool, spread: int) -> None:
     batch, kv_heads, tokens, capacity, k, runs = 3, 2, 512, 40, 12, 9
     sinks, recent, latest = 4, 20, 21
     rows = torch.zeros(batch, kv_heads, sinks + recent + capacity, 2, 8)
@@ -100,18 +101,41 @@ def test_the_tail_is_what_weighs_most_and_is_not_resident() -> None:
     tail, counters = empty_tail(batch, kv_heads, runs), torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
     for step in range(40):
         lengths = torch.tensor([300 + step, 24 + 3 * step, 0])
-        scores = (2 * torch.randn(batch, kv_heads, tokens)).exp().view(torch.int16)[..., 1::2].contiguous()
+        weights = (spread * torch.randn(batch, kv_heads, tokens)).exp()
+        scores = weights.view(torch.int16)[..., 1::2].contiguous()
         scores[..., :sinks] = NEVER
         reselect, before = torch.rand(batch, kv_heads) < 0.8, resident.positions.clone()
         kept = [part.clone() for part in tail]
         counters.zero_()
         scored = with_runs(scores, lengths, latest)
-        update_resident(scored, reselect, lengths, latest, resident, counters, k, tail)
+        update_resident(scored, reselect, lengths, latest, resident, counters, k, tail, successors=successors)
         for line in [(b, h) for b in range(batch) for h in range(kv_heads)]:
             if reselect[line] and lengths[line[0]] > 0:
                 check_tail(tail, scores[line], int(lengths[line[0]]), latest, before[line], resident, line)
             else:
                 assert all(torch.equal(part[line], old[line]) for part, old in zip(tail, kept, strict=True))
+
+
+def test_raised_scores_change_the_selection_and_not_what_the_tail_counts() -> None:
+    """Where the set held the same rows before."""
+    batch, kv_heads, tokens, capacity, k, runs, latest = 2, 2, 512, 40, 20, 9, 21
+    scores = (6 * torch.randn(batch, kv_heads, tokens)).exp().view(torch.int16)[..., 1::2].contiguous()
+    lengths, every = torch.tensor([tokens, 200]), torch.ones(batch, kv_heads, dtype=torch.bool)
+    scored = with_runs(scores, lengths, latest)
+    held = torch.stack([torch.randperm(170)[:capacity].int() for _ in range(batch * kv_heads)])
+    results = []
+    for successors in (False, True):
+        rows = torch.zeros(batch, kv_heads, 24 + capacity, 2, 8)
+        positions = held.view(batch, kv_heads, capacity).clone()
+        resident = ResidentSet(rows, positions, torch.zeros_like(positions), 4, 20)
+        tail, counters = empty_tail(batch, kv_heads, runs), torch.zeros(batch, kv_heads, 6, dtype=torch.int64)
+        update_resident(scored, every, lengths, latest, resident, counters, k, tail, successors=successors)
+        results.append((tail, counters, resident))
+    (tail, counters, plain), (other_tail, other_counters, raised) = results
+    assert not torch.equal(plain.positions, raised.positions)
+    assert torch.equal(tail.runs, other_tail.runs) and torch.equal(tail.counts, other_tail.counts)
+    others = [0, 1, 2, 4, 5]  # all but the rows to fetch
+    assert torch.equal(counters[..., others], other_counters[..., others]) and counters[..., 5].min() > 0
 
 
 @pytest.mark.parametrize("shape", [Shape(64, 3, 3, torch.float32), Shape(80, 2, 5, torch.float32)])

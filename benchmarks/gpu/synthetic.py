@@ -144,7 +144,10 @@ class ReplayLayer(LayerCache):
                  resident.sinks, latest, resident.positions, *fetch_list],
             )  # fmt: skip
         tail = None if self.state.tail is None else self.state.tail.slots(slots)
-        update_resident(scores, reselect, batch.lengths, latest, own, self.state.counters[:slots], k, tail)
+        update_resident(
+            scores, reselect, batch.lengths, latest, own, self.state.counters[:slots], k, tail,
+            successors=self.successors,
+        )  # fmt: skip
         return fetch_list
 
 

@@ -227,7 +227,9 @@ class ProbeLayer(LayerCache):
         scores = self.index.score(prepared, every, batch, resident.sinks, latest)
         held = resident._replace(positions=resident.positions.clone(), last_used=resident.last_used.clone())
         counters = self.state.counters[:count].clone()
-        return update_resident(scores, every, batch.lengths, latest, held, counters, self.select_k).counts
+        return update_resident(
+            scores, every, batch.lengths, latest, held, counters, self.select_k, successors=self.successors
+        ).counts
 
     def means(self, steps: int) -> Heads:
         """Means over the steps and slots, each [kv_heads]."""

@@ -119,8 +119,8 @@ class KVCache:
             state = LayerState(selection_query[layer], lse[layer], self._counters[layer], tails[layer])
             self.layers.append(
                 layer_type(
-                    arena[:, layer], indexes[layer], resident, state, self.thresholds[layer], k, scale,
-                    streams[layer % 2],
+                    arena[:, layer], indexes[layer], resident, state, self.thresholds[layer], k,
+                    config.attention == "clo", scale, streams[layer % 2],
                 )
             )  # fmt: skip
 

@@ -58,6 +58,8 @@ class LayerCache:
         state: the state of all slots.
         threshold: [kv_heads] float32, the gate of each head; above 1 a head selects in every step.
         select_k: rows that a head selects.
+        successors: whether they are selected by a part of the weight of the rows before them as well, see
+            ``clo.kernels.update_resident``; also an attribute, as ``select_k`` is.
         scale: factor of the scores.
         streams: side streams for the layer's work.
 
@@ -73,11 +75,12 @@ class LayerCache:
         state: LayerState,
         threshold: Tensor,
         select_k: int,
+        successors: bool,
         scale: float,
         streams: LayerStreams,
     ) -> None:
         self.arena, self.index, self.resident, self.state = arena, index, resident, state
-        self.select_k = select_k
+        self.select_k, self.successors = select_k, successors
         self.stores = True
         self._threshold, self._scale, self._streams = threshold, scale, streams
         self._mean_weights: Callable[..., Tensor] = _mean_weights
@@ -312,8 +315,9 @@ class LayerCache:
         resident, counters = self.resident.slots(count), self.state.counters[:count]
         listed = None if tail is None else tail.slots(count)
         return update_resident(
-            scores, reselect, batch.lengths, latest, resident, counters, self.select_k, listed
-        )
+            scores, reselect, batch.lengths, latest, resident, counters, self.select_k, listed,
+            successors=self.successors,
+        )  # fmt: skip
 
     def fetch(self, fetch_list: FetchList, batch: Batch, *, patient: bool) -> None:
         """Bring the rows from the arena; see ``clo.kernels.fetch``."""
