@@ -417,8 +417,8 @@ class ServerConfig:
     )
     recovery: Recovery = option(
         "on",
-        "on starts a worker or the HTTP gateway again that has died, and requests go on from the tokens that "
-        "have come; off stops the server",
+        "on starts processes again that have died, and requests go on from the tokens that have come; off "
+        "stops the server",
     )
     host: str = option(
         "127.0.0.1", "address for clients; anyone who reaches it may use the server", "ADDRESS", str

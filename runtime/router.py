@@ -190,11 +190,23 @@ class Router:
     def expect(self, connection: bytes, name: str, pid: int) -> None:
         """A worker or store was started, and may say that it is ready; nobody else may say anything."""
         self._children.expect(connection, name, pid)
-        self._begun[connection] = asyncio.Event()
+        self._begun.setdefault(connection, asyncio.Event()).clear()
 
     async def until_begun(self, connection: bytes) -> None:
         """Wait until a worker, store or gateway that was started is ready."""
         await self._begun[connection].wait()
+
+    async def until_stores_begun(self) -> None:
+        """Wait until no store is away."""
+        begun = [self._begun[store] for store in self._stores]
+        while not all(event.is_set() for event in begun):
+            for event in begun:
+                await event.wait()
+
+    def store_of(self, worker: bytes) -> str | None:
+        """The store that a worker is connected to, None where that is not known or it is away."""
+        ready = self._ready_workers.get(worker)
+        return None if ready is None else ready.store
 
     async def listen_at(self, endpoint: str) -> asyncio.Server:
         """Let children connect at another address, too, until what is returned is closed."""
@@ -229,6 +241,10 @@ class Router:
                 request.move(State.LOST)
                 request.worker, request.prefilled = b"", None
                 self._spawn(self._go_on(request))
+
+    def lose_store(self, name: str) -> None:
+        """A store has ended, and with it all that it held; ``lose`` is called for its workers, too."""
+        self._begun[store_identity(name)].clear()
 
     async def _go_on(self, request: Request) -> None:
         """Give a lost request to a worker, from the tokens that have come."""

@@ -140,7 +140,7 @@ class Supervisor:
         self._stores: list[Child] = []
         self._stopping = asyncio.Event()
         self._serving = False  # it was ready
-        self._killed: list[Child] = []  # because they did not answer
+        self._killed: dict[Child, WorkerDied] = {}  # and why
 
     def _warn(self) -> None:
         """Once, where others than this machine's users can use the server."""
@@ -204,27 +204,29 @@ class Supervisor:
             self._gateways.append(await self._start_gateway(self._listener, folder))
         for index in range(config.workers):
             self._workers.append(await self._start_worker(index, folder))
-        workers = {
-            index: StartedWorker(child.process.pid, index) for index, child in enumerate(self._workers)
-        }
+        for index in range(len(config.kvstore)):
+            self._stores.append(await self._start_store(index, folder))
+
+    async def _start_store(self, index: int, folder: PrivateFolder) -> Child:
+        config, name, node = self._config, self._config.kvstore[index], self._nodes[index]
         shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
-        block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
-        for name, node in zip(config.kvstore, self._nodes, strict=True):
-            store = StoreConfig(
-                name=name,
-                node=node,
-                arena_bytes=self._kv_size,
-                endpoint=_store_in(folder, node),
-                router=_router_in(folder),
-                block=block,
-                workers=workers,
-                prefix_caching=config.prefix_caching,
-                kv_events=config.kv_events_port is not None,
-                log_level=config.log_level,
-            )
-            child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
-            self._stores.append(child)
-            self._router.expect(store_identity(name), child.name, child.process.pid)
+        store = StoreConfig(
+            name=name,
+            node=node,
+            arena_bytes=self._kv_size,
+            endpoint=_store_in(folder, node),
+            router=_router_in(folder),
+            block=BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes),
+            workers={
+                number: StartedWorker(child.process.pid, number) for number, child in enumerate(self._workers)
+            },
+            prefix_caching=config.prefix_caching,
+            kv_events=config.kv_events_port is not None,
+            log_level=config.log_level,
+        )
+        child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
+        self._router.expect(store_identity(name), child.name, child.process.pid)
+        return child
 
     async def _start_worker(self, index: int, folder: PrivateFolder) -> Child:
         config = self._config
@@ -268,6 +270,7 @@ class Supervisor:
         identity = worker_identity(index)
 
         async def start(folder: PrivateFolder) -> Child:
+            await self._router.until_stores_begun()
             child = self._workers[index] = await self._start_worker(index, folder)
             for name, node in zip(self._config.kvstore, self._nodes, strict=True):
                 self._router.tell_store(name, Expect(index, child.process.pid, _store_in(folder, node)))
@@ -276,6 +279,28 @@ class Supervisor:
         await self._keep(
             self._workers[index], identity, start, lambda error: self._router.lose(identity, error)
         )
+
+    async def _keep_store(self, index: int) -> None:
+        """The same for a store, with which its workers end: what they know of its arena is lost."""
+        name, workers = self._config.kvstore[index], list[Child]()
+
+        def lose(error: WorkerDied) -> None:
+            self._router.lose_store(name)
+            workers[:] = [
+                child
+                for number, child in enumerate(self._workers)
+                if self._router.store_of(worker_identity(number)) in (name, None)
+            ]
+            for child in workers:
+                self._kill(child, WorkerDied(f"{child.name} has lost {self._stores[index].name}"))
+
+        async def start(folder: PrivateFolder) -> Child:
+            for child in workers:  # or there would be two arenas for a moment
+                await child.process.wait()
+            child = self._stores[index] = await self._start_store(index, folder)
+            return child
+
+        await self._keep(self._stores[index], store_identity(name), start, lose)
 
     async def _keep_gateway(self, listener: Listener) -> None:
         """The same for the HTTP gateway. Its clients' connections end with it, and so do their requests."""
@@ -295,7 +320,7 @@ class Supervisor:
     ) -> None:
         loop = asyncio.get_running_loop()
         quick = 0
-        error = await child.ended()
+        error = await self._end_of(child)
         while self._serving and self._config.recovery == "on" and quick < _QUICK_ENDS:
             lose(error)
             _logger.warning("%s; it is started again.", error)
@@ -305,7 +330,7 @@ class Supervisor:
                 try:
                     child = await start(folder)
                     begun = asyncio.create_task(self._router.until_begun(identity))
-                    ended = asyncio.create_task(child.ended())
+                    ended = asyncio.create_task(self._end_of(child))
                     await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     door.close()
@@ -315,19 +340,26 @@ class Supervisor:
             quick = quick + 1 if loop.time() - since < _LASTING_S else 0
         raise _stopped(error)
 
+    async def _end_of(self, child: Child) -> WorkerDied:
+        """Wait for the end of a process; says why it ended."""
+        error = await child.ended()
+        return self._killed.pop(child, error)
+
+    def _kill(self, child: Child, why: WorkerDied) -> None:
+        if child.process.returncode is None:
+            self._killed[child] = why
+            child.send(signal.SIGKILL)
+
     def _give_up(self, identity: bytes, error: WorkerDied) -> None:
         """A process does not answer. Raises ``WorkerDied`` unless it is one that is started again."""
-        names = [GATEWAY_IDENTITY] * len(self._gateways) + [*map(worker_identity, range(len(self._workers)))]
-        kept = dict(zip(names, self._gateways + self._workers, strict=True))
-        child = kept.get(identity)
-        if not self._serving or self._config.recovery == "off" or child is None or child in self._killed:
+        workers, stores = range(len(self._workers)), self._config.kvstore
+        names = [GATEWAY_IDENTITY] * len(self._gateways)
+        names += [*map(worker_identity, workers), *map(store_identity, stores)]
+        child = dict(zip(names, self._children, strict=True))[identity]
+        if not self._serving or self._config.recovery == "off" or child in self._killed:
             raise _stopped(error)  # the kernel itself cannot end one that was killed before
         _logger.warning("%s; it is killed.", error)
-        self._killed.append(child)
-        child.send(signal.SIGKILL)
-
-    async def _watch_store(self, child: Child) -> None:
-        raise _stopped(await child.ended())
+        self._kill(child, error)
 
     async def _first_failure(self) -> CLOError:
         """Serve until a signal, the end of a child or an error in the router; says which it was.
@@ -340,7 +372,7 @@ class Supervisor:
                 self._until_stopped(),
                 *([] if self._listener is None else [self._keep_gateway(self._listener)]),
                 *(self._keep_worker(index) for index in range(len(self._workers))),
-                *(self._watch_store(child) for child in self._stores),
+                *(self._keep_store(index) for index in range(len(self._stores))),
                 self._router.watch_children(self._give_up),
                 self._router.serve(),
                 self._announce(),

@@ -137,6 +137,24 @@ def test_one_who_subscribes_to_something_else_hears_nothing(server: Server) -> N
         assert not deaf.hears(0.1)
 
 
+def test_a_store_that_is_started_again_holds_nothing(server: Server) -> None:
+    prompt = list(range(300, 4, -1)) * 2 + [11] * 20
+    with Client(server.address, timeout=WAIT_S) as client, subscribed(server) as subscriber:
+
+        def ask() -> None:
+            assert client.generate(prompt, max_tokens=1).usage.cached_tokens == 0
+            while not isinstance(event := subscriber.batch().events[-1], BlockStored):
+                assert isinstance(event, BlockRemoved)  # of what was asked before
+            assert event.token_ids == prompt[:512]
+
+        ask()
+        (store,) = server.children("kvstore")
+        store.kill()
+        (cleared,) = subscriber.events(1)
+        assert isinstance(cleared, AllBlocksCleared)
+        ask()
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 400])
 def test_what_is_no_subscriber_hurts_nobody(server: Server, data: bytes) -> None:
     host, port = address_of(server).removeprefix("tcp://").split(":")

@@ -6,38 +6,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
-from msgspec.structs import replace
 
-from clo.runtime.client import AsyncClient, Client, Result
+from clo.runtime.client import Client, Result
+from tests.chaos import EXACT, OPTIONS, PROGRAM, Chaos, answers, assert_same
 from tests.faults import WAIT_S, assert_serves
 from tests.server import Server
-from tests.test_system import assert_all_free
 
 Launch = Callable[..., AbstractContextManager[Server]]
-
-# A set that holds every row: that of a successor would hold others, and a random model prefers none.
-EXACT = ("--kv-size", "16MiB", "--max-num-seqs", "8", "--select-k", "32", "--resident", "2048")
-LONG = 150  # tokens of an answer
-KINDS: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 1.0, "seed": 3},
-    {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 4, "logprobs": 2},
-    {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.3},
-    {"temperature": 0.0, "logit_bias": {7: 3.0, 9: -4.0}, "min_tokens": 30},
-    {"temperature": 0.0, "prompt_logprobs": 1},
-    {"temperature": 0.0, "structured_outputs": {"regex": "(ab|cd|ef){70}"}},
-    {"temperature": 1.0, "seed": 5, "stop": ["never in this text"]},
-]
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randint(4, 300, (length,), generator=generator).tolist() for length in range(20, 900, 110)]
 
 
 def worker_of(server: Server, number: int = 0) -> psutil.Process:
@@ -51,43 +29,9 @@ def worker_of(server: Server, number: int = 0) -> psutil.Process:
         time.sleep(0.02)
 
 
-async def answers(address: str, disturb: Callable[[int], None] | None = None) -> list[Result]:
-    """All kinds of requests at once; ``disturb`` is called with each number of tokens that have come."""
-    count = 0
-
-    async def ask(client: AsyncClient, prompt: list[int], options: dict[str, Any]) -> Result:
-        nonlocal count
-        stream = client.stream(prompt, max_tokens=LONG, ignore_eos=True, **options)
-        async for chunk in stream:
-            for _ in chunk.tokens:
-                count += 1
-                if disturb is not None:
-                    disturb(count)
-        return stream.result
-
-    async with AsyncClient(address, timeout=WAIT_S) as client:
-        found = await asyncio.gather(
-            *(ask(client, prompt, options) for prompt, options in zip(prompts(), KINDS, strict=True))
-        )
-        await assert_all_free(client)
-    return found
-
-
 def same(found: list[Result], expected: list[Result]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
-        assert (mine.text, mine.tokens) == (theirs.text, theirs.tokens)
-        assert mine.finish_reason == theirs.finish_reason
-        assert replace(mine.usage, cached_tokens=0) == replace(theirs.usage, cached_tokens=0)
-        for ours, wanted in (
-            (mine.logprobs, theirs.logprobs),
-            (mine.prompt_logprobs, theirs.prompt_logprobs),
-        ):
-            assert (ours is None) == (wanted is None)
-            for entry, reference in zip(ours or (), wanted or (), strict=True):
-                assert (entry is None) == (reference is None)
-                if entry is not None and reference is not None:
-                    assert entry.token == reference.token
-                    assert entry.logprob == pytest.approx(reference.logprob, abs=1e-3)
+        assert_same(mine, theirs)
 
 
 def test_answers_go_on_where_their_worker_is_killed(launch: Launch, tiny_model: Path) -> None:
@@ -128,6 +72,34 @@ def test_another_worker_takes_over(launch: Launch, tiny_model: Path) -> None:
         same(asyncio.run(answers(server.address)), expected)
 
 
+def test_a_killed_store_is_replaced_and_so_are_its_workers(launch: Launch, tiny_model: Path) -> None:
+    """Once under requests, and once again while the workers start: all begins anew, the arena too."""
+    with launch("--model", str(tiny_model), *EXACT, "--workers", "2") as server:
+        expected = asyncio.run(answers(server.address))
+        killed: list[psutil.Process] = []
+        workers = server.children("gpu_worker")
+
+        def kill(count: int) -> None:
+            if count == 100:
+                killed.extend(server.children("kvstore"))
+                killed[-1].kill()
+
+        same(asyncio.run(answers(server.address, kill)), expected)
+        (store,) = server.children("kvstore")
+        assert killed and store not in killed
+        assert not {*workers} & {*server.children("gpu_worker")}
+        lines = [line.split("] ")[1] for line in server.stderr.read_text().splitlines()]
+        assert len(lines) == 3 and lines[0].startswith("KV store numa0 was killed by SIGKILL")
+        assert sorted(lines[1:]) == [
+            f"worker {number} has lost KV store numa0; it is started again." for number in range(2)
+        ]
+        store.kill()
+        while not (again := [child for child in server.children("kvstore") if child != store]):
+            time.sleep(0.02)
+        again[0].kill()
+        same(asyncio.run(answers(server.address)), expected)
+
+
 SILENT = """\
 import sys
 import clo.runtime.children, clo.launch
@@ -136,17 +108,24 @@ sys.exit(clo.launch.main(sys.argv[1:]))
 """
 
 
-def test_a_worker_that_does_not_answer_is_replaced(launch: Launch, tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "name"), [("gpu_worker", "worker 0"), ("kvstore", "KV store numa0")], ids=["worker", "store"]
+)
+def test_a_process_that_does_not_answer_is_replaced(
+    launch: Launch, tiny_model: Path, package: str, name: str
+) -> None:
     with launch("--model", str(tiny_model), *EXACT, program=("-c", SILENT)) as server:
         expected = asyncio.run(answers(server.address))
 
         def stop(count: int) -> None:
             if count == 100:
-                worker_of(server).send_signal(signal.SIGSTOP)
+                (process,) = server.children(package)
+                process.send_signal(signal.SIGSTOP)
 
         same(asyncio.run(answers(server.address, stop)), expected)
-        errors = server.stderr.read_text()
-        assert "worker 0 has not answered for 3 s; it is killed." in errors
+        lines = server.stderr.read_text().splitlines()
+        assert lines[0].endswith(f"{name} has not answered for 3 s; it is killed.")
+        assert lines[1].endswith(f"{name} has not answered for 3 s; it is started again.")
 
 
 HASTY = """\
@@ -194,3 +173,14 @@ def test_a_killed_gateway_is_replaced(launch: Launch, tiny_model: Path) -> None:
         after = httpx.post(f"{server.url}/v1/completions", json=body, timeout=WAIT_S).json()
         assert after["choices"] == before["choices"]
         assert "HTTP gateway was killed by SIGKILL" in server.stderr.read_text()
+
+
+@pytest.mark.timeout(900)
+def test_a_hundred_faults(launch: Launch, tiny_model: Path) -> None:
+    """At random moments, many of them while others are still being mended."""
+    with launch("--model", str(tiny_model), *OPTIONS, program=("-c", PROGRAM)) as server:
+        chaos = Chaos(server, seed=1)
+        asyncio.run(chaos.run(faults=100))
+        assert chaos.counts["answers"] >= 8 and chaos.counts["answers over HTTP"]
+        lines = server.stderr.read_text().splitlines()
+        assert all(line.endswith(("it is started again.", "it is killed.")) for line in lines), lines
