@@ -139,7 +139,8 @@ class BlockPool:
         )
 
     def grants(self) -> Iterator[Grant]:
-        """Serve the queue as far as free blocks allow; call it after each ``allocate`` and ``free``."""
+        """Serve the queue as far as free blocks allow; call it after each ``allocate``, ``commit`` and
+        ``free``."""
         ahead: list[tuple[_Wait, int]] = []  # those that go on waiting, so far, and new blocks that they need
         for (group, sequence), wait in list(self._waiting.items()):
             shared = self._match(wait)
@@ -159,9 +160,12 @@ class BlockPool:
                 self.cached_tokens += len(holding.tokens)
             yield Grant(group, sequence, list(blocks), len(shared))
 
-    def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> None:
+    def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> int:
         """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on, with all their
         rows. Blocks of its prompt that have become full are committed.
+
+        Returns:
+            Their number. Who waits may share them, and so need fewer others.
 
         Raises:
             ProtocolError: the sequence holds no blocks, ``start`` is not the next position, or the tokens go
@@ -191,7 +195,9 @@ class BlockPool:
             else:  # another sequence was faster: held, it goes no earlier than what follows on it
                 holding.anchors[place] = first
                 self._hold([first])
-        holding.committed = max(holding.committed, full)
+        new = max(0, full - holding.committed)
+        holding.committed += new
+        return new
 
     def events(self) -> list[KVEvent]:
         """What has changed since this was called last, where it is reported."""

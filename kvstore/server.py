@@ -183,7 +183,8 @@ class StoreServer:
 
     def on_commit(self, identity: bytes, message: Commit) -> None:
         worker = self._attached(identity)
-        self._pool.commit(worker.group, message.sequence, message.start, message.tokens)
+        if self._pool.commit(worker.group, message.sequence, message.start, message.tokens):
+            self._grant()
 
     def on_free(self, identity: bytes, message: Free) -> None:
         worker = self._attached(identity)

@@ -1,9 +1,10 @@
 """Faults at random moments under load: ``python -m tests.chaos --faults 1000``.
 
 Eight clients ask for their kinds of answers again and again, one more asks over HTTP, and others come and go,
-while processes of the server are killed, stopped for a while, or hang. Each answer has to be what an
-undisturbed server gives, and in the end all blocks are free again. The moments differ from run to run; what
-happens, and in which order, depends on ``--seed`` alone. Writes ``benchmarks/results/chaos.json``.
+while processes of the server are killed, stopped for a while, or hang: one to three faults within seconds,
+and the next after some tokens. Each answer has to be what an undisturbed server gives, and in the end all
+blocks are free again. The moments differ from run to run; what happens, and in which order, depends on
+``--seed`` alone. Writes ``benchmarks/results/chaos.json``.
 """
 
 import argparse
@@ -61,7 +62,9 @@ FAULTS = {  # how many of each in a hundred: what, and to which process
     "hanging runtime.http": 1,
     "gone client": 40,
 }
-GAP_S, STOPPED_S, SERVING_S = 1.2, 2.0, 5.0
+TOGETHER, GAP_S, TOKENS = 3, 1.0, 400  # faults, between them, and until the next ones; all at most
+STOPPED_S, SERVING_S = 2.0, 5.0
+PATIENCE_S = 10 * WAIT_S  # of a request, which may be hit again and again
 # Of faults that have nothing to do with a request or with each other there may be any number.
 PROGRAM = f"""\
 import sys
@@ -122,7 +125,8 @@ class Chaos:
     """One server, what it answers, and what is done to it.
 
     Attributes:
-        counts: of the answers, by who got them, and of the HTTP requests whose connection ended.
+        counts: of the answers, by who got them, of their tokens, and of the HTTP requests whose connection
+            ended.
         longest_s: that a client waited for its next token.
     """
 
@@ -141,23 +145,32 @@ class Chaos:
             for kind, answer in enumerate(expected):
                 group.create_task(self._ask_on(kind, answer))
             group.create_task(self._ask_over_http(expected[0]))
-            for number, fault in enumerate(coming, 1):
-                await asyncio.sleep(self._rng.expovariate(1 / GAP_S))
-                await self._do(*fault.split())
-                if number % 20 == 0:
-                    print(f"{number} of {len(coming)} faults: {dict(self.counts)}", flush=True)
+            while coming:
+                for _ in range(min(len(coming), self._rng.randint(1, TOGETHER))):
+                    await self._do(*coming.pop().split())
+                    await asyncio.sleep(GAP_S * self._rng.random())
+                await self._tokens(self._rng.randint(1, TOKENS))
+                print(f"{faults - len(coming)} of {faults} faults: {dict(self.counts)}", flush=True)
             self._over = True
         async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
             await assert_all_free(client)
         for mine, theirs in zip(await answers(self._server.address), expected, strict=True):
             assert_same(mine, theirs)
 
+    async def _tokens(self, more: int) -> None:
+        """Wait until clients have got so many more tokens."""
+        enough, deadline = self.counts["tokens"] + more, time.monotonic() + WAIT_S
+        while self.counts["tokens"] < enough:
+            assert time.monotonic() < deadline, f"nothing goes on: {self._server.stderr.read_text()}"
+            await asyncio.sleep(0.02)
+
     async def _ask_on(self, kind: int, expected: Answer) -> None:
         while not self._over:
-            async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
+            async with AsyncClient(self._server.address, timeout=PATIENCE_S) as client:
                 stream = ask(client, kind)
                 last = time.monotonic()
-                async for _ in stream:
+                async for chunk in stream:
+                    self.counts["tokens"] += len(chunk.tokens)
                     now = time.monotonic()
                     self.longest_s, last = max(self.longest_s, now - last), now
             assert_same(stream.result, expected)
@@ -171,7 +184,7 @@ class Chaos:
             request = urllib.request.Request(
                 f"{self._server.url}/v1/completions", json.dumps(body).encode(), headers
             )
-            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                 return str(json.load(answer)["choices"][0]["text"])
 
         while not self._over:

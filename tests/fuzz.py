@@ -1,7 +1,8 @@
 """What the fuzz tests draw: values of any type that a message has, and values that are nearly so.
 
-``python -m tests.fuzz --minutes 60`` runs the tests of ``tests/test_fuzz.py`` for that long, each time with
-other values, and ends with 1 at the first that fails; else it writes ``benchmarks/results/fuzz.json``.
+``python -m tests.fuzz --minutes 60`` runs the tests of ``tests/test_fuzz.py`` and of
+``tests/test_pool_machine.py`` for that long, each time with other values, and ends with 1 at the first that
+fails; else it writes ``benchmarks/results/fuzz.json``.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
@@ -39,6 +41,19 @@ anything: st.SearchStrategy[Any] = st.recursive(
     max_leaves=6,
 )
 """Whatever MessagePack can hold."""
+
+
+def drawn(examples: int) -> settings:
+    """Settings of a test: the same values in each run, or more and other ones where ``tests.fuzz`` runs
+    it."""
+    many = os.environ.get(EXAMPLES)
+    return settings(
+        max_examples=int(many) if many else examples,
+        derandomize=many is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
@@ -125,8 +140,16 @@ def main() -> int:
     environment = os.environ | {EXAMPLES: f"{MANY}"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        line = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_fuzz.py", "-p", "no:cacheprovider"]
-        line += ["--timeout", "7200", "--junitxml", str(report)]
+        line = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "tests/test_fuzz.py",
+            "tests/test_pool_machine.py",
+        ]
+        line += ["-p", "no:cacheprovider", "--timeout", "7200", "--junitxml", str(report)]
         while time.monotonic() < end:
             if subprocess.run(line, cwd=ROOT, env=environment).returncode:
                 return 1

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import inspect
 from transformers import LlamaConfig
@@ -34,7 +34,7 @@ from clo.runtime.wire.messages import Failed, Finished, Generate, Message, Sampl
 from clo.runtime.wire.sockets import Decoder, encode
 from tests.conftest import VOCABULARY
 from tests.faults import SMALL, WAIT_S, assert_serves, raw
-from tests.fuzz import EXAMPLES, anything, frames, spoiled, values
+from tests.fuzz import anything, drawn, frames, spoiled, values
 from tests.peers import Wire, running
 from tests.server import Server
 from tests.soak import GROWTH_DESCRIPTORS, held
@@ -46,19 +46,6 @@ ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe 
 """What a worker asks a store all the time."""
 
 UNIONS = ("ToRouter", "ToClient", "ToWorker", "LauncherToStore", "FromChild", "ToStore", "FromStore")
-
-
-def drawn(examples: int) -> settings:
-    """Settings of a test: the same values in each run, or more and other ones where ``tests.fuzz`` runs
-    it."""
-    many = os.environ.get(EXAMPLES)
-    return settings(
-        max_examples=int(many) if many else examples,
-        derandomize=many is None,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @pytest.mark.parametrize("union", UNIONS)

@@ -82,6 +82,17 @@ def test_waiting_allocations_of_two_workers_are_served_in_order(store: Store) ->
     assert isinstance(answer, Allocated) and len(answer.blocks) == 2
 
 
+def test_who_waits_is_served_once_another_has_committed_what_both_begin_with(store: Store) -> None:
+    (one, _), (two, _) = store.worker(1), store.worker(2)
+    prompt = [1] * 16 * (BLOCKS - 1)
+    assert isinstance(ask(one, Allocate(1, BLOCKS - 1, prompt)), Allocated)
+    two.send(Allocate(1, BLOCKS, [*prompt, 2]))
+    assert stats(two).waiting == 1
+    one.send(Commit(1, 0, prompt))
+    answer = two.receive(WAIT_MS)
+    assert isinstance(answer, Allocated) and (len(answer.blocks), answer.cached) == (BLOCKS, BLOCKS - 1)
+
+
 def test_an_allocation_that_can_never_fit_is_denied_at_once(store: Store) -> None:
     client, _ = store.worker(0)
     for blocks in (BLOCKS + 1, 2**63):

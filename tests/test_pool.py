@@ -1,7 +1,4 @@
-"""Allocation of blocks: order, limits, what a block holds, and bookkeeping under random use."""
-
-import random
-from collections import Counter
+"""Allocation of blocks: order, limits and what a block holds; ``test_pool_machine`` has any use."""
 
 import pytest
 
@@ -288,73 +285,3 @@ def test_check_integrity_finds_damage(damage: str, text: str) -> None:
             pool.allocate(0, 2, 2)  # just as many as are free
     with pytest.raises(AssertionError, match=text):
         pool.check_integrity()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_random_use_keeps_the_books_right(seed: int) -> None:
-    """Against a plain model: who owns what is followed from the grants alone."""
-    rng = random.Random(seed)
-    pool = BlockPool(blocks=20, block_tokens=3)
-    queue: list[tuple[int, int, int]] = []  # worker, sequence, blocks
-    passed: Counter[tuple[int, int, int]] = Counter()  # blocks that overtook an entry of the queue
-    owned: dict[tuple[int, int], list[int]] = {}
-    tokens: dict[tuple[int, int], list[int]] = {}
-    prompts: dict[tuple[int, int], list[int]] = {}
-    begun = [[rng.randrange(3) for _ in range(36)] for _ in range(3)]  # what prompts begin like
-    content: dict[int, list[int]] = {}  # by block: all tokens up to its end, where a prompt filled it
-    shared = 0
-    for _ in range(1000):
-        worker, sequence = key = (rng.randrange(3), rng.randrange(8))
-        match rng.choice(["allocate", "allocate", "commit", "free", "free group"]):
-            case "allocate" if key not in owned and key not in [entry[:2] for entry in queue]:
-                count = rng.randint(1, 12)
-                prompt = rng.choice(begun)[: rng.randint(0, 3 * count)]
-                prompts[key] = [
-                    *prompt,
-                    *(rng.randrange(9) for _ in range(rng.randint(0, 3 * count - len(prompt)))),
-                ]
-                pool.allocate(worker, sequence, count, prompts[key])
-                queue.append((worker, sequence, count))
-            case "commit" if key in owned:
-                start = len(tokens[key])
-                new = [rng.randrange(2**31) for _ in range(rng.randint(0, len(owned[key]) * 3 - start))]
-                rest = prompts[key][start : start + len(new)]
-                new[: len(rest)] = rest
-                pool.commit(worker, sequence, start, new)
-                tokens[key] += new
-                for place in range(start // 3, min(len(tokens[key]), len(prompts[key])) // 3):
-                    content[owned[key][place]] = prompts[key][: 3 * place + 3]
-            case "free":
-                assert pool.free(worker, sequence) == len(owned.pop(key, []))
-                for entry in [entry for entry in queue if entry[:2] == key]:
-                    queue.remove(entry)
-                    del passed[entry]
-            case "free group" if rng.random() < 0.1:
-                gone = [other for other in owned if other[0] == worker]
-                assert pool.free_group(worker) == sum(len(owned.pop(other)) for other in gone)
-                for entry in [entry for entry in queue if entry[0] == worker]:
-                    queue.remove(entry)
-                    del passed[entry]
-        for grant in pool.grants():
-            place = queue.index((grant.group, grant.sequence, len(grant.blocks)))
-            passed.pop(queue.pop(place), None)
-            for entry in queue[:place]:
-                passed[entry] += len(grant.blocks) - grant.cached
-                assert passed[entry] <= entry[2]
-            key, own = (grant.group, grant.sequence), grant.blocks[grant.cached :]
-            assert not set(own) & {block for blocks in owned.values() for block in blocks}
-            for block in own:
-                content.pop(block, None)
-            for place, block in enumerate(grant.blocks[: grant.cached]):
-                assert content[block] == prompts[key][: 3 * place + 3], "it has the rows of these tokens"
-            shared += grant.cached
-            owned[key], tokens[key] = grant.blocks, prompts[key][: 3 * grant.cached]
-        pool.check_integrity()
-        assert (pool.waiting, pool.sequences) == (len(queue), len(owned))
-        held = {block for blocks in owned.values() for block in blocks}
-        assert pool.free_blocks <= 20 - len(held)
-        for (worker, sequence), blocks in owned.items():
-            described, parts = pool.describe(worker, sequence)
-            assert described == blocks
-            assert [token for part in parts for token in part] == tokens[worker, sequence]
-    assert shared
