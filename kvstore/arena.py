@@ -61,14 +61,14 @@ class Arena:
         try:
             own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise WorkerDied(f"The KV store with pid {pid} is gone; start the server again.") from None
+            raise WorkerDied(f"The KV store with pid {pid} is gone.") from None
         except PermissionError:
             raise ConfigError(
                 f"The memory of the KV store (pid {pid}) may not be opened; run all processes as one user."
             ) from None
         try:
             if os.fstat(own).st_size != size:
-                raise WorkerDied(f"Process {pid} holds no arena of {size} bytes; start the server again.")
+                raise WorkerDied(f"Process {pid} holds no arena of {size} bytes.")
             return cls(own, size)
         finally:
             os.close(own)

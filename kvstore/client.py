@@ -56,7 +56,7 @@ class StoreClient(DealerSocket[ToStore, FromStore]):
             case None:
                 raise WorkerDied(
                     f"The KV store did not answer {type(message).__name__} within {timeout_s:g} s; "
-                    "see its messages above and start the server again."
+                    "see its messages above."
                 )
             case _:
                 raise ProtocolError(

@@ -12,6 +12,7 @@ class _Child:
     pid: int
     waited: float = 0.0  # seconds that it has owed its first message, or an answer
     ready: bool = False
+    ended: bool = False
     asked: bool = False  # it owes an answer
 
 
@@ -34,7 +35,7 @@ class Children:
     def begin(self, connection: bytes, pid: int) -> bool:
         """Take the first message of a child; False where it is not from the process that was started."""
         child = self._children.get(connection)
-        if child is None or child.pid != pid:
+        if child is None or child.pid != pid or child.ended:
             return False
         child.ready, child.waited = True, 0.0
         return True
@@ -43,9 +44,15 @@ class Children:
         child = self._children.get(connection)
         return child is not None and child.ready
 
+    def end(self, connection: bytes) -> None:
+        """A child has ended, or is about to: it owes nothing more, and cannot begin any more."""
+        self._children[connection].ended = True
+
     def ask(self) -> list[bytes]:
         """Those to be sent a ``Ping`` now: they are ready and have answered the last one."""
-        free = [name for name, child in self._children.items() if child.ready and not child.asked]
+        free = [
+            name for name, child in self._children.items() if child.ready and not child.asked | child.ended
+        ]
         for name in free:
             self._children[name].asked = True
         return free
@@ -59,7 +66,7 @@ class Children:
         their budgets, which they are given once more."""
         silent = []
         for connection, child in self._children.items():
-            if child.ready and not child.asked:
+            if child.ended or (child.ready and not child.asked):
                 continue
             child.waited += seconds
             budget = SERVING_S if child.ready else STARTING_S

@@ -196,17 +196,13 @@ class Router:
         """Wait until a worker, store or gateway that was started is ready."""
         await self._begun[connection].wait()
 
-    async def until_stores_begun(self) -> None:
-        """Wait until no store is away."""
-        begun = [self._begun[store] for store in self._stores]
-        while not all(event.is_set() for event in begun):
-            for event in begun:
-                await event.wait()
+    def has_begun(self, connection: bytes) -> bool:
+        """Whether a worker, store or gateway is ready, and has not ended."""
+        return self._begun[connection].is_set()
 
-    def store_of(self, worker: bytes) -> str | None:
-        """The store that a worker is connected to, None where that is not known or it is away."""
-        ready = self._ready_workers.get(worker)
-        return None if ready is None else ready.store
+    def store_of(self, worker: bytes) -> str:
+        """The store of a worker, which is the same after each start of it; it has been ready once."""
+        return self._known_workers[worker].store
 
     async def listen_at(self, endpoint: str) -> asyncio.Server:
         """Let children connect at another address, too, until what is returned is closed."""
@@ -219,6 +215,8 @@ class Router:
     def lose(self, worker: bytes, error: WorkerDied) -> None:
         """A worker has ended. Its requests go on with another one, or with its successor, from the tokens
         that have come; what a worker had when it ended ``_MOST_LOSSES`` times fails with ``error``."""
+        self._children.end(worker)
+        self._begun[worker].clear()
         self._ready_workers.pop(worker, None)
         if not self._ready_workers:
             self._some_ready.clear()
@@ -244,6 +242,7 @@ class Router:
 
     def lose_store(self, name: str) -> None:
         """A store has ended, and with it all that it held; ``lose`` is called for its workers, too."""
+        self._children.end(store_identity(name))
         self._begun[store_identity(name)].clear()
 
     async def _go_on(self, request: Request) -> None:
@@ -768,7 +767,7 @@ class Router:
         """Send to a request's worker. One that is gone needs nothing here: its connection lasts as long as
         the process, at whose end the supervisor calls ``lose``, or ends the server."""
         if self._workers.send(request.worker, message) is not Delivery.SENT:
-            _logger.warning("%s is gone.", request.worker.decode())
+            _logger.info("%s is gone.", request.worker.decode())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)

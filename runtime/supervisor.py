@@ -34,6 +34,7 @@ from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
+from clo.runtime.wire.liveness import SERVING_S
 from clo.runtime.wire.messages import GATEWAY_IDENTITY, Expect, store_identity, worker_identity
 
 STOP_S = 5.0  # for the children to leave in good order
@@ -107,6 +108,10 @@ class _Explained(WorkerDied):
     """The process has said why itself."""
 
 
+class _LostStore(WorkerDied):
+    """The worker has ended with its store."""
+
+
 def _stopped(error: WorkerDied) -> WorkerDied:
     """The same for those whose server does not go on."""
     return type(error)(f"{error}; the server has stopped, start it again.")
@@ -134,6 +139,8 @@ class Supervisor:
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)
+        shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
+        self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
         self._router = Router(config, self._model, _router_in(folder), self._key)
         self._gateways: list[Child] = []  # one or none
         self._workers: list[Child] = []
@@ -209,14 +216,13 @@ class Supervisor:
 
     async def _start_store(self, index: int, folder: PrivateFolder) -> Child:
         config, name, node = self._config, self._config.kvstore[index], self._nodes[index]
-        shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
         store = StoreConfig(
             name=name,
             node=node,
             arena_bytes=self._kv_size,
             endpoint=_store_in(folder, node),
             router=_router_in(folder),
-            block=BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes),
+            block=self._block,
             workers={
                 number: StartedWorker(child.process.pid, number) for number, child in enumerate(self._workers)
             },
@@ -270,8 +276,11 @@ class Supervisor:
         identity = worker_identity(index)
 
         async def start(folder: PrivateFolder) -> Child:
-            await self._router.until_stores_begun()
+            store = self._router.store_of(identity)
+            await self._router.until_begun(store_identity(store))
             child = self._workers[index] = await self._start_worker(index, folder)
+            if not self._router.has_begun(store_identity(store)):  # it has ended while the process was made
+                self._kill(child, _LostStore(f"{child.name} has lost KV store {store}"))
             for name, node in zip(self._config.kvstore, self._nodes, strict=True):
                 self._router.tell_store(name, Expect(index, child.process.pid, _store_in(folder, node)))
             return child
@@ -286,17 +295,21 @@ class Supervisor:
 
         def lose(error: WorkerDied) -> None:
             self._router.lose_store(name)
-            workers[:] = [
-                child
-                for number, child in enumerate(self._workers)
-                if self._router.store_of(worker_identity(number)) in (name, None)
-            ]
-            for child in workers:
-                self._kill(child, WorkerDied(f"{child.name} has lost {self._stores[index].name}"))
+            workers.clear()
+            for number, child in enumerate(self._workers):
+                identity = worker_identity(number)
+                if self._router.store_of(identity) == name:
+                    workers.append(child)
+                    why = _LostStore(f"{child.name} has lost KV store {name}")
+                    self._kill(child, why)
+                    self._router.lose(identity, why)  # all at once: no request goes on with one of them
 
         async def start(folder: PrivateFolder) -> Child:
             for child in workers:  # or there would be two arenas for a moment
-                await child.process.wait()
+                try:
+                    await asyncio.wait_for(child.process.wait(), SERVING_S)
+                except TimeoutError:
+                    raise _stopped(WorkerDied(f"{child.name} does not end")) from None
             child = self._stores[index] = await self._start_store(index, folder)
             return child
 
@@ -324,20 +337,26 @@ class Supervisor:
         while self._serving and self._config.recovery == "on" and quick < _QUICK_ENDS:
             lose(error)
             _logger.warning("%s; it is started again.", error)
-            await asyncio.sleep(_BACK_OFF_S * (2**quick - 1))
-            with PrivateFolder() as folder:
-                door = await self._router.listen_at(_router_in(folder))
-                try:
-                    child = await start(folder)
-                    begun = asyncio.create_task(self._router.until_begun(identity))
-                    ended = asyncio.create_task(self._end_of(child))
-                    await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    door.close()
+            await asyncio.sleep(_BACK_OFF_S * (2 ** min(quick, 10) - 1))
+            try:
+                with PrivateFolder() as folder:
+                    door = await self._router.listen_at(_router_in(folder))
+                    try:
+                        child = await start(folder)
+                        begun = asyncio.create_task(self._router.until_begun(identity))
+                        ended = asyncio.create_task(self._end_of(child))
+                        await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        door.close()
+            except OSError as problem:  # such as no memory for another process
+                quick += 1
+                error = WorkerDied(f"{child.name} cannot be started: {problem.strerror}")
+                continue
             since = loop.time() if begun.done() else math.inf
             begun.cancel()
             error = await ended
-            quick = quick + 1 if loop.time() - since < _LASTING_S else 0
+            if not isinstance(error, _LostStore):
+                quick = quick + 1 if loop.time() - since < _LASTING_S else 0
         raise _stopped(error)
 
     async def _end_of(self, child: Child) -> WorkerDied:

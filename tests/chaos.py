@@ -51,8 +51,9 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 5, "stop": ["never in this text"]},
 ]
 FAULTS = {  # how many of each in a hundred: what, and to which process
-    "killed gpu_worker": 12,
+    "killed gpu_worker": 10,
     "killed kvstore": 4,
+    "killed gpu_worker,kvstore": 2,  # at the same moment
     "killed runtime.http": 8,
     "stopped gpu_worker": 12,
     "stopped kvstore": 10,
@@ -74,7 +75,8 @@ clo.runtime.router._MOST_LOSSES = clo.runtime.supervisor._QUICK_ENDS = 1_000_000
 clo.runtime.supervisor._BACK_OFF_S = 0.0
 sys.exit(clo.launch.main(sys.argv[1:]))
 """
-OPTIONS = (*EXACT, "--workers", "2", "--http", "0")
+WORKERS = 2
+OPTIONS = (*EXACT, "--workers", f"{WORKERS}", "--http", "0")
 
 
 def prompts() -> list[list[int]]:
@@ -153,6 +155,10 @@ class Chaos:
                 print(f"{faults - len(coming)} of {faults} faults: {dict(self.counts)}", flush=True)
             self._over = True
         async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
+            deadline = time.monotonic() + WAIT_S
+            while len((await client.info()).workers) < WORKERS:
+                assert time.monotonic() < deadline, f"one is missing: {self._server.stderr.read_text()}"
+                await asyncio.sleep(0.1)
             await assert_all_free(client)
         for mine, theirs in zip(await answers(self._server.address), expected, strict=True):
             assert_same(mine, theirs)
@@ -202,20 +208,26 @@ class Chaos:
         if whom == "client":
             await asyncio.to_thread(self._come_and_go)
             return
-        processes = self._server.children(whom)
-        if not processes:  # it is being started again
-            return
-        process = self._rng.choice(processes)
-        with suppress(psutil.NoSuchProcess):
-            match what:
-                case "killed":
-                    process.kill()
-                case "hanging":
-                    process.suspend()
-                case "stopped":
-                    process.suspend()
-                    await asyncio.sleep(STOPPED_S * self._rng.random())
-                    process.resume()
+        processes = [self._rng.choice(await self._children(name)) for name in whom.split(",")]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                match what:
+                    case "killed":
+                        process.kill()
+                    case "hanging":
+                        process.suspend()
+                    case "stopped":
+                        process.suspend()
+                        await asyncio.sleep(STOPPED_S * self._rng.random())
+                        process.resume()
+
+    async def _children(self, name: str) -> list[psutil.Process]:
+        """The server's processes of a kind, once there is one."""
+        deadline = time.monotonic() + WAIT_S
+        while not (processes := self._server.children(name)):
+            assert time.monotonic() < deadline, f"{name}: {self._server.stderr.read_text()}"
+            await asyncio.sleep(0.02)
+        return processes
 
     def _come_and_go(self) -> None:
         """A client that asks for much and is gone in the midst of it."""

@@ -2,7 +2,7 @@
 
 The launcher asks each child once a second with ``Ping``, which the child's loop answers with ``Pong`` between
 two pieces of work. There are two budgets, as a child that starts answers nothing: it loads a model or touches
-its memory. A worker or gateway that exceeds its budget is killed and started again, any other child ends the
+its memory. One that exceeds its budget is killed and started again; before the server is ready, it ends the
 server. Before that, clients whose requests wait for one that is silent are told; if it comes back nothing is
 lost, for connections between processes of one machine last as long as the processes.
 """
