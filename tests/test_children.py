@@ -62,3 +62,14 @@ def test_a_silent_child_is_stalled_comes_back_or_is_given_up(serving: Children) 
     assert not serving.wait(SERVING_S - 1)
     ((child, error),) = serving.wait(1)
     assert child == b"worker-0" and str(error) == "worker 0 has not answered for 120 s"
+
+
+def test_one_that_has_ended_is_neither_asked_nor_waited_for_and_cannot_begin() -> None:
+    children = Children()
+    children.expect(b"worker", "worker 0", 1)
+    assert children.begin(b"worker", 1)
+    children.end(b"worker")
+    assert children.ask() == [] and children.wait(10 * SERVING_S) == []
+    assert not children.begin(b"worker", 1), "what it said last comes late"
+    children.expect(b"worker", "worker 0", 2)
+    assert children.begin(b"worker", 2) and children.ask() == [b"worker"]

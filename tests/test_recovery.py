@@ -175,7 +175,7 @@ def test_a_killed_gateway_is_replaced(launch: Launch, tiny_model: Path) -> None:
         assert "HTTP gateway was killed by SIGKILL" in server.stderr.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_hundred_faults(launch: Launch, tiny_model: Path) -> None:
     """At random moments, many of them while others are still being mended."""
     with launch("--model", str(tiny_model), *OPTIONS, program=("-c", PROGRAM)) as server:
