@@ -10,6 +10,7 @@ COMMANDS = {
     "chat": "talk to a model, with documents in front",
     "run": "ask one thing, or all that a file holds",
     "top": "show what a server is doing, live",
+    "reload": "restart a server's workers with the code on disk, while it serves",
     "check": "say what this machine can run, and what of a model fits",
     "bench": "measure a server as its clients see it",
     "completion": "print completions for a shell: clo completion bash",

@@ -212,9 +212,10 @@ class Router:
         """Tell a store of a worker that was started again."""
         self._workers.send(store_identity(name), message)
 
-    def lose(self, worker: bytes, error: WorkerDied) -> None:
-        """A worker has ended. Its requests go on with another one, or with its successor, from the tokens
-        that have come; what a worker had when it ended ``_MOST_LOSSES`` times fails with ``error``."""
+    def lose(self, worker: bytes, error: WorkerDied, *, planned: bool = False) -> None:
+        """A worker has ended, or is about to. Its requests go on with another one, or with its successor,
+        from the tokens that have come; what a worker had when it ended ``_MOST_LOSSES`` times fails with
+        ``error``. An end that was ``planned`` does not count."""
         self._children.end(worker)
         self._begun[worker].clear()
         self._ready_workers.pop(worker, None)
@@ -224,14 +225,14 @@ class Router:
             report.cancel()
         lost, self._running[worker] = self._running.get(worker, {}), {}
         for request in lost.values():
-            request.losses += 1
+            request.losses += not planned
             reason = request.reason if request.state is State.STOPPING else request.complete
             if not request.open:
                 self._give_permit_back(request)
             elif reason is not None:
                 self._give_permit_back(request)
                 self._finish(request, reason, NO_STATS)
-            elif request.losses == _MOST_LOSSES:
+            elif request.losses == _MOST_LOSSES and not planned:
                 self._give_permit_back(request)
                 text = f"Workers ended {_MOST_LOSSES} times while they had the request: {error}"
                 self._end(request, Failed(request.name, error.code, text))

@@ -24,6 +24,7 @@ from clo.runtime.config import (
     StoreConfig,
     WorkerConfig,
 )
+from clo.runtime.control import Control, Tell
 from clo.runtime.http.listener import Listener
 from clo.runtime.machine.addresses import from_this_machine
 from clo.runtime.machine.numa import check_nodes
@@ -33,9 +34,17 @@ from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
-from clo.runtime.wire.errors import CLOError, ServerStopped, WorkerDied
+from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerStopped, WorkerDied
 from clo.runtime.wire.liveness import SERVING_S
-from clo.runtime.wire.messages import GATEWAY_IDENTITY, Expect, store_identity, worker_identity
+from clo.runtime.wire.messages import (
+    GATEWAY_IDENTITY,
+    Expect,
+    Reloaded,
+    ToControl,
+    Working,
+    store_identity,
+    worker_identity,
+)
 
 STOP_S = 5.0  # for the children to leave in good order
 _LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 6, 0.5
@@ -112,6 +121,10 @@ class _LostStore(WorkerDied):
     """The worker has ended with its store."""
 
 
+class _Planned(WorkerDied):
+    """The process was ended to start it with the code that is on disk."""
+
+
 def _stopped(error: WorkerDied) -> WorkerDied:
     """The same for those whose server does not go on."""
     return type(error)(f"{error}; the server has stopped, start it again.")
@@ -142,6 +155,8 @@ class Supervisor:
         shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
         self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
         self._router = Router(config, self._model, _router_in(folder), self._key)
+        self._control = Control(self._router.address, self._carry_out)
+        self._reloading = False
         self._gateways: list[Child] = []  # one or none
         self._workers: list[Child] = []
         self._stores: list[Child] = []
@@ -183,12 +198,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._on_signal))
+        error: CLOError = ServerStopped("The server has stopped.")
         try:
             await self._start_children()
             error = await self._first_failure()
             self._router.fail_all(error)
         finally:
             await self._stop_children()
+            await self._control.close(error)
             await self._router.close()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
@@ -324,6 +341,47 @@ class Supervisor:
 
         await self._keep(self._gateways[0], GATEWAY_IDENTITY, start, lambda error: None)
 
+    async def _carry_out(self, message: ToControl, tell: Tell) -> Reloaded:
+        """What this server's user has asked for.
+
+        Raises:
+            ConfigError: the server starts no process again.
+            InvalidRequest: it is starting, or a reload is under way.
+        """
+        if self._config.recovery == "off":
+            raise ConfigError(
+                "The server has --recovery off and starts no process again; stop it and start it again."
+            )
+        if not self._serving:
+            raise InvalidRequest("The server is starting; ask again once it is ready.")
+        if self._reloading:
+            raise InvalidRequest("A reload is under way; wait for its end.")
+        self._reloading = True
+        try:
+            await self._reload(tell)
+        finally:
+            self._reloading = False
+        return Reloaded([child.process.pid for child in self._workers])
+
+    async def _reload(self, tell: Tell) -> None:
+        """Restart the workers one after another, each once all of them are ready: others serve meanwhile.
+        One that does not come up again is kept as after a death."""
+        identities = [worker_identity(index) for index in range(len(self._workers))]
+        for index, identity in enumerate(identities):
+            tell(Working(index, len(identities)))
+            await self._until_all_begun(identities)
+            child = self._workers[index]
+            why = _Planned(f"{child.name} is restarted with the code that is on disk")
+            self._router.lose(identity, why, planned=True)  # before it ends: it is given nothing more
+            self._kill(child, why)
+            await self._router.until_begun(identity)
+        await self._until_all_begun(identities)
+        tell(Working(len(identities), len(identities)))
+
+    async def _until_all_begun(self, identities: list[bytes]) -> None:
+        while waits := [identity for identity in identities if not self._router.has_begun(identity)]:
+            await self._router.until_begun(waits[0])  # others may end meanwhile
+
     async def _keep(
         self,
         child: Child,
@@ -336,7 +394,11 @@ class Supervisor:
         error = await self._end_of(child)
         while self._serving and self._config.recovery == "on" and quick < _QUICK_ENDS:
             lose(error)
-            _logger.warning("%s; it is started again.", error)
+            if isinstance(error, _Planned):
+                quick = 0  # whatever ended it before, its code may be another now
+                _logger.info("%s.", error)
+            else:
+                _logger.warning("%s; it is started again.", error)
             await asyncio.sleep(_BACK_OFF_S * (2 ** min(quick, 10) - 1))
             try:
                 with PrivateFolder() as folder:
@@ -355,7 +417,7 @@ class Supervisor:
             since = loop.time() if begun.done() else math.inf
             begun.cancel()
             error = await ended
-            if not isinstance(error, _LostStore):
+            if not isinstance(error, _LostStore | _Planned):
                 quick = quick + 1 if loop.time() - since < _LASTING_S else 0
         raise _stopped(error)
 
@@ -394,6 +456,7 @@ class Supervisor:
                 *(self._keep_store(index) for index in range(len(self._stores))),
                 self._router.watch_children(self._give_up),
                 self._router.serve(),
+                self._control.listen(),
                 self._announce(),
             )
         ]

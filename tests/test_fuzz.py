@@ -45,7 +45,10 @@ from tests.test_port import GREETING, READY, command
 ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe | messages.Push
 """What a worker asks a store all the time."""
 
-UNIONS = ("ToRouter", "ToClient", "ToWorker", "LauncherToStore", "FromChild", "ToStore", "FromStore")
+UNIONS = (
+    "ToRouter", "ToClient", "ToControl", "FromControl", "ToWorker", "LauncherToStore", "FromChild", "ToStore",
+    "FromStore",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("union", UNIONS)

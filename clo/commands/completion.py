@@ -5,7 +5,7 @@ import argparse
 import shtab
 
 from clo import launch
-from clo.commands import chat, run, top
+from clo.commands import chat, reload, run, top
 from clo.commands.server import Parser
 
 _ABOUT = "Print completions for a shell: clo completion bash > ~/.local/share/bash-completion/completions/clo"
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
         chat.parser(),
         run.parser(),
         top.parser(),
+        reload.parser(),
         parser(),
     ):
         name = made.prog.removeprefix("clo ")

@@ -23,17 +23,22 @@ _NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 def add_server(parser: argparse.ArgumentParser) -> None:
     """``--server`` and ``--api-key``."""
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--server",
-        default=os.environ.get("CLO_SERVER") or ADDRESS,
-        metavar="ADDRESS",
-        help=f"where it listens, as its ready line says; CLO_SERVER does the same ({ADDRESS})",
-    )
+    add_address(group)
     group.add_argument(
         "--api-key",
         default=os.environ.get("CLO_API_KEY") or None,
         metavar="KEY",
         help="the server's key, where it has one; CLO_API_KEY does the same (none)",
+    )
+
+
+def add_address(group: argparse._ArgumentGroup) -> None:
+    """``--server`` alone."""
+    group.add_argument(
+        "--server",
+        default=os.environ.get("CLO_SERVER") or ADDRESS,
+        metavar="ADDRESS",
+        help=f"where it listens, as its ready line says; CLO_SERVER does the same ({ADDRESS})",
     )
 
 

@@ -435,6 +435,31 @@ class Info(Message, frozen=True):
 ToClient = Progress | PromptChunk | Chunks | Finished | Failed | Info
 
 
+# ------------------------------------- a program of the server's user -> launcher (ipc, DEALER), and back
+
+
+class Reload(Message, frozen=True):
+    """Restart the workers one after another, with the code that is on disk; answered by ``Reloaded``, or by
+    ``Failed``, whose ``request`` is empty, and about every second before that by ``Working``."""
+
+
+class Working(Message, frozen=True):
+    """Something that was asked for is under way: ``done`` of ``total`` parts, which may not be known yet."""
+
+    done: Count
+    total: Count
+
+
+class Reloaded(Message, frozen=True):
+    """The processes of the workers, in order."""
+
+    pids: list[Count]
+
+
+ToControl = Reload
+FromControl = Working | Reloaded | Failed
+
+
 # ------------------------------------------------- router -> worker, store or HTTP gateway (ipc, DEALER)
 
 

@@ -206,7 +206,7 @@ class DealerSocket(Generic[Sent, Received]):
     Args:
         endpoint: address to connect to.
         received: the union of messages that may arrive.
-        key: the other end's.
+        key: the other end's, None where it has none.
         identity: name under which the other end knows this one, or None for one chosen by ZeroMQ.
         encrypted: whether the other end is a socket that was made with ``configure``; else it is a ``Port``.
     """
@@ -216,7 +216,7 @@ class DealerSocket(Generic[Sent, Received]):
         context: zmq.Context[Any],
         endpoint: str,
         received: Any,
-        key: str,
+        key: str | None,
         identity: bytes | None = None,
         *,
         encrypted: bool = False,
@@ -224,7 +224,7 @@ class DealerSocket(Generic[Sent, Received]):
         self._decode: Decoder[Received] = Decoder(received)
         self.socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
         configure(self.socket, key if encrypted else None)
-        if not encrypted:
+        if key is not None and not encrypted:
             present(self.socket, key)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
