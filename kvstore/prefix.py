@@ -20,12 +20,21 @@ def chain(tokens: "array[int]", block_tokens: int, root: bytes = b"") -> list[by
         As many names of ``NAME_BYTES`` as the prompt has whole blocks. Nobody finds two prompts for a name:
         BLAKE2b is a cryptographic hash.
     """
-    names, name = [], hashlib.blake2b(root, digest_size=NAME_BYTES).digest()
+    names, name = [], first_parent(root)
     for start, end in pairwise(range(0, len(tokens) + 1, block_tokens)):
-        part = tokens[start:end].tobytes()
-        name = hashlib.blake2b(name + part, digest_size=NAME_BYTES).digest()
+        name = next_name(name, tokens[start:end])
         names.append(name)
     return names
+
+
+def first_parent(root: bytes) -> bytes:
+    """What stands for the name before that of a prompt's first block."""
+    return hashlib.blake2b(root, digest_size=NAME_BYTES).digest()
+
+
+def next_name(parent: bytes, tokens: "array[int]") -> bytes:
+    """The name of a block of ``tokens`` after one that is called ``parent``."""
+    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=NAME_BYTES).digest()
 
 
 def number(name: bytes) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from clo.runtime.wire.messages import (
     Denied,
     Describe,
     Described,
+    Examine,
     Expect,
     Free,
     Freed,
@@ -34,8 +36,10 @@ from clo.runtime.wire.messages import (
     OpenStaging,
     Ping,
     Pong,
+    PromptBlock,
     Push,
     StagingOpened,
+    StoreExamined,
     StoreReady,
     StoreReport,
     StoreStats,
@@ -44,7 +48,10 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import DealerSocket, Decoder, configure, encode
 from clo.runtime.wire.strangers import INTRUDER, Strangers, watch
 
-Launcher = DealerSocket[StoreReady | Pong | KVEvents, LauncherToStore]
+Launcher = DealerSocket[StoreReady | Pong | KVEvents | StoreExamined, LauncherToStore]
+
+_SENTENCE = 500  # characters of what is wrong: it may name every block
+_DESCRIBED_TOKENS = 2**22  # in one answer, which has to pass in one message
 
 _logger = logging.getLogger(__name__)
 
@@ -122,6 +129,8 @@ class StoreServer:
                     self._launcher.send(Pong())
                 case Expect() as message:
                     self._expect(message)
+                case Examine() as message:
+                    self._launcher.send(self._examine(message))
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
             if events := self._pool.events():
@@ -141,6 +150,38 @@ class StoreServer:
             _logger.info("Worker %d is not waited for any more: %s.", message.worker, error)
         else:
             self._doors[message.worker] = message.endpoint
+
+    def _examine(self, message: Examine) -> StoreExamined:
+        """Look into the pool's books. What is wrong there is told and ends nothing."""
+        pool, wrong = self._pool, list[str]()
+        for check in (pool.check_integrity, pool.check_names):
+            try:
+                check()
+            except AssertionError as error:
+                wrong.append(str(error)[:_SENTENCE])
+        names = pool.committed(message.longest // pool.block_tokens)
+        sample = random.sample(names, min(message.sample, len(names)))
+        described, room = list[PromptBlock](), _DESCRIBED_TOKENS
+        for name in [*message.names, *sample]:
+            if (found := pool.prompt_of(name)) is not None and len(found[1]) <= room:
+                described.append(PromptBlock(name, *found))
+                room -= len(found[1])
+        return StoreExamined(
+            store=self._config.name,
+            number=message.number,
+            wrong=wrong,
+            blocks=pool.blocks,
+            block_tokens=pool.block_tokens,
+            free_blocks=pool.free_blocks - pool.kept_blocks,
+            kept_blocks=pool.kept_blocks,
+            committed_blocks=len(pool.committed(pool.blocks)),
+            sequences=pool.sequences,
+            waiting=pool.waiting,
+            pid=os.getpid(),
+            fd=self._arena.fd,
+            arena_bytes=self._arena.size,
+            described=described,
+        )
 
     def _answer(self, identity: bytes, *frames: bytes) -> None:
         answers, sequence = "", -1

@@ -43,6 +43,7 @@ from clo.runtime.wire.messages import (
     Chunk,
     Chunks,
     Done,
+    Examine,
     Expect,
     Failed,
     Finished,
@@ -68,6 +69,7 @@ from clo.runtime.wire.messages import (
     Sampling,
     SamplingParams,
     Stepped,
+    StoreExamined,
     StoreReady,
     Text,
     ToClient,
@@ -89,6 +91,7 @@ QUIET_S = 0.7  # a client hears something at least once a second while a request
 TICK_S = 0.25
 PING_S = 1.0  # between two questions to a child
 INFO_S = 2.0
+EXAMINE_S = 60.0  # for a store to look into its books
 FLUSH_S = 1.0
 THREADS = 4  # that tokenise, each for another client
 SPARE = 16  # requests of a client that wait at workers, beside those for twice as many slots as there are
@@ -178,6 +181,8 @@ class Router:
         self._some_ready = asyncio.Event()  # a worker, once all have been
         self._begun: dict[bytes, asyncio.Event] = {}  # by connection
         self._reports: dict[bytes, asyncio.Future[WorkerReport]] = {}  # asked for but not here yet
+        self._examined: dict[tuple[bytes, int], asyncio.Future[StoreExamined]] = {}  # by store and number
+        self._examinations = 0
         self._owed: dict[bytes, list[Failed]] = {}  # owed to clients whose queues were full
         self._failure: CLOError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,6 +216,23 @@ class Router:
     def tell_store(self, name: str, message: Expect) -> None:
         """Tell a store of a worker that was started again."""
         self._workers.send(store_identity(name), message)
+
+    async def examine(self, name: str, message: Examine) -> StoreExamined:
+        """Have a store look into its books.
+
+        Raises:
+            WorkerDied: it does not answer within ``EXAMINE_S`` seconds.
+        """
+        self._examinations += 1
+        store, number = store_identity(name), self._examinations
+        answer = self._examined[store, number] = asyncio.get_running_loop().create_future()
+        try:
+            self._workers.send(store, replace(message, number=number))
+            return await asyncio.wait_for(answer, EXAMINE_S)
+        except TimeoutError:
+            raise WorkerDied(f"KV store {name} has not answered for {EXAMINE_S:g} s; ask again.") from None
+        finally:
+            del self._examined[store, number]
 
     def lose(self, worker: bytes, error: WorkerDied, *, planned: bool = False) -> None:
         """A worker has ended, or is about to. Its requests go on with another one, or with its successor,
@@ -581,6 +603,11 @@ class Router:
     def on_kv_events(self, store: bytes, message: KVEvents) -> None:
         if self.kv_events is not None:
             self.kv_events.publish(self._stores.index(store), message.events)
+
+    def on_store_examined(self, store: bytes, message: StoreExamined) -> None:
+        answer = self._examined.get((store, message.number))
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     def on_gateway_ready(self, gateway: bytes, message: GatewayReady) -> None:
         if self._begin(gateway, message.pid):

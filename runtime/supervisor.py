@@ -38,6 +38,8 @@ from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, Serve
 from clo.runtime.wire.liveness import SERVING_S
 from clo.runtime.wire.messages import (
     GATEWAY_IDENTITY,
+    Examine,
+    Examined,
     Expect,
     Reloaded,
     ToControl,
@@ -341,19 +343,25 @@ class Supervisor:
 
         await self._keep(self._gateways[0], GATEWAY_IDENTITY, start, lambda error: None)
 
-    async def _carry_out(self, message: ToControl, tell: Tell) -> Reloaded:
+    async def _carry_out(self, message: ToControl, tell: Tell) -> Reloaded | Examined:
         """What this server's user has asked for.
 
         Raises:
             ConfigError: the server starts no process again.
             InvalidRequest: it is starting, or a reload is under way.
+            WorkerDied: a store does not answer.
         """
+        if not self._serving:
+            raise InvalidRequest("The server is starting; ask again once it is ready.")
+        if isinstance(message, Examine):
+            stores = await asyncio.gather(
+                *(self._router.examine(name, message) for name in self._config.kvstore)
+            )
+            return Examined(stores, msgspec.json.encode(self._model).decode())
         if self._config.recovery == "off":
             raise ConfigError(
                 "The server has --recovery off and starts no process again; stop it and start it again."
             )
-        if not self._serving:
-            raise InvalidRequest("The server is starting; ask again once it is ready.")
         if self._reloading:
             raise InvalidRequest("A reload is under way; wait for its end.")
         self._reloading = True

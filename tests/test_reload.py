@@ -14,7 +14,7 @@ import pytest
 from clo.runtime.client import Client
 from clo.runtime.machine.control import ask, control_endpoint
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerUnreachable
-from clo.runtime.wire.messages import Reload, Working
+from clo.runtime.wire.messages import Reload, Reloaded, Working
 from tests.chaos import EXACT, answers, prompts
 from tests.faults import WAIT_S, assert_serves
 from tests.server import ROOT, Server
@@ -34,7 +34,7 @@ def command(server: Server) -> "subprocess.CompletedProcess[str]":
 
 
 def reload(server: Server) -> list[int]:
-    return ask(server.address, Reload(), lambda news: None).pids
+    return ask(server.address, Reload(), Reloaded, lambda news: None).pids
 
 
 def pids(server: Server, package: str) -> set[int]:
@@ -109,7 +109,7 @@ def test_of_two_workers_one_serves(launch: Launch, tiny_model: Path) -> None:
             begun.set()
 
         def work() -> None:
-            found.extend(ask(server.address, Reload(), first).pids)
+            found.extend(ask(server.address, Reload(), Reloaded, first).pids)
 
         thread = threading.Thread(target=work)
 
@@ -170,7 +170,7 @@ def test_a_worker_killed_during_a_reload_comes_back(launch: Launch, tiny_model: 
                 killed = True
                 worker_of(server, 0).kill()
 
-        found = ask(server.address, Reload(), kill).pids
+        found = ask(server.address, Reload(), Reloaded, kill).pids
         assert set(found) == pids(server, "gpu_worker")
         assert_serves(server)
 

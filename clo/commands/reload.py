@@ -4,7 +4,7 @@ import argparse
 
 from clo.commands.server import Parser, add_address
 from clo.runtime.machine.control import ask
-from clo.runtime.wire.messages import Reload, Working
+from clo.runtime.wire.messages import Reload, Reloaded, Working
 
 _ABOUT = """\
 Restart the workers of a server of this machine and user one after another, with the code that is on
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
             said = news.done
             print(f"{news.done} of {news.total} workers are restarted", flush=True)
 
-    reloaded = ask(options.server, Reload(), tell)
+    reloaded = ask(options.server, Reload(), Reloaded, tell)
     processes = ", ".join(f"worker {number} is process {pid}" for number, pid in enumerate(reloaded.pids))
     print(f"reloaded: {processes}")
     return 0

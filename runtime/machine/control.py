@@ -1,15 +1,17 @@
 """How a program asks a server of its own user and machine for what clients may not: through the launcher."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import zmq
 
 from clo.runtime.machine.addresses import from_this_machine, numeric_host
 from clo.runtime.wire.errors import ConfigError, ProtocolError, ServerUnreachable, error_from
-from clo.runtime.wire.messages import Failed, FromControl, Reloaded, ToControl, Working
+from clo.runtime.wire.messages import Examined, Failed, FromControl, Reloaded, ToControl, Working
 from clo.runtime.wire.sockets import DealerSocket
+
+_Answer = TypeVar("_Answer", Reloaded, Examined)
 
 SILENCE_S = 5.0  # a launcher says something every second while it is at work
 
@@ -36,12 +38,15 @@ def control_endpoint(address: str) -> str:
         ) from None
 
 
-def ask(address: str, message: ToControl, on_progress: Callable[[Working], None]) -> Reloaded:
+def ask(
+    address: str, message: ToControl, expected: type[_Answer], on_progress: Callable[[Working], None]
+) -> _Answer:
     """Have a server's launcher carry something out.
 
     Args:
         address: see ``control_endpoint``.
         message: what to do.
+        expected: what answers it.
         on_progress: is called about once a second until it is done.
 
     Raises:
@@ -66,7 +71,7 @@ def ask(address: str, message: ToControl, on_progress: Callable[[Working], None]
                     raise error_from(answer.code, answer.text)
                 case Working() as answer:
                     on_progress(answer)
-                case Reloaded() as answer:
+                case expected() as answer:
                     return answer
                 case answer:
                     raise ProtocolError(f"The launcher answered with {type(answer).__name__}.")

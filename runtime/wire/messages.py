@@ -443,6 +443,22 @@ class Reload(Message, frozen=True):
     ``Failed``, whose ``request`` is empty, and about every second before that by ``Working``."""
 
 
+BlockName = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Examine(Message, frozen=True):
+    """Find out whether the stores' books are right; answered by ``Examined`` or ``Failed``. The store gets it
+    from the launcher, and answers with ``StoreExamined``.
+
+    ``names`` and up to ``sample`` others are blocks of prompts to be described. The sample is from the first
+    ``longest`` tokens of prompts."""
+
+    sample: Annotated[int, Meta(ge=0, le=1000)] = 0
+    longest: Count = 0
+    names: Annotated[list[BlockName], Meta(max_length=1000)] = []
+    number: Count = 0  # is in the answer again
+
+
 class Working(Message, frozen=True):
     """Something that was asked for is under way: ``done`` of ``total`` parts, which may not be known yet."""
 
@@ -456,8 +472,43 @@ class Reloaded(Message, frozen=True):
     pids: list[Count]
 
 
-ToControl = Reload
-FromControl = Working | Reloaded | Failed
+class PromptBlock(msgspec.Struct, frozen=True):
+    """A committed block: its name, its number in the arena, and the tokens of a prompt up to its end."""
+
+    name: BlockName
+    block: Count
+    tokens: list[TokenId]
+
+
+class StoreExamined(Message, frozen=True):
+    """What a store has found in its books, each thing that is ``wrong`` as a sentence; where its arena is,
+    see ``Attached``; and the blocks that were asked for, as far as they are there."""
+
+    store: str
+    number: Count
+    wrong: list[str]
+    blocks: Count
+    block_tokens: Count
+    free_blocks: Count  # that hold nothing
+    kept_blocks: Count  # of prompts, held by no sequence
+    committed_blocks: Count  # of prompts, kept or held
+    sequences: Count  # that hold blocks
+    waiting: Count
+    pid: Count
+    fd: Count
+    arena_bytes: Count
+    described: list[PromptBlock]
+
+
+class Examined(Message, frozen=True):
+    """What all stores have found. ``model`` is the model that is served, as the launcher tells workers."""
+
+    stores: list[StoreExamined]
+    model: str
+
+
+ToControl = Reload | Examine
+FromControl = Working | Reloaded | Examined | Failed
 
 
 # ------------------------------------------------- router -> worker, store or HTTP gateway (ipc, DEALER)
@@ -501,7 +552,7 @@ class GetWorkerStats(Message, frozen=True):
 
 
 ToWorker = Run | Abort | GetWorkerStats | Ping
-LauncherToStore = Ping | Expect
+LauncherToStore = Ping | Expect | Examine
 
 
 # ------------------------------------------------------------- worker, store or HTTP gateway -> router
@@ -599,7 +650,7 @@ class WorkerReport(Message, frozen=True):
 
 
 FromWorker = Ready | Stepped | Prefilled | PromptScored | Done | Refused | WorkerReport | Pong
-FromChild = FromWorker | StoreReady | GatewayReady | KVEvents
+FromChild = FromWorker | StoreReady | GatewayReady | KVEvents | StoreExamined
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
