@@ -24,9 +24,10 @@ from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.wire.messages import Examined, StoreExamined
 from clo.runtime.wire.sockets import Decoder
 
-_ALLOWED = {2: 0.25, 4: 0.01}
-"""By bytes of a value: what another device and other chunks may change in a row, as a share of its length. A
-row of another token differs by about 1."""
+_ALLOWED = {2: 0.5, 4: 0.01}
+"""By bytes of a value: what another device and other chunks may change in a row, as a share of its length.
+On one and the same CPU the worst of four blocks of SmolLM2-135M in bfloat16 differed by 0.11, through other
+chunks. A row of zeros differs by 1, and a V of another token by more."""
 _NICENESS = 10  # the server goes on beside it
 
 

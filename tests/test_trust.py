@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ import json, os, socket, sys
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
-folder, paths, pids = json.loads(sys.argv[1])
+folder, paths, names, pids = json.loads(sys.argv[1])
 won = []
 
 def attempt(name, act):
@@ -49,10 +49,8 @@ def be_heard(name):
 attempt("list", lambda: os.listdir(folder))
 for path in paths:
     attempt(path, lambda: connect(path))
-for line in open("/proc/net/unix"):
-    name = line.split()[-1]
-    if name.startswith("@") and "clo-" in name and "clo-test" not in name:
-        attempt(name, lambda: be_heard("\\0" + name[1:]))
+for name in names:
+    attempt(name, lambda: be_heard("\\0" + name[1:]))
 for pid in pids:
     for what in ("environ", "mem", "maps", "map_files/"):
         attempt(f"{pid} {what}", lambda: open(f"/proc/{pid}/{what}", "rb").read(1))
@@ -142,9 +140,20 @@ def attack(sockets: list[Path], worker: int) -> None:
     assert done.stdout == "[]\n", f"{done.stdout} {done.stderr}"
 
 
+def _names_of(pids: list[int]) -> list[str]:
+    """Names of these processes' sockets that are no files: other servers' are left alone."""
+    own = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # it was closed a moment ago
+                own.add(os.readlink(descriptor))
+    found = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return sorted({words[-1] for words in found if words[-1][0] == "@" and f"socket:[{words[6]}]" in own})
+
+
 def intrude(folder: Path, sockets: list[str], pids: list[int]) -> None:
     """Try everything as a user who owns nothing."""
-    line = [sys.executable, "-c", INTRUDE, json.dumps([str(folder), sockets, pids])]
+    line = [sys.executable, "-c", INTRUDE, json.dumps([str(folder), sockets, _names_of(pids), pids])]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.stdout == "[]\n", f"{done.stdout} {done.stderr}"
 
@@ -186,6 +195,7 @@ def test_another_user_reaches_no_socket_and_no_memory(
         assert server.stdout.read_text() == "", "it was ready before the other user could try"
         server.wait_ready()
         assert not folder.exists()
+        assert [name.startswith("@clo-control-") for name in _names_of(pids)] == [True]
         intrude(folder, [str(path) for path in sockets], pids)
         assert_serves(server)
         (line,) = server.stderr.read_text().splitlines()
