@@ -10,11 +10,23 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import zmq
 
 from clo.runtime.client import Client
 from clo.runtime.machine.control import ask, control_endpoint
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerUnreachable
-from clo.runtime.wire.messages import Reload, Reloaded, Working
+from clo.runtime.wire.messages import (
+    Examine,
+    Examined,
+    Failed,
+    FromControl,
+    GetInfo,
+    Reload,
+    Reloaded,
+    ToControl,
+    Working,
+)
+from clo.runtime.wire.sockets import DealerSocket, encode
 from tests.chaos import EXACT, answers, prompts
 from tests.faults import WAIT_S, assert_serves
 from tests.server import ROOT, Server
@@ -200,3 +212,22 @@ def test_one_server_is_named_in_several_ways() -> None:
     assert control_endpoint("tcp://localhost:5") == control_endpoint("tcp://127.0.0.1:5")
     assert control_endpoint("tcp://0.0.0.0:5") == control_endpoint("tcp://127.0.0.1:5")
     assert control_endpoint("tcp://[::]:5") == control_endpoint("tcp://[::1]:5")
+
+
+def test_what_the_launcher_cannot_read_is_refused(launch: Launch, tiny_model: Path) -> None:
+    """And it hears the next one."""
+    with launch("--model", str(tiny_model), *EXACT) as server:
+        context: zmq.Context = zmq.Context()
+        peer: DealerSocket[ToControl, FromControl] = DealerSocket(
+            context, control_endpoint(server.address), FromControl, None
+        )
+        for data in (b"x", bytes(2**20), encode(GetInfo("a client's")), encode(Examine(number=2))):
+            peer.socket.send(data)
+            answer = peer.receive(round(1000 * WAIT_S))
+            if isinstance(answer, Failed):
+                assert answer.code == "protocol"
+            else:
+                assert isinstance(answer, Examined) and data == encode(Examine(number=2))
+        context.destroy(linger=0)
+        assert_serves(server)
+        assert "Traceback" not in server.stderr.read_text()
