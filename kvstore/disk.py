@@ -142,6 +142,7 @@ class DiskTier:
     Attributes:
         fd: readable where ``finished`` has something to do.
         hits: blocks that have come back from the disk so far.
+        writing: whether there is a block to write.
 
     Raises:
         ConfigError: the folder cannot be used, another store uses it, or not one block fits.
@@ -166,7 +167,7 @@ class DiskTier:
         self._queue: deque[_Copy] = deque()
         self._copies: dict[bytes, _Copy] = {}  # in the queue or being written, by name
         self._by_block: dict[int, _Copy] = {}
-        self._writing = False
+        self.writing = False
         self._readings: list[_Reading] = []
         self._results: deque[Callable[[], None]] = deque()  # what threads leave for the loop to do
         self._buffers = threading.local()
@@ -193,7 +194,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Wait for the threads, write what is queued, and leave the folder to others."""
-        while self._writing or self._readings:
+        while self.writing or self._readings:
             self.finished()
             time.sleep(0.001)
         self._writer.shutdown()
@@ -282,7 +283,7 @@ class DiskTier:
     def _write_next(self) -> None:
         """Give the next block to the writer, if it has none. No file is written without those before it, for
         which others had to end."""
-        while self._queue and not self._writing:
+        while self._queue and not self.writing:
             copy = self._queue.popleft()
             before = self._chain(copy.parent)
             whole = copy.parent == _NONE or bool(before)
@@ -294,11 +295,11 @@ class DiskTier:
                 continue
             if victim is not None:
                 del self._parents[victim]
-            self._writing = True
+            self.writing = True
             self._writer.submit(self._write, copy, victim)
 
     def _written(self, copy: _Copy, done: bool) -> None:
-        self._writing = False
+        self.writing = False
         self._drop(copy)
         if done:
             self._parents[copy.name] = copy.parent
@@ -575,7 +576,7 @@ def _open(folder: Path) -> tuple[int, int]:
         os.close(lock)
         if isinstance(error, BlockingIOError):
             raise ConfigError(
-                f"--kv-disk: {folder} is used by another server; give each server a folder of its own."
+                f"--kv-disk: {folder} is used by another server; give each a folder of its own."
             ) from None
         raise ConfigError(
             f"--kv-disk: {folder} cannot be used ({error.strerror}); name a folder on a local disk."

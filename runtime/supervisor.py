@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 import torch
 
+from clo import __version__
 from clo.runtime.config import (
     BlockConfig,
     DiskConfig,
@@ -145,7 +146,7 @@ class Supervisor:
         self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
         self._disk: DiskConfig | None = None
         if config.kv_disk is not None and config.kv_disk_size is not None:
-            said = fingerprint(self._model, config.cache.prefill_attention)
+            said = fingerprint(self._model, config.cache.prefill_attention, __version__)
             self._disk = DiskConfig(config.kv_disk, config.kv_disk_size, said)
         self._router = Router(config, self._model, _router_in(folder), self._key)
         self._gateways: list[Child] = []  # one or none

@@ -4,14 +4,13 @@ import hashlib
 import os
 from pathlib import Path
 
-from clo import __version__
 from clo.runtime.config import PrefillAttention, ResolvedModel
 from clo.runtime.wire.errors import ConfigError
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file of weights; to read all of it may take minutes
 
 
-def fingerprint(model: ResolvedModel, prefill_attention: PrefillAttention) -> str:
+def fingerprint(model: ResolvedModel, prefill_attention: PrefillAttention, version: str) -> str:
     """Hexadecimal digits that are the same for two servers only where the same prompt has the same rows.
 
     Of the weights it takes each file's name, size and time of change, and samples. So a model that was
@@ -20,11 +19,12 @@ def fingerprint(model: ResolvedModel, prefill_attention: PrefillAttention) -> st
     Args:
         model: where it is, and how it is held.
         prefill_attention: as asked for.
+        version: CLO's own.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    how = (__version__, model.dtype, model.device, model.load_format, model.seed, prefill_attention)
+    how = (version, model.dtype, model.device, model.load_format, model.seed, prefill_attention)
     digest = hashlib.blake2b(repr(how).encode(), digest_size=16)
     try:
         digest.update((model.folder / "config.json").read_bytes())
