@@ -39,7 +39,8 @@ at once, as the arena is the better cache.
 Where the folder is full, the files end first whose chains were used longest ago, of a chain the end before
 the beginning. The order is that of use, not of a clock; only at a start the files' times stand for it.
 
-All methods are for the thread of the store's loop. Threads of this tier's own read and write, and wake the
+Each thread that reads or writes holds one block besides the arena. All methods are for the thread of the
+store's loop. Threads of this tier's own read and write, and wake the
 loop through ``DiskTier.fd``.
 """
 
@@ -69,7 +70,7 @@ from clo.runtime.wire.errors import ConfigError
 
 VERSION = 1
 PAGE_BYTES = 4096
-STUCK_S = 20.0  # without any block from the disk, after which no prompt waits for it any more
+STUCK_S = 20.0  # that one block may take; then no prompt waits for this disk any more
 
 _MAGIC = b"CLOKVBLK"
 _FIELDS = struct.Struct("<8sII16s16s32sQ")
@@ -125,7 +126,6 @@ class _Reading:
 
     load: Load
     outcomes: list[_Outcome | None]
-    since: float  # when the last block came, or it began
     given_up: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -142,7 +142,6 @@ class DiskTier:
     Attributes:
         fd: readable where ``finished`` has something to do.
         hits: blocks that have come back from the disk so far.
-        writing: whether there is a block to write.
 
     Raises:
         ConfigError: the folder cannot be used, another store uses it, or not one block fits.
@@ -160,15 +159,13 @@ class DiskTier:
             )
         self._folder, self._lock = _open(folder)
         self._path = folder
-        self._parents: OrderedDict[bytes, bytes] = (
-            OrderedDict()
-        )  # of the blocks on disk; the next to end first
+        self._parents: OrderedDict[bytes, bytes] = OrderedDict()  # by name; the one that ends next first
         self._foreign: set[bytes] = set()  # names that files of others have taken
-        self._queue: deque[_Copy] = deque()
-        self._copies: dict[bytes, _Copy] = {}  # in the queue or being written, by name
-        self._by_block: dict[int, _Copy] = {}
-        self.writing = False
+        self._queue: OrderedDict[bytes, _Copy] = OrderedDict()  # by name
+        self._current: _Copy | None = None  # is being written
+        self._by_block: dict[int, _Copy] = {}  # both
         self._readings: list[_Reading] = []
+        self._since: dict[int, float] = {}  # when each thread began to read the block that it reads
         self._results: deque[Callable[[], None]] = deque()  # what threads leave for the loop to do
         self._buffers = threading.local()
         self._warned: set[str] = set()
@@ -189,8 +186,14 @@ class DiskTier:
         """How long the loop may sleep before it calls ``finished``, None for as long as it likes."""
         if not self._readings:
             return None
-        first = min(reading.since for reading in self._readings)
-        return max(0, int(1000 * (first + STUCK_S - time.monotonic()))) + 1
+        now = time.monotonic()
+        first = min(self._since.copy().values(), default=now)
+        return max(0, int(1000 * (first + STUCK_S - now))) + 1
+
+    @property
+    def writing(self) -> bool:
+        """Whether there is a block to write."""
+        return self._current is not None
 
     def close(self) -> None:
         """Wait for the threads, write what is queued, and leave the folder to others."""
@@ -211,10 +214,9 @@ class DiskTier:
             return
         parent = _NONE
         for name, block in zip(names, blocks, strict=True):
-            if name not in self._parents and name not in self._copies and name not in self._foreign:
-                copy = _Copy(name, parent, block)
-                self._queue.append(copy)
-                self._copies[name] = self._by_block[block] = copy
+            there = name in self._parents or name in self._foreign
+            if not there and block not in self._by_block:  # of which the copy has this name
+                self._queue[name] = self._by_block[block] = _Copy(name, parent, block)
             parent = name
         self._use(reversed(names))
         self._write_next()
@@ -224,7 +226,7 @@ class DiskTier:
         copy = self._by_block.pop(block, None)
         if copy is not None:
             copy.taken = True
-            del self._copies[copy.name]  # another block may come to have the name before this one's turn
+            self._queue.pop(copy.name, None)
 
     def found(self, names: Sequence[bytes]) -> int:
         """How many of the names, from the first one on, are on disk."""
@@ -237,7 +239,7 @@ class DiskTier:
     def read(self, load: Load) -> None:
         """Begin to read blocks; ``finished`` says when that is done."""
         self._use(reversed(load.names))
-        reading = _Reading(load, [None] * len(load.names), time.monotonic())
+        reading = _Reading(load, [None] * len(load.names))
         self._readings.append(reading)
         for place in range(len(load.names)):
             self._readers.submit(self._read, reading, place)
@@ -248,14 +250,15 @@ class DiskTier:
             os.eventfd_read(self.fd)
         while self._results:
             self._results.popleft()()
+        if any(time.monotonic() - since >= STUCK_S for since in self._since.copy().values()):
+            self._off = True
         over: list[tuple[Load, int]] = []
         for reading in list(self._readings):
             if None in reading.outcomes:
-                if time.monotonic() - reading.since < STUCK_S:
+                if not self._off:
                     continue
                 with reading.lock:
                     reading.given_up = True
-                self._off = True
                 self._warn("stuck", f"has not brought a block within {STUCK_S:g} s and is not used any more")
             self._readings.remove(reading)
             good = 0
@@ -283,37 +286,32 @@ class DiskTier:
     def _write_next(self) -> None:
         """Give the next block to the writer, if it has none. No file is written without those before it, for
         which others had to end."""
-        while self._queue and not self.writing:
-            copy = self._queue.popleft()
+        while self._queue and self._current is None:
+            _, copy = self._queue.popitem(last=False)
             before = self._chain(copy.parent)
             whole = copy.parent == _NONE or bool(before)
             self._use(before)
             full = len(self._parents) >= self._capacity
             victim = next(iter(self._parents)) if full else None
-            if copy.taken or not whole or copy.name in self._parents or victim in before:
-                self._drop(copy)
+            if not whole or copy.name in self._parents or victim in before:
+                del self._by_block[copy.block]
                 continue
             if victim is not None:
                 del self._parents[victim]
-            self.writing = True
+            self._current = copy
             self._writer.submit(self._write, copy, victim)
 
     def _written(self, copy: _Copy, done: bool) -> None:
-        self.writing = False
-        self._drop(copy)
+        self._current = None
+        if not copy.taken:
+            del self._by_block[copy.block]
         if done:
             self._parents[copy.name] = copy.parent
             self._use(self._chain(copy.name))
         self._write_next()
 
-    def _drop(self, copy: _Copy) -> None:
-        """A copy is no longer waited for."""
-        if not copy.taken:
-            del self._copies[copy.name], self._by_block[copy.block]
-
     def _came(self, reading: _Reading, place: int, outcome: _Outcome) -> None:
         reading.outcomes[place] = outcome
-        reading.since = time.monotonic()
         if outcome is _Outcome.THERE:
             return
         name = reading.load.names[place]
@@ -395,7 +393,8 @@ class DiskTier:
             self._warn("remove", f"cannot be cleared ({error.strerror})")
 
     def _read(self, reading: _Reading, place: int) -> None:
-        outcome = _Outcome.UNUSABLE
+        outcome, thread = _Outcome.UNUSABLE, threading.get_ident()
+        self._since[thread] = time.monotonic()
         try:
             if reading.given_up:
                 outcome = _Outcome.MISSING
@@ -417,6 +416,7 @@ class DiskTier:
         except Exception:
             _logger.exception("A block could not be read from disk.")
         finally:
+            del self._since[thread]
             self._leave(lambda: self._came(reading, place, outcome))
 
     def _read_file(self, name: bytes, buffer: NDArray[np.uint8]) -> None:

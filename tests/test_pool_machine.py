@@ -139,7 +139,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     def serve(self) -> None:
         for grant in self.pool.grants():
+            self.begin_loads()  # those before it in the queue
             self.check(grant)
+        self.begin_loads()
+
+    def begin_loads(self) -> None:
         for load in self.pool.loads():
             self.begin(load)
 
