@@ -3,6 +3,7 @@
 The key of the server's sockets comes through stdin.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from clo.runtime.machine.process import (
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import LauncherToStore, store_identity
 from clo.runtime.wire.sockets import DealerSocket
+
+_logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -61,7 +64,13 @@ def _disk_tier(config: StoreConfig, arena: Arena, blocks: int) -> DiskTier | Non
     block, folder = config.block, Path(config.disk.folder).expanduser() / config.name
     layout = ArenaLayout.of_block(block.layers, block.kv_heads, blocks, block.bytes)
     root = root_of(config.disk.model, block.layers, block.kv_heads, block.tokens, block.bytes)
-    return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout))
+    try:
+        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout))
+    except ConfigError as error:
+        if config.disk.needed:
+            raise
+        _logger.warning("%s The server goes on without.", error)
+        return None
 
 
 if __name__ == "__main__":

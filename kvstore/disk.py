@@ -554,8 +554,9 @@ def _open(folder: Path) -> tuple[int, int]:
         ConfigError: it cannot be used.
     """
     try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        for path in (folder.parent, folder):
+            with suppress(FileExistsError):  # as what, shows next
+                path.mkdir(mode=0o700, parents=True)
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fchmod(opened, 0o700)  # fails where the folder is of another user

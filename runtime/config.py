@@ -498,11 +498,13 @@ class StartedWorker:
 @dataclass(frozen=True)
 class DiskConfig:
     """Where KV stores keep copies of blocks, each in a folder of its own name, and how many bytes each may
-    take. ``model`` stands for all that decides about rows but for the tokens."""
+    take. ``model`` stands for all that decides about rows but for the tokens. Where the folder cannot be
+    used, a store ends for which it is ``needed``, and another one serves without."""
 
     folder: str
     bytes: int
     model: str
+    needed: bool = True
 
 
 @dataclass(frozen=True)

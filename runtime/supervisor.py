@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -233,7 +233,7 @@ class Supervisor:
             workers={
                 number: StartedWorker(child.process.pid, number) for number, child in enumerate(self._workers)
             },
-            disk=self._disk,
+            disk=None if self._disk is None else replace(self._disk, needed=not self._serving),
             prefix_caching=config.prefix_caching,
             kv_events=config.kv_events_port is not None,
             log_level=config.log_level,

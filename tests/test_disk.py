@@ -560,6 +560,16 @@ def test_a_second_store_in_the_folder_of_a_first_says_so_and_ends(tmp_path: Path
     assert {path.name for path in (tmp_path / "kv").iterdir()} == {"numa0", "numa1"}
 
 
+def test_a_store_that_is_started_again_serves_without_a_folder_that_it_cannot_use(tmp_path: Path) -> None:
+    (tmp_path / "kv").write_text("")
+    with running_store(disk=DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model", needed=False)) as store:
+        client, _, blocks = attach(store)
+        assert compute(client, blocks, prompt_of(5, 2), 1)[0] == 0
+        store.process.kill()
+        _, said = store.process.communicate()
+    assert said.count("\n") == 1 and "kv/numa0 cannot be used (Not a directory)" in said
+
+
 # ------------------------------------------------------------------------ a real server
 
 
