@@ -375,7 +375,7 @@ class DiskTier:
                 os.fdatasync(
                     descriptor
                 )  # says where the disk is full, and the page cache drops no other pages
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                _leave_cache(descriptor)
             finally:
                 os.close(descriptor)
             os.rename(temporary, _file(name), src_dir_fd=self._folder, dst_dir_fd=self._folder)
@@ -435,7 +435,7 @@ class DiskTier:
                 if count == 0:
                     raise _Unusable(f"{_file(name)} has been cut short.")
                 offset += count
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            _leave_cache(descriptor)
             with suppress(OSError):
                 os.utime(descriptor)  # for the order of a later start
         finally:
@@ -528,6 +528,11 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no waiting
 
 def _file(name: bytes) -> str:
     return f"{name.hex()}.kv"
+
+
+def _leave_cache(descriptor: int) -> None:
+    with suppress(OSError):  # it is advice
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(fields: bytes, block: NDArray[np.uint8]) -> bytes:
