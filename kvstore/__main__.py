@@ -3,12 +3,16 @@
 The key of the server's sockets comes through stdin.
 """
 
+import logging
 import sys
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.disk import DiskTier, root_of
+from clo.kvstore.layout import ArenaLayout, arena_bytes
 from clo.kvstore.pool import BlockPool
 from clo.kvstore.server import Launcher, StoreServer, listen
 from clo.runtime.config import StoreConfig
@@ -24,6 +28,8 @@ from clo.runtime.machine.process import (
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import LauncherToStore, store_identity
 from clo.runtime.wire.sockets import DealerSocket
+
+_logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -41,14 +47,30 @@ def main() -> None:
     with zmq.Context() as context, listen(context, config.endpoint, key) as socket:
         check_memory({config.node: config.arena_bytes})
         arena = Arena.create(config.arena_bytes)
+        disk = _disk_tier(config, arena, blocks)
         keep = config.prefix_caching == "on"
-        pool = BlockPool(blocks, config.block.tokens, keep=keep, report=config.kv_events)
+        pool = BlockPool(blocks, config.block.tokens, keep=keep, report=config.kv_events, lower=disk)
         launcher: Launcher = DealerSocket(
             context, config.router, LauncherToStore, key, store_identity(config.name)
         )
-        store = StoreServer(config, arena, pool, socket, launcher)
+        store = StoreServer(config, arena, pool, socket, launcher, disk)
         end_start_up()
         store.run()
+
+
+def _disk_tier(config: StoreConfig, arena: Arena, blocks: int) -> DiskTier | None:
+    if config.disk is None:
+        return None
+    block, folder = config.block, Path(config.disk.folder).expanduser() / config.name
+    layout = ArenaLayout.of_block(block.layers, block.kv_heads, blocks, block.bytes)
+    root = root_of(config.disk.model, block.layers, block.kv_heads, block.tokens, block.bytes)
+    try:
+        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout))
+    except ConfigError as error:
+        if config.disk.needed:
+            raise
+        _logger.warning("%s The server goes on without.", error)
+        return None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from clo.runtime.wire.errors import ConfigError, WorkerDied
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 _TOUCH_BYTES = 64 * 2**20  # touched by one thread at a time
 
@@ -81,6 +82,10 @@ class Arena:
         if count > self.size:
             raise ValueError(f"{shape} of {dtype} takes {count} bytes, the arena has {self.size}.")
         return torch.from_numpy(np.frombuffer(self._memory, np.uint8, count)).view(dtype).view(shape)
+
+    def bytes(self, shape: tuple[int, ...]) -> "NDArray[np.uint8]":
+        """The same as bytes."""
+        return np.frombuffer(self._memory, np.uint8, math.prod(shape)).reshape(shape)
 
     def close(self) -> None:
         """Unmap. Raises ``BufferError`` while a tensor of this arena is alive."""

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from clo.kvstore.arena import Arena
     from clo.runtime.model.kv_shape import KVShape
@@ -49,6 +51,11 @@ def arena_tensor(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor
     """The rows of an arena in the order of memory: [layers, kv_heads, blocks, block_tokens, 2, head_dim]."""
     order = (shape.layers, shape.kv_heads, blocks, shape.block_tokens, 2, shape.head_dim)
     return arena.tensor(shape.dtype, order)
+
+
+def arena_bytes(arena: "Arena", layout: ArenaLayout) -> "NDArray[np.uint8]":
+    """The bytes of an arena in the order of memory: [layers * kv_heads][blocks][part_bytes]."""
+    return arena.bytes((layout.layers * layout.kv_heads, layout.blocks, layout.part_bytes))
 
 
 def by_block(rows: "torch.Tensor") -> "torch.Tensor":

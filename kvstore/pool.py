@@ -4,7 +4,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from clo.kvstore.prefix import chain, first_parent, next_name, number
 from clo.runtime.wire.errors import PromptTooLong, ProtocolError
@@ -50,6 +50,35 @@ class _Holding:
         self.room = len(blocks) * block_tokens
 
 
+@dataclass(frozen=True, eq=False)
+class Load:
+    """Blocks whose rows are to be read before the sequence that they were taken for is granted them.
+
+    Attributes:
+        names: the names of the rows, in order.
+        blocks: where each belongs; nobody else has them until ``BlockPool.loaded``.
+    """
+
+    group: int
+    sequence: int
+    names: list[bytes]
+    blocks: list[int]
+    holding: _Holding
+
+
+class Lower(Protocol):
+    """Where copies of committed blocks are that may have left the arena: ``clo.kvstore.disk``."""
+
+    def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """The committed blocks of a chain, from its beginning on, have come to be or are used."""
+
+    def taken(self, block: int) -> None:
+        """A committed block is one no longer; its rows will be overwritten."""
+
+    def found(self, names: Sequence[bytes]) -> int:
+        """How many of the names, from the first one on, can be loaded."""
+
+
 @dataclass
 class _Wait:
     """What a sequence in the queue waits for."""
@@ -86,9 +115,19 @@ class BlockPool:
         block_tokens: tokens of a block.
         keep: whether blocks are committed at all.
         report: whether ``events`` says what becomes of those that are.
+        lower: has copies of those that were; a prompt that goes on with them gets blocks at once, and is
+            granted them when they have been loaded.
     """
 
-    def __init__(self, blocks: int, block_tokens: int, *, keep: bool = True, report: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        block_tokens: int,
+        *,
+        keep: bool = True,
+        report: bool = False,
+        lower: Lower | None = None,
+    ) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
         self._keep = keep
@@ -100,6 +139,10 @@ class BlockPool:
         self._names: dict[int, bytes] = {}  # by block
         self._origins: dict[int, _Origin] = {}  # by block; 4 bytes a token
         self._kept: OrderedDict[int, None] = OrderedDict()  # the next to be taken first
+        self._lower = lower
+        self._begun: list[Load] = []  # that ``loads`` has not told of
+        self._loads: list[Load] = []  # all that are under way
+        self._loaded: list[Load] = []  # whose sequences are to be granted their blocks
         self._report = report
         self._events: list[KVEvent] = [AllBlocksCleared()] if report else []
         self.asked_tokens = self.cached_tokens = 0  # of all prompts so far
@@ -158,11 +201,16 @@ class BlockPool:
     def grants(self) -> Iterator[Grant]:
         """Serve the queue as far as free blocks allow; call it after each ``allocate``, ``commit`` and
         ``free``."""
+        loaded, self._loaded = self._loaded, []
+        for load in loaded:
+            if self._holds(load):  # it may have gone
+                blocks = list(load.holding.blocks)
+                yield Grant(load.group, load.sequence, blocks, load.holding.committed)
         ahead: list[tuple[_Wait, int]] = []  # those that go on waiting, so far, and new blocks that they need
         for (group, sequence), wait in list(self._waiting.items()):
             shared = self._match(wait)
             new = wait.blocks - len(shared)
-            if new > self._takeable(shared) or any(other.passed + new > needs for other, needs in ahead):
+            if not self._fits(wait, shared) or any(other.passed + new > needs for other, needs in ahead):
                 ahead.append((wait, new))
                 continue
             for other, _ in ahead:
@@ -175,7 +223,28 @@ class BlockPool:
             if wait.most:
                 self.asked_tokens += len(wait.prompt)
                 self.cached_tokens += len(holding.tokens)
-            yield Grant(group, sequence, list(blocks), len(shared))
+            if self._lower is not None:
+                self._lower.keep(wait.names[: len(shared)], shared)
+            if not self._load(group, sequence, wait, holding):
+                yield Grant(group, sequence, list(blocks), len(shared))
+
+    def loads(self) -> list[Load]:
+        """Those that have begun since this was called last. ``loaded`` has to be called for each."""
+        begun, self._begun = self._begun, []
+        return begun
+
+    def loaded(self, load: Load, blocks: int) -> None:
+        """The first so many blocks of a load have their rows, and nobody writes to the others any more. What
+        ``grants`` can serve has changed."""
+        self._loads.remove(load)
+        if self._holds(load):
+            tokens = load.holding.prompt[len(load.holding.tokens) :][: blocks * self.block_tokens]
+            if load.holding.blocks[load.holding.committed :][:1] == load.blocks[:1]:
+                self.commit(load.group, load.sequence, len(load.holding.tokens), tokens.tolist())
+                self.cached_tokens += len(tokens)
+            self._loaded.append(load)
+        for block in reversed(load.blocks):
+            self._give_back(block)
 
     def commit(self, group: int, sequence: int, start: int, tokens: list[int]) -> int:
         """Record that ``tokens`` are in the blocks of a sequence from position ``start`` on, with all their
@@ -216,6 +285,9 @@ class BlockPool:
                 self._hold([first])
         new = max(0, full - holding.committed)
         holding.committed += new
+        if new and self._lower is not None:
+            names = holding.names[: holding.committed]
+            self._lower.keep(names, [self._by_name[name] for name in names])
         return new
 
     def events(self) -> list[KVEvent]:
@@ -285,6 +357,9 @@ class BlockPool:
                     block = holding.anchors.get(place, holding.blocks[place])
                     if self._by_name.get(holding.names[place]) != block:
                         raise AssertionError(f"{name} has committed block {block}, which has another name.")
+        for load in self._loads:
+            for block in load.blocks:
+                held[block] += 1
         if self._holders.tolist() != held:
             raise AssertionError(f"Blocks are held {held} times and counted {self._holders.tolist()} times.")
         free = [block for block in range(self.blocks) if not held[block] and block not in self._kept]
@@ -299,8 +374,7 @@ class BlockPool:
             )
         if self._waiting:
             wait = next(iter(self._waiting.values()))
-            shared = self._match(wait)
-            if wait.blocks - len(shared) <= self._takeable(shared):
+            if self._fits(wait, self._match(wait)):
                 raise AssertionError(f"The queue waits although {self.free_blocks} blocks are free.")
 
     def check_names(self) -> None:
@@ -358,6 +432,33 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def _fits(self, wait: _Wait, shared: list[int]) -> bool:
+        """Whether a sequence can be served that shares these blocks: there is room for the others, and the
+        next one is not being loaded for somebody else, with whom it can share that, too."""
+        following = wait.names[len(shared) : wait.most][:1]
+        if any(load.names[: len(following)] == following for load in self._loads if following):
+            return False
+        return wait.blocks - len(shared) <= self._takeable(shared)
+
+    def _load(self, group: int, sequence: int, wait: _Wait, holding: _Holding) -> bool:
+        """Begin to load what a sequence that has just got its blocks goes on with; whether there is any."""
+        if self._lower is None:
+            return False
+        first = holding.committed
+        names = wait.names[first : min(wait.most, len(holding.blocks))]
+        names = names[: self._lower.found(names)]
+        if not names:
+            return False
+        load = Load(group, sequence, names, holding.blocks[first : first + len(names)], holding)
+        self._hold(load.blocks)
+        self._loads.append(load)
+        self._begun.append(load)
+        return True
+
+    def _holds(self, load: Load) -> bool:
+        """Whether a load's sequence has still the blocks that it was begun for."""
+        return self._held.get(load.group, {}).get(load.sequence) is load.holding
+
     def _takeable(self, shared: list[int]) -> int:
         """Blocks that can be taken beside those shared."""
         return self.free_blocks - sum(block in self._kept for block in shared)
@@ -370,6 +471,8 @@ class BlockPool:
             block, _ = self._kept.popitem(last=False)
             name = self._names.pop(block)
             del self._by_name[name], self._origins[block]
+            if self._lower is not None:
+                self._lower.taken(block)
             if self._report:
                 self._events.append(BlockRemoved([number(name)]))
         self._holders[block] += 1

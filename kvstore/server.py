@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.disk import DiskTier
 from clo.kvstore.layout import ArenaLayout
 from clo.kvstore.pool import BlockPool
 from clo.kvstore.push import Pusher, Source
@@ -85,7 +86,7 @@ def listen(context: zmq.Context[Any], endpoint: str, key: str) -> zmq.Socket[byt
 
 class StoreServer:
     """Serves one arena over one ROUTER socket, and answers the launcher. It sleeps in ``poll`` and has no
-    timers."""
+    timers, but for the one of ``disk``, if it has such a tier."""
 
     def __init__(
         self,
@@ -94,8 +95,10 @@ class StoreServer:
         pool: BlockPool,
         socket: zmq.Socket[bytes],
         launcher: Launcher,
+        disk: DiskTier | None = None,
     ) -> None:
         self._config = config
+        self._disk = disk
         self._arena = arena
         self._pool = pool
         self._socket, self._launcher = socket, launcher
@@ -105,6 +108,8 @@ class StoreServer:
         self._poller.register(launcher.socket, zmq.POLLIN)
         self._watch, self._strangers = watch(socket), Strangers(_logger, INTRUDER)
         self._poller.register(self._watch, zmq.POLLIN)
+        if disk is not None:
+            self._poller.register(disk.fd, zmq.POLLIN)
         self._workers = dict(config.workers)  # that may attach
         self._doors: dict[int, str] = {}  # where those connect that were started again, by worker
         self._by_number: dict[int, _Worker] = {}
@@ -116,7 +121,7 @@ class StoreServer:
         """Serve until the process is ended."""
         self._launcher.send(StoreReady(os.getpid()))
         while True:
-            ready = dict(self._poller.poll())
+            ready = dict(self._poller.poll(None if self._disk is None else self._disk.timeout_ms))
             for worker in list(self._by_number.values()):
                 if worker.pidfd in ready:
                     _logger.info("Worker %d is gone; its blocks are free again.", worker.number)
@@ -133,6 +138,10 @@ class StoreServer:
                     self._launcher.send(self._examine(message))
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
+            if self._disk is not None and (finished := self._disk.finished()):
+                for load, blocks in finished:
+                    self._pool.loaded(load, blocks)
+                self._grant()
             if events := self._pool.events():
                 self._launcher.send(KVEvents(events))
 
@@ -246,6 +255,8 @@ class StoreServer:
             waiting=pool.waiting,
             asked_tokens=pool.asked_tokens,
             cached_tokens=pool.cached_tokens,
+            disk_blocks=0 if self._disk is None else self._disk.blocks,
+            disk_hits=0 if self._disk is None else self._disk.hits,
         )
         self._send(identity, StoreReport(stats))
 
@@ -293,6 +304,9 @@ class StoreServer:
         for grant in self._pool.grants():
             allocated = Allocated(grant.sequence, grant.blocks, grant.cached)
             self._send(self._leader(grant.group).identity, allocated)
+        for load in self._pool.loads():
+            assert self._disk is not None, "only it has what can be loaded"
+            self._disk.read(load)
         if self._pool.sequences == 0:
             self._pool.check_integrity()  # nobody is waiting, so this delays no one
 

@@ -415,6 +415,17 @@ class ServerConfig:
         "on keeps the KV of prompts in the store until the space is needed, and a prompt that begins like "
         "one of them is computed from where they differ",
     )
+    kv_disk: str | None = option(
+        None,
+        "folder in which copies of the blocks of prompts outlive the memory of the KV store, and the server; "
+        "what they say can be told from them, and they are not encrypted",
+        "DIR",
+        str,
+        none="off",
+    )
+    kv_disk_size: int | None = option(
+        None, "disk that ONE KV store may use for --kv-disk: 512MiB, 1TiB", "SIZE", parse_size, none="off"
+    )
     recovery: Recovery = option(
         "on",
         "on starts processes again that have died, and requests go on from the tokens that have come; off "
@@ -452,6 +463,10 @@ class ServerConfig:
             raise ConfigError(f"--kv-events-port is {self.kv_events_port}; it must be from 0 to 65535.")
         if self.kv_events_port is not None and self.prefix_caching == "off":
             raise ConfigError("--kv-events-port is for --prefix-caching on: there is nothing to publish.")
+        if (self.kv_disk is None) != (self.kv_disk_size is None):
+            raise ConfigError("--kv-disk and --kv-disk-size go together; give both.")
+        if self.kv_disk is not None and self.prefix_caching == "off":
+            raise ConfigError("--kv-disk is for --prefix-caching on: there is nothing to keep.")
         if self.api_key is not None and not 1 <= len(self.api_key.encode()) <= 255:
             raise ConfigError(f"--api-key has {len(self.api_key.encode())} bytes; it must have 1 to 255.")
         for name in self.kvstore:
@@ -481,9 +496,21 @@ class StartedWorker:
 
 
 @dataclass(frozen=True)
+class DiskConfig:
+    """Where KV stores keep copies of blocks, each in a folder of its own name, and how many bytes each may
+    take. ``model`` stands for all that decides about rows but for the tokens. Where the folder cannot be
+    used, a store ends for which it is ``needed``, and another one serves without."""
+
+    folder: str
+    bytes: int
+    model: str
+    needed: bool = True
+
+
+@dataclass(frozen=True)
 class StoreConfig:
     """One KV store: its name (``numa0``), NUMA node, arena size in bytes, its own address and the router's,
-    its blocks, and the workers, by number, that may attach."""
+    its blocks, the workers, by number, that may attach, and its disk, if it has one."""
 
     name: str
     node: int
@@ -492,6 +519,7 @@ class StoreConfig:
     router: str
     block: BlockConfig
     workers: dict[int, StartedWorker]
+    disk: DiskConfig | None = None
     prefix_caching: PrefixCaching = "on"
     kv_events: bool = False
     log_level: LogLevel = "warning"

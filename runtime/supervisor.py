@@ -9,15 +9,17 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import msgspec
 import torch
 
+from clo import __version__
 from clo.runtime.config import (
     BlockConfig,
+    DiskConfig,
     GatewayProcessConfig,
     ServerConfig,
     StartedWorker,
@@ -31,6 +33,7 @@ from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
+from clo.runtime.model.fingerprint import fingerprint
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
@@ -156,6 +159,10 @@ class Supervisor:
         self._kv_size = kv_size(config, self._model, self._nodes)
         shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
         self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
+        self._disk: DiskConfig | None = None
+        if config.kv_disk is not None and config.kv_disk_size is not None:
+            said = fingerprint(self._model, config.cache.prefill_attention, __version__)
+            self._disk = DiskConfig(config.kv_disk, config.kv_disk_size, said)
         self._router = Router(config, self._model, _router_in(folder), self._key)
         self._control = Control(self._router.address, self._carry_out)
         self._reloading = False
@@ -245,6 +252,7 @@ class Supervisor:
             workers={
                 number: StartedWorker(child.process.pid, number) for number, child in enumerate(self._workers)
             },
+            disk=None if self._disk is None else replace(self._disk, needed=not self._serving),
             prefix_caching=config.prefix_caching,
             kv_events=config.kv_events_port is not None,
             log_level=config.log_level,

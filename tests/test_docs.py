@@ -10,6 +10,7 @@ import pytest
 from clo import launch
 from clo.gpu_worker import outputs
 from clo.gpu_worker.cache import staging
+from clo.kvstore import disk
 from clo.runtime import grammars, router
 from clo.runtime.model.generation import DEFAULT_MAX_TOKENS
 from clo.runtime.wire import liveness
@@ -95,6 +96,7 @@ def test_the_figures_in_the_table_of_errors_are_those_of_the_code() -> None:
         f"more than {liveness.SERVING_S:g} s, or it is not ready within {liveness.STARTING_S:,.0f} s",
         f"does not finish a step within {outputs._STUCK_SECONDS:g} s",
         f"does not bring rows within {staging.STUCK_SECONDS:g} s",
+        f"brings nothing for {disk.STUCK_S:g} s",
         f"takes more than {grammars.COMPILE_S:g} s or {grammars.MEMORY_BYTES >> 30} GiB",
         f"at most {DEFAULT_MAX_TOKENS:,} tokens",
         f"More than {router.OPEN_REQUESTS:,} requests of one client open, or of more than "

@@ -20,7 +20,8 @@ def test_every_option_reaches_the_configuration() -> None:
     line = (
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
-        "--kv-size 1.5MiB --prefix-caching on --kv-events-port 0 --kv-events-topic kv "
+        "--kv-size 1.5MiB --prefix-caching on --kv-disk d --kv-disk-size 2GiB "
+        "--kv-events-port 0 --kv-events-topic kv "
         "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 --recovery off "
         "--host 127.0.0.2 "
@@ -39,6 +40,8 @@ def test_every_option_reaches_the_configuration() -> None:
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
         prefix_caching="on",
+        kv_disk="d",
+        kv_disk_size=2**31,
         recovery="off",
         kv_events_port=0,
         kv_events_topic="kv",
@@ -102,6 +105,12 @@ WRONG_OPTIONS = {
     "store that is no node": ("--kvstore gpu", "--kvstore 'gpu' is not of the form numa0"),
     "port of events": ("--kv-events-port 65536", "--kv-events-port is 65536; it must be from 0 to 65535"),
     "events of nothing": ("--kv-events-port 0 --prefix-caching off", "there is nothing to publish"),
+    "disk without a size": ("--kv-disk d", "--kv-disk and --kv-disk-size go together; give both."),
+    "size of no disk": ("--kv-disk-size 1GiB", "--kv-disk and --kv-disk-size go together; give both."),
+    "disk for nothing": (
+        "--kv-disk d --kv-disk-size 1GiB --prefix-caching off",
+        "--kv-disk is for --prefix-caching on: there is nothing to keep.",
+    ),
     "same node twice": ("--kvstore numa0,numa0", "--kvstore names a node twice"),
 }
 

@@ -1,16 +1,18 @@
-"""The pool of blocks under any use, beside a model that follows what the rows of each block depend on.
+"""The pool of blocks under any use, beside a model that follows what the rows of each block depend on, also
+where blocks come back from below.
 
 Some thousands of steps here; ``python -m tests.fuzz`` takes other ones in each run.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from clo.kvstore.pool import BlockPool, Grant
+from clo.kvstore.pool import BlockPool, Grant, Load, Lower
 from clo.runtime.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.fuzz import drawn
 
@@ -41,13 +43,17 @@ class Rows(NamedTuple):
 
 
 class PoolMachine(RuleBasedStateMachine):
+    lower: Lower | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS, BLOCK_TOKENS, report=True)
+        self.pool = BlockPool(BLOCKS, BLOCK_TOKENS, report=True, lower=self.lower)
         assert self.pool.events() == [AllBlocksCleared()]
         self.asked: dict[Key, Asked] = {}  # in order, until granted
         self.passed: Counter[Key] = Counter()  # new blocks that overtook it
         self.holds: dict[Key, tuple[Asked, list[int]]] = {}
+        self.loading: dict[Key, tuple[Asked, Load]] = {}  # blocks are taken for it, and not granted
+        self.loads: list[tuple[Asked, Load]] = []  # that are under way, whatever has become of the sequence
         self.committed: dict[Key, list[int]] = {}  # tokens
         self.rows: dict[int, Rows | None] = {}  # by block, in the arena
         self.published: set[int] = set()
@@ -68,7 +74,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def allocate(self, key: Key, prompt: list[int], more: int, own: int, salt: str) -> None:
         blocks = max(1, min(BLOCKS, -(-len(prompt) // BLOCK_TOKENS) + more))
-        if key in self.asked or key in self.holds:
+        if key in self.asked or key in self.holds or key in self.loading:
             return
         self.asked[key] = Asked(blocks, prompt, own, salt)
         self.pool.allocate(*key, blocks, prompt, own, salt)
@@ -95,10 +101,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert committed == max(0, full - start // BLOCK_TOKENS)
         self.serve()
 
-    @precondition(lambda self: len(self.holds) + len(self.asked) > 3)
+    @precondition(lambda self: len(self.holds) + len(self.asked) + len(self.loading) > 3)
     @rule(data=st.data())
     def free(self, data: Any) -> None:
-        key = data.draw(st.sampled_from(sorted([*self.holds, *self.asked])))
+        key = data.draw(st.sampled_from(sorted(self.keys())))
         held = self.forget(key)
         assert self.pool.free(*key) == held
         self.serve()
@@ -116,11 +122,16 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.asked) > 1)
     @rule(group=st.integers(0, 1))
     def free_group(self, group: int) -> None:
-        held = sum(self.forget(key) for key in [*self.holds, *self.asked] if key[0] == group)
+        held = sum(self.forget(key) for key in self.keys() if key[0] == group)
         assert self.pool.free_group(group) == held
         self.serve()
 
+    def keys(self) -> list[Key]:
+        return [*self.holds, *self.asked, *self.loading]
+
     def forget(self, key: Key) -> int:
+        if key in self.loading:
+            return len(self.loading.pop(key)[1].holding.blocks)
         self.asked.pop(key, None)
         self.passed.pop(key, None)
         self.committed.pop(key, None)
@@ -128,18 +139,30 @@ class PoolMachine(RuleBasedStateMachine):
 
     def serve(self) -> None:
         for grant in self.pool.grants():
+            self.begin_loads()  # those before it in the queue
             self.check(grant)
+        self.begin_loads()
 
-    def check(self, grant: Grant) -> None:
-        key = grant.group, grant.sequence
+    def begin_loads(self) -> None:
+        for load in self.pool.loads():
+            self.begin(load)
+
+    def begin(self, load: Load) -> None:
+        key, holding = (load.group, load.sequence), load.holding
         asked = self.asked[key]
-        assert len(grant.blocks) == len({*grant.blocks}) == asked.blocks
-        shared, new = grant.blocks[: grant.cached], grant.blocks[grant.cached :]
-        assert not {*new} & {block for _, blocks in self.holds.values() for block in blocks}
-        assert grant.cached * BLOCK_TOKENS <= max(0, len(asked.prompt) - asked.own)
-        for place, block in enumerate(shared):
-            assert self.rows[block] == self.names(asked)[place], "it has the rows of these tokens"
-        assert grant.cached >= self.surely_there(asked)
+        new = holding.blocks[holding.committed :]
+        self.take(key, new)
+        assert new[: len(load.blocks)] == load.blocks
+        assert holding.committed * BLOCK_TOKENS < len(asked.prompt)
+        self.loading[key] = asked, load
+        self.loads.append((asked, load))
+
+    def take(self, key: Key, new: list[int]) -> None:
+        """A sequence has got new blocks."""
+        used = {block for _, blocks in self.holds.values() for block in blocks}
+        used |= {block for _, load in self.loads for block in load.blocks}
+        used |= {block for _, load in self.loading.values() for block in load.holding.blocks}
+        assert not {*new} & used
         for other in list(self.asked)[: list(self.asked).index(key)]:
             self.passed[other] += len(new)
             assert self.passed[other] <= self.asked[other].blocks, "others pass it without end"
@@ -147,6 +170,20 @@ class PoolMachine(RuleBasedStateMachine):
             self.rows[block] = None
         del self.asked[key]
         self.passed.pop(key, None)
+
+    def check(self, grant: Grant) -> None:
+        key = grant.group, grant.sequence
+        asked = self.loading[key][0] if key in self.loading else self.asked[key]
+        assert len(grant.blocks) == len({*grant.blocks}) == asked.blocks
+        shared, new = grant.blocks[: grant.cached], grant.blocks[grant.cached :]
+        assert grant.cached * BLOCK_TOKENS <= max(0, len(asked.prompt) - asked.own)
+        for place, block in enumerate(shared):
+            assert self.rows[block] == self.names(asked)[place], "it has the rows of these tokens"
+        if key in self.loading:
+            assert grant.blocks == self.loading.pop(key)[1].holding.blocks
+        else:
+            assert grant.cached >= self.surely_there(asked)
+            self.take(key, new)
         self.holds[key] = asked, grant.blocks
         self.committed[key] = asked.prompt[: grant.cached * BLOCK_TOKENS]
 
@@ -166,10 +203,10 @@ class PoolMachine(RuleBasedStateMachine):
     def all_is_well(self) -> None:
         pool = self.pool
         pool.check_integrity()
-        assert (pool.sequences, pool.waiting) == (len(self.holds), len(self.asked))
+        assert (pool.sequences, pool.waiting) == (len(self.holds) + len(self.loading), len(self.asked))
         held = {block for _, blocks in self.holds.values() for block in blocks}
         assert pool.free_blocks <= BLOCKS - len(held)
-        if not self.holds:
+        if not self.holds and not self.loads:
             assert pool.free_blocks == BLOCKS and not self.asked
         for key, (_, blocks) in self.holds.items():
             described, parts = pool.describe(*key)
@@ -187,5 +224,48 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.kept_blocks <= len(self.published) <= BLOCKS
 
 
+class Copies:
+    """Names of all blocks that have been committed, but for some that are lost."""
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+
+    def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        assert len(names) == len(blocks) == len({*blocks})
+        self.names = [*self.names, *(name for name in names if name not in self.names)]
+
+    def taken(self, block: int) -> None:
+        assert 0 <= block < BLOCKS
+
+    def found(self, names: Sequence[bytes]) -> int:
+        return next((place for place, name in enumerate(names) if name not in self.names), len(names))
+
+
+class LoadingPoolMachine(PoolMachine):
+    lower: Copies
+
+    def __init__(self) -> None:
+        self.lower = Copies()
+        super().__init__()
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data())
+    def finish(self, data: Any) -> None:
+        asked, load = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
+        good = data.draw(st.integers(0, len(load.names)))
+        first = load.holding.blocks.index(load.blocks[0])
+        for place, block in enumerate(load.blocks[:good], first):
+            self.rows[block] = self.names(asked)[place]
+        self.pool.loaded(load, good)
+        self.serve()
+
+    @precondition(lambda self: len(self.lower.names) > 8)
+    @rule(data=st.data())
+    def lose(self, data: Any) -> None:
+        self.lower.names.pop(data.draw(st.integers(0, len(self.lower.names) - 1)))
+
+
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(drawn(40), stateful_step_count=100)
+TestLoadingPool = LoadingPoolMachine.TestCase
+TestLoadingPool.settings = settings(drawn(40), stateful_step_count=100)

@@ -79,11 +79,15 @@ class _Snapshot(Collector):
             ("kept_blocks", "Those of them that hold prompts, for others that begin like them."),
             ("sequences", "Sequences that hold blocks of a KV store."),
             ("waiting", "Sequences that wait for blocks of a KV store."),
+            ("disk_blocks", "Blocks that a KV store has on disk."),
         ):
             values = {store.store: getattr(store, name) for store in stores}
             yield _by(values, GaugeMetricFamily(f"clo_store_{name}", text, labels=["store"]))
         if not stores:  # while no worker is there to ask, a sum of nothing would look like a new beginning
             return
+        hits = {store.store: store.disk_hits for store in stores}
+        text = "Blocks that came back from disk."
+        yield _by(hits, CounterMetricFamily("clo_store_disk_hits", text, labels=["store"]))
         for name, tokens, text in (
             ("queries", "asked_tokens", "Prompt tokens that could have been cached."),
             ("hits", "cached_tokens", "Prompt tokens that were cached."),

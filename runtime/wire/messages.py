@@ -282,6 +282,8 @@ class StoreStats(msgspec.Struct, frozen=True):
     waiting: Count  # allocations that wait for blocks
     asked_tokens: Count  # of prompts that could have shared blocks
     cached_tokens: Count  # how many of these were there already
+    disk_blocks: Count = 0  # of which there are copies on disk
+    disk_hits: Count = 0  # blocks that have come back from there
 
 
 class DriftStats(msgspec.Struct, frozen=True):
