@@ -119,6 +119,7 @@ class Scheduler:
         self._owed = 0.0  # floating-point operations of prompts to launch before the next step
         self.steps = 0
         self.generated = 0
+        self.preemptions = 0
 
     @property
     def busy(self) -> bool:
@@ -373,6 +374,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take slot and blocks from a sequence that is to go on later."""
         logger.info("Sequence %d is preempted; there are no blocks.", sequence.id)
+        self.preemptions += 1
         sequence.preempted, sequence.growing, sequence.starving = True, False, False
         self._vacate(sequence)
 

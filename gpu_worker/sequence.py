@@ -18,7 +18,7 @@ class State(Enum):
     PREFILLING = "has blocks; its prompt is being computed, or waits for its turn"
     DECODING = "takes part in every step"
     DRAINING = "takes part in no further step; the last one's token is on its way"
-    RELEASING = "has ended; the device may still touch its slot and blocks"
+    RELEASING = "has ended or is preempted; the device may still touch its slot and blocks"
     GONE = "holds nothing"
 
 

@@ -150,4 +150,5 @@ class Worker:
             drift_check=None if self._drift_check is None else self._drift_check.stats(),
             head_rows=cache.head_rows,
             late_rows=self._engine.late_rows,
+            preemptions=scheduler.preemptions,
         )

@@ -319,6 +319,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
     late_rows: (
         Count | None
     )  # those fetched by layers that choose no earlier; None where they are not told apart
+    preemptions: Count = 0  # how often a sequence gave back its blocks so that another could grow
 
 
 class Histogram(msgspec.Struct, frozen=True):
