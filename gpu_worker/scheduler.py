@@ -49,6 +49,7 @@ from clo.runtime.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
+_ROOM = 64  # tokens, and steps in which the store can answer who asks for its next block
 _SCORES = 4096  # log-probabilities of a message
 _REASON_CHARACTERS = 300
 _BESIDE_PROMPTS = 1  # more steps on their way: launching units takes milliseconds, and the host may be late
@@ -69,7 +70,7 @@ class Scheduler:
 
     A sequence waits for a slot, for which clients take turns, then for its blocks, which the store grants,
     prefills and decodes; see ``clo.gpu_worker.sequence``. It begins with blocks for its prompt and the first
-    tokens of its answer, and asks for another one when it has begun its last. Where there are none, the
+    tokens of its answer, and asks for another one when it has nearly filled its last. Where there are none, the
     youngest is preempted: it gives back slot and blocks, and begins again before all that wait, with a prompt
     that its answer is a part of. Its client sees a pause. Committed blocks of its prompt are likely to be
     there still.
@@ -106,6 +107,7 @@ class Scheduler:
         self._engine, self._max_tokens, self._drift_check = engine, max_tokens, drift_check
         self._pacing = pacing
         self._block_tokens = engine.decoder.shape.block_tokens
+        self._room = min(_ROOM, self._block_tokens)
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
@@ -244,9 +246,9 @@ class Scheduler:
         return -(-tokens // self._block_tokens)
 
     def _first_blocks(self, sequence: Sequence) -> int:
-        """Blocks that a sequence begins with: it can generate as many tokens as one of them holds at least,
-        in which time the next one comes."""
-        return self._blocks(min(len(sequence.tokens) + self._block_tokens, sequence.longest))
+        """Blocks that a sequence begins with: it can generate some tokens, in which time the next one
+        comes."""
+        return self._blocks(min(len(sequence.tokens) + self._room, sequence.longest))
 
     def _give_back(self, sequence: Sequence) -> None:
         """A sequence no longer has its slot."""
@@ -350,13 +352,13 @@ class Scheduler:
         self._track(handle, sequences)
 
     def _grow(self) -> bool:
-        """Ask for blocks for those that have begun their last one; whether a step can be launched. Who has no
+        """Ask for blocks for those that have nearly filled their last one; whether a step can be launched. Who has no
         room for its next token, as the store is late, is preempted rather than waited for."""
         for sequence in list(self._decoding.values()):
             tokens, room = sequence.prompt + sequence.launched, len(sequence.blocks) * self._block_tokens
             if tokens > room:
                 self._preempt(sequence)
-            elif tokens > room - self._block_tokens and not sequence.growing and room < sequence.longest:
+            elif tokens > room - self._room and not sequence.growing and room < sequence.longest:
                 sequence.growing = True
                 sequence.asked += 1
                 self._shares.grow(sequence.run.client, 1)

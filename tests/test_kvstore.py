@@ -75,8 +75,8 @@ def test_waiting_allocations_of_two_workers_are_served_in_order(store: Store) ->
     assert stats(one).waiting == 1
     two.send(Allocate(1, 2))
     assert stats(two).waiting == 2
-    answer = ask(one, Free(1))
-    assert isinstance(answer, Allocated) and answer.sequence == 2
+    granted = ask(one, Free(1))
+    assert isinstance(granted, Allocated) and granted.sequence == 2
     assert one.receive(WAIT_MS) == Freed(1, BLOCKS), "which says that all has been given out by then"
     assert stats(two).waiting == 1  # the first answer that reaches it: it has no blocks yet
     assert ask(one, Free(2)) == Freed(2, BLOCKS - 1)

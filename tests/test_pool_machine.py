@@ -109,7 +109,7 @@ class PoolMachine(RuleBasedStateMachine):
         if key in self.growing or len(self.holds[key][1]) + blocks > BLOCKS:
             return
         self.growing[key] = blocks
-        self.pool.grow(*key, blocks)
+        self.pool.grow(key[0], key[1], blocks)
         self.serve()
 
     @precondition(lambda self: len(self.holds) + len(self.asked) + len(self.loading) > 3)
