@@ -70,7 +70,7 @@ class Scheduler:
 
     A sequence waits for a slot, for which clients take turns, then for its blocks, which the store grants,
     prefills and decodes; see ``clo.gpu_worker.sequence``. It begins with blocks for its prompt and the first
-    tokens of its answer, and asks for another one when it has nearly filled its last. Where there are none, the
+    tokens of its answer, and asks for another one when its last is nearly full. Where there are none, the
     youngest is preempted: it gives back slot and blocks, and begins again before all that wait, with a prompt
     that its answer is a part of. Its client sees a pause. Committed blocks of its prompt are likely to be
     there still.
@@ -198,7 +198,7 @@ class Scheduler:
             return  # it has ended, or been preempted, and its Free is on the way
         if message.blocks:
             sequence.growing = sequence.starving = False
-            sequence.blocks += message.blocks
+            sequence.blocks = sequence.blocks + message.blocks  # the engine has the former list
             if sequence.state is State.DECODING:
                 self._engine.extend(sequence.slot, message.blocks)
         else:
@@ -352,7 +352,7 @@ class Scheduler:
         self._track(handle, sequences)
 
     def _grow(self) -> bool:
-        """Ask for blocks for those that have nearly filled their last one; whether a step can be launched. Who has no
+        """Ask for blocks for those whose last one is nearly full; whether a step can be launched. Who has no
         room for its next token, as the store is late, is preempted rather than waited for."""
         for sequence in list(self._decoding.values()):
             tokens, room = sequence.prompt + sequence.launched, len(sequence.blocks) * self._block_tokens

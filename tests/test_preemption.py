@@ -1,4 +1,4 @@
-"""Answers that do not fit into the arena together: they begin together all the same, and end as they would."""
+"""Answers that do not fit into the arena together: they begin together, and end as they would without."""
 
 import asyncio
 from collections.abc import Callable
