@@ -163,6 +163,17 @@ class Engine:
             padded[: len(row)] = torch.tensor(row)
             table[slot].copy_(padded, non_blocking=True)
 
+    @torch.inference_mode()
+    def extend(self, slot: int, blocks: list[int]) -> None:
+        """Give a slot further blocks of its sequence; the steps on their way do not reach them."""
+        held, pages = self._held[slot]
+        new = self.cache.pages.acquire(blocks)
+        places = slice(len(held), len(held) + len(blocks))
+        for table, row in ((self._blocks, blocks), (self._pages, new)):
+            added = torch.tensor(row, pin_memory=self._device.type == "cuda")
+            table[slot, places].copy_(added, non_blocking=True)
+        self._held[slot] = held + blocks, pages + new
+
     def tables(self, slot: int) -> tuple[Tensor, Tensor]:
         """Block table and page table of a slot, each [max_blocks] int64."""
         return self._blocks[slot], self._pages[slot]

@@ -24,6 +24,12 @@ class FairQueue:
         """The last of its client's; a client of whom nobody waited comes after all others."""
         self._queues.setdefault(sequence.run.client, deque()).append(sequence)
 
+    def prepend(self, sequence: Sequence) -> None:
+        """The first of its client's, whose turn it is next."""
+        client = sequence.run.client
+        self._queues.setdefault(client, deque()).appendleft(sequence)
+        self._queues.move_to_end(client, last=False)
+
     def pop(self, may_run: Callable[[Sequence], bool]) -> Sequence | None:
         """Take the first one that may run, of each client's first ones; then it is the next client's turn."""
         for client, queue in self._queues.items():

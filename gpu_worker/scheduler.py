@@ -34,6 +34,8 @@ from clo.runtime.wire.messages import (
     Done,
     Free,
     FromWorker,
+    Grow,
+    Grown,
     Prefilled,
     PromptScored,
     Reason,
@@ -47,6 +49,7 @@ from clo.runtime.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
+_ROOM = 64  # tokens, and steps in which the store can answer who asks for its next block
 _SCORES = 4096  # log-probabilities of a message
 _REASON_CHARACTERS = 300
 _BESIDE_PROMPTS = 1  # more steps on their way: launching units takes milliseconds, and the host may be late
@@ -66,8 +69,11 @@ class Scheduler:
     """Which request does what next. Talks to the router and the store through two callables.
 
     A sequence waits for a slot, for which clients take turns, then for its blocks, which the store grants,
-    prefills and decodes; see ``clo.gpu_worker.sequence``. Its blocks are reserved for the prompt and all that
-    it may generate: nothing runs out in mid-stream.
+    prefills and decodes; see ``clo.gpu_worker.sequence``. It begins with blocks for its prompt and the first
+    tokens of its answer, and asks for another one when its last is nearly full. Where there are none, the
+    youngest is preempted: it gives back slot and blocks, and begins again before all that wait, with a prompt
+    that its answer is a part of. Its client sees a pause. Committed blocks of its prompt are likely to be
+    there still.
 
     A sequence with a grammar takes part in every step as the others do. While a step runs, threads compute
     what may follow the token before, and the step looks at that when it draws. Nobody waits for them: where
@@ -101,9 +107,11 @@ class Scheduler:
         self._engine, self._max_tokens, self._drift_check = engine, max_tokens, drift_check
         self._pacing = pacing
         self._block_tokens = engine.decoder.shape.block_tokens
+        self._room = min(_ROOM, self._block_tokens)
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
+        self._arrived = 0
         self._waiting = FairQueue()
         self._shares = Shares(engine.slots, blocks)
         self._prompts = PromptQueue(engine, max_tokens)
@@ -113,6 +121,7 @@ class Scheduler:
         self._owed = 0.0  # floating-point operations of prompts to launch before the next step
         self.steps = 0
         self.generated = 0
+        self.preemptions = 0
 
     @property
     def busy(self) -> bool:
@@ -149,7 +158,7 @@ class Scheduler:
             self._report(Refused(run.sequence, PromptTooLong.code, text))
             return
         if grammar is None:
-            sequence = Sequence(run)
+            sequence = Sequence(run, self._arrived)
             self._waiting.append(sequence)
         elif self._constraints is None or self._constraints.missing:
             reason = "it has none" if self._constraints is None else self._constraints.missing
@@ -157,8 +166,9 @@ class Scheduler:
             self._report(Refused(run.sequence, InvalidRequest.code, text))
             return
         else:
-            sequence = Sequence(run, self._constraints.begin(grammar, run.tokens[prompt:]))
+            sequence = Sequence(run, self._arrived, self._constraints.begin(grammar, run.tokens[prompt:]))
             self._compiling.append(sequence)
+        self._arrived += 1
         self._sequences[sequence.id] = sequence
         self._shares.ask(run.client)
         self._give_slots()
@@ -166,7 +176,9 @@ class Scheduler:
     def abort(self, message: Abort) -> None:
         """End a request now, wherever it is."""
         sequence = self._sequences.get(message.sequence)
-        if sequence is not None and sequence.state is not State.RELEASING:
+        if sequence is not None and sequence.preempted:
+            sequence.preempted, sequence.reason = False, "cancelled"
+        elif sequence is not None and sequence.state is not State.RELEASING:
             self._finish(sequence, "cancelled")
 
     def granted(self, message: Allocated) -> None:
@@ -178,6 +190,25 @@ class Scheduler:
         sequence.cached = sequence.committed = message.cached * self._block_tokens
         sequence.move(State.PREFILLING)
         self._prompts.add(sequence)
+
+    def grown(self, message: Grown) -> None:
+        """The store gave further blocks, or has none."""
+        sequence = self._sequences.get(message.sequence)
+        if sequence is None or not sequence.growing:
+            return  # it has ended, or been preempted, and its Free is on the way
+        if message.blocks:
+            sequence.growing = sequence.starving = False
+            sequence.blocks = sequence.blocks + message.blocks  # the engine has the former list
+            if sequence.state is State.DECODING:
+                self._engine.extend(sequence.slot, message.blocks)
+        else:
+            sequence.starving = True
+            self._preempt_youngest()
+
+    def freed(self) -> None:
+        """The store has blocks back, and has given them to those who grow."""
+        if any(sequence.starving for sequence in self._decoding.values()):
+            self._preempt_youngest()
 
     def denied(self, message: Denied) -> None:
         """The store refused a message. Only an ``Allocate`` is about whether a request can run."""
@@ -199,22 +230,30 @@ class Scheduler:
             sequence.slot = min(self._free_slots)
             self._free_slots.remove(sequence.slot)
             sequence.move(State.ALLOCATING)
-            blocks = self._blocks(sequence)
-            self._shares.take(sequence.run.client, blocks)
+            sequence.asked = self._first_blocks(sequence)
+            self._shares.take(sequence.run.client, sequence.asked)
             run, own = sequence.run, self._prompts.own_tokens(sequence)
-            self._ask_store(Allocate(sequence.id, blocks, run.tokens, own, run.sampling.cache_salt))
+            most = self._blocks(sequence.longest)
+            self._ask_store(
+                Allocate(sequence.id, sequence.asked, run.tokens, own, run.sampling.cache_salt, most)
+            )
 
     def _may_run(self, sequence: Sequence) -> bool:
-        return self._shares.may_take(sequence.run.client, self._blocks(sequence))
+        return self._shares.may_take(sequence.run.client, self._first_blocks(sequence))
 
-    def _blocks(self, sequence: Sequence) -> int:
-        """Blocks that a sequence needs."""
-        return -(-sequence.longest // self._block_tokens)
+    def _blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-tokens // self._block_tokens)
+
+    def _first_blocks(self, sequence: Sequence) -> int:
+        """Blocks that a sequence begins with: it can generate some tokens, in which time the next one
+        comes."""
+        return self._blocks(min(len(sequence.tokens) + self._room, sequence.longest))
 
     def _give_back(self, sequence: Sequence) -> None:
         """A sequence no longer has its slot."""
         self._free_slots.append(sequence.slot)
-        self._shares.give_back(sequence.run.client, self._blocks(sequence))
+        self._shares.give_back(sequence.run.client, sequence.asked)
 
     # ----------------------------------------------------------------------------------------- work
 
@@ -227,7 +266,7 @@ class Scheduler:
         room = len(self._in_flight) < depth  # for a step
         if self._prompts and (room or not self._decoding):
             moved |= self._prefill()
-        if self._decoding and room and not (self._prompts and self._owed > 0):
+        if room and not (self._prompts and self._owed > 0) and self._grow():
             self._launch_step()
             self._owed = self._pacing.between_steps(len(self._prompts))
             moved = True
@@ -312,6 +351,53 @@ class Scheduler:
         handle = self._engine.start([sequence.slot for sequence in sequences], logits)
         self._track(handle, sequences)
 
+    def _grow(self) -> bool:
+        """Ask for blocks for those whose last one is nearly full; whether a step can be launched. Who has no
+        room for its next token, as the store is late, is preempted rather than waited for."""
+        for sequence in list(self._decoding.values()):
+            tokens, room = sequence.prompt + sequence.launched, len(sequence.blocks) * self._block_tokens
+            if tokens > room:
+                self._preempt(sequence)
+            elif tokens > room - self._room and not sequence.growing and room < sequence.longest:
+                sequence.growing = True
+                sequence.asked += 1
+                self._shares.grow(sequence.run.client, 1)
+                self._ask_store(Grow(sequence.id, 1))
+        return bool(self._decoding)
+
+    def _preempt_youngest(self) -> None:
+        """Make room for those that grow, unless somebody is leaving already."""
+        if self._releasing:
+            return
+        states = (State.PREFILLING, State.DECODING)
+        holders = [sequence for sequence in self._sequences.values() if sequence.state in states]
+        self._preempt(max(holders, key=lambda sequence: sequence.number))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take slot and blocks from a sequence that is to go on later."""
+        logger.info("Sequence %d is preempted; there are no blocks.", sequence.id)
+        self.preemptions += 1
+        sequence.preempted, sequence.growing, sequence.starving = True, False, False
+        self._vacate(sequence)
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """A sequence that was preempted holds nothing any more; it is the next one."""
+        run, tokens = sequence.run, sequence.tokens
+        sampling = run.sampling
+        if sampling.prompt_logprobs is not None and sequence.generated > run.answered:  # they are known
+            sampling = replace(sampling, prompt_logprobs=None)
+        again = replace(run, tokens=tokens, sampling=sampling, answered=len(tokens) - sequence.prompt)
+        constraint = None
+        if sampling.grammar is not None:
+            assert self._constraints is not None
+            constraint = self._constraints.begin(sampling.grammar, tokens[sequence.prompt :])
+        following = Sequence(again, sequence.number, constraint)
+        self._sequences[sequence.id] = following
+        if constraint is None:
+            self._waiting.prepend(following)
+        else:
+            self._compiling.append(following)
+
     def _launch_step(self) -> None:
         sequences = [self._decoding[slot] for slot in sorted(self._decoding)]
         lengths = {sequence.slot: sequence.prompt + sequence.launched for sequence in sequences}
@@ -351,7 +437,7 @@ class Scheduler:
         steps = []
         for sequence, token in zip(step.sequences, drawn, strict=True):
             run = sequence.run
-            if sequence.reason is not None:  # it ended while this step was on its way
+            if sequence.reason is not None or sequence.preempted:  # while this step was on its way
                 continue
             if token == LATE:
                 sequence.launched -= 1
@@ -409,6 +495,11 @@ class Scheduler:
             (self._compiling if sequence.state is State.COMPILING else self._waiting).remove(sequence)
             self._leave(sequence, NO_STATS)
             return
+        self._vacate(sequence)
+        self._release_finished()
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """No further work for a sequence that has a slot; it is released once the device has left it."""
         if sequence in self._constrained:
             self._constrained.remove(sequence)
         if sequence.state is State.PREFILLING:
@@ -418,7 +509,6 @@ class Scheduler:
             self._retire(sequence)
         sequence.move(State.RELEASING)
         self._releasing.append(sequence)
-        self._release_finished()
 
     def _release_finished(self) -> bool:
         """Free what the sequences held whose last step is over."""
@@ -436,6 +526,10 @@ class Scheduler:
                 self._report_scores(sequence)
             self._ask_store(Free(sequence.id))
             self._give_back(sequence)
+            if sequence.preempted:
+                sequence.move(State.GONE)
+                self._begin_again(sequence)
+                continue
             stats = sequence.release.finish(len(sequence.tokens) - 1, sequence.steps)
             self._leave(sequence, replace(stats, cached_tokens=sequence.cached))
         if gone:

@@ -18,7 +18,7 @@ class State(Enum):
     PREFILLING = "has blocks; its prompt is being computed, or waits for its turn"
     DECODING = "takes part in every step"
     DRAINING = "takes part in no further step; the last one's token is on its way"
-    RELEASING = "has ended; the device may still touch its slot and blocks"
+    RELEASING = "has ended or is preempted; the device may still touch its slot and blocks"
     GONE = "holds nothing"
 
 
@@ -49,6 +49,11 @@ class Sequence:
         ends: tokens that end it.
         slot: its slot of the batch, -1 before it has one.
         blocks: its blocks of the arena, empty before they are granted.
+        number: how many had come before it; one that was preempted keeps its own.
+        asked: blocks that were asked for so far.
+        growing: whether further blocks have been asked for and not come yet.
+        starving: whether there are none for it as long as nobody gives some back.
+        preempted: it is on its way out, and begins again where its tokens end.
         prefill: the work on its prompt, None before its turn and afterwards.
         launched: tokens of the answer that have arrived or are on their way.
         steps: decode steps launched for it.
@@ -61,8 +66,8 @@ class Sequence:
         release: the slot on its way out, from ``State.DRAINING`` or ``State.RELEASING`` on.
     """
 
-    def __init__(self, run: Run, constraint: Constraint | None = None) -> None:
-        self.run, self.constraint = run, constraint
+    def __init__(self, run: Run, number: int, constraint: Constraint | None = None) -> None:
+        self.run, self.number, self.constraint = run, number, constraint
         self.state = State.WAITING if constraint is None else State.COMPILING
         self.prompt = len(run.tokens) - run.answered
         self.tokens = list(run.tokens)
@@ -73,6 +78,8 @@ class Sequence:
         )
         self.slot = -1
         self.blocks: list[int] = []
+        self.asked = 0
+        self.growing = self.starving = self.preempted = False
         self.prefill: Prefill | None = None
         self.launched = run.answered
         self.steps = self.cached = self.committed = 0

@@ -52,8 +52,12 @@ class Shares:
         self._slots[client] += 1
         self._blocks[client] += blocks
 
+    def grow(self, client: int, blocks: int) -> None:
+        """A client gets so many blocks more for what has a slot already."""
+        self._blocks[client] += blocks
+
     def give_back(self, client: int, blocks: int) -> None:
-        """A client no longer has what it got in one ``take``."""
+        """A client no longer has a slot and so many blocks."""
         self._slots[client] -= 1
         self._blocks[client] -= blocks
         if not self._slots[client]:

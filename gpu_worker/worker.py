@@ -18,10 +18,12 @@ from clo.runtime.wire.messages import (
     Abort,
     Allocated,
     Denied,
+    Freed,
     FromStore,
     FromWorker,
     GetStoreStats,
     GetWorkerStats,
+    Grown,
     Ping,
     Pong,
     Ready,
@@ -119,6 +121,10 @@ class Worker:
                 self.scheduler.abort(message)
             case Allocated():
                 self.scheduler.granted(message)
+            case Grown():
+                self.scheduler.grown(message)
+            case Freed():
+                self.scheduler.freed()
             case Denied():
                 self.scheduler.denied(message)
             case Ping():
@@ -144,4 +150,5 @@ class Worker:
             drift_check=None if self._drift_check is None else self._drift_check.stats(),
             head_rows=cache.head_rows,
             late_rows=self._engine.late_rows,
+            preemptions=scheduler.preemptions,
         )

@@ -28,6 +28,15 @@ class _Origin(NamedTuple):
     tokens: "array[int]"
 
 
+class Growth(NamedTuple):
+    """Blocks that a sequence of a group holds from now on beside those that it has; none where it has to wait
+    for them."""
+
+    group: int
+    sequence: int
+    blocks: list[int]
+
+
 class _Holding:
     """The blocks of one sequence, in the order of its tokens, and the tokens committed so far."""
 
@@ -47,7 +56,12 @@ class _Holding:
         self.committed = cached  # of these, how many have been committed
         self.anchors: dict[int, int] = {}  # by place: another block with the same tokens, held as well
         self.tokens = prompt[: cached * block_tokens]  # 4 bytes a token
-        self.room = len(blocks) * block_tokens
+        self._block_tokens = block_tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens for which it has blocks."""
+        return len(self.blocks) * self._block_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +120,11 @@ class BlockPool:
     Where there are no free blocks, those kept are taken whose last holder left first; of a chain the end goes
     before the beginning, since holders give their blocks back from the last one on.
 
-    A group is one worker, or several that serve the same sequences together. A sequence gets all its blocks
+    A group is one worker, or several that serve the same sequences together. A sequence gets its first blocks
     at once. One that has to wait queues. Later ones that fit pass it, so that a small request does not wait
     for a large one, but they get no more new blocks in all than it needs itself, so that it does not starve.
+    Those that grow come before all of these, in the order of asking: who holds blocks already keeps them from
+    others as long as it waits.
 
     Args:
         blocks: their number.
@@ -135,6 +151,8 @@ class BlockPool:
         self._holders = array("l", bytes(array("l").itemsize * blocks))  # by block
         self._held: dict[int, dict[int, _Holding]] = {}  # group -> sequence -> blocks
         self._waiting: OrderedDict[tuple[int, int], _Wait] = OrderedDict()  # by group and sequence
+        self._growing: OrderedDict[tuple[int, int], int] = OrderedDict()  # further blocks that are waited for
+        self._asked: list[tuple[int, int]] = []  # those of them that have not been answered yet
         self._by_name: dict[bytes, int] = {}  # committed blocks, held or kept
         self._names: dict[int, bytes] = {}  # by block
         self._origins: dict[int, _Origin] = {}  # by block; 4 bytes a token
@@ -165,10 +183,17 @@ class BlockPool:
     @property
     def waiting(self) -> int:
         """Sequences that wait for blocks."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._growing)
 
     def allocate(
-        self, group: int, sequence: int, blocks: int, prompt: Sequence[int] = (), own: int = 1, salt: str = ""
+        self,
+        group: int,
+        sequence: int,
+        blocks: int,
+        prompt: Sequence[int] = (),
+        own: int = 1,
+        salt: str = "",
+        most: int = 0,
     ) -> None:
         """Put a sequence at the end of the queue; ``grants`` gives it its blocks.
 
@@ -178,34 +203,54 @@ class BlockPool:
                 none to others.
             own: last tokens of the prompt that it has to compute itself.
             salt: it has blocks in common with prompts under the same one alone.
+            most: blocks that it may hold once it has grown, where these are more.
 
         Raises:
             PromptTooLong: there are not that many blocks.
             ProtocolError: the sequence holds or awaits blocks already, or the prompt does not fit into them.
         """
-        if blocks > self.blocks:
+        if max(blocks, most) > self.blocks:
             raise PromptTooLong(
-                f"The request needs KV cache for {blocks * self.block_tokens} tokens, the store holds "
-                f"{self.blocks * self.block_tokens}: shorten the prompt, lower max_tokens or raise --kv-size."
+                f"The request needs KV cache for {max(blocks, most) * self.block_tokens} tokens, the store "
+                f"holds {self.blocks * self.block_tokens}: shorten the prompt, lower max_tokens or raise "
+                "--kv-size."
             )
         if sequence in self._held.get(group, ()) or (group, sequence) in self._waiting:
             raise ProtocolError(f"Sequence {sequence} has asked for blocks before; free it first.")
         if len(prompt) > blocks * self.block_tokens:
             raise ProtocolError(f"{blocks} blocks do not hold a prompt of {len(prompt)} tokens.")
         tokens = array("i", prompt if self._keep else ())
-        most = max(0, len(tokens) - own) // self.block_tokens
+        shared = max(0, len(tokens) - own) // self.block_tokens
         root = salt.encode()
         names = chain(tokens, self.block_tokens, root)
-        self._waiting[group, sequence] = _Wait(blocks, tokens, first_parent(root), names, most)
+        self._waiting[group, sequence] = _Wait(blocks, tokens, first_parent(root), names, shared)
 
-    def grants(self) -> Iterator[Grant]:
-        """Serve the queue as far as free blocks allow; call it after each ``allocate``, ``commit`` and
-        ``free``."""
+    def grow(self, group: int, sequence: int, blocks: int) -> None:
+        """A sequence needs so many further blocks; ``grants`` gives them to it.
+
+        Raises:
+            PromptTooLong: there are not that many blocks.
+            ProtocolError: the sequence holds none yet, or waits for further ones already.
+        """
+        holding = self._holding(group, sequence)
+        if (group, sequence) in self._growing:
+            raise ProtocolError(f"Sequence {sequence} waits for further blocks already.")
+        if len(holding.blocks) + blocks > self.blocks:
+            raise PromptTooLong(f"Sequence {sequence} cannot grow beyond the store's {self.blocks} blocks.")
+        self._growing[group, sequence] = blocks
+        self._asked.append((group, sequence))
+
+    def grants(self) -> Iterator[Grant | Growth]:
+        """Serve the queue as far as free blocks allow; call it after each ``allocate``, ``grow``, ``commit``
+        and ``free``."""
         loaded, self._loaded = self._loaded, []
         for load in loaded:
             if self._holds(load):  # it may have gone
                 blocks = list(load.holding.blocks)
                 yield Grant(load.group, load.sequence, blocks, load.holding.committed)
+        yield from self._growths()
+        if self._growing:
+            return
         ahead: list[tuple[_Wait, int]] = []  # those that go on waiting, so far, and new blocks that they need
         for (group, sequence), wait in list(self._waiting.items()):
             shared = self._match(wait)
@@ -227,6 +272,20 @@ class BlockPool:
                 self._lower.keep(wait.names[: len(shared)], shared)
             if not self._load(group, sequence, wait, holding):
                 yield Grant(group, sequence, list(blocks), len(shared))
+
+    def _growths(self) -> Iterator[Growth]:
+        """Serve those that grow, in the order of asking; who has just asked hears in any case."""
+        asked, self._asked = self._asked, []
+        for (group, sequence), blocks in list(self._growing.items()):
+            if blocks > self.free_blocks:
+                break
+            del self._growing[group, sequence]
+            taken = [self._take() for _ in range(blocks)]
+            self._held[group][sequence].blocks.extend(taken)
+            yield Growth(group, sequence, taken)
+        for owner in asked:
+            if owner in self._growing:
+                yield Growth(*owner, [])
 
     def loads(self) -> list[Load]:
         """Those that have begun since this was called last. ``loaded`` has to be called for each."""
@@ -301,6 +360,7 @@ class BlockPool:
         Returns the number of blocks that it held; those that another sequence holds too do not become free.
         """
         self._waiting.pop((group, sequence), None)
+        self._growing.pop((group, sequence), None)
         held = self._held.get(group, {})
         if sequence not in held:
             return 0
@@ -372,7 +432,12 @@ class BlockPool:
             raise AssertionError(
                 f"Kept are {sorted(self._kept)}, and named and held by nobody {sorted(idle)}."
             )
-        if self._waiting:
+        for (group, sequence), blocks in self._growing.items():
+            if sequence not in self._held.get(group, ()):
+                raise AssertionError(f"Sequence {sequence} of group {group} grows and holds nothing.")
+            if (group, sequence) == next(iter(self._growing)) and blocks <= self.free_blocks:
+                raise AssertionError(f"A sequence cannot grow although {self.free_blocks} blocks are free.")
+        if self._waiting and not self._growing:
             wait = next(iter(self._waiting.values()))
             if self._fits(wait, self._match(wait)):
                 raise AssertionError(f"The queue waits although {self.free_blocks} blocks are free.")

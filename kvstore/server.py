@@ -12,7 +12,7 @@ import zmq
 from clo.kvstore.arena import Arena
 from clo.kvstore.disk import DiskTier
 from clo.kvstore.layout import ArenaLayout
-from clo.kvstore.pool import BlockPool
+from clo.kvstore.pool import BlockPool, Growth
 from clo.kvstore.push import Pusher, Source
 from clo.runtime.config import StoreConfig
 from clo.runtime.wire.errors import CLOError, ConfigError, ProtocolError
@@ -32,6 +32,8 @@ from clo.runtime.wire.messages import (
     Freed,
     FromStore,
     GetStoreStats,
+    Grow,
+    Grown,
     KVEvents,
     LauncherToStore,
     OpenStaging,
@@ -227,8 +229,19 @@ class StoreServer:
     def on_allocate(self, identity: bytes, message: Allocate) -> None:
         worker = self._attached(identity)
         self._pool.allocate(
-            worker.group, message.sequence, message.blocks, message.prompt, message.own, message.salt
+            worker.group,
+            message.sequence,
+            message.blocks,
+            message.prompt,
+            message.own,
+            message.salt,
+            message.most,
         )
+        self._grant()
+
+    def on_grow(self, identity: bytes, message: Grow) -> None:
+        worker = self._attached(identity)
+        self._pool.grow(worker.group, message.sequence, message.blocks)
         self._grant()
 
     def on_commit(self, identity: bytes, message: Commit) -> None:
@@ -238,8 +251,9 @@ class StoreServer:
 
     def on_free(self, identity: bytes, message: Free) -> None:
         worker = self._attached(identity)
-        self._send(identity, Freed(message.sequence, self._pool.free(worker.group, message.sequence)))
-        self._grant()
+        blocks = self._pool.free(worker.group, message.sequence)
+        self._grant()  # first, so that a worker knows by the answer who goes on waiting
+        self._send(identity, Freed(message.sequence, blocks))
 
     def on_get_stats(self, identity: bytes, message: GetStoreStats) -> None:
         self._attached(identity)
@@ -302,8 +316,12 @@ class StoreServer:
 
     def _grant(self) -> None:
         for grant in self._pool.grants():
-            allocated = Allocated(grant.sequence, grant.blocks, grant.cached)
-            self._send(self._leader(grant.group).identity, allocated)
+            answer: Allocated | Grown
+            if isinstance(grant, Growth):
+                answer = Grown(grant.sequence, grant.blocks)
+            else:
+                answer = Allocated(grant.sequence, grant.blocks, grant.cached)
+            self._send(self._leader(grant.group).identity, answer)
         for load in self._pool.loads():
             assert self._disk is not None, "only it has what can be loaded"
             self._disk.read(load)

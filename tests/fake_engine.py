@@ -123,6 +123,7 @@ class FakeEngine:
         self.owner: dict[int, object] = {}  # slot -> its prefill, then True while it decodes
         self.last_use = [0] * SLOTS  # number of the last work that touches a slot
         self.lengths: dict[int, int] = {}  # of decoding slots
+        self.room: dict[int, int] = {}  # tokens that a slot has blocks for
         self.tokens: dict[int, int] = {}
         self.log: list[str] = []
         self.joined = 0
@@ -157,8 +158,13 @@ class FakeEngine:
         assert slot not in self.owner and slot not in self.lengths, f"slot {slot} is in use"
         assert self.last_use[slot] <= self.done, f"slot {slot} is given away while work on it is in the queue"
         assert len(blocks) * BLOCK_TOKENS >= len(tokens)
+        self.room[slot] = len(blocks) * BLOCK_TOKENS
         self.owner[slot] = prefill = FakePrefill(self, slot, tokens, score)
         return prefill
+
+    def extend(self, slot: int, blocks: list[int]) -> None:
+        assert slot in self.lengths, "the slot is not in use"
+        self.room[slot] += len(blocks) * BLOCK_TOKENS
 
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
         assert sum(len(ids) for ids in tokens) <= 16 and len(slots) <= self.prompt_graphs.most
@@ -218,6 +224,7 @@ class FakeEngine:
                 drawn[slot] = LATE
                 continue
             self.lengths[slot] += 1
+            assert self.lengths[slot] <= self.room[slot], "there is no block for the token's row"
             self.tokens[slot] = drawn[slot] = min(allowed)
             self._logits[slot] = self.tokens[slot]
         assert longest == max(self.lengths.values()) or self.masks

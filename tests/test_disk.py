@@ -89,6 +89,7 @@ class Cache:
                 self.pool.loaded(finished, blocks)
             grants += self.pool.grants()
         (grant,) = grants
+        assert isinstance(grant, Grant)
         return grant
 
     def wait(self) -> None:
@@ -400,6 +401,7 @@ def test_a_sequence_that_goes_while_its_blocks_are_read_leaves_them_to_nobody_el
             one.wait()
         one.pool.loaded(*over[0])
         (grant,) = one.pool.grants()
+        assert isinstance(grant, Grant)
         assert (grant.sequence, grant.cached) == (101, 3)
         one.pool.check_integrity()
 

@@ -29,6 +29,8 @@ from clo.runtime.wire.messages import (
     Freed,
     FromStore,
     GetStoreStats,
+    Grow,
+    Grown,
     StoreReport,
     StoreStats,
 )
@@ -73,13 +75,32 @@ def test_waiting_allocations_of_two_workers_are_served_in_order(store: Store) ->
     assert stats(one).waiting == 1
     two.send(Allocate(1, 2))
     assert stats(two).waiting == 2
-    assert ask(one, Free(1)) == Freed(1, BLOCKS)
-    answer = one.receive(WAIT_MS)
-    assert isinstance(answer, Allocated) and answer.sequence == 2
+    granted = ask(one, Free(1))
+    assert isinstance(granted, Allocated) and granted.sequence == 2
+    assert one.receive(WAIT_MS) == Freed(1, BLOCKS), "which says that all has been given out by then"
     assert stats(two).waiting == 1  # the first answer that reaches it: it has no blocks yet
     assert ask(one, Free(2)) == Freed(2, BLOCKS - 1)
     answer = two.receive(WAIT_MS)
     assert isinstance(answer, Allocated) and len(answer.blocks) == 2
+
+
+def test_a_sequence_grows_before_others_begin_and_hears_that_it_has_to_wait(store: Store) -> None:
+    (one, _), (two, _) = store.worker(1), store.worker(2)
+    assert ask(one, Grow(1, 1)) == Denied("Grow", 1, "protocol", "Sequence 1 holds no blocks.")
+    assert isinstance(ask(one, Allocate(1, BLOCKS - 3, most=BLOCKS)), Allocated)
+    assert isinstance(ask(one, Allocate(2, 2)), Allocated)
+    grown = ask(one, Grow(1, 1))
+    assert isinstance(grown, Grown) and grown.sequence == 1 and len(grown.blocks) == 1
+    two.send(Allocate(1, 1))
+    assert ask(one, Grow(1, 1)) == Grown(1, []), "there is none"
+    answer = ask(one, Grow(1, 1))
+    assert isinstance(answer, Denied) and "waits for further blocks already" in answer.text
+    grown = ask(one, Free(2))
+    assert isinstance(grown, Grown) and len(grown.blocks) == 1, "it comes before who has waited longer"
+    assert one.receive(WAIT_MS) == Freed(2, 2)
+    assert isinstance(two.receive(WAIT_MS), Allocated), "the other one is left for that"
+    answer = ask(one, Allocate(3, 1, most=BLOCKS + 1))
+    assert isinstance(answer, Denied) and answer.code == "prompt_too_long"
 
 
 def test_who_waits_is_served_once_another_has_committed_what_both_begin_with(store: Store) -> None:

@@ -136,6 +136,7 @@ def begin(
     pool.allocate(0, sequence, blocks or -(-len(prompt) // pool.block_tokens), prompt, own, salt)
     (grant,) = pool.grants()
     pool.check_integrity()
+    assert isinstance(grant, Grant)
     return grant
 
 

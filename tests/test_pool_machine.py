@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from clo.kvstore.pool import BlockPool, Grant, Load, Lower
+from clo.kvstore.pool import BlockPool, Grant, Growth, Load, Lower
 from clo.runtime.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.fuzz import drawn
 
@@ -54,6 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.holds: dict[Key, tuple[Asked, list[int]]] = {}
         self.loading: dict[Key, tuple[Asked, Load]] = {}  # blocks are taken for it, and not granted
         self.loads: list[tuple[Asked, Load]] = []  # that are under way, whatever has become of the sequence
+        self.growing: dict[Key, int] = {}  # further blocks that it waits for, in order of asking
         self.committed: dict[Key, list[int]] = {}  # tokens
         self.rows: dict[int, Rows | None] = {}  # by block, in the arena
         self.published: set[int] = set()
@@ -101,6 +102,16 @@ class PoolMachine(RuleBasedStateMachine):
         assert committed == max(0, full - start // BLOCK_TOKENS)
         self.serve()
 
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data(), blocks=st.integers(1, 3))
+    def grow(self, data: Any, blocks: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.holds)))
+        if key in self.growing or len(self.holds[key][1]) + blocks > BLOCKS:
+            return
+        self.growing[key] = blocks
+        self.pool.grow(key[0], key[1], blocks)
+        self.serve()
+
     @precondition(lambda self: len(self.holds) + len(self.asked) + len(self.loading) > 3)
     @rule(data=st.data())
     def free(self, data: Any) -> None:
@@ -133,6 +144,7 @@ class PoolMachine(RuleBasedStateMachine):
         if key in self.loading:
             return len(self.loading.pop(key)[1].holding.blocks)
         self.asked.pop(key, None)
+        self.growing.pop(key, None)
         self.passed.pop(key, None)
         self.committed.pop(key, None)
         return len(self.holds.pop(key, (None, []))[1])
@@ -140,7 +152,10 @@ class PoolMachine(RuleBasedStateMachine):
     def serve(self) -> None:
         for grant in self.pool.grants():
             self.begin_loads()  # those before it in the queue
-            self.check(grant)
+            if isinstance(grant, Growth):
+                self.check_growth(grant)
+            else:
+                self.check(grant)
         self.begin_loads()
 
     def begin_loads(self) -> None:
@@ -157,12 +172,15 @@ class PoolMachine(RuleBasedStateMachine):
         self.loading[key] = asked, load
         self.loads.append((asked, load))
 
-    def take(self, key: Key, new: list[int]) -> None:
-        """A sequence has got new blocks."""
+    def used(self) -> set[int]:
+        """Blocks that are held."""
         used = {block for _, blocks in self.holds.values() for block in blocks}
         used |= {block for _, load in self.loads for block in load.blocks}
-        used |= {block for _, load in self.loading.values() for block in load.holding.blocks}
-        assert not {*new} & used
+        return used | {block for _, load in self.loading.values() for block in load.holding.blocks}
+
+    def take(self, key: Key, new: list[int]) -> None:
+        """A sequence has got new blocks."""
+        assert not {*new} & self.used()
         for other in list(self.asked)[: list(self.asked).index(key)]:
             self.passed[other] += len(new)
             assert self.passed[other] <= self.asked[other].blocks, "others pass it without end"
@@ -171,8 +189,23 @@ class PoolMachine(RuleBasedStateMachine):
         del self.asked[key]
         self.passed.pop(key, None)
 
+    def check_growth(self, growth: Growth) -> None:
+        key = growth.group, growth.sequence
+        if not growth.blocks:
+            first = next(iter(self.growing.values()))
+            assert key in self.growing and first > self.pool.free_blocks
+            return
+        assert key == next(iter(self.growing)), "it has waited longest"
+        assert len({*growth.blocks}) == self.growing.pop(key)
+        assert not {*growth.blocks} & self.used()
+        for block in growth.blocks:
+            self.rows[block] = None
+        asked, blocks = self.holds[key]
+        self.holds[key] = asked, blocks + growth.blocks
+
     def check(self, grant: Grant) -> None:
         key = grant.group, grant.sequence
+        assert not self.growing or key in self.loading, "who holds blocks comes before who has none"
         asked = self.loading[key][0] if key in self.loading else self.asked[key]
         assert len(grant.blocks) == len({*grant.blocks}) == asked.blocks
         shared, new = grant.blocks[: grant.cached], grant.blocks[grant.cached :]
@@ -203,7 +236,10 @@ class PoolMachine(RuleBasedStateMachine):
     def all_is_well(self) -> None:
         pool = self.pool
         pool.check_integrity()
-        assert (pool.sequences, pool.waiting) == (len(self.holds) + len(self.loading), len(self.asked))
+        assert (pool.sequences, pool.waiting) == (
+            len(self.holds) + len(self.loading),
+            len(self.asked) + len(self.growing),
+        )
         held = {block for _, blocks in self.holds.values() for block in blocks}
         assert pool.free_blocks <= BLOCKS - len(held)
         if not self.holds and not self.loads:

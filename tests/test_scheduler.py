@@ -20,7 +20,7 @@ from clo.gpu_worker.pacing import Pacing
 from clo.gpu_worker.scheduler import PROGRESS_SECONDS, Scheduler
 from clo.gpu_worker.sequence import NEXT, Sequence, State
 from clo.gpu_worker.shares import LATELY_S
-from clo.kvstore.pool import BlockPool
+from clo.kvstore.pool import BlockPool, Growth
 from clo.runtime.wire.errors import PromptTooLong
 from clo.runtime.wire.messages import (
     NO_STATS,
@@ -31,7 +31,10 @@ from clo.runtime.wire.messages import (
     Denied,
     Done,
     Free,
+    Freed,
     FromWorker,
+    Grow,
+    Grown,
     Prefilled,
     PromptScored,
     Refused,
@@ -102,7 +105,7 @@ class World:
         self.pool = BlockPool(BLOCKS, BLOCK_TOKENS)
         self.reports: list[FromWorker] = []
         self.asked: list[ToStore] = []  # on its way to the store
-        self.answers: list[Allocated | Denied] = []  # on their way from it
+        self.answers: list[Allocated | Grown | Freed | Denied] = []  # on their way from it
         self.freed: list[int] = []
         self.runs: dict[int, Run] = {}
         self.constraints = FakeConstraints()
@@ -147,22 +150,35 @@ class World:
         count = len(self.asked) if messages is None else messages
         now, self.asked[:] = self.asked[:count], self.asked[count:]
         for message in now:
+            freed: list[Freed] = []
             match message:
                 case Allocate():
                     try:
-                        self.pool.allocate(0, message.sequence, message.blocks, message.prompt, message.own)
+                        self.pool.allocate(
+                            0,
+                            message.sequence,
+                            message.blocks,
+                            message.prompt,
+                            message.own,
+                            most=message.most,
+                        )
                     except PromptTooLong as error:
                         self.answers.append(Denied("Allocate", message.sequence, error.code, str(error)))
+                case Grow():
+                    self.pool.grow(0, message.sequence, message.blocks)
                 case Commit():
                     self.pool.commit(0, message.sequence, message.start, message.tokens)
                 case Free():
-                    assert message.sequence not in self.freed, "freed twice"
                     self.freed.append(message.sequence)
-                    self.pool.free(0, message.sequence)
+                    freed = [Freed(message.sequence, self.pool.free(0, message.sequence))]
                 case _:
                     raise AssertionError(message)
             for grant in self.pool.grants():
-                self.answers.append(Allocated(grant.sequence, grant.blocks, grant.cached))
+                if isinstance(grant, Growth):
+                    self.answers.append(Grown(grant.sequence, grant.blocks))
+                else:
+                    self.answers.append(Allocated(grant.sequence, grant.blocks, grant.cached))
+            self.answers += freed
             self.pool.check_integrity()
 
     def store_answers(self, count: int | None = None) -> None:
@@ -170,10 +186,15 @@ class World:
         count = len(self.answers) if count is None else count
         now, self.answers[:] = self.answers[:count], self.answers[count:]
         for answer in now:
-            if isinstance(answer, Allocated):
-                self.scheduler.granted(answer)
-            else:
-                self.scheduler.denied(answer)
+            match answer:
+                case Allocated():
+                    self.scheduler.granted(answer)
+                case Grown():
+                    self.scheduler.grown(answer)
+                case Freed():
+                    self.scheduler.freed()
+                case Denied():
+                    self.scheduler.denied(answer)
 
     def serve(self) -> None:
         """Store and device do at once whatever they are asked; until all is over."""
@@ -195,6 +216,9 @@ class World:
                 return
             self.engine.finish(work)
             self.advance()
+            if any(isinstance(message, Grow) for message in self.asked):
+                self.store_works()
+                self.store_answers()
         raise AssertionError("it does not come to that")
 
     def advance(self, times: int = 1) -> None:
@@ -295,6 +319,8 @@ def test_commits_say_what_stands_in_the_blocks(prompt: int) -> None:
         world.scheduler.advance()
         world.asked[:] = [message for message in world.asked if not isinstance(message, Free)]
         for message in world.asked:
+            if isinstance(message, Grow):
+                continue
             assert isinstance(message, Commit) and message.tokens
             ends.append(message.start + len(message.tokens))
         world.store_works()
@@ -500,12 +526,12 @@ def test_blocks_are_left_to_others_but_a_client_that_holds_none_gets_all() -> No
     world = World()
     assert BLOCKS - BLOCKS // 16 - 1 == 9
     world.add(2, 1, client=1)
-    half = [world.add(2, 5 * BLOCK_TOKENS - 2, client=2) for _ in range(2)]
+    half = [world.add(5 * BLOCK_TOKENS - 2, 2, client=2) for _ in range(2)]
     assert half[1] not in allocated(world), "both would hold all blocks"
     short = world.add(2, 1, client=1)
     assert short in allocated(world)
     world.serve()
-    everything = world.add(2, BLOCKS * BLOCK_TOKENS - 2, client=2)
+    everything = world.add(BLOCKS * BLOCK_TOKENS - 2, 2, client=2)
     assert everything in allocated(world)
     world.serve()
     world.check_over()
@@ -1070,7 +1096,7 @@ def test_a_prefill_that_is_cancelled_leaves_nothing_on_its_way_to_the_arena() ->
 @pytest.mark.parametrize("state", State)
 def test_a_sequence_moves_on_legal_ways_only(state: State) -> None:
     for following in State:
-        sequence = Sequence(Run(3, [1, 2], Sampling(max_tokens=4), 0, [], None))
+        sequence = Sequence(Run(3, [1, 2], Sampling(max_tokens=4), 0, [], None), 0)
         sequence.state = state
         if following in NEXT[state]:
             sequence.move(following)
@@ -1101,6 +1127,95 @@ def test_check_integrity_finds_damage(damage: str) -> None:
             scheduler._decoding[sequence.slot + 1] = scheduler._decoding.pop(sequence.slot)
     with pytest.raises(AssertionError):
         scheduler.check_integrity()
+
+
+# ------------------------------------------------------------------------------------- preemption
+
+
+def allocations(world: World) -> list[int]:
+    """Notes who asks for its first blocks, in order; a sequence that begins again is there again."""
+    asked: list[int] = []
+
+    def ask(message: ToStore) -> None:
+        if isinstance(message, Allocate):
+            asked.append(message.sequence)
+        world.asked.append(message)
+
+    world.scheduler._ask_store = ask
+    return asked
+
+
+def test_blocks_come_as_answers_grow_and_the_youngest_gives_its_own_back() -> None:
+    """Two answers, each of which needs most of the arena in the end: both begin, the older one is never
+    interrupted, and the younger one goes on where it was."""
+    world = World()
+    asked = allocations(world)
+    old, young = (world.add(prompt=2, max_tokens=30, client=client) for client in range(2))
+    world.serve()
+    assert asked == [old, young, young]
+    assert done(world, old) == done(world, young) == ("length", list(range(1, 31)))
+    world.check_over()
+
+
+def test_what_was_preempted_goes_on_with_all_that_was_asked_of_it() -> None:
+    world = World()
+    asked = allocations(world)
+    world.add(prompt=2, max_tokens=36, client=1)
+    forced = [90 - token for token in range(14)]
+    numbers = [
+        world.add(prompt=2, max_tokens=14, forced=forced, client=2),
+        world.add(prompt=2, max_tokens=14, presence_penalty=0.5, client=3),
+    ]
+    world.serve()
+    assert asked[3:] and {*asked[3:]} <= {*numbers}, "both are younger"
+    assert done(world, numbers[0]) == ("length", forced)
+    assert done(world, numbers[1]) == ("length", list(range(1, 15)))
+    (_, prompt, _, first), *_, (_, _, _, last) = world.engine.adjusted
+    assert prompt == [0, 0] and first == [] and last == list(range(1, 1 + len(last))) and last
+    world.check_over()
+
+
+def test_a_grammar_is_begun_again_after_what_it_has_allowed() -> None:
+    world = World()
+    asked = allocations(world)
+    old = world.add(prompt=2, max_tokens=36, client=1)
+    followed = [5 + 3 * place for place in range(20)]
+    young = world.add(prompt=2, max_tokens=30, grammar=" ".join(map(str, followed)), client=2)
+    world.constraints.work()
+    world.serve()
+    assert asked == [old, young, young]
+    assert done(world, young) == ("stop", followed) and done(world, old) == ("length", list(range(1, 37)))
+    world.check_over()
+
+
+def test_what_is_cancelled_while_it_makes_room_does_not_begin_again() -> None:
+    world = World()
+    asked = allocations(world)
+    old, young = (world.add(prompt=2, max_tokens=30, client=client) for client in range(2))
+    world.store_works()
+    world.store_answers()
+    world.until(lambda: world.state(young) is State.RELEASING, 1)
+    world.abort(young)
+    world.abort(young)
+    world.serve()
+    assert asked == [old, young]
+    assert done(world, young)[0] == "cancelled" and done(world, old) == ("length", list(range(1, 31)))
+    world.check_over()
+
+
+def test_nothing_is_written_where_no_block_is_because_the_store_is_late() -> None:
+    world = World()
+    asked = allocations(world)
+    number = world.add(prompt=2, max_tokens=20)
+    world.store_works()
+    world.store_answers()
+    for _ in range(40):
+        world.engine.finish()
+        world.advance()
+    assert world.state(number) in (State.RELEASING, State.ALLOCATING), "it has given its blocks back"
+    world.serve()
+    assert asked == [number, number] and done(world, number) == ("length", list(range(1, 21)))
+    world.check_over()
 
 
 # ----------------------------------------------------------------------------------------- at random

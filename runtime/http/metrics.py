@@ -108,6 +108,10 @@ class _Snapshot(Collector):
         ):
             values = {label: getattr(worker, name) for label, worker in workers.items()}
             yield _by(values, GaugeMetricFamily(f"clo_worker_{name}", text, labels=["worker"]))
+        if workers:
+            text = "How often a request gave back its blocks so that another could go on."
+            family = CounterMetricFamily("vllm:num_preemptions", text, labels=["model_name"])
+            yield _by({self._model: sum(worker.preemptions for worker in workers.values())}, family)
         steps = {label: worker.steps for label, worker in workers.items()}
         yield _by(steps, CounterMetricFamily("clo_worker_steps", "Decode steps.", labels=["worker"]))
         late = {label: worker.late_rows for label, worker in workers.items() if worker.late_rows is not None}

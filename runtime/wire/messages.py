@@ -319,6 +319,7 @@ class WorkerStats(msgspec.Struct, frozen=True):
     late_rows: (
         Count | None
     )  # those fetched by layers that choose no earlier; None where they are not told apart
+    preemptions: Count = 0  # how often a sequence gave back its blocks so that another could grow
 
 
 class Histogram(msgspec.Struct, frozen=True):
@@ -666,14 +667,23 @@ class Attach(Message, frozen=True):
 
 
 class Allocate(Message, frozen=True):
-    """Ask for ``blocks`` blocks. Answered by ``Allocated`` when they are free, in order of asking, or by
-    ``Denied`` at once when the store could never hold them."""
+    """Ask for ``blocks`` blocks, which ``Grow`` may make ``most``. Answered by ``Allocated`` when they are
+    free, in order of asking, or by ``Denied`` at once when the store could never hold ``most``."""
 
     sequence: Count
     blocks: Annotated[int, Meta(ge=1)]
     prompt: list[TokenId] = []  # whose blocks it may share with others; empty for none
     own: Annotated[int, Meta(ge=1)] = 1  # last tokens of the prompt that it computes itself
     salt: CacheSalt = ""  # it shares them with prompts under the same one
+    most: Count = 0  # as many as ``blocks`` where it is fewer
+
+
+class Grow(Message, frozen=True):
+    """Ask for so many more blocks of a sequence, before all who wait for their first ones. Answered by
+    ``Grown``: at once, and where there are too few free blocks then, once more when there are enough."""
+
+    sequence: Count
+    blocks: Annotated[int, Meta(ge=1)]
 
 
 class Commit(Message, frozen=True):
@@ -732,7 +742,7 @@ class Push(Message, frozen=True):
     number: Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
-ToStore = Attach | Allocate | Commit | Free | GetStoreStats | Describe | OpenStaging | Push
+ToStore = Attach | Allocate | Grow | Commit | Free | GetStoreStats | Describe | OpenStaging | Push
 
 
 # ------------------------------------------------------------------------------- store -> worker
@@ -755,6 +765,13 @@ class Allocated(Message, frozen=True):
     sequence: Count
     blocks: list[Count]
     cached: Count = 0
+
+
+class Grown(Message, frozen=True):
+    """Further blocks of a sequence; none where others have to give back some first."""
+
+    sequence: Count
+    blocks: list[Count]
 
 
 class Denied(Message, frozen=True):
@@ -790,4 +807,4 @@ class StagingOpened(Message, frozen=True):
     pass
 
 
-FromStore = Attached | Allocated | Denied | Freed | StoreReport | Described | StagingOpened
+FromStore = Attached | Allocated | Grown | Denied | Freed | StoreReport | Described | StagingOpened

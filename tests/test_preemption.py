@@ -1,0 +1,59 @@
+"""Answers that do not fit into the arena together: they begin together, and end as they would without."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clo.runtime.client import AsyncClient, Client, Result
+from tests.chaos import EXACT, assert_same, prompts
+from tests.faults import WAIT_S, assert_serves
+from tests.server import Server
+from tests.test_system import assert_all_free
+
+Launch = Callable[..., AbstractContextManager[Server]]
+
+LONG = 700  # tokens of an answer
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.2, "presence_penalty": 0.3},
+    {"temperature": 0.9, "top_k": 40, "seed": 4, "logprobs": 2, "prompt_logprobs": 1},
+]
+
+
+async def answers(address: str) -> list[Result]:
+    async with AsyncClient(address, timeout=WAIT_S) as client:
+        found = await asyncio.gather(
+            *(
+                client.generate(prompt, max_tokens=LONG, ignore_eos=True, **kind)
+                for prompt, kind in zip(prompts(), KINDS, strict=False)
+            )
+        )
+        await assert_all_free(client)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_answers_that_make_room_for_others_are_the_same(
+    launch: Launch, tiny_model: Path, workers: int
+) -> None:
+    with launch("--model", str(tiny_model), *EXACT) as server:
+        expected = asyncio.run(answers(server.address))
+        with Client(server.address, timeout=WAIT_S) as client:
+            info = client.info()
+    (store,) = info.stores
+    block_tokens = info.capacity_tokens // store.blocks
+    ends = [-(-(len(prompt) + LONG) // block_tokens) for prompt in prompts()[: len(KINDS)]]
+    size = store.block_bytes * (sum(ends) - max(ends))
+    options = (*EXACT, "--kv-size", f"{size}", "--workers", f"{workers}")
+    with launch("--model", str(tiny_model), *options) as server:
+        for mine, theirs in zip(asyncio.run(answers(server.address)), expected, strict=True):
+            assert_same(mine, theirs)
+        with Client(server.address, timeout=WAIT_S) as client:
+            assert sum(worker.preemptions for worker in client.info().workers) > 0
+        assert_serves(server)
+        assert server.stderr.read_text() == ""
