@@ -242,11 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--name", default="chaos", help="of the file in benchmarks/results")
+    arguments, options = parser.parse_known_args()  # the others are the server's, such as --device cuda
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder))
-        with launch("--model", folder, *OPTIONS, program=("-c", PROGRAM)) as server:
+        with launch("--model", folder, *OPTIONS, *options, program=("-c", PROGRAM)) as server:
             chaos = Chaos(server, arguments.seed)
             asyncio.run(chaos.run(arguments.faults))
     shares = ((fault, share * arguments.faults // 100) for fault, share in FAULTS.items())
@@ -256,7 +257,7 @@ def main() -> None:
         Result("chaos", "longest wait for a token", chaos.longest_s, "s"),
         Result("chaos", "time", time.monotonic() - began, "s"),
     ]
-    write("chaos", results)
+    write(arguments.name, results)
 
 
 if __name__ == "__main__":

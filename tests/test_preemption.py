@@ -41,7 +41,17 @@ async def answers(address: str) -> list[Result]:
 def test_answers_that_make_room_for_others_are_the_same(
     launch: Launch, tiny_model: Path, workers: int
 ) -> None:
-    with launch("--model", str(tiny_model), *EXACT) as server:
+    assert_same_in_little_room(launch, tiny_model, "--workers", f"{workers}")
+
+
+@pytest.mark.gpu
+def test_answers_that_make_room_for_others_are_the_same_on_a_gpu(launch: Launch, tiny_model: Path) -> None:
+    assert_same_in_little_room(launch, tiny_model, "--device", "cuda", "--dtype", "float32")
+
+
+def assert_same_in_little_room(launch: Launch, model: Path, *others: str) -> None:
+    """The arena holds all answers but for the longest one, so that one of them has to begin again."""
+    with launch("--model", str(model), *EXACT, *others) as server:
         expected = asyncio.run(answers(server.address))
         with Client(server.address, timeout=WAIT_S) as client:
             info = client.info()
@@ -49,8 +59,7 @@ def test_answers_that_make_room_for_others_are_the_same(
     block_tokens = info.capacity_tokens // store.blocks
     ends = [-(-(len(prompt) + LONG) // block_tokens) for prompt in prompts()[: len(KINDS)]]
     size = store.block_bytes * (sum(ends) - max(ends))
-    options = (*EXACT, "--kv-size", f"{size}", "--workers", f"{workers}")
-    with launch("--model", str(tiny_model), *options) as server:
+    with launch("--model", str(model), *EXACT, *others, "--kv-size", f"{size}") as server:
         for mine, theirs in zip(asyncio.run(answers(server.address)), expected, strict=True):
             assert_same(mine, theirs)
         with Client(server.address, timeout=WAIT_S) as client:
