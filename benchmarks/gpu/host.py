@@ -111,6 +111,9 @@ class PrefilledEngine(Engine):
     ) -> Prefill:
         return Prefilled(len(tokens), self._logits)
 
+    def extend(self, slot: int, blocks: list[int]) -> None:
+        """The slots have blocks for all tokens already."""
+
     @cached_property
     def _logits(self) -> Tensor:
         return torch.zeros(1, self.decoder.vocab, device=self.decoder.device)
