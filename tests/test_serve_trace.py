@@ -1,4 +1,4 @@
-"""``prefix/trace`` of ``benchmarks.serve``: what a trace of agents asks, and its figures from real servers."""
+"""``prefix/trace`` of ``benchmarks.serve``: what a trace of agents asks, and figures from real servers."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_a_trace_is_decided_by_its_seed_and_sessions_differ_behind_what_they_sha
 
 @pytest.mark.parametrize("wrong", [{"turns": 0}, {"shared": 1100}, {"last": 1101}, {"think_s": -1.0}])
 def test_a_trace_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="trace|shared|turn"):
+    with pytest.raises(ValueError, match=r"trace|shared|turn"):
         Agents(**{**vars(SMALL), **wrong})
 
 
