@@ -1,11 +1,12 @@
 """A trace of agents: sessions whose every turn sends all that was said before, and a little more.
 
-Generated, after the statistics that vLLM and Mooncake published in May 2026: 94 % of the tokens of prompts had
-been sent before, 131 tokens come in for each that goes out, 33 turns make a session, and 5 s lie between two
+Generated, after the statistics that vLLM and Mooncake published in May 2026: 94 % of the tokens of prompts
+had been sent before, 131 tokens come in for each that goes out, 33 turns make a session, and 5 s lie between two
 turns. The tokens themselves are random.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 FIRST_TOKEN, LAST_TOKEN = 4, 300  # ids that every tokenizer knows, and none of them special in those used
@@ -57,8 +58,7 @@ class Agents:
         return [self.first + (self.last - self.first) * turn // steps for turn in range(self.turns)]
 
     def _growth(self) -> list[int]:
-        prompts = self.prompts
-        return [later - earlier for earlier, later in zip(prompts, prompts[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.prompts)]
 
     def opening(self, session: int) -> list[int]:
         """The prompt of a session's first turn."""

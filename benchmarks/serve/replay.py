@@ -1,4 +1,4 @@
-"""``prefix/trace``: a trace of agents against a server that reuses prefixes, and against one that does not."""
+"""``prefix/trace``: a trace of agents on a server that reuses prefixes, and on one that does not."""
 
 import asyncio
 import random
