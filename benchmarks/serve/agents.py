@@ -1,8 +1,8 @@
 """A trace of agents: sessions whose every turn sends all that was said before, and a little more.
 
 Generated, after the statistics that vLLM and Mooncake published in May 2026: 94 % of the tokens of prompts
-had been sent before, 131 tokens come in for each that goes out, 33 turns make a session, and 5 s lie between two
-turns. The tokens themselves are random.
+had been sent before, 131 tokens come in for each that goes out, 33 turns make a session, and 5 s lie between
+two turns. The tokens themselves are random.
 """
 
 from dataclasses import dataclass
