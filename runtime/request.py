@@ -6,6 +6,8 @@ from enum import Enum
 from clo.runtime.tokenizer import Detokenizer
 from clo.runtime.wire.messages import Reason, Run
 
+LIKELY_TOKENS = 4096  # more are not counted as work that an answer still is
+
 
 class State(Enum):
     """Where a request is. It moves on one way only, see ``NEXT``."""
@@ -97,8 +99,10 @@ class Request:
 
     @property
     def outstanding(self) -> int:
-        """Tokens that its worker still has to compute, at most."""
-        return self.prompt_tokens - (self.prefilled or 0) + self.max_tokens - self.generated
+        """Tokens that its worker still has to compute, as far as anybody knows: few answers come to what they
+        are allowed, and one that nobody has limited is allowed the whole context."""
+        answer = min(self.max_tokens - self.generated, LIKELY_TOKENS)
+        return self.prompt_tokens - (self.prefilled or 0) + answer
 
     def move(self, state: State) -> None:
         """Raises ``RuntimeError`` where ``state`` may not follow the present one."""

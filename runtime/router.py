@@ -517,7 +517,8 @@ class Router:
         room = min(self._model.max_model_len, capacity) - prompt
         max_tokens, penalty = params.max_tokens, params.repetition_penalty
         if max_tokens is None:
-            max_tokens = max(1, params.min_tokens, min(defaults.max_tokens, room))
+            wanted = room if defaults.max_tokens is None else min(defaults.max_tokens, room)
+            max_tokens = max(1, params.min_tokens, wanted)
         return Sampling(
             temperature=defaults.temperature if params.temperature is None else params.temperature,
             top_p=defaults.top_p if params.top_p is None else params.top_p,

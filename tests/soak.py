@@ -1,12 +1,12 @@
 """A long run of mixed requests against one server: ``python -m tests.soak --requests 50000``; with ``--http``
-over HTTP.
+over HTTP, with ``--preempting`` 25 short ones for each long one, which do not fit into the arena together.
 
 Requests are answered, cancelled, timed out, left, dropped unread and wrong in many ways, and their clients
 close or vanish. At ten places on the way nothing may have grown: all blocks are free, and memory and
 descriptors of the server are what they were once the first tenth had warmed everything up. The report is a
-line of JSON for each place, and at last ``benchmarks/results/soak.json`` or ``soak-http.json``. The exit
-code is 1 where something grew or the log holds a traceback; a request that ends otherwise than it should
-raises.
+line of JSON for each place, and at last ``benchmarks/results/soak.json``, ``soak-http.json`` or
+``soak-preempting.json``. The exit code is 1 where something grew, where nothing was preempted that should
+have been, or where the log holds a traceback; a request that ends otherwise than it should raises.
 """
 
 import argparse
@@ -151,6 +151,17 @@ async def vanished(client: AsyncClient, rng: random.Random) -> None:
     await asyncio.to_thread(send)
 
 
+# ---------------------------------------------------------- answers that do not fit together
+
+
+async def lengthy(client: AsyncClient, rng: random.Random) -> None:
+    """Two of four blocks or more in the end, which the seven others want as well."""
+    count = rng.randrange(400, 800)
+    prompt = [rng.randrange(4, 300)] * rng.randrange(1, 300)
+    result = await client.generate(prompt, max_tokens=count, ignore_eos=True, seed=rng.randrange(9))
+    assert len(result.tokens) == count
+
+
 # ---------------------------------------------------------------------------------- over HTTP
 
 
@@ -236,6 +247,7 @@ HTTP_KINDS: dict[Kind, int] = {
     asked: 1, vanished_over_http: 2,
 }  # fmt: skip
 
+PREEMPTING_KINDS: dict[Kind, int] = {answered: 25, lengthy: 1}
 KINDS: dict[Kind, int] = {
     answered: 8, adjusted: 2, structured: 2, prompt_scored: 1, scored: 1, stopped: 2, cancelled: 2,
     timed_out: 1, left: 1, dropped: 1, wrong: 3, closed: 1,
@@ -244,14 +256,15 @@ KINDS: dict[Kind, int] = {
 """How often each comes."""
 
 
-async def run(server: Server, over_http: bool, requests: int, rng: random.Random) -> Counter[str]:
+async def run(server: Server, weights: dict[Kind, int], requests: int, rng: random.Random) -> Counter[str]:
     """Some requests of each kind, ``CLIENTS`` at a time; how many there were of each."""
-    weights = HTTP_KINDS if over_http else KINDS
-    kinds = rng.choices(list(weights), list(weights.values()), k=requests)
+    total = sum(weights.values())
+    shares = [-(-requests * weight // total) for weight in weights.values()]
+    kinds = rng.sample(list(weights), requests, counts=shares)
     counts: Counter[str] = Counter(kind.__name__ for kind in kinds)
 
     def connect() -> Any:
-        if over_http:
+        if weights is HTTP_KINDS:
             return httpx.AsyncClient(base_url=server.url, timeout=WAIT_S)
         return AsyncClient(server.address, timeout=WAIT_S)
 
@@ -281,31 +294,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--http", action="store_true", help="over HTTP")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--http", action="store_true", help="over HTTP")
+    form.add_argument("--preempting", action="store_true", help="short and long ones in little room")
     arguments = parser.parse_args()
-    case = "soak-http" if arguments.http else "soak"
+    case, weights = "soak", KINDS
+    if arguments.http:
+        case, weights = "soak-http", HTTP_KINDS
+    elif arguments.preempting:
+        case, weights = "soak-preempting", PREEMPTING_KINDS
     rng, first, now = random.Random(arguments.seed), None, dict[str, int]()
+    preemptions = 0
     total, began_all = Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder))
         with launch("--model", folder, *SMALL, *(("--http", "0") if arguments.http else ())) as server:
             for place in range(1, PLACES + 1):
                 began = time.monotonic()
-                counts = asyncio.run(run(server, arguments.http, arguments.requests // PLACES, rng))
+                counts = asyncio.run(run(server, weights, arguments.requests // PLACES, rng))
                 total += counts
                 with Client(server.address, timeout=WAIT_S) as client:
                     wait_until_idle(client)
-                    (store,) = client.info().stores
+                    info = client.info()
+                (store,) = info.stores
+                preemptions = sum(worker.preemptions for worker in info.workers)
                 now = held(server) | {"free blocks": store.free_blocks}
                 first = first or now
                 seconds = time.monotonic() - began
-                print(json.dumps({"place": place, **now, "seconds": round(seconds), **counts}), flush=True)
+                report = {"place": place, **now, "preemptions": preemptions, **counts}
+                print(json.dumps(report | {"seconds": round(seconds)}), flush=True)
                 if now["bytes"] > first["bytes"] + GROWTH_BYTES:
                     print("error: memory has grown", file=sys.stderr)
                     return 1
                 if now["descriptors"] > first["descriptors"] + GROWTH_DESCRIPTORS:
                     print("error: descriptors have grown", file=sys.stderr)
                     return 1
+            if arguments.preempting and not preemptions:
+                print("error: nothing was preempted", file=sys.stderr)
+                return 1
             if "Traceback" in (log := server.stderr.read_text()):
                 print(log, file=sys.stderr)
                 return 1
@@ -314,6 +340,7 @@ def main() -> int:
         Result(case, f"requests {kind}", number, "requests") for kind, number in sorted(total.items())
     ] + [
         Result(case, "requests", sum(total.values()), "requests"),
+        Result(case, "preemptions", preemptions, "preemptions"),
         Result(case, "time", time.monotonic() - began_all, "s"),
         *(
             Result(case, name, now[name], name.split()[-1], first[name], now[name] / first[name])

@@ -12,7 +12,6 @@ from clo.gpu_worker import outputs
 from clo.gpu_worker.cache import staging
 from clo.kvstore import disk
 from clo.runtime import grammars, router
-from clo.runtime.model.generation import DEFAULT_MAX_TOKENS
 from clo.runtime.wire import liveness
 from clo.runtime.wire.errors import CLOError, ConfigError, DeviceStuck
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES
@@ -98,7 +97,6 @@ def test_the_figures_in_the_table_of_errors_are_those_of_the_code() -> None:
         f"does not bring rows within {staging.STUCK_SECONDS:g} s",
         f"brings nothing for {disk.STUCK_S:g} s",
         f"takes more than {grammars.COMPILE_S:g} s or {grammars.MEMORY_BYTES >> 30} GiB",
-        f"at most {DEFAULT_MAX_TOKENS:,} tokens",
         f"More than {router.OPEN_REQUESTS:,} requests of one client open, or of more than "
         f"{router.OPEN_BYTES >> 20} MiB",
         f"A prompt of more than {MAX_MESSAGE_BYTES >> 20} MiB",

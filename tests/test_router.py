@@ -23,6 +23,7 @@ from clo.runtime import router as router_module
 from clo.runtime import tokenizer as tokenizer_module
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import ResolvedModel, ServerConfig
+from clo.runtime.request import LIKELY_TOKENS
 from clo.runtime.router import Router
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire.errors import CLOError, ConfigError, ServerStopped, WorkerDied
@@ -288,7 +289,7 @@ async def test_what_a_request_leaves_open_the_model_decides(
     expected: Sampling,
     tokenizer: Tokenizer,
 ) -> None:
-    """And where the model does not: as vLLM, but for the length of the answer, which is bounded."""
+    """And where the model does not: as vLLM."""
     if written is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(written))
     async with running(model_in(tmp_path)) as wire:
@@ -388,17 +389,27 @@ async def test_an_answer_without_a_length_fits_the_context_and_the_store(
 
 
 @in_loop
-async def test_an_answer_without_a_length_is_bounded_though_there_is_room(
+async def test_an_answer_without_a_length_may_have_all_but_counts_as_one_of_likely_length(
     tiny_model: Path, tokenizer: Tokenizer
 ) -> None:
+    """Else a worker that has one would get no other request until its peer has those of hundreds."""
     model = dataclasses.replace(model_in(tiny_model), max_model_len=10**6)
-    async with running(model) as wire:
-        client, (worker,) = wire.client(), wire.workers
-        worker.send(Ready(0, 1000, "numa0", 10**6, 2))
-        while wire.router.capacity_tokens < 10**6:
+    async with running(model, workers=2) as wire:
+        client = wire.client()
+        for number, worker in enumerate(wire.workers):
+            worker.send(Ready(number, 1000 + number, f"numa{number}", 10**6, 2))
+        while min(ready.capacity_tokens for ready in wire.router._ready_workers.values()) < 10**6:
             await asyncio.sleep(0)
         client.send(Generate("r", Tokens([1] * 10)))
-        assert (await worker.order()).sampling.max_tokens == 4096
+        await client.info()
+        (one,) = (worker for worker in wire.workers if worker.heard)
+        (other,) = (worker for worker in wire.workers if worker is not one)
+        assert (await one.order()).sampling.max_tokens == 10**6 - 10
+        for name, worker in (("s", other), ("t", one)):
+            before = len(worker.heard)
+            client.send(Generate(name, Tokens([1] * (LIKELY_TOKENS + 10)), SEVEN))
+            await client.info()
+            assert len(worker.heard) == before + 1
 
 
 @in_loop

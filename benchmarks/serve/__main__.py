@@ -10,7 +10,9 @@ server that runs already and has the completions API of OpenAI, such as vLLM or 
 - short, long: throughput of many short and of a few long requests, sent at once;
 - gaps: the gaps of streams that decode while a long prompt arrives, beside those without it, and the time to
   first token of that prompt, beside that without the streams;
-- tokens: throughput of many streams, and the CPU time of router and client for each token.
+- tokens: throughput of many streams, and the CPU time of router and client for each token;
+- prefix/trace, where it is named and alone: a trace of agents, with reuse of prefixes and without; its sizes
+  are the options --trace-....
 
 In every case TTFT is the time from sending a request to its first token, and a gap that between two arrivals
 of tokens of one request, several of which may come together.
@@ -20,14 +22,16 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from benchmarks.result import Result, write
+from benchmarks.serve.agents import Agents
 from benchmarks.serve.cases import Bench, cases_of
 from benchmarks.serve.endpoint import CLO, EndpointError
 from benchmarks.serve.prompts import Prompts, text_of
+from benchmarks.serve.replay import CASE, measure_trace
 from benchmarks.serve.server import Running, serving
 from benchmarks.serve.tables import CPU, GPU, REFERENCE_NOTE, Table
 from clo.runtime.client import AsyncClient
@@ -128,12 +132,22 @@ def main() -> int:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="decides about the table, also for a peer",
     )
+    for field in fields(Agents):
+        option = f"--trace-{field.name.removesuffix('_s').replace('_', '-')}"
+        number = type(field.default)
+        parser.add_argument(
+            option, dest=field.name, metavar="N", type=number, default=field.default, help=f"of {CASE}"
+        )
     given = parser.parse_args()
     table = GPU if given.device == "cuda" else CPU
     if (given.peer is None) != (given.model is None):
         parser.error("--peer and --model go together")
+    agents = None
     try:
-        names = chosen(table, given.cases)
+        if given.cases == [CASE] and given.peer is None:
+            names, agents = [], Agents(**{field.name: getattr(given, field.name) for field in fields(Agents)})
+        else:
+            names = chosen(table, given.cases)
     except ValueError as error:
         parser.error(str(error))
 
@@ -144,7 +158,9 @@ def main() -> int:
         default = resolve(ModelConfig(device="cpu"))
         text = text_of(Tokenizer(default.folder, default.vocab_size))
         end_start_up()
-        if given.peer is None:
+        if agents is not None:
+            notes = measure_trace(agents, given.device, results)
+        elif given.peer is None:
             notes = run(table, given.device, text, names, results)
         else:
             table = replace(table, reference={})
@@ -155,7 +171,8 @@ def main() -> int:
         failed = 1
     if results:
         device = "gpu" if given.device == "cuda" else "cpu"
-        write("serve-peer" if given.peer else f"{device}-serve", results, notes)
+        name = "serve-peer" if given.peer else f"{device}-serve"
+        write(name if agents is None else f"{device}-trace", results, notes)
     return failed
 
 

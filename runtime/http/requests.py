@@ -105,7 +105,7 @@ class CompletionRequest(_Generation, frozen=True, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 16
 
 
 class ChatCompletionRequest(_Generation, frozen=True, kw_only=True):

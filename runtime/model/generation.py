@@ -8,8 +8,6 @@ import msgspec
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import MaxTokens, MinP, RepetitionPenalty, Temperature, TokenId, TopK, TopP
 
-DEFAULT_MAX_TOKENS = 4096  # where neither the request nor the model says: blocks are reserved for all of them
-
 Read = TypeVar("Read", bound=msgspec.Struct)
 
 
@@ -35,7 +33,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
 
     Attributes:
         eos: ids that end a text.
-        max_tokens: the most tokens of an answer.
+        max_tokens: the most tokens of an answer; None for what there is room for.
     """
 
     eos: tuple[int, ...] = ()
@@ -44,7 +42,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = None
 
 
 def read_generation(folder: Path) -> GenerationDefaults:
@@ -68,7 +66,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
         top_k=max(0, found.top_k or 0),
         min_p=found.min_p or 0.0,
         repetition_penalty=found.repetition_penalty or 1.0,
-        max_tokens=found.max_new_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=found.max_new_tokens,
     )
 
 

@@ -142,10 +142,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is added to the logits of tokens.
 
     ``max_tokens`` None takes what generation_config.json says as ``max_new_tokens``, or else all that is left
-    of the context and of the KV store, up to 4,096; 0 scores the prompt and goes with ``prompt_logprobs``
-    alone. Among the first ``min_tokens`` tokens is neither an end token nor one of ``stop_token_ids``, and
-    no stop string ends there; a text that ``structured_outputs`` has completed ends nevertheless. One of
-    ``stop_token_ids`` ends the answer also where ``ignore_eos`` is set, and gives no text.
+    of the context and of the KV store; 0 scores the prompt and goes with ``prompt_logprobs`` alone. Among
+    the first ``min_tokens`` tokens is neither an end token nor one of ``stop_token_ids``, and no stop string
+    ends there; a text that ``structured_outputs`` has completed ends nevertheless. One of ``stop_token_ids``
+    ends the answer also where ``ignore_eos`` is set, and gives no text.
 
     ``seed`` makes a request repeatable in any batch; -1 is as good as None. ``logprobs`` n returns the
     log-probability of each token and of the n most likely ones, and ``prompt_logprobs`` n the same for the
