@@ -87,7 +87,7 @@ def _launch(
     counts = prompt_blocks.counts
     launch(
         "copy_codes.cu", name, (blocks,), _THREADS,
-        [*pages, *values, arena.shape[1], counts, prompt_blocks.blocks, prompt_blocks.pages, len(counts), arena,
-         arena.stride(0), arena.stride(1)],
+        [*pages, *values, arena.shape[1], counts, prompt_blocks.blocks, prompt_blocks.pages, len(counts),
+         arena, arena.stride(0), arena.stride(1)],
         DIM=pages.centres.shape[2], BLOCK_TOKENS=pages.block_tokens, READS=_READS,
     )  # fmt: skip
