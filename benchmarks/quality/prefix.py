@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality.prefix    # the default model, minutes on two CPU cores
 
-For each document a text is computed as a whole, and its last tokens again behind the blocks of all before them,
-with several numbers of rows that a head has exactly. KL is that of the distributions behind each of the last
-tokens. Writes ``prefix-attention-MODEL`` into ``benchmarks/results``.
+For each document a text is computed as a whole, and its last tokens again behind the blocks of all before
+them, with several numbers of rows that a head has exactly. KL is that of the distributions behind each of the
+last tokens. Writes ``prefix-attention-MODEL`` into ``benchmarks/results``.
 """
 
 import argparse
