@@ -38,6 +38,7 @@ class Engine:
         max_tokens: longest sequence.
         sources: the query that each layer selects with where it prefetches; measured if None.
         layer_type: class of the cache's layers.
+        codes: [blocks, layers, kv_heads, code_bytes] uint8, see ``KVCache``.
 
     Attributes:
         depth: steps that should be on their way at a time, so that the device does not wait for the host.
@@ -54,6 +55,7 @@ class Engine:
         max_tokens: int,
         sources: tuple[QuerySource, ...] | None = None,
         layer_type: type[LayerCache] = LayerCache,
+        codes: Tensor | None = None,
     ) -> None:
         self.decoder = decoder
         self.slots = slots
@@ -61,7 +63,7 @@ class Engine:
         self.depth = 2 if device.type == "cuda" else 1
         self._attention = SPARSE if config.prefill_attention == "sparse" else DENSE
         self.cache = KVCache(
-            decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type
+            decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type, codes
         )
         if config.prefetch == "off" or config.attention != "clo":
             sources = (QuerySource.OWN,) * decoder.shape.layers
@@ -103,12 +105,17 @@ class Engine:
         block_tokens = self.decoder.shape.block_tokens
         longest = min(self.max_blocks, self.cache.pages.pages) * block_tokens
         ranked = (self.cache.fitting_tokens or 0) + 2 * PROMPT_QUERIES  # more than a set holds
-        total = min(ranked, longest)
-        blocks = list(range(-(-total // block_tokens)))
+        warmed = [(ranked, 0), (ranked, block_tokens)]
+        prefix = self.cache.least_prefix
+        if prefix is not None:
+            of_codes = -(-prefix // block_tokens) * block_tokens
+            warmed.append((of_codes + PROMPT_QUERIES, of_codes))
         with self.cache.storing_nothing():
-            for cached in (0, block_tokens):
+            for tokens, cached in warmed:
+                total = min(tokens, longest)
                 if cached and total - cached < PROMPT_QUERIES:
-                    break
+                    continue
+                blocks = list(range(-(-total // block_tokens)))
                 prefill = self.prefill(0, [0] * total, blocks, cached=cached)
                 while prefill.advance() is None:
                     pass

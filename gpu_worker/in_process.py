@@ -1,5 +1,7 @@
 """An engine over an arena of its own, in this process: for tests, benchmarks and studies of the cache."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,21 @@ def make_arena(decoder: Decoder, slots: int, max_tokens: int) -> Tensor:
     return device_view(arena) if decoder.device.type == "cuda" else arena
 
 
+def make_codes(decoder: Decoder, config: CacheConfig, arena: Tensor) -> Tensor | None:
+    """Codes of the blocks of such an arena, where a configuration wants them; those not yet written are no
+    numbers.
+
+    Returns:
+        [blocks, layers, kv_heads, code_bytes] uint8, readable by the decoder's device.
+    """
+    if config.prefix_attention != "sparse":
+        return None
+    size = *arena.shape[:3], replace(decoder.shape, codes=True).code_bytes
+    cuda = decoder.device.type == "cuda"
+    codes = torch.full(size, 255, dtype=torch.uint8, pin_memory=cuda)
+    return device_view(codes) if cuda else codes
+
+
 def make_engine(
     decoder: Decoder,
     config: CacheConfig,
@@ -42,7 +59,8 @@ def make_engine(
 ) -> Engine:
     """An engine with an arena for all its slots, see ``make_arena``."""
     arena = make_arena(decoder, slots, max_tokens)
-    return Engine(decoder, arena, config, slots, max_tokens, sources, layer_type)
+    codes = make_codes(decoder, config, arena)
+    return Engine(decoder, arena, config, slots, max_tokens, sources, layer_type, codes)
 
 
 def blocks_of(engine: Engine, slot: int, tokens: int) -> list[int]:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
-from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts, one_prompt
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.attend_prompt import attend_prompt
+from clo.kernels.decode_pages import TOKENS as DECODED_TOKENS
 from clo.kernels.quantize_query import Rope
 from clo.kernels.sparse_prompt import attend_prompt_sparse, chosen_bytes, equivalent_tokens
 from clo.runtime.model.kv_shape import KVShape
@@ -35,17 +36,19 @@ DENSE = PromptAttention(attend_prompt, float)
 SPARSE = PromptAttention(attend_prompt_sparse, equivalent_tokens)
 
 
-def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool) -> int:
+def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool, codes: bool) -> int:
     """About the most GPU memory that the prefill of a prompt takes, apart from its index pages.
 
     Args:
         sparse: whether it attends to chosen blocks.
+        codes: whether it may attend to what it begins with from codes.
     """
     width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
     rows = _BUFFERS["cuda"] * shape.kv_heads * shape.row_bytes
     ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
     whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
+    whole += codes * min(tokens, DECODED_TOKENS) * shape.kv_heads * shape.row_bytes // 2
     return whole + sparse * chosen_bytes(shape.query_heads, CHUNK_TOKENS["cuda"], tokens)
 
 
@@ -84,7 +87,8 @@ class Prefill:
         score: how many of the most likely tokens at each position are wanted with the log-probabilities of
             the prompt; None for no log-probabilities.
         cached: first tokens whose rows are in their blocks already, whole blocks of them; they are read and
-            indexed. So many of the last tokens are computed that their queries can choose the resident rows.
+            indexed, or taken from their codes where ``KVCache.least_prefix`` says so. So many of the last
+            tokens are computed that their queries can choose the resident rows.
 
     Attributes:
         scores: those log-probabilities.
@@ -127,6 +131,9 @@ class Prefill:
         self._least = min(self._chunk, LEAST_TOKENS[device.type])
         self._layer = self._start = self._taken = 0
         self._loaded: DeviceEvent | None = None  # the rows of this layer that are in the arena already
+        least = cache.least_prefix
+        self._from_codes = least is not None and cached >= least
+        self._exact: ExactRows | None = None  # of this layer
         self._begin_layer()
 
     @property
@@ -186,6 +193,8 @@ class Prefill:
         hidden = self._hidden[own]
         normed = decoder.input_norm(layer, hidden)
         query, _ = decoder.qkv(layer, normed, rope, self._rows[start:end])
+        if self._from_codes and start == self._cached:
+            self._exact = ExactRows(self._fetch_best(), self._cached)
         ending = end == self.total
         final = layer == decoder.shape.layers - 1
         self._start = end
@@ -201,7 +210,7 @@ class Prefill:
             attended, lse = self._attention.attend(query, self._rows[:end], decoder.scale)
         if ending:
             last = LastTokens(query[-ranking:].clone(), lse[-ranking:])  # the clone lets go of the others
-            self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last)
+            self._cache.start_sets(layer, self._rows, self._prompts, lse[-1:], last, self._exact)
             self._change_rows()
             self._layer = layer + 1
             if not final:
@@ -222,15 +231,30 @@ class Prefill:
         if not self._cached:
             return
         (self._loaded or self._load(self._layer, self._rows, ())).wait()
-        # Only now, as work on the side is done in the order in which it is asked for: the sets of the layer
-        # before would wait for these rows, and then the rows of the next layer for those sets.
-        self._cache.index_rows(self._layer, self._rows[: self._cached], self._cached_part)
+        if not self._from_codes:
+            # Only now, as work on the side is done in the order in which it is asked for: the sets of the
+            # layer before would wait for these rows, and then the rows of the next layer for those sets.
+            self._cache.index_rows(self._layer, self._rows[: self._cached], self._cached_part)
         following, self._loaded = self._layer + 1, None
         if self._spare and following < self._decoder.shape.layers:
             self._loaded = self._load(following, *self._spare[0])
 
     def _load(self, layer: int, rows: Tensor, taken: Iterable[DeviceEvent]) -> DeviceEvent:
-        return self._cache.load_rows(layer, rows[: self._cached], self._cached_part, taken)
+        load = self._cache.load_codes if self._from_codes else self._cache.load_rows
+        return load(layer, rows[: self._cached], self._cached_part, taken)
+
+    def _fetch_best(self) -> Tensor:
+        """Make the rows exact that matter most of those that come from codes; their positions.
+
+        The queries that choose are spread over all own tokens, since a long question may ask for many things,
+        and are the same however the tokens are cut into units.
+        """
+        decoder, layer, own = self._decoder, self._layer, self.total - self._cached
+        step = max(1, own // PROMPT_QUERIES)
+        places = torch.arange(own - 1, -1, -step, device=self._hidden.device)[:PROMPT_QUERIES]
+        rope = Rope(*(part[places] for part in self._rope))
+        query, _ = decoder.qkv(layer, decoder.input_norm(layer, self._hidden[places]), rope)
+        return self._cache.fetch_best(layer, self._rows[: self._cached], self._cached_part, query)
 
     @property
     def _cached_part(self) -> Prompts:

@@ -74,6 +74,7 @@ def compare(examined: Examined) -> list[Compared]:
 def _rows(store: StoreExamined, shape: KVShape) -> list[Tensor]:
     """Copies of the described blocks, each [layers, kv_heads, block_tokens, 2, head_dim]."""
     arena = Arena.open(store.pid, store.fd, store.arena_bytes)
+    shape = replace(shape, codes=store.block_bytes > shape.block_bytes)
     rows = by_block(arena_tensor(arena, shape, store.blocks))
     return [rows[block.block].clone() for block in store.described]
 

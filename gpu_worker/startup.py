@@ -19,7 +19,7 @@ from clo.kernels.limits import SHARED_BYTES, check_limits
 from clo.kernels.sparse_prompt import DENSE_TOKENS, block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
-from clo.kvstore.layout import arena_tensor, by_block
+from clo.kvstore.layout import arena_parts, by_block, codes_of, rows_of
 from clo.runtime.config import CacheConfig, PrefillAttention, ResolvedModel, WorkerConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind, device_node
@@ -108,6 +108,11 @@ def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if cache.prefix_attention == "sparse" and not cache.tail_tokens(model.max_model_len):
+        raise ConfigError(
+            "--prefix-attention sparse needs a tail, and at --max-model-len "
+            f"{model.max_model_len} all rows of a request are resident; use --prefix-attention exact."
+        )
     return replace(cache, prefill_attention=_prefill_attention(model, cache.prefill_attention))
 
 
@@ -140,16 +145,17 @@ def _engine(
 ) -> tuple[Engine, DriftCheck | None]:
     shape, max_tokens = decoder.shape, config.model.max_model_len
     shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
-    rows = arena_tensor(shared, shape, attached.blocks)
+    held = replace(shape, codes=config.cache.prefix_attention == "sparse")
+    parts = arena_parts(shared, held, attached.blocks)
     sizes = shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab
     if decoder.device.type == "cuda":
         slots = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
     else:
         slots = plan_cpu_memory(*sizes, available_memory([0]))
     if decoder.device.type == "cuda":
-        rows = pin(rows)
-    arena = by_block(rows)
-    engine = engine_type(decoder, arena, config.cache, slots, max_tokens)
+        parts = pin(parts)
+    arena, codes = by_block(rows_of(parts, held)), codes_of(parts, held)
+    engine = engine_type(decoder, arena, config.cache, slots, max_tokens, codes=codes)
     engine.capture()
     engine.warm_up()
     drift_check = None

@@ -26,3 +26,25 @@ extern "C" __global__ void load_blocks(
         }
     }
 }
+
+// Some rows of each head, in place.
+extern "C" __global__ void load_rows(
+    uint4* rows, int64 kv_heads, const int* positions, int64 count, const int64* blocks, const char* arena,
+    int64 block_stride, int64 head_stride) {
+    const int total = (int)(kv_heads * count) * CHUNKS, step = gridDim.x * blockDim.x;
+    for (int first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += READS * step) {
+        uint4 chunk[READS];
+        int64 place[READS];
+#pragma unroll
+        for (int i = 0; i < READS; i++) {
+            const int at = min(first + i * step, total - 1), entry = at / CHUNKS, item = at % CHUNKS;
+            const int head = entry / (int)count, position = positions[entry];
+            const char* block = arena + blocks[position / BLOCK_TOKENS] * block_stride + head * head_stride;
+            chunk[i] = ((const uint4*)block)[position % BLOCK_TOKENS * CHUNKS + item];
+            place[i] = (position * kv_heads + head) * CHUNKS + item;
+        }
+#pragma unroll
+        for (int i = 0; i < READS; i++)
+            if (first + i * step < total) rows[place[i]] = chunk[i];
+    }
+}

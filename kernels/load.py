@@ -1,4 +1,5 @@
-"""Load: rows of one layer that are in the arena already come back for a prompt that begins with them."""
+"""Load: rows of one layer that are in the arena already come back for a prompt that begins with them, those
+of whole blocks or some of each KV head."""
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ _LOAD_BLOCKS = Signature(
     ),
 )
 
+_LOAD_ROWS = Signature(
+    "load_rows",
+    (
+        Argument("rows", ELEMENT, "N kv_heads 2 head_dim", chunks=True),
+        Argument("positions", torch.int32, "kv_heads R"),
+        Argument("blocks", torch.int64, "P"),
+        ARENA,
+    ),
+    (
+        HEAD_DIM,
+        Rule("N <= P * block_tokens", "the blocks must hold the rows"),
+        Rule(f"R * kv_heads * head_dim <= {2**30}", "a thread counts chunks of rows in 32 bits", gpu=True),
+    ),
+)
+
 
 def load_blocks(rows: Tensor, blocks: Tensor, arena: Tensor) -> None:
     """Read whole blocks.
@@ -39,6 +55,29 @@ def load_blocks(rows: Tensor, blocks: Tensor, arena: Tensor) -> None:
     launch(
         "load.cu", "load_blocks", (_BLOCKS,), _THREADS,
         [rows, rows.shape[1], blocks, len(blocks), arena, arena.stride(0) * arena.itemsize,
+         arena.stride(1) * arena.itemsize],
+        BLOCK_TOKENS=arena.shape[2], CHUNKS=arena[0, 0, 0].nbytes // 16, READS=_READS,
+    )  # fmt: skip
+
+
+def load_rows(rows: Tensor, positions: Tensor, blocks: Tensor, arena: Tensor) -> None:
+    """Read some rows of each KV head, in place.
+
+    Args:
+        rows: [N, kv_heads, 2, head_dim], contiguous, of which those at ``positions`` are replaced.
+        positions: [kv_heads, R] int32, below N; those of a head are different ones.
+        blocks: [P] int64, block ids, in the order of the tokens.
+        arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
+    """
+    _LOAD_ROWS.check(rows, positions, blocks, arena)
+    if rows.is_cpu:
+        number, offset = positions.long() // arena.shape[2], positions.long() % arena.shape[2]
+        heads = torch.arange(len(positions)).unsqueeze(1)
+        rows[positions.long(), heads] = arena[blocks[number], heads, offset]
+        return
+    launch(
+        "load.cu", "load_rows", (_BLOCKS,), _THREADS,
+        [rows, rows.shape[1], positions, positions.shape[1], blocks, arena, arena.stride(0) * arena.itemsize,
          arena.stride(1) * arena.itemsize],
         BLOCK_TOKENS=arena.shape[2], CHUNKS=arena[0, 0, 0].nbytes // 16, READS=_READS,
     )  # fmt: skip

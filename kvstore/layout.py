@@ -17,6 +17,9 @@ class ArenaLayout:
     """``[layer][kv_head][block][token][K|V][head_dim]``: the rows that one layer and head needs from many
     blocks are close together, which suits the GPU's address translation.
 
+    With ``--prefix-attention sparse`` the codes of a block's rows follow behind them, for each layer and
+    head: they are read in pieces of some 35 KB, and whoever copies blocks as bytes copies both.
+
     Args:
         layers, kv_heads: numbers of the model's layers and KV heads.
         blocks: number of blocks in the arena.
@@ -47,10 +50,32 @@ class ArenaLayout:
         return ((layer * self.kv_heads + kv_head) * self.blocks + block) * self.part_bytes
 
 
+def arena_parts(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor":
+    """The bytes of an arena as a tensor, in the order of memory: [layers, kv_heads, blocks, part_bytes]."""
+    import torch  # here, because the store itself needs none
+
+    return arena.tensor(torch.uint8, (shape.layers, shape.kv_heads, blocks, shape.part_bytes))
+
+
+def rows_of(parts: "torch.Tensor", shape: "KVShape") -> "torch.Tensor":
+    """The rows in ``arena_parts``, in the order of memory: [layers, kv_heads, blocks, block_tokens, 2,
+    head_dim], a view."""
+    flat = parts[..., : shape.block_tokens * shape.row_bytes].view(shape.dtype)
+    rows: torch.Tensor = flat.unflatten(-1, (shape.block_tokens, 2, shape.head_dim))
+    return rows
+
+
+def codes_of(parts: "torch.Tensor", shape: "KVShape") -> "torch.Tensor | None":
+    """The codes in ``arena_parts``, a view [blocks, layers, kv_heads, code_bytes] uint8; None where blocks
+    have none."""
+    if not shape.codes:
+        return None
+    return parts[..., shape.block_tokens * shape.row_bytes :].permute(2, 0, 1, 3)
+
+
 def arena_tensor(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor":
-    """The rows of an arena in the order of memory: [layers, kv_heads, blocks, block_tokens, 2, head_dim]."""
-    order = (shape.layers, shape.kv_heads, blocks, shape.block_tokens, 2, shape.head_dim)
-    return arena.tensor(shape.dtype, order)
+    """The rows of an arena, see ``rows_of``."""
+    return rows_of(arena_parts(arena, shape, blocks), shape)
 
 
 def arena_bytes(arena: "Arena", layout: ArenaLayout) -> "NDArray[np.uint8]":

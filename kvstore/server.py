@@ -191,6 +191,7 @@ class StoreServer:
             pid=os.getpid(),
             fd=self._arena.fd,
             arena_bytes=self._arena.size,
+            block_bytes=self._config.block.bytes,
             described=described,
         )
 

@@ -17,6 +17,7 @@ from clo.runtime.wire.errors import ConfigError
 Attention = Literal["clo", "topk", "full"]
 Prefetch = Literal["off", "verified", "predicted"]
 PrefillAttention = Literal["auto", "dense", "sparse"]
+PrefixAttention = Literal["exact", "sparse"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -143,8 +144,8 @@ class CacheConfig:
     ``prefetch`` selects and fetches for a layer with a query predicted from what the layer before has by
     then, so that a transfer hides behind a whole layer; ``verified`` selects again with the real query,
     ``predicted`` does not. Layers whose query cannot be predicted do without it
-    (``clo.gpu_worker.cache.query_prediction``). ``prefill_attention`` is about prompts alone
-    (``clo.kernels.sparse_prompt``).
+    (``clo.gpu_worker.cache.query_prediction``). ``prefill_attention`` and ``prefix_attention`` are about
+    prompts alone (``clo.kernels.sparse_prompt``, ``LayerCache.fetch_best``).
 
     ``profile`` takes the place of ``select_k``, ``resident`` and ``gate``. ``drift_check`` is the
     number of decode steps of a sequence from one comparison with full attention to the next.
@@ -199,6 +200,12 @@ class CacheConfig:
         "little weight that lie 16K tokens back or more, which halves the time of 128K tokens and loses a "
         "little; auto is sparse on GPUs from Hopper on, with the package nvidia-cudnn-frontend",
     )
+    prefix_attention: PrefixAttention = option(
+        "exact",
+        "how a prompt attends to a beginning that is in the KV store already: exact reads all its rows; "
+        "sparse reads their codes of 2 bits and the rows that matter most, an eighth of the bytes and a "
+        "little less exact, and blocks take about an eighth more memory",
+    )
     sinks: int = 4
     recent: int = 64
     profile: Profile | None = option(
@@ -231,6 +238,12 @@ class CacheConfig:
             raise ConfigError(f"--tail is {self.tail}; it must be from 0 to {_MOST_TAIL}.")
         if self.tail and self.attention != "clo":
             raise ConfigError(f"--tail is for --attention clo, and --attention is {self.attention}.")
+        if self.prefix_attention == "sparse" and (self.attention != "clo" or self.tail == 0):
+            given = "--tail is 0" if self.attention == "clo" else f"--attention is {self.attention}"
+            raise ConfigError(
+                f"--prefix-attention sparse needs the codes of keys and values, and {given}; it is for "
+                "--attention clo with a tail."
+            )
         if self.gate is not None and not 0.0 <= self.gate <= 1.0:
             raise ConfigError(f"--gate is {self.gate}; it is a cosine from 0 to 1, or 'off'.")
         if self.drift_check is not None and self.drift_check < 1:
@@ -463,6 +476,10 @@ class ServerConfig:
             raise ConfigError(f"--kv-events-port is {self.kv_events_port}; it must be from 0 to 65535.")
         if self.kv_events_port is not None and self.prefix_caching == "off":
             raise ConfigError("--kv-events-port is for --prefix-caching on: there is nothing to publish.")
+        if self.cache.prefix_attention == "sparse" and self.prefix_caching == "off":
+            raise ConfigError(
+                "--prefix-attention sparse is for --prefix-caching on: there is no prefix to attend to."
+            )
         if (self.kv_disk is None) != (self.kv_disk_size is None):
             raise ConfigError("--kv-disk and --kv-disk-size go together; give both.")
         if self.kv_disk is not None and self.prefix_caching == "off":

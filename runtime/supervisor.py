@@ -157,11 +157,17 @@ class Supervisor:
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         self._kv_size = kv_size(config, self._model, self._nodes)
-        shape = kv_shape(read_config(self._model.folder), getattr(torch, self._model.dtype))
+        shape = kv_shape(
+            read_config(self._model.folder),
+            getattr(torch, self._model.dtype),
+            codes=config.cache.prefix_attention == "sparse",
+        )
         self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)
         self._disk: DiskConfig | None = None
         if config.kv_disk is not None and config.kv_disk_size is not None:
-            said = fingerprint(self._model, config.cache.prefill_attention, __version__)
+            said = fingerprint(
+                self._model, config.cache.prefill_attention, config.cache.prefix_attention, __version__
+            )
             self._disk = DiskConfig(config.kv_disk, config.kv_disk_size, said)
         self._router = Router(config, self._model, _router_in(folder), self._key)
         self._control = Control(self._router.address, self._carry_out)

@@ -261,5 +261,8 @@ class FakeEngine:
     def join_prompts(self) -> None:
         self.joined += 1
 
+    def leave_prompt(self) -> None:
+        self.join_prompts()
+
     def check_integrity(self) -> None:
         assert self.lengths.keys() <= self.owner.keys()

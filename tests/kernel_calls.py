@@ -11,6 +11,8 @@ from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
 from clo.kernels.attend_tail import attend_tail, tail_parts
 from clo.kernels.blocks import PromptBlocks
+from clo.kernels.copy_codes import load_codes, store_codes
+from clo.kernels.decode_pages import decode_pages
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
@@ -19,7 +21,7 @@ from clo.kernels.fill_resident import PromptSequences, fill_resident
 from clo.kernels.flag import wait
 from clo.kernels.gate import gate
 from clo.kernels.limits import RUN
-from clo.kernels.load import load_blocks
+from clo.kernels.load import load_blocks, load_rows
 from clo.kernels.mailbox import post
 from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.resident import ResidentSet
@@ -152,6 +154,9 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     )  # as the model projects queries, keys and values
     query, kv = projected[:, : group * kv_heads], projected[:, group * kv_heads :].unflatten(1, (kv_heads, 2))
     arena = zeros(kv_heads, blocks, sizes.block_tokens, 2, head_dim).transpose(0, 1)
+    token_bytes = head_dim // CODES_PER_BYTE + 2 + 16 * halves_of(head_dim) + 2
+    code_bytes = sizes.block_tokens * token_bytes + 4 * head_dim
+    codes = zeros(kv_heads, blocks, code_bytes, dtype=torch.uint8).transpose(0, 1)
     lengths = torch.full((batch,), tokens, dtype=torch.int64, device=device)
     table = zeros(batch, sizes.max_blocks + 1, dtype=torch.int64)[:, : sizes.max_blocks]
     counters = zeros(*heads, 6, dtype=torch.int64)
@@ -180,6 +185,27 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
         Call(append, {"kv": kv, "lengths": lengths, "resident": resident}),
         Call(store_prompts, {"rows": prompts, "prompt_blocks": prompt_blocks, "arena": arena}),
         Call(load_blocks, {"rows": prompts[: sizes.block_tokens], "blocks": parts[:1], "arena": arena}),
+        Call(
+            load_rows,
+            {
+                "rows": prompts, "positions": zeros(kv_heads, k, dtype=torch.int32), "blocks": parts,
+                "arena": arena,
+            },
+        ),
+        Call(
+            store_codes,
+            {"pages": pages, "values": values, "prompt_blocks": prompt_blocks, "arena": codes},
+        ),
+        Call(
+            load_codes,
+            {"pages": pages, "values": values, "prompt_blocks": prompt_blocks, "arena": codes},
+        ),
+        Call(
+            decode_pages,
+            {
+                "rows": prompts, "numbers": parts, "pages": pages, "values": values, "rotation": rotation,
+            },
+        ),
         Call(store_new, {"kv": kv, "lengths": lengths, "block_table": table, "arena": arena}),
         Call(
             encode_new,

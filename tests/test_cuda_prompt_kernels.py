@@ -8,10 +8,14 @@ from torch import Tensor
 
 from clo.kernels import encode_prompts as encode_prompts_module
 from clo.kernels.blocks import PromptBlocks
+from clo.kernels.copy_codes import load_codes, store_codes
+from clo.kernels.decode_pages import decode_pages
 from clo.kernels.encode import CODES_PER_BYTE, STEP, CodePages, unpack
 from clo.kernels.encode_prompts import encode_prompts
+from clo.kernels.encode_values import ValuePages, halves_of
 from clo.kernels.fill_resident import PromptSequences, fill_resident
-from clo.kernels.load import load_blocks
+from clo.kernels.limits import RUN
+from clo.kernels.load import load_blocks, load_rows
 from clo.kernels.resident import ResidentSet
 from clo.kernels.store import store_prompts
 from tests.cuda_tensors import RECENT, SINKS, mapped, on_gpu, resident_set, same
@@ -110,6 +114,74 @@ def test_load_blocks(dim: int, kv_heads: int, group: int, dtype: torch.dtype, bl
         load_blocks(expected, blocks, arena)
         load_blocks(found, blocks.cuda(), arena_gpu)
         same((expected, found))
+
+
+@shapes
+@pytest.mark.parametrize("block_tokens", [64, 512])
+def test_load_rows(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
+    """Those that are not asked for stay."""
+    arena = torch.randn(kv_heads, 23, block_tokens, 2, dim).to(dtype)
+    arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
+    blocks, tokens = torch.randperm(23)[:5], 5 * block_tokens
+    expected = torch.randn(tokens, kv_heads, 2, dim).to(dtype)
+    found = expected.cuda()
+    for count in (1, 77, tokens):
+        positions = torch.rand(kv_heads, tokens).argsort(1)[:, :count].int().contiguous()
+        load_rows(expected, positions, blocks, arena)
+        load_rows(found, positions.cuda(), blocks.cuda(), arena_gpu)
+        same((expected, found))
+
+
+def random_values(prompt_blocks: PromptBlocks, kv_heads: int, block_tokens: int, dim: int) -> ValuePages:
+    pool = len(prompt_blocks.starts) + 3, kv_heads
+    words = torch.randint(-(2**15), 2**15, (*pool, block_tokens // RUN, halves_of(dim), 32, 4))
+    return ValuePages(words.to(torch.int16), torch.rand(*pool, block_tokens).half())
+
+
+@shapes
+@pytest.mark.parametrize("block_tokens", [64, 512])
+def test_codes_go_to_the_arena_and_come_back(
+    dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int
+) -> None:
+    """Bit for bit, and nothing else changes."""
+    prompt_blocks = prompt_blocks_of([1, 2 * block_tokens + 7, block_tokens], block_tokens)
+    pages = random_pages(prompt_blocks, kv_heads, block_tokens, dim)
+    values = random_values(prompt_blocks, kv_heads, block_tokens, dim)
+    size = block_tokens * (dim // CODES_PER_BYTE + 16 * halves_of(dim) + 4) + 4 * dim + 48
+    arena = torch.randint(0, 256, (kv_heads, len(prompt_blocks.starts) + 3, size), dtype=torch.uint8)
+    arena, arena_gpu = arena.transpose(0, 1), mapped(arena).transpose(0, 1)
+    on_device = (
+        pages_on_gpu(pages),
+        ValuePages(*(part.cuda() for part in values)),
+        blocks_on_gpu(prompt_blocks),
+    )
+    store_codes(pages, values, prompt_blocks, arena)
+    store_codes(*on_device, arena_gpu)
+    same((arena, arena_gpu))
+    for part in (*pages, *values, *on_device[0], *on_device[1]):
+        part.zero_()
+    load_codes(pages, values, prompt_blocks, arena)
+    load_codes(*on_device, arena_gpu)
+    same(*zip((*pages, *values), (*on_device[0], *on_device[1]), strict=True))
+
+
+@shapes
+@pytest.mark.parametrize("block_tokens", [64, 512])
+def test_decode_pages(dim: int, kv_heads: int, group: int, dtype: torch.dtype, block_tokens: int) -> None:
+    """Up to the rounding of 16 bits, in which keys are turned back."""
+    prompt_blocks = prompt_blocks_of([3 * block_tokens], block_tokens)
+    pages = random_pages(prompt_blocks, kv_heads, block_tokens, dim)
+    values = random_values(prompt_blocks, kv_heads, block_tokens, dim)
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    numbers = torch.randperm(len(pages.codes))[:4]
+    expected = torch.empty(4 * block_tokens, kv_heads, 2, dim, dtype=dtype)
+    found = torch.full_like(expected, torch.nan).cuda()
+    decode_pages(expected, numbers, pages, values, rotation)
+    on_device = pages_on_gpu(pages), ValuePages(*(part.cuda() for part in values)), rotation.cuda()
+    decode_pages(found, numbers.cuda(), *on_device)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}[dtype]
+    off = (found.cpu().float() - expected.float()).norm(dim=-1)
+    assert (off <= 3 * rounding * expected.float().norm(dim=-1) + 1e-5).all()
 
 
 @shapes

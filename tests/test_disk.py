@@ -257,15 +257,18 @@ def test_files_of_another_model_are_removed(tmp_path: Path) -> None:
 
 def test_a_root_follows_from_the_model_and_the_layout(tiny_model: Path, smollm2: Path) -> None:
     tiny = resolve(ModelConfig(model=str(tiny_model), device="cpu"))
-    said = fingerprint(tiny, "auto", "1")
-    assert said == fingerprint(tiny, "auto", "1")
+    said = fingerprint(tiny, "auto", "exact", "1")
+    assert said == fingerprint(tiny, "auto", "exact", "1")
     others = [
-        fingerprint(tiny, "dense", "1"),
-        fingerprint(tiny, "auto", "2"),
-        fingerprint(resolve(ModelConfig(model=str(tiny_model), device="cpu", dtype="bfloat16")), "auto", "1"),
-        fingerprint(resolve(ModelConfig(model=str(smollm2), device="cpu")), "auto", "1"),
+        fingerprint(tiny, "dense", "exact", "1"),
+        fingerprint(tiny, "auto", "exact", "2"),
+        fingerprint(tiny, "auto", "sparse", "1"),
+        fingerprint(
+            resolve(ModelConfig(model=str(tiny_model), device="cpu", dtype="bfloat16")), "auto", "exact", "1"
+        ),
+        fingerprint(resolve(ModelConfig(model=str(smollm2), device="cpu")), "auto", "exact", "1"),
     ]
-    assert len({said, *others}) == 5
+    assert len({said, *others}) == 6
     roots = {
         root_of(said, *shape) for shape in [(4, 2, 16, 64), (2, 4, 16, 64), (4, 2, 32, 64), (4, 2, 16, 32)]
     }

@@ -23,7 +23,8 @@ def test_every_option_reaches_the_configuration() -> None:
         "--kv-size 1.5MiB --prefix-caching on --kv-disk d --kv-disk-size 2GiB "
         "--kv-events-port 0 --kv-events-topic kv "
         "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
-        "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --drift-check 9 --recovery off "
+        "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --prefix-attention exact "
+        "--drift-check 9 --recovery off "
         "--host 127.0.0.2 "
         "--port 0 --seed 7 --log-level info --api-key k --http 1 --served-model-name a,b "
         "--tool-call-parser hermes --reasoning-parser none --ssl-certfile c --ssl-keyfile p "
@@ -31,7 +32,7 @@ def test_every_option_reaches_the_configuration() -> None:
     )
     assert launch.config_from(line.split()) == ServerConfig(
         model=ModelConfig("m", "dummy", "cpu", "bfloat16", 100, 7),
-        cache=CacheConfig("topk", 5, 6, 0, 0.5, "predicted", "sparse", drift_check=9),
+        cache=CacheConfig("topk", 5, 6, 0, 0.5, "predicted", "sparse", "exact", drift_check=9),
         engine=EngineConfig(3, 0.5, 700),
         gateway=GatewayConfig(
             1, ("a", "b"), "hermes", "none", "c", "p", ("http://d", "*"), "http://e/v1/traces"
@@ -86,6 +87,18 @@ WRONG_OPTIONS = {
     "tail of less than nothing": ("--tail -1", "--tail is -1; it must be from 0 to 65536."),
     "tail of too many parts": ("--tail 65537", "--tail is 65537; it must be from 0 to 65536."),
     "tail of another attention": ("--attention topk --tail 16", "--tail is for --attention clo"),
+    "codes of another attention": (
+        "--attention full --prefix-attention sparse",
+        "--prefix-attention sparse needs the codes of keys and values, and --attention is full",
+    ),
+    "codes without a tail": (
+        "--tail 0 --prefix-attention sparse",
+        "--prefix-attention sparse needs the codes of keys and values, and --tail is 0",
+    ),
+    "sparse attention to no prefix": (
+        "--prefix-caching off --prefix-attention sparse",
+        "--prefix-attention sparse is for --prefix-caching on",
+    ),
     "gate that is no cosine": ("--gate 1.1", "--gate is 1.1; it is a cosine from 0 to 1"),
     "gate that is no number": ("--gate low", "--gate: 'low' is not a number or 'off'"),
     "gate that is not a number": ("--gate nan", "--gate is nan; it is a cosine from 0 to 1"),

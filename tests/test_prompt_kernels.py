@@ -6,10 +6,13 @@ from torch import Tensor
 
 from clo.kernels.append import append
 from clo.kernels.blocks import PromptBlocks
+from clo.kernels.copy_codes import load_codes, store_codes
+from clo.kernels.decode_pages import decode_pages
 from clo.kernels.encode import STEP, CodePages, unpack
 from clo.kernels.encode_prompts import encode_prompts
+from clo.kernels.encode_values import ValuePages, encode_prompt_values, halves_of
 from clo.kernels.fill_resident import PromptSequences, fill_resident
-from clo.kernels.load import load_blocks
+from clo.kernels.load import load_blocks, load_rows
 from clo.kernels.resident import ResidentSet
 from clo.kernels.store import store_prompts
 from tests.kernel_calls import prompt_blocks_of
@@ -73,6 +76,63 @@ def test_rows_of_whole_blocks_come_back(dtype: torch.dtype) -> None:
     assert torch.equal(found, rows)
     with pytest.raises(ValueError, match="the blocks are whole"):
         load_blocks(found[1:], blocks, arena)
+
+
+@dtypes
+def test_some_rows_of_each_head_come_back_and_the_others_stay(dtype: torch.dtype) -> None:
+    rows = random_rows([5 * BLOCK_TOKENS], 16, dtype)[: 5 * BLOCK_TOKENS]
+    blocks = torch.tensor([6, 0, 3, 2, 5])
+    arena = torch.randn(KV_HEADS, 8, BLOCK_TOKENS, 2, 16).to(dtype).transpose(0, 1)
+    positions = torch.rand(KV_HEADS, len(rows)).argsort(1)[:, :11].int().contiguous()
+    expected = rows.clone()
+    for head, of_head in enumerate(positions.tolist()):
+        for place in of_head:
+            block, offset = divmod(place, BLOCK_TOKENS)
+            expected[place, head] = arena[blocks[block], head, offset]
+    load_rows(rows, positions, blocks, arena)
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128])
+def test_codes_go_to_the_arena_and_come_back_as_rows_that_are_close(dim: int) -> None:
+    """Whatever has become of the pages meanwhile."""
+    size = 32
+    lengths = [3 * size, 5]
+    rows, prompt_blocks = random_rows(lengths, dim), prompt_blocks_of(lengths, size)
+    rows[:, :, 0] += 3 * torch.randn(dim)
+    pool = len(prompt_blocks.starts) + 3, KV_HEADS
+    pages = CodePages(
+        torch.zeros(*pool, size, dim // 4, dtype=torch.uint8),
+        torch.zeros(*pool, size, dtype=torch.float16),
+        torch.zeros(*pool, dim),
+    )
+    words = torch.zeros(*pool, size // 16, halves_of(dim), 32, 4, dtype=torch.int16)
+    values = ValuePages(words, torch.zeros(*pool, size, dtype=torch.float16))
+    rotation = torch.linalg.qr(torch.randn(dim, dim)).Q.contiguous()
+    encode_prompts(rows[:, :, 0], prompt_blocks, pages, rotation)
+    encode_prompt_values(rows[:, :, 1], prompt_blocks, values)
+    code_bytes = size * (dim // 4 + 16 * halves_of(dim) + 4) + 4 * dim
+    arena = torch.full((pool[0], KV_HEADS, code_bytes + 16), 7, dtype=torch.uint8)
+    store_codes(pages, values, prompt_blocks, arena)
+    used = prompt_blocks.counts > 0
+    unused = torch.ones(pool[0], dtype=torch.bool)
+    unused[prompt_blocks.blocks[used]] = False
+    assert (arena[unused] == 7).all() and (arena[..., code_bytes:] == 7).all()
+    written = [part.clone() for part in (*pages, *values)]
+    other = torch.randperm(pool[0])[: len(used)].where(used, 2**40)
+    load_codes(pages, values, prompt_blocks._replace(pages=other), arena)
+    for part, its in zip((*pages, *values), written, strict=True):
+        assert torch.equal(part[other[used]], its[prompt_blocks.pages[used]])
+    found = torch.empty(3 * size, KV_HEADS, 2, dim)
+    whole = prompt_blocks.counts == size
+    decode_pages(found, other[whole], pages, values, rotation)
+    error = (found - rows[: 3 * size]).norm(dim=-1)
+    centred = rows[: 3 * size].unflatten(0, (3, size))
+    centred = (centred - centred.mean(1, keepdim=True)).flatten(0, 1)
+    assert (error[..., 0].mean() < 0.5 * centred[..., 0, :].norm(dim=-1).mean()).all()
+    assert (error[..., 1].mean() < 0.5 * rows[: 3 * size, :, 1].norm(dim=-1).mean()).all()
+    with pytest.raises(ValueError, match="a block's codes must fit"):
+        store_codes(pages, values, prompt_blocks, arena[..., : code_bytes - 1])
 
 
 @dtypes

@@ -18,7 +18,7 @@ from benchmarks.tasks import Item
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
-from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts, one_prompt
 from clo.gpu_worker.cache.query_prediction import measure_query_sources
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY
@@ -176,9 +176,15 @@ class _Pass(KVCache):
     behind: int  # tokens of the answer that follow the prompt
 
     def start_sets(
-        self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
+        self,
+        layer: int,
+        rows: Tensor,
+        prompts: Prompts,
+        lse: Tensor,
+        last: LastTokens | None = None,
+        exact: ExactRows | None = None,
     ) -> None:
-        super().start_sets(layer, rows, prompts, lse, last)
+        super().start_sets(layer, rows, prompts, lse, last, exact)
         assert last is not None
         end = len(last.queries) - self.behind
         self.queries[layer] = last.queries[end - PROMPT_QUERIES : end]

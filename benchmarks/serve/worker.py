@@ -23,10 +23,17 @@ class ReplayEngine(Engine):
     """An engine whose layers replay, for any sequences; its arguments are those of ``Engine``."""
 
     def __init__(
-        self, decoder: Decoder, arena: Tensor, config: CacheConfig, slots: int, max_tokens: int
+        self,
+        decoder: Decoder,
+        arena: Tensor,
+        config: CacheConfig,
+        slots: int,
+        max_tokens: int,
+        codes: Tensor | None = None,
     ) -> None:
         layers = decoder.shape.layers
-        super().__init__(decoder, arena, config, slots, max_tokens, typical_sources(layers), ReplayLayer)
+        sources = typical_sources(layers)
+        super().__init__(decoder, arena, config, slots, max_tokens, sources, ReplayLayer, codes)
         self._last_used = replay(self, round(NEW_ROWS * config.sizes(max_tokens, layers)[0].select_k))
 
     @torch.inference_mode()

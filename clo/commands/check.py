@@ -73,7 +73,9 @@ def fitting(config: ServerConfig) -> Iterator[str]:
 
     model = resolve(config.model)
     model_config = read_config(model.folder)
-    shape = kv_shape(model_config, getattr(torch, model.dtype))
+    shape = kv_shape(
+        model_config, getattr(torch, model.dtype), codes=config.cache.prefix_attention == "sparse"
+    )
     cache = check_model(model, config.cache)
     weights = weight_bytes(model_config, shape.dtype)
     yield (

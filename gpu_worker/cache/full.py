@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
-from clo.gpu_worker.cache.prompt import LastTokens, Prompts
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.attend import AttentionState, attend_all
 from clo.kernels.load import load_blocks
@@ -40,7 +40,14 @@ class FullLayer:
     def index_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """Nothing to do: there is no index."""
 
-    def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
+    def start_sets(
+        self,
+        rows: Tensor,
+        prompts: Prompts,
+        lse: Tensor,
+        last: LastTokens | None = None,
+        exact: ExactRows | None = None,
+    ) -> None:
         """Nothing to do: there are no resident rows."""
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:

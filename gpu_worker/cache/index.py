@@ -9,6 +9,8 @@ from clo.gpu_worker.cache.batch import Batch
 from clo.kernels.attend import AttentionState
 from clo.kernels.attend_tail import attend_tail
 from clo.kernels.blocks import PromptBlocks
+from clo.kernels.copy_codes import load_codes, store_codes
+from clo.kernels.decode_pages import decode_pages
 from clo.kernels.encode import CODES_PER_BYTE, CodePages, encode_new
 from clo.kernels.encode_prompts import encode_prompts
 from clo.kernels.encode_values import ValuePages, encode_new_values, encode_prompt_values, halves_of
@@ -27,6 +29,9 @@ class Index(Protocol[Prepared]):
 
     def write_prompts(self, rows: Tensor, blocks: PromptBlocks) -> None:
         """Index whole prompts. rows: [N, kv_heads, 2, head_dim]; blocks: which pages they fill."""
+
+    def store_codes(self, blocks: PromptBlocks) -> None:
+        """Copy what ``write_prompts`` has written to the blocks in the arena, where these have codes."""
 
     def write(self, kv: Tensor, batch: Batch) -> None:
         """Index the newest row of each sequence. kv: [B, kv_heads, 2, head_dim]."""
@@ -58,10 +63,20 @@ class TwoBitIndex:
         values: the same for values, None where nothing attends to codes; also an attribute.
         rotation: [head_dim, head_dim] float32, see ``random_rotation``.
         scale: factor of the scores.
+        stored: [blocks, kv_heads, code_bytes] uint8, the codes of this layer in the arena; None where blocks
+            have none there.
     """
 
-    def __init__(self, pages: CodePages, values: ValuePages | None, rotation: Tensor, scale: float) -> None:
+    def __init__(
+        self,
+        pages: CodePages,
+        values: ValuePages | None,
+        rotation: Tensor,
+        scale: float,
+        stored: Tensor | None = None,
+    ) -> None:
         self.pages, self.values, self._rotation, self._scale = pages, values, rotation, scale
+        self._stored = stored
 
     @staticmethod
     def allocate(
@@ -96,6 +111,22 @@ class TwoBitIndex:
         encode_prompts(rows[:, :, 0], blocks, self.pages, self._rotation)
         if self.values is not None:
             encode_prompt_values(rows[:, :, 1], blocks, self.values)
+
+    def store_codes(self, blocks: PromptBlocks) -> None:
+        if self._stored is not None:
+            assert self.values is not None, "who reads these codes wants those of values, too"
+            store_codes(self.pages, self.values, blocks, self._stored)
+
+    def load_codes(self, rows: Tensor, blocks: PromptBlocks) -> None:
+        """Index whole blocks by their codes in the arena, and compute their rows from these.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], to be filled.
+            blocks: where they lie, and which pages they get.
+        """
+        assert self._stored is not None and self.values is not None, "the arena has no codes"
+        load_codes(self.pages, self.values, blocks, self._stored)
+        decode_pages(rows, blocks.pages, self.pages, self.values, self._rotation)
 
     def write(self, kv: Tensor, batch: Batch) -> None:
         encode_new(kv[:, :, 0], batch.lengths, batch.pages, self.pages, self._rotation)
@@ -173,6 +204,9 @@ class ExactIndex:
 
     def write_prompts(self, rows: Tensor, blocks: PromptBlocks) -> None:
         """Nothing to do: the keys are in the arena already."""
+
+    def store_codes(self, blocks: PromptBlocks) -> None:
+        """Nothing to do: there are none."""
 
     def write(self, kv: Tensor, batch: Batch) -> None:
         """Nothing to do: the keys are in the arena already."""

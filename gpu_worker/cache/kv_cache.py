@@ -15,7 +15,7 @@ from clo.gpu_worker.cache.full import FullLayer
 from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
-from clo.gpu_worker.cache.prompt import LastTokens, Prompts
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts
 from clo.gpu_worker.side_stream import DeviceEvent, SideStream
 from clo.kernels.attend import AttentionState
 from clo.kernels.limits import RUN
@@ -52,6 +52,8 @@ class KVCache:
         scale: factor of the attention scores.
         device: the device of everything but the arena.
         layer_type: class of the layers that have a resident set.
+        codes: [blocks, layers, kv_heads, code_bytes] uint8, the blocks' codes in the arena; None where blocks
+            have none, and prompts attend exactly to what they begin with.
 
     Attributes:
         pages: which page of the index belongs to which block.
@@ -69,8 +71,10 @@ class KVCache:
         scale: float,
         device: torch.device,
         layer_type: type[LayerCache] = LayerCache,
+        codes: Tensor | None = None,
     ) -> None:
         self.shape = shape
+        self._codes = codes
         self.pages = IndexPages(index_pages(shape, arena.shape[0], slots, max_tokens))
         self._loading, self._storing, self._filling, self._recording = (SideStream(device) for _ in range(4))
         heads = (shape.layers, slots, shape.kv_heads)
@@ -86,8 +90,10 @@ class KVCache:
         if config.attention == "clo":
             rotation, values = random_rotation(shape.head_dim, device), config.tail_tokens(max_tokens) > 0
             indexes = [
-                TwoBitIndex(keys, of_values, rotation, scale)
-                for keys, of_values in TwoBitIndex.allocate(shape, self.pages.pages, device, values=values)
+                TwoBitIndex(*pages, rotation, scale, None if codes is None else codes[:, layer])
+                for layer, pages in enumerate(
+                    TwoBitIndex.allocate(shape, self.pages.pages, device, values=values)
+                )
             ]
             self._index_token_bytes = TwoBitIndex.bytes_per_token(shape, values=values)
         else:
@@ -179,11 +185,43 @@ class KVCache:
         """See ``LayerCache.index_rows``."""
         self.layers[layer].index_rows(rows, prompts)
 
+    @property
+    def least_prefix(self) -> int | None:
+        """Tokens in the arena from which on a prompt that begins with them attends to them from their codes,
+        but for the rows that matter most; of fewer, these would be all. None where it never does."""
+        if self._codes is None:
+            return None
+        return 1 + max(layer.exact_rows for layer in self.sparse_layers)
+
+    def load_codes(
+        self, layer: int, rows: Tensor, prompts: Prompts, after: Iterable[DeviceEvent]
+    ) -> DeviceEvent:
+        """The same as ``load_rows`` from the blocks' codes, which get into the index as well."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention has no codes"
+        with self._loading.fork(rows):
+            for event in after:
+                event.wait()
+            cached.load_codes(rows, prompts)
+        return self._loading.event()
+
+    def fetch_best(self, layer: int, rows: Tensor, prompts: Prompts, queries: Tensor) -> Tensor:
+        """See ``LayerCache.fetch_best``."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention has no codes"
+        return cached.fetch_best(rows, prompts, queries)
+
     def start_sets(
-        self, layer: int, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None
+        self,
+        layer: int,
+        rows: Tensor,
+        prompts: Prompts,
+        lse: Tensor,
+        last: LastTokens | None = None,
+        exact: ExactRows | None = None,
     ) -> None:
         """After all rows of a layer; see ``LayerCache.start_sets``."""
-        self.layers[layer].start_sets(rows, prompts, lse, last)
+        self.layers[layer].start_sets(rows, prompts, lse, last, exact)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""
@@ -193,6 +231,11 @@ class KVCache:
     def rows_taken(self) -> tuple[DeviceEvent, DeviceEvent]:
         """Once both are reached, the rows of prompts that were given so far are not read any more."""
         return self._storing.event(), self._filling.event()
+
+    def leave_prompt(self) -> None:
+        """Later work may reuse the blocks and pages of a prompt that ends before it is complete."""
+        self._loading.join()  # a layer's codes may be on their way into pages
+        self.join_prompts()
 
     def join_prompts(self) -> None:
         """Later work finds the prompts in the arena, the index and the resident sets."""

@@ -1,6 +1,5 @@
 """One layer of the cache: its resident set, its index, and the order of the work on them."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import Index, TwoBitIndex
-from clo.gpu_worker.cache.prompt import LastTokens, Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts, one_prompt
+from clo.gpu_worker.cache.ranking import Ranking
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, empty_state, merge_fetched
@@ -17,7 +17,7 @@ from clo.kernels.blocks import gather_tokens
 from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
-from clo.kernels.load import load_blocks
+from clo.kernels.load import load_blocks, load_rows
 from clo.kernels.quantize_query import Rope
 from clo.kernels.resident import ResidentSet
 from clo.kernels.score import Scores
@@ -25,7 +25,10 @@ from clo.kernels.store import store_new
 from clo.kernels.update_resident import FetchList, TailList, update_resident
 
 PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
-_RANKED_TOKENS = 32768  # that are ranked at a time
+EXACT_ROWS = 2048
+"""Rows of a head that a prompt attends to exactly of a beginning that comes as codes, or as many as its
+resident set takes. 1,024 doubled the KL on SmolLM2-135M behind 6K tokens (``benchmarks.quality.prefix``). At
+the Llama-3-8B shape they are 8 MiB a layer, where the codes of 128K tokens are 69."""
 
 
 class LayerStreams(NamedTuple):
@@ -83,9 +86,7 @@ class LayerCache:
         self.select_k, self.successors = select_k, successors
         self.stores = True
         self._threshold, self._scale, self._streams = threshold, scale, streams
-        self._mean_weights: Callable[..., Tensor] = _mean_weights
-        if arena.device.type != "cpu":  # one pass over the scores
-            self._mean_weights = torch.compile(_mean_weights, dynamic=True, fullgraph=True)
+        self._ranking = Ranking(scale, arena.device)
 
     # ------------------------------------------------------------------------------------- prompt
 
@@ -101,6 +102,8 @@ class LayerCache:
                 self.store(rows, prompts)
         with self._streams.filling.fork(rows):
             self.index.write_prompts(rows, prompts.blocks)
+            if self.stores:
+                self.index.store_codes(prompts.blocks)
 
     def load_rows(self, rows: Tensor, prompts: Prompts) -> None:
         """Read rows [N, kv_heads, 2, head_dim] of whole blocks that are in the arena already."""
@@ -111,7 +114,46 @@ class LayerCache:
         with self._streams.filling.fork(rows):
             self.index.write_prompts(rows, prompts.blocks)
 
-    def start_sets(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None = None) -> None:
+    @property
+    def exact_rows(self) -> int:
+        """Rows of a head that ``fetch_best`` fetches: those of a resident set can be chosen among them."""
+        return max(EXACT_ROWS, self.resident.whole)
+
+    def load_codes(self, rows: Tensor, prompts: Prompts) -> None:
+        """Index whole blocks of a prompt by their codes in the arena, and fill rows [N, kv_heads, 2,
+        head_dim] with what these say."""
+        assert isinstance(self.index, TwoBitIndex), "only codes can be loaded"
+        self.index.load_codes(rows, prompts.blocks)
+
+    def fetch_best(self, rows: Tensor, prompts: Prompts, queries: Tensor) -> Tensor:
+        """Replace the rows that weigh most, of those that ``load_codes`` has filled, by the exact ones.
+
+        The sinks and the latest tokens are among them, since the resident set has to have these.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], more than ``exact_rows``.
+            prompts: where they lie.
+            queries: [Q, query_heads, head_dim], some of those that will attend to them.
+
+        Returns:
+            [kv_heads, exact_rows] int32, their positions.
+        """
+        resident = self.resident
+        weights = self._ranking.weights(rows[:, :, 0], queries)
+        weights[:, : resident.sinks] = torch.inf
+        weights[:, len(rows) - resident.recent :] = torch.inf
+        positions = weights.topk(self.exact_rows, sorted=False).indices.int()
+        load_rows(rows, positions, prompts.blocks.blocks, self.arena)
+        return positions
+
+    def start_sets(
+        self,
+        rows: Tensor,
+        prompts: Prompts,
+        lse: Tensor,
+        last: LastTokens | None = None,
+        exact: ExactRows | None = None,
+    ) -> None:
         """Choose and copy the first resident rows of prompts that ``take_rows`` has taken, beside later work.
 
         Args:
@@ -120,9 +162,11 @@ class LayerCache:
             lse: [S, query_heads] float32, log-sum-exp of the attention of each prompt's last token.
             last: the last tokens of a single prompt, whose queries choose its set; None where every prompt
                 fits into its set.
+            exact: the rows of a single prompt among which its set is chosen; None for all.
         """
-        with self._streams.filling.fork(rows, lse, *(last or ())):
-            self.fill(rows, prompts, lse, last)
+        positions = () if exact is None else (exact.positions,)
+        with self._streams.filling.fork(rows, lse, *(last or ()), *positions):
+            self.fill(rows, prompts, lse, last, exact)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from rows that are in the arena already.
@@ -156,21 +200,26 @@ class LayerCache:
         if self.state.tail is not None:
             self.state.tail.counts.index_fill_(0, slots, 0)
 
-    def _rank(self, keys: Tensor, last: LastTokens) -> Tensor:
-        """Positions [kv_heads, C] int32 of the keys that the last tokens attend to most, best first.
+    def _rank(self, rows: Tensor, last: LastTokens, exact: ExactRows | None) -> Tensor:
+        """Positions [kv_heads, C] int32 of the candidates that the last tokens attend to most, best first.
 
         Args:
-            keys: [T', kv_heads, head_dim], those of the candidates.
+            rows: [T, kv_heads, 2, head_dim], the layer's whole KV.
         """
-        kv_heads, head_dim = keys.shape[1:]
-        queries, lse = (part[-PROMPT_QUERIES:] for part in last)
-        grouped = queries.view(len(queries), kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
-        sums = lse.view(len(lse), kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, 1)
-        weights = [
-            self._mean_weights(_products(grouped, part.permute(1, 2, 0)), sums, self._scale)
-            for part in keys.split(_RANKED_TOKENS)
-        ]
-        return torch.cat(weights, 1).topk(self.resident.capacity).indices.int() + self.resident.sinks
+        resident, (queries, lse) = self.resident, (part[-PROMPT_QUERIES:] for part in last)
+        begin, end = resident.sinks, len(rows) - resident.recent  # of the candidates
+        if exact is None:
+            weights = self._ranking.weights(rows[begin:end, :, 0], queries, lse)
+            return weights.topk(resident.capacity).indices.int() + begin
+        positions, own = exact
+        keys = rows[positions.t().long(), torch.arange(resident.kv_heads, device=rows.device), 0]
+        weights = self._ranking.weights(keys, queries, lse)
+        weights.masked_fill_((positions < begin) | (positions >= end), -1.0)
+        if own < end:
+            weights = torch.cat((weights, self._ranking.weights(rows[own:end, :, 0], queries, lse)), 1)
+            behind = torch.arange(own, end, dtype=torch.int32, device=rows.device)
+            positions = torch.cat((positions, behind.expand(resident.kv_heads, -1)), 1)
+        return positions.gather(1, weights.topk(resident.capacity).indices)
 
     # ------------------------------------------------------------------------------------- decode
 
@@ -289,12 +338,18 @@ class LayerCache:
         """Write rows of prompts to the arena; see ``clo.kernels.store``."""
         prompts.store(rows, self.arena)
 
-    def fill(self, rows: Tensor, prompts: Prompts, lse: Tensor, last: LastTokens | None) -> None:
+    def fill(
+        self,
+        rows: Tensor,
+        prompts: Prompts,
+        lse: Tensor,
+        last: LastTokens | None,
+        exact: ExactRows | None = None,
+    ) -> None:
         """See ``start_sets``."""
-        resident, chosen = self.resident, None
-        if last is not None and len(rows) > resident.whole:
-            candidates = rows[resident.sinks : len(rows) - resident.recent, :, 0]
-            chosen = self._rank(candidates, last).unsqueeze(0)
+        chosen = None
+        if last is not None and len(rows) > self.resident.whole:
+            chosen = self._rank(rows, last, exact).unsqueeze(0)
         self._begin(rows, prompts, chosen, lse)
 
     def record(self, kv: Tensor, batch: Batch) -> None:
@@ -323,15 +378,3 @@ class LayerCache:
         """Bring the rows from the arena; see ``clo.kernels.fetch``."""
         resident = self.resident.slots(len(batch.lengths))
         fetch(fetch_list, resident, batch.blocks, self.arena, patient=patient)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix products [B, M, K] x [B, K, N] in float32; 16-bit inputs are not copied on a GPU."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _mean_weights(products: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Attention weights averaged over queries: [H, T], of products [H, Q, T] and log-sum-exps [H, Q, 1]."""
-    return (products * scale - lse).exp().mean(1)

@@ -32,6 +32,13 @@ class Prompts(NamedTuple):
         return self._replace(blocks=blocks, listed=self.listed[first:last])
 
 
+class ExactRows(NamedTuple):
+    """Which rows of a prompt are as they were computed, where the others come from codes."""
+
+    positions: Tensor  # [kv_heads, R] int32, of the first ``cached`` tokens, in any order
+    cached: int  # all rows from this position on are exact
+
+
 class LastTokens(NamedTuple):
     """What a layer's attention knows of the last W tokens of a prompt."""
 

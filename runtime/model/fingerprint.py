@@ -4,13 +4,18 @@ import hashlib
 import os
 from pathlib import Path
 
-from clo.runtime.config import PrefillAttention, ResolvedModel
+from clo.runtime.config import PrefillAttention, PrefixAttention, ResolvedModel
 from clo.runtime.wire.errors import ConfigError
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file of weights; to read all of it may take minutes
 
 
-def fingerprint(model: ResolvedModel, prefill_attention: PrefillAttention, version: str) -> str:
+def fingerprint(
+    model: ResolvedModel,
+    prefill_attention: PrefillAttention,
+    prefix_attention: PrefixAttention,
+    version: str,
+) -> str:
     """Hexadecimal digits that are the same for two servers only where the same prompt has the same rows.
 
     Of the weights it takes each file's name, size and time of change, and samples. So a model that was
@@ -18,13 +23,17 @@ def fingerprint(model: ResolvedModel, prefill_attention: PrefillAttention, versi
 
     Args:
         model: where it is, and how it is held.
-        prefill_attention: as asked for.
+        prefill_attention, prefix_attention: as asked for.
         version: CLO's own.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    how = (version, model.dtype, model.device, model.load_format, model.seed, prefill_attention)
+    how: tuple[object, ...] = (
+        version, model.dtype, model.device, model.load_format, model.seed, prefill_attention
+    )  # fmt: skip
+    if prefix_attention != "exact":  # what exact servers have written before stays theirs
+        how = (*how, prefix_attention)
     digest = hashlib.blake2b(repr(how).encode(), digest_size=16)
     try:
         digest.update((model.folder / "config.json").read_bytes())

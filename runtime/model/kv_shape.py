@@ -6,6 +6,7 @@ import torch
 
 _BLOCK_LAYER_BYTES = 2 * 2**20  # one layer's part of a block: large enough for full PCIe speed
 _BLOCK_TOKENS = (64, 512)
+_CODES_ALIGNED = 128  # bytes: the rows of the next block begin where bulk copies like it
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,18 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class KVShape:
-    """Shape of a model's KV cache. A row is one token of one KV head: K then V, contiguous."""
+    """Shape of a model's KV cache. A row is one token of one KV head: K then V, contiguous.
+
+    Attributes:
+        codes: whether a block in the arena has the codes of its rows behind them.
+    """
 
     specs: tuple[LayerSpec, ...]
     query_heads: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    codes: bool = False
 
     @property
     def layers(self) -> int:
@@ -51,5 +57,20 @@ class KVShape:
         return max(smallest, min(largest, 1 << max(0, fitting.bit_length() - 1)))
 
     @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one layer and KV head of a block in the arena: of its keys and values, 2 bits
+        an entry, with a scale for each and the keys' centre (``clo.kernels.copy_codes``); 0 without them."""
+        if not self.codes:
+            return 0
+        keys, values = self.head_dim // 4 + 2, 16 * -(-self.head_dim // 64) + 2
+        size = self.block_tokens * (keys + values) + 4 * self.head_dim
+        return -(-size // _CODES_ALIGNED) * _CODES_ALIGNED
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of one layer and KV head of a block."""
+        return self.block_tokens * self.row_bytes + self.code_bytes
+
+    @property
     def block_bytes(self) -> int:
-        return self.block_tokens * self.token_bytes
+        return self.layers * self.kv_heads * self.part_bytes

@@ -25,7 +25,9 @@ def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) ->
         check_memory(dict.fromkeys(nodes, config.kv_size))
         return config.kv_size
     model_config = read_config(model.folder)
-    shape = kv_shape(model_config, getattr(torch, model.dtype))
+    shape = kv_shape(
+        model_config, getattr(torch, model.dtype), codes=config.cache.prefix_attention == "sparse"
+    )
     free, place = available_memory(nodes)
     weights = 0
     if model.device == "cpu":  # the workers hold them in the same memory

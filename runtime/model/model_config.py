@@ -111,14 +111,16 @@ def _check_rope(config: Any, path: Path) -> None:
         raise ConfigError(f"{path} has RoPE parameters that cannot be computed with: {rope}.")
 
 
-def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
-    """Shape of the KV cache of a model whose weights are held in ``dtype``."""
+def kv_shape(config: Any, dtype: torch.dtype, *, codes: bool = False) -> KVShape:
+    """Shape of the KV cache of a model whose weights are held in ``dtype``, in the arena with ``codes`` or
+    without."""
     return KVShape(
         specs=layer_specs(config),
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         dtype=dtype,
+        codes=codes,
     )
 
 

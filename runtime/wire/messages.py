@@ -500,6 +500,7 @@ class StoreExamined(Message, frozen=True):
     pid: Count
     fd: Count
     arena_bytes: Count
+    block_bytes: Count
     described: list[PromptBlock]
 
 
