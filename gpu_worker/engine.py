@@ -18,6 +18,7 @@ from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill, load_ke
 from clo.gpu_worker.prompt_graphs import PromptGraphs, ShortPrompt
 from clo.gpu_worker.sampler import Sampler
 from clo.gpu_worker.side_stream import DeviceEvent, DeviceTimer
+from clo.gpu_worker.suffix_graphs import SuffixGraphs, SuffixPrefill
 from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.kernels.weigh_blocks import BLOCK
 from clo.runtime.config import CacheConfig
@@ -43,6 +44,7 @@ class Engine:
     Attributes:
         depth: steps that should be on their way at a time, so that the device does not wait for the host.
         prompt_graphs: the prefill of short prompts.
+        suffix_graphs: the prefill of a few tokens behind others whose rows are in the arena.
         sampler: how every slot draws.
     """
 
@@ -72,6 +74,7 @@ class Engine:
         self._decode = DecodeStep(decoder, self.cache, sources, verified=config.prefetch != "predicted")
         self._graphs = DecodeGraphs(self._step, device)
         self.prompt_graphs = PromptGraphs(decoder, self.cache, slots)
+        self.suffix_graphs = SuffixGraphs(decoder, self.cache, max_tokens)
 
         self.max_blocks = -(-max_tokens // decoder.shape.block_tokens)
         self._blocks = torch.zeros(slots, self.max_blocks, dtype=torch.int64, device=device)
@@ -94,6 +97,7 @@ class Engine:
         """
         self._graphs.capture(graph_sizes(self.slots) if sizes is None else sizes)
         self.prompt_graphs.capture()
+        self.suffix_graphs.capture()
         self._mailbox.reset()
         self._posted = 0
 
@@ -194,10 +198,12 @@ class Engine:
         last: int = 1,
         score: int | None = None,
         cached: int = 0,
-    ) -> Prefill:
+    ) -> Prefill | SuffixPrefill:
         """Begin the prefill of a sequence in a free slot; ``last``, ``score`` and ``cached`` as for
         ``Prefill``."""
         self.place(slot, blocks)
+        if last == 1 and score is None and self.suffix_graphs.takes(len(tokens), cached):
+            return self.suffix_graphs.begin(slot, tokens, *self._held[slot], cached)
         tables, attention = self.tables(slot), self._attention
         return Prefill(
             self.decoder, self.cache, slot, tokens, blocks, *tables, last, attention, score, cached

@@ -11,6 +11,7 @@ from clo.gpu_worker.prefill import prefill_bytes
 from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
 from clo.gpu_worker.sampler import sampler_bytes
+from clo.gpu_worker.suffix_graphs import suffix_graph_bytes
 from clo.kernels.limits import RUN
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape
@@ -55,7 +56,7 @@ def plan_gpu_memory(
         sparse=config.prefill_attention == "sparse",
         codes=config.prefix_attention == "sparse",
     )
-    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
+    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape) + suffix_graph_bytes(shape, max_tokens)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
 
     def wanted(slots: int) -> int:

@@ -6,6 +6,7 @@ from clo.gpu_worker.constraint import Constraint
 from clo.gpu_worker.outputs import SlotRelease
 from clo.gpu_worker.prefill import Prefill
 from clo.gpu_worker.prompt_scores import PromptScores
+from clo.gpu_worker.suffix_graphs import SuffixPrefill
 from clo.runtime.wire.messages import Reason, Run
 
 
@@ -80,7 +81,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.asked = 0
         self.growing = self.starving = self.preempted = False
-        self.prefill: Prefill | None = None
+        self.prefill: Prefill | SuffixPrefill | None = None
         self.launched = run.answered
         self.steps = self.cached = self.committed = 0
         self.reported = 0.0

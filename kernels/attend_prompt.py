@@ -68,6 +68,49 @@ def attend_prompts(query: Tensor, rows: Tensor, bounds: Tensor, scale: float) ->
     return out, lse.t()
 
 
+def attend_suffix(
+    query: Tensor, rows: Tensor, pieces: Tensor, own: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a sequence's last tokens, of which only the device knows how many there are.
+
+    The launches depend on shapes alone, so that CUDA graphs can hold them. A few queries over many rows leave
+    most of a GPU idle, so the rows before them are attended in S pieces, which are merged by log-sum-exp.
+
+    Args:
+        query: [N, query_heads, head_dim]; the first ``own[1] - own[0]`` count.
+        rows: [R, kv_heads, 2, head_dim], the first ``own[1]`` are the sequence's.
+        pieces: [S + 1] int32, from 0 to ``own[0]``; piece s has the rows ``pieces[s]`` to ``pieces[s + 1]``,
+            perhaps none.
+        own: [2] int32, the rows of the queries' own tokens.
+        scale: factor of the scores.
+
+    Returns:
+        As ``attend_prompt``; undefined for queries that do not count.
+    """
+    if query.is_cpu:
+        begin, end = own.tolist()
+        attended, sums = torch.zeros_like(query), torch.zeros(query.shape[:2])
+        attended[: end - begin], sums[: end - begin] = _on_cpu(query[: end - begin], rows[:end], scale)
+        return attended, sums
+    count, parts = len(query), len(pieces) - 1
+    keys, values = rows[:, :, 0], rows[:, :, 1]
+    flash = torch.ops.aten._flash_attention_forward
+    repeated = torch.arange(0, count * (parts + 1), count, dtype=torch.int32, device=query.device)
+    past, past_lse, *_ = flash(
+        query.repeat(parts, 1, 1), keys, values, repeated, pieces, count, len(rows), 0.0, False, False,
+        scale=scale,
+    )  # fmt: skip
+    latest, lse, *_ = flash(
+        query, keys, values, own - own[:1], own, count, count, 0.0, True, False, scale=scale
+    )
+    past_lse = past_lse.unflatten(1, (parts, count)).masked_fill((pieces.diff() == 0)[:, None], -torch.inf)
+    all_lse = torch.cat((past_lse, lse.unsqueeze(1)), 1)  # [query_heads, S + 1, N]
+    total = all_lse.logsumexp(1)
+    shares = (all_lse - total.unsqueeze(1)).exp().permute(1, 2, 0).unsqueeze(-1)
+    attended = torch.cat((past.unflatten(0, (parts, count)), latest.unsqueeze(0)))
+    return (attended * shares).sum(0).to(query.dtype), total.t().contiguous()
+
+
 @cache
 def flash_attention() -> Callable[..., Any] | None:
     """``flash_attn_func`` of flash-attn-4, or None where it is not installed. Importing it takes seconds."""

@@ -11,12 +11,15 @@ extern "C" __global__ void load_blocks(
     for (int head = 0; head < (int)kv_heads; head++) {
         const char* of_head = arena + head * head_stride;
         for (int first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += READS * step) {
+            if (blocks[first / (BLOCK_TOKENS * CHUNKS)] < 0) break;
             uint4 chunk[READS];
 #pragma unroll
             for (int i = 0; i < READS; i++) {
                 const int at = min(first + i * step, total - 1);
-                const int block = at / (BLOCK_TOKENS * CHUNKS), item = at % (BLOCK_TOKENS * CHUNKS);
-                chunk[i] = ((const uint4*)(of_head + blocks[block] * block_stride))[item];
+                const int item = at % (BLOCK_TOKENS * CHUNKS);
+                // of a block that is not read, any block
+                const int64 block = max(blocks[at / (BLOCK_TOKENS * CHUNKS)], (int64)0);
+                chunk[i] = ((const uint4*)(of_head + block * block_stride))[item];
             }
 #pragma unroll
             for (int i = 0; i < READS; i++) {

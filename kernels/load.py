@@ -45,12 +45,15 @@ def load_blocks(rows: Tensor, blocks: Tensor, arena: Tensor) -> None:
 
     Args:
         rows: [N, kv_heads, 2, head_dim], contiguous, to be filled.
-        blocks: [N / block_tokens] int64, block ids, in the order of the tokens.
+        blocks: [N / block_tokens] int64, block ids, in the order of the tokens; from the first one below 0 on
+            nothing is read, and the rows are undefined.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
     _LOAD_BLOCKS.check(rows, blocks, arena)
     if rows.is_cpu:
-        rows.copy_(gather_tokens(arena, blocks.unsqueeze(0))[0].transpose(0, 1))
+        read = int((blocks >= 0).cumprod(0).sum())
+        found = gather_tokens(arena, blocks[:read].unsqueeze(0))[0].transpose(0, 1)
+        rows[: len(found)] = found
         return
     launch(
         "load.cu", "load_blocks", (_BLOCKS,), _THREADS,

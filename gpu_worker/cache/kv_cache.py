@@ -131,6 +131,11 @@ class KVCache:
             )  # fmt: skip
 
     @property
+    def ranks_codes(self) -> bool:
+        """Whether there are codes by which ``start_sets_by_codes`` ranks."""
+        return self._index_token_bytes > 0
+
+    @property
     def sparse_layers(self) -> list[LayerCache]:
         """The layers that have a resident set."""
         return [layer for layer in self.layers if isinstance(layer, LayerCache)]
@@ -222,6 +227,20 @@ class KVCache:
     ) -> None:
         """After all rows of a layer; see ``LayerCache.start_sets``."""
         self.layers[layer].start_sets(rows, prompts, lse, last, exact)
+
+    def start_sets_by_codes(
+        self,
+        layer: int,
+        rows: Tensor,
+        prompts: Prompts,
+        last: LastTokens,
+        lengths: Tensor,
+        page_table: Tensor,
+    ) -> None:
+        """See ``LayerCache.start_sets_by_codes``."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention has no sets"
+        cached.start_sets_by_codes(rows, prompts, last, lengths, page_table)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""

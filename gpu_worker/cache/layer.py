@@ -168,6 +168,23 @@ class LayerCache:
         with self._streams.filling.fork(rows, lse, *(last or ()), *positions):
             self.fill(rows, prompts, lse, last, exact)
 
+    def start_sets_by_codes(
+        self, rows: Tensor, prompts: Prompts, last: LastTokens, lengths: Tensor, page_table: Tensor
+    ) -> None:
+        """As ``start_sets`` for one prompt that does not fit into its set, ranked by the keys' codes. The
+        launches depend on shapes alone, so that a CUDA graph can hold them.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], of which the first are the layer's whole KV.
+            prompts: where its tokens go.
+            last: the last tokens, whose queries choose its set, the last one last.
+            lengths: [W] int64, the prompt's tokens, W times.
+            page_table: [max_blocks] int64, pages of the prompt.
+        """
+        with self._streams.filling.fork(rows, *last):
+            chosen = self._rank_codes(last, lengths, page_table)
+            self._begin(rows, prompts, chosen.unsqueeze(0), last.lse[-1:])
+
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from rows that are in the arena already.
 
@@ -220,6 +237,19 @@ class LayerCache:
             behind = torch.arange(own, end, dtype=torch.int32, device=rows.device)
             positions = torch.cat((positions, behind.expand(resident.kv_heads, -1)), 1)
         return positions.gather(1, weights.topk(resident.capacity).indices)
+
+    def _rank_codes(self, last: LastTokens, lengths: Tensor, page_table: Tensor) -> Tensor:
+        """The same from the keys' codes, for all tokens of a prompt that are candidates."""
+        assert isinstance(self.index, TwoBitIndex), "only codes are ranked"
+        resident, queries = self.resident, last.queries.shape[0]
+        batch = Batch(lengths, page_table, page_table.expand(queries, -1))
+        every = torch.ones(queries, resident.kv_heads, dtype=torch.bool, device=lengths.device)
+        prepared = self.index.prepare(last.queries, last.lse, batch)
+        scores = self.index.score(prepared, every, batch, resident.sinks, resident.recent).rows
+        places = torch.arange(scores.shape[2], device=lengths.device)
+        weights = (scores.clamp_min(0).int() << 16).view(torch.float32).sum(0)
+        weights.masked_fill_((places < resident.sinks) | (places >= lengths[0] - resident.recent), -1)
+        return weights.topk(resident.capacity).indices.int()
 
     # ------------------------------------------------------------------------------------- decode
 
