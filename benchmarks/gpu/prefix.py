@@ -34,6 +34,7 @@ def measure(machine: Machine) -> list[Result]:
     prompts = {total: torch.randint(0, decoder.vocab, (total + SUFFIX,)).tolist() for total in LENGTHS}
     results, exact = [], {}
     engine = Engine(decoder, arena_of(machine.memory, shape, 1, room), CacheConfig(), 1, room)
+    engine.capture([1])
     for total, tokens in prompts.items():
         whole, exact[total] = times(engine, tokens, total)
         copied = total * shape.token_bytes / machine.to_gpu
