@@ -21,14 +21,24 @@ def graph_sizes(slots: int) -> list[int]:
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """Capture what the body launches, in the memory of ``pool``, or in its own if that is None.
 
-    The garbage collector waits until the end: were it to destroy a graph or an event of something that is no
-    longer used, CUDA would give the capture up.
+    The garbage collector waits until the end, see ``without_collection``.
     """
+    with without_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
+        yield
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Collect garbage, and then none until the end: were the collector to destroy a graph or an event of
+    something that is no longer used, CUDA would give a capture up. Around many captures it spares each of
+    them the first collection, which takes a third of a second."""
+    if not gc.isenabled():  # within another one
+        yield
+        return
     gc.collect()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            yield
+        yield
     finally:
         gc.enable()
 

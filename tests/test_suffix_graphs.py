@@ -22,7 +22,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def decoder(tiny_model: str, request: pytest.FixtureRequest) -> Decoder:
-    return load_decoder(resolve(ModelConfig(model=str(tiny_model), device=request.param)))
+    dtype = "bfloat16" if request.param == "cuda" else "float32"
+    return load_decoder(resolve(ModelConfig(model=str(tiny_model), device=request.param, dtype=dtype)))
 
 
 @pytest.fixture
