@@ -61,7 +61,7 @@ from clo.runtime.wire.errors import ConfigError
 STUCK_S = 20.0  # that one block may take; then no prompt waits for this disk any more
 
 _NONE = bytes(NAME_BYTES)  # before the first block of a prompt
-_READERS = 4
+READERS = 4
 _FILE, _TEMPORARY = re.compile(r"[0-9a-f]{32}\.kv"), re.compile(r"[0-9a-f]{32}\.tmp")
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no waiting for a pipe's other end
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -157,7 +157,7 @@ class DiskTier:
         self.hits = self.unusable = 0
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._writer = ThreadPoolExecutor(1, "disk-writer")
-        self._readers = ThreadPoolExecutor(_READERS, "disk-reader")
+        self._readers = ThreadPoolExecutor(READERS, "disk-reader")
         self._scan()
 
     @property
