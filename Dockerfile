@@ -25,7 +25,7 @@ RUN apt-get update \
 RUN pip install --no-cache-dir torch==2.11.0 transformers==5.17.0 "cupy-cuda13x[ctk]==14.2.0"
 
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[cuda,http,structured,otel]"
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[cuda,http,structured,otel,encryption]"
 
 # The cache belongs to the user, so that a volume mounted there does too.
 RUN useradd --create-home clo && install -d -o clo -g clo /home/clo/.cache

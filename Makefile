@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA := $(wildcard kernels/*.cu kernels/*.cuh benchmarks/gpu/*.cu)
 GPU := $(shell command -v nvidia-smi)
-EXTRAS := http,structured,otel,test,bench$(if $(GPU),$(shell echo ,cuda))
+EXTRAS := http,structured,otel,encryption,test,bench$(if $(GPU),$(shell echo ,cuda))
 # Tests compute with one thread each, so several files run at a time; those of a GPU have it to themselves.
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

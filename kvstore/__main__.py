@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from clo.kvstore.arena import Arena
+from clo.kvstore.block_file import read_disk_key
 from clo.kvstore.disk import DiskTier, root_of
 from clo.kvstore.layout import ArenaLayout, arena_bytes
 from clo.kvstore.pool import BlockPool
@@ -65,7 +66,8 @@ def _disk_tier(config: StoreConfig, arena: Arena, blocks: int) -> DiskTier | Non
     layout = ArenaLayout.of_block(block.layers, block.kv_heads, blocks, block.bytes)
     root = root_of(config.disk.model, block.layers, block.kv_heads, block.tokens, block.bytes)
     try:
-        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout))
+        key = None if config.disk.key is None else read_disk_key(Path(config.disk.key).expanduser())
+        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout), key)
     except ConfigError as error:
         if config.disk.needed:
             raise

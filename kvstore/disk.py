@@ -7,34 +7,13 @@ waits for a disk, and what has been computed outlives the process. To write only
 arena would write no less in the end, since a full arena gives up each block at some time. A block whose space
 is taken all the same before its turn has come is not written.
 
-One file is one block, under the block's name (``clo.kvstore.prefix``) in hexadecimal digits and ``.kv``. It
-has a page of 4096 bytes, then the block's bytes in the order [layer][kv_head][token][K|V][head_dim]. Integers
-are little-endian; the page has
-
-======  =====  =========================================================================
-offset  bytes  field
-======  =====  =========================================================================
-     0      8  ``CLOKVBLK``
-     8      4  version of this format: 1
-    12      4  zero
-    16     16  name of the block
-    32     16  name of the block before it in its prompt, zeros for the first one
-    48     32  root: a hash of the model, of what else decides about rows, and of the layout
-    80      8  bytes of the block
-    88     32  BLAKE2b of bytes 0 to 87 of this page and of the block
-   120   3960  zeros
-  4080     16  BLAKE2b of bytes 0 to 4079 of this page
-======  =====  =========================================================================
-
-A file is written as ``.tmp`` under its name, flushed and renamed. (The folder is not flushed: a name that a
-power failure takes back is one file less.) It is read whole and believed only if all
-of this holds; what does not is as if it were not there. Those that begin with ``CLOKVBLK``, or end before
-that, are of this tier, and removed where they cannot be used, also those of another model or version. Other
+One file is one block (``clo.kvstore.block_file`` has the format). It is written as ``.tmp`` under its name,
+flushed and renamed. (The folder is not flushed: a name that a power failure takes back is one file less.) It
+is read whole and believed only if it is found to be what was written, for this block, model and, where there
+is one, key; what is not is as if it were not there. Those that begin with ``CLOKVBLK``, or end before that,
+are of this tier, and removed where they cannot be used, also those of another model, version or key. Other
 files are left alone. The files hold what prompts say, in a form from which it can be told: the folder has
-mode 0700 and the files 0600. They are not encrypted.
-
-Files are read and written with ``preadv`` and ``pwritev`` through the page cache, which is told to drop them
-at once, as the arena is the better cache.
+mode 0700 and the files 0600, and with a key they are encrypted.
 
 Where the folder is full, the files end first whose chains were used longest ago, of a chain the end before
 the beginning. The order is that of use, not of a clock; only at a start the files' times stand for it.
@@ -49,8 +28,8 @@ import hashlib
 import logging
 import os
 import re
+import select
 import stat
-import struct
 import threading
 import time
 from collections import OrderedDict, deque
@@ -64,20 +43,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clo.kvstore.block_file import (
+    PAGE_BYTES,
+    ROOT_BYTES,
+    SUFFIX,
+    BlockFiles,
+    EncryptedBlockFiles,
+    Fields,
+    Foreign,
+    Unusable,
+)
 from clo.kvstore.pool import Load
 from clo.kvstore.prefix import NAME_BYTES
+from clo.kvstore.uncached import aligned, read, uncached, write
 from clo.runtime.wire.errors import ConfigError
 
-VERSION = 1
-PAGE_BYTES = 4096
 STUCK_S = 20.0  # that one block may take; then no prompt waits for this disk any more
 
-_MAGIC = b"CLOKVBLK"
-_FIELDS = struct.Struct("<8sII16s16s32sQ")
-_DIGEST_BYTES, _PAGE_DIGEST_BYTES, ROOT_BYTES = 32, 16, 32
 _NONE = bytes(NAME_BYTES)  # before the first block of a prompt
-_READERS = 4
+READERS = 4
 _FILE, _TEMPORARY = re.compile(r"[0-9a-f]{32}\.kv"), re.compile(r"[0-9a-f]{32}\.tmp")
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no waiting for a pipe's other end
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _logger = logging.getLogger(__name__)
 
@@ -91,14 +78,6 @@ def root_of(model: str, layers: int, kv_heads: int, block_tokens: int, block_byt
     """
     text = f"{layers} {kv_heads} {block_tokens} {block_bytes} {model}"
     return hashlib.blake2b(text.encode(), digest_size=ROOT_BYTES).digest()
-
-
-class _Foreign(Exception):
-    """A file that this tier has not written."""
-
-
-class _Unusable(Exception):
-    """A file of this tier that is damaged, or of another version or root."""
 
 
 class _Outcome(Enum):
@@ -138,29 +117,34 @@ class DiskTier:
         most: bytes that all files may have together.
         root: ``ROOT_BYTES`` of ``root_of``; files of another root are removed.
         blocks: the arena's bytes as [layers * kv_heads][blocks][bytes of one layer and head].
+        key: the files are encrypted with it, see ``read_disk_key``; None for files that are not.
 
     Attributes:
         fd: readable where ``finished`` has something to do.
         hits: blocks that have come back from the disk so far.
+        unusable: files that were not what they should be, or could not be read.
 
     Raises:
-        ConfigError: the folder cannot be used, another store uses it, or not one block fits.
+        ConfigError: the folder cannot be used, another store uses it, not one block fits, or a package is
+            missing.
     """
 
-    def __init__(self, folder: Path, most: int, root: bytes, blocks: NDArray[np.uint8]) -> None:
-        self._root, self._blocks = root, blocks
-        self._block_bytes = blocks.shape[0] * blocks.shape[2]
-        file_bytes = PAGE_BYTES + -(-self._block_bytes // PAGE_BYTES) * PAGE_BYTES  # as a disk counts
-        self._capacity = most // file_bytes
+    def __init__(
+        self, folder: Path, most: int, root: bytes, blocks: NDArray[np.uint8], key: bytes | None = None
+    ) -> None:
+        self._blocks = blocks
+        size = blocks.shape[0] * blocks.shape[2]
+        self._files = BlockFiles(root, size) if key is None else EncryptedBlockFiles(root, size, key)
+        self._capacity = most // self._files.file_bytes
         if self._capacity == 0:
             raise ConfigError(
-                f"One block of the KV cache takes {file_bytes} bytes on disk, --kv-disk-size is {most}: "
-                "raise it."
+                f"One block of the KV cache takes {self._files.file_bytes} bytes on disk, --kv-disk-size is "
+                f"{most}: raise it."
             )
         self._folder, self._lock = _open(folder)
         self._path = folder
         self._parents: OrderedDict[bytes, bytes] = OrderedDict()  # by name; the one that ends next first
-        self._foreign: set[bytes] = set()  # names that files of others have taken
+        self._foreign: set[str] = set()  # files of others that have names of blocks
         self._queue: OrderedDict[bytes, _Copy] = OrderedDict()  # by name
         self._current: _Copy | None = None  # is being written
         self._by_block: dict[int, _Copy] = {}  # both
@@ -170,10 +154,10 @@ class DiskTier:
         self._buffers = threading.local()
         self._warned: set[str] = set()
         self._off = False
-        self.hits = 0
+        self.hits = self.unusable = 0
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._writer = ThreadPoolExecutor(1, "disk-writer")
-        self._readers = ThreadPoolExecutor(_READERS, "disk-reader")
+        self._readers = ThreadPoolExecutor(READERS, "disk-reader")
         self._scan()
 
     @property
@@ -195,6 +179,15 @@ class DiskTier:
         """Whether there is a block to write."""
         return self._current is not None
 
+    def drain(self, seconds: float) -> int:
+        """Write what is queued, for so long at most. Returns the number of blocks that this was too short
+        for; to be followed by the end of the process."""
+        deadline = time.monotonic() + seconds
+        while self.writing and (left := deadline - time.monotonic()) > 0:
+            select.select([self.fd], [], [], left)
+            self.finished()
+        return len(self._by_block)
+
     def close(self) -> None:
         """Wait for the threads, write what is queued, and leave the folder to others."""
         while self.writing or self._readings:
@@ -214,7 +207,7 @@ class DiskTier:
             return
         parent = _NONE
         for name, block in zip(names, blocks, strict=True):
-            there = name in self._parents or name in self._foreign
+            there = name in self._parents or self._files.file(name) in self._foreign
             if not there and block not in self._by_block:  # of which the copy has this name
                 self._queue[name] = self._by_block[block] = _Copy(name, parent, block)
             parent = name
@@ -315,10 +308,12 @@ class DiskTier:
         if outcome is _Outcome.THERE:
             return
         name = reading.load.names[place]
+        file = self._files.file(name)
         if outcome is _Outcome.FOREIGN:
-            self._foreign.add(name)
+            self._foreign.add(file)
         if self._parents.pop(name, None) is not None and outcome is _Outcome.UNUSABLE:
-            self._writer.submit(self._remove, name)  # there, so that it ends before its name is written again
+            self.unusable += 1
+            self._writer.submit(self._remove, file)  # there, so that it ends before its name is written again
 
     def _warn(self, about: str, what: str) -> None:
         if about not in self._warned:
@@ -332,28 +327,26 @@ class DiskTier:
         os.eventfd_write(self.fd, 1)
 
     def _buffer(self) -> NDArray[np.uint8]:
-        """A page and a block of this thread's own."""
+        """A file of this thread's own."""
         if not hasattr(self._buffers, "buffer"):
-            self._buffers.buffer = np.zeros(PAGE_BYTES + self._block_bytes, np.uint8)
+            self._buffers.buffer = aligned(self._files.file_bytes)
         buffer: NDArray[np.uint8] = self._buffers.buffer
         return buffer
 
     def _rows(self, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The block of a buffer, as [layers * kv_heads][bytes of one layer and head]."""
-        return buffer[PAGE_BYTES:].reshape(self._blocks.shape[0], self._blocks.shape[2])
+        return self._files.block(buffer).reshape(self._blocks.shape[0], self._blocks.shape[2])
 
     def _write(self, copy: _Copy, victim: bytes | None) -> None:
         done = False
         try:
             if victim is not None:
-                self._remove(victim)
+                self._remove(self._files.file(victim))
             buffer = self._buffer()
             np.copyto(self._rows(buffer), self._blocks[:, copy.block])
             if not copy.taken:  # not even by now, so all of it was the block's
-                buffer[:PAGE_BYTES] = np.frombuffer(
-                    _page(copy.name, copy.parent, self._root, buffer[PAGE_BYTES:]), np.uint8
-                )
-                self._write_file(copy.name, buffer)
+                self._files.seal(Fields(copy.name, copy.parent), buffer)
+                self._write_file(self._files.file(copy.name), buffer)
                 done = True
         except OSError as error:
             self._warn("write", f"cannot be written ({error.strerror})")
@@ -362,31 +355,21 @@ class DiskTier:
         finally:
             self._leave(lambda: self._written(copy, done))
 
-    def _write_file(self, name: bytes, buffer: NDArray[np.uint8]) -> None:
+    def _write_file(self, file: str, buffer: NDArray[np.uint8]) -> None:
         """Raises ``OSError``; then nothing is left of the file."""
-        temporary = f"{name.hex()}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        temporary = f"{file.removesuffix(SUFFIX)}.tmp"
         try:
-            descriptor = os.open(temporary, flags, 0o600, dir_fd=self._folder)
-            try:
-                offset = 0
-                while offset < len(buffer):
-                    offset += os.pwritev(descriptor, [buffer[offset:].data], offset)
-                os.fdatasync(
-                    descriptor
-                )  # says where the disk is full, and the page cache drops no other pages
-                _leave_cache(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, _file(name), src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            with uncached(temporary, _WRITE, dir_fd=self._folder) as descriptor:
+                write(descriptor, buffer)
+            os.rename(temporary, file, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         except OSError:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=self._folder)
             raise
 
-    def _remove(self, name: bytes) -> None:
+    def _remove(self, file: str) -> None:
         try:
-            os.unlink(_file(name), dir_fd=self._folder)
+            os.unlink(file, dir_fd=self._folder)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -400,16 +383,16 @@ class DiskTier:
                 outcome = _Outcome.MISSING
                 return
             buffer = self._buffer()
-            self._read_file(reading.load.names[place], buffer)
+            self._read_file(self._files.file(reading.load.names[place]), buffer)
             with reading.lock:
                 if not reading.given_up:
                     np.copyto(self._blocks[:, reading.load.blocks[place]], self._rows(buffer))
             outcome = _Outcome.THERE
         except FileNotFoundError:  # it has ended meanwhile
             outcome = _Outcome.MISSING
-        except _Foreign:
+        except Foreign:
             outcome = _Outcome.FOREIGN
-        except _Unusable as problem:
+        except Unusable as problem:
             _logger.info("A file of the KV cache on disk is not used: %s", problem)
         except OSError as error:
             self._warn("read", f"cannot be read ({error.strerror})")
@@ -419,56 +402,32 @@ class DiskTier:
             del self._since[thread]
             self._leave(lambda: self._came(reading, place, outcome))
 
-    def _read_file(self, name: bytes, buffer: NDArray[np.uint8]) -> None:
-        """Read the page and the block, and see that they are what was written.
+    def _read_file(self, file: str, buffer: NDArray[np.uint8]) -> None:
+        """Read a file and see that it is what was written; then the buffer has its block.
 
         Raises:
-            _Foreign, _Unusable, OSError: they are not.
+            Foreign, Unusable, OSError: it is not.
         """
-        descriptor = os.open(_file(name), _READ, dir_fd=self._folder)
-        try:
-            page = self._page(name, descriptor)
-            buffer[:PAGE_BYTES] = np.frombuffer(page, np.uint8)
-            offset = PAGE_BYTES
-            while offset < len(buffer):
-                count = os.preadv(descriptor, [buffer[offset:].data], offset)
-                if count == 0:
-                    raise _Unusable(f"{_file(name)} has been cut short.")
-                offset += count
-            _leave_cache(descriptor)
+        with uncached(file, _READ, dir_fd=self._folder) as descriptor:
+            self._page(file, descriptor, buffer)
+            rest = buffer[PAGE_BYTES:]
+            if read(descriptor, rest, PAGE_BYTES) < len(rest):
+                raise Unusable(f"{file} has been cut short.")
             with suppress(OSError):
                 os.utime(descriptor)  # for the order of a later start
-        finally:
-            os.close(descriptor)
-        written = page[_FIELDS.size : _FIELDS.size + _DIGEST_BYTES]
-        if _digest(page[: _FIELDS.size], buffer[PAGE_BYTES:]) != written:
-            raise _Unusable(f"{_file(name)} is damaged.")
+        self._files.open(file, buffer)
 
-    def _page(self, name: bytes, descriptor: int) -> bytes:
-        """The page of a file that is all there.
+    def _page(self, file: str, descriptor: int, buffer: NDArray[np.uint8]) -> Fields:
+        """Read what the first page of a file says.
 
         Raises:
-            _Foreign, _Unusable, OSError: it is not to be used.
+            Foreign, Unusable, OSError: it is not to be used.
         """
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise _Foreign
-        page = os.pread(descriptor, PAGE_BYTES, 0)
-        if not page.startswith(_MAGIC) and not (len(page) < len(_MAGIC) and _MAGIC.startswith(page)):
-            raise _Foreign
-        file = _file(name)
-        if len(page) < PAGE_BYTES or found.st_size != PAGE_BYTES + self._block_bytes:
-            raise _Unusable(f"{file} has {found.st_size} bytes instead of {PAGE_BYTES + self._block_bytes}.")
-        _, version, _, own, _, root, count = _FIELDS.unpack_from(page)
-        if version != VERSION:
-            raise _Unusable(f"{file} has version {version} of the format instead of {VERSION}.")
-        if page[-_PAGE_DIGEST_BYTES:] != _page_digest(page[:-_PAGE_DIGEST_BYTES]):
-            raise _Unusable(f"{file} is damaged.")
-        if root != self._root:
-            raise _Unusable(f"{file} is of another model.")
-        if own != name or count != self._block_bytes:
-            raise _Unusable(f"{file} is of another block.")
-        return page
+            raise Foreign
+        read(descriptor, buffer[:PAGE_BYTES], 0)
+        return self._files.page(file, buffer, found.st_size)
 
     # ------------------------------------------------------------------------ at the start
 
@@ -481,10 +440,9 @@ class DiskTier:
             for file in os.listdir(self._folder):
                 if _TEMPORARY.fullmatch(file):
                     os.unlink(file, dir_fd=self._folder)
-                elif _FILE.fullmatch(file):
-                    name = bytes.fromhex(file.removesuffix(".kv"))
-                    if (seen := self._see(name)) is not None:
-                        parents[name], used[name] = seen
+                elif _FILE.fullmatch(file) and (seen := self._see(file)) is not None:
+                    (name, parent), when = seen
+                    parents[name], used[name] = parent, when
         except OSError as error:
             self._warn("read", f"cannot be read ({error.strerror})")
         order: list[bytes] = []  # the last used first, and each behind those before it
@@ -500,56 +458,22 @@ class DiskTier:
             if good:
                 order += reversed(path)
         for name in parents.keys() - set(order[: self._capacity]):
-            self._remove(name)
+            self._remove(self._files.file(name))
         self._parents.update((name, parents[name]) for name in reversed(order[: self._capacity]))
 
-    def _see(self, name: bytes) -> tuple[bytes, int] | None:
-        """The parent of a file and when it was used, None where it cannot be used; then it is removed, or
-        left to its owner."""
+    def _see(self, file: str) -> tuple[Fields, int] | None:
+        """What a file says of its block and when it was used, None where it cannot be used; then it is
+        removed, or left to its owner."""
         try:
-            descriptor = os.open(_file(name), _READ, dir_fd=self._folder)
-            try:
-                page, when = self._page(name, descriptor), os.fstat(descriptor).st_mtime_ns
-            finally:
-                os.close(descriptor)
-        except _Unusable as problem:
+            with uncached(file, _READ, dir_fd=self._folder) as descriptor:
+                return self._page(file, descriptor, self._buffer()), os.fstat(descriptor).st_mtime_ns
+        except Unusable as problem:
             _logger.info("A file of the KV cache on disk is removed: %s", problem)
-            self._remove(name)
-        except (_Foreign, OSError):  # such as a link
-            self._foreign.add(name)
-        else:
-            parent: bytes = _FIELDS.unpack_from(page)[4]
-            return parent, when
+            self.unusable += 1
+            self._remove(file)
+        except (Foreign, OSError):  # such as a link
+            self._foreign.add(file)
         return None
-
-
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no waiting for a pipe's other end
-
-
-def _file(name: bytes) -> str:
-    return f"{name.hex()}.kv"
-
-
-def _leave_cache(descriptor: int) -> None:
-    with suppress(OSError):  # it is advice
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _digest(fields: bytes, block: NDArray[np.uint8]) -> bytes:
-    digest = hashlib.blake2b(fields, digest_size=_DIGEST_BYTES)
-    digest.update(block.data)
-    return digest.digest()
-
-
-def _page_digest(page: bytes) -> bytes:
-    return hashlib.blake2b(page, digest_size=_PAGE_DIGEST_BYTES).digest()
-
-
-def _page(name: bytes, parent: bytes, root: bytes, block: NDArray[np.uint8]) -> bytes:
-    """The page in front of a block."""
-    fields = _FIELDS.pack(_MAGIC, VERSION, 0, name, parent, root, len(block))
-    page = (fields + _digest(fields, block)).ljust(PAGE_BYTES - _PAGE_DIGEST_BYTES, b"\0")
-    return page + _page_digest(page)
 
 
 def _open(folder: Path) -> tuple[int, int]:

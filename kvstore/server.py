@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from clo.kvstore.push import Pusher, Source
 from clo.runtime.config import StoreConfig
 from clo.runtime.wire.errors import CLOError, ConfigError, ProtocolError
 from clo.runtime.wire.handlers import handlers_of
+from clo.runtime.wire.liveness import DRAIN_S
 from clo.runtime.wire.messages import (
     Allocate,
     Allocated,
@@ -88,7 +90,8 @@ def listen(context: zmq.Context[Any], endpoint: str, key: str) -> zmq.Socket[byt
 
 class StoreServer:
     """Serves one arena over one ROUTER socket, and answers the launcher. It sleeps in ``poll`` and has no
-    timers, but for the one of ``disk``, if it has such a tier."""
+    timers, but for the one of ``disk``, if it has such a tier, to which it writes what is left when it is
+    ended by SIGTERM."""
 
     def __init__(
         self,
@@ -112,6 +115,8 @@ class StoreServer:
         self._poller.register(self._watch, zmq.POLLIN)
         if disk is not None:
             self._poller.register(disk.fd, zmq.POLLIN)
+        self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable after SIGTERM
+        self._poller.register(self._end, zmq.POLLIN)
         self._workers = dict(config.workers)  # that may attach
         self._doors: dict[int, str] = {}  # where those connect that were started again, by worker
         self._by_number: dict[int, _Worker] = {}
@@ -121,6 +126,8 @@ class StoreServer:
 
     def run(self) -> None:
         """Serve until the process is ended."""
+        if self._disk is not None:
+            signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._end, 1))
         self._launcher.send(StoreReady(os.getpid()))
         while True:
             ready = dict(self._poller.poll(None if self._disk is None else self._disk.timeout_ms))
@@ -140,12 +147,23 @@ class StoreServer:
                     self._launcher.send(self._examine(message))
             if self._socket in ready:
                 self._answer(*self._socket.recv_multipart())
+            elif self._end in ready:
+                self._leave()
             if self._disk is not None and (finished := self._disk.finished()):
                 for load, blocks in finished:
                     self._pool.loaded(load, blocks)
                 self._grant()
             if events := self._pool.events():
                 self._launcher.send(KVEvents(events))
+
+    def _leave(self) -> None:
+        """Write to disk what is not there yet, and end as without a disk. Nobody is served meanwhile: the
+        launcher has ended the workers."""
+        assert self._disk is not None, "else SIGTERM would have ended the process"
+        if left := self._disk.drain(DRAIN_S):
+            _logger.info("%d blocks could not be written to disk within %g s.", left, DRAIN_S)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
 
     def _expect(self, message: Expect) -> None:
         """A worker was started again, in the place of one that has ended."""
@@ -272,6 +290,7 @@ class StoreServer:
             cached_tokens=pool.cached_tokens,
             disk_blocks=0 if self._disk is None else self._disk.blocks,
             disk_hits=0 if self._disk is None else self._disk.hits,
+            disk_unusable=0 if self._disk is None else self._disk.unusable,
         )
         self._send(identity, StoreReport(stats))
 

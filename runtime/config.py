@@ -431,13 +431,21 @@ class ServerConfig:
     kv_disk: str | None = option(
         None,
         "folder in which copies of the blocks of prompts outlive the memory of the KV store, and the server; "
-        "what they say can be told from them, and they are not encrypted",
+        "what they say can be told from them, unless --kv-disk-key is given",
         "DIR",
         str,
         none="off",
     )
     kv_disk_size: int | None = option(
         None, "disk that ONE KV store may use for --kv-disk: 512MiB, 1TiB", "SIZE", parse_size, none="off"
+    )
+    kv_disk_key: str | None = option(
+        None,
+        "file with a key, 32 random bytes or 64 hexadecimal digits, that nobody else can read: what is on "
+        "disk is encrypted with it (AES-256-GCM)",
+        "FILE",
+        str,
+        none="off",
     )
     recovery: Recovery = option(
         "on",
@@ -482,6 +490,8 @@ class ServerConfig:
             )
         if (self.kv_disk is None) != (self.kv_disk_size is None):
             raise ConfigError("--kv-disk and --kv-disk-size go together; give both.")
+        if self.kv_disk_key is not None and self.kv_disk is None:
+            raise ConfigError("--kv-disk-key is for --kv-disk: there is nothing to encrypt.")
         if self.kv_disk is not None and self.prefix_caching == "off":
             raise ConfigError("--kv-disk is for --prefix-caching on: there is nothing to keep.")
         if self.api_key is not None and not 1 <= len(self.api_key.encode()) <= 255:
@@ -515,13 +525,15 @@ class StartedWorker:
 @dataclass(frozen=True)
 class DiskConfig:
     """Where KV stores keep copies of blocks, each in a folder of its own name, and how many bytes each may
-    take. ``model`` stands for all that decides about rows but for the tokens. Where the folder cannot be
-    used, a store ends for which it is ``needed``, and another one serves without."""
+    take. ``model`` stands for all that decides about rows but for the tokens. ``key`` is a file with the key
+    that they are encrypted with, None where they are not. Where the folder cannot be used, a store ends for
+    which it is ``needed``, and another one serves without."""
 
     folder: str
     bytes: int
     model: str
     needed: bool = True
+    key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerStopped, WorkerDied
-from clo.runtime.wire.liveness import SERVING_S
+from clo.runtime.wire.liveness import DRAIN_S, SERVING_S
 from clo.runtime.wire.messages import (
     GATEWAY_IDENTITY,
     Examine,
@@ -52,6 +52,7 @@ from clo.runtime.wire.messages import (
 )
 
 STOP_S = 5.0  # for the children to leave in good order
+_LEAVE_S = 1.0  # for a store that has written to disk as long as it may to end
 _LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 6, 0.5
 """Where a process that was started again serves for less than so many seconds, so often in a row, the server
 stops. Before its next start such a one waits so many seconds, then three times, seven times, ... as long."""
@@ -168,7 +169,7 @@ class Supervisor:
             said = fingerprint(
                 self._model, config.cache.prefill_attention, config.cache.prefix_attention, __version__
             )
-            self._disk = DiskConfig(config.kv_disk, config.kv_disk_size, said)
+            self._disk = DiskConfig(config.kv_disk, config.kv_disk_size, said, key=config.kv_disk_key)
         self._router = Router(config, self._model, _router_in(folder), self._key)
         self._control = Control(self._router.address, self._carry_out)
         self._reloading = False
@@ -509,16 +510,20 @@ class Supervisor:
         print(*words, flush=True)
 
     async def _stop_children(self) -> None:
-        """SIGTERM and up to 5 s; then SIGKILL."""
+        """SIGTERM and up to 5 s, for stores that still write to disk as long again and a little; then
+        SIGKILL."""
         if self._listener is not None:
             self._listener.close()
-        deadline = asyncio.get_running_loop().time() + STOP_S
+        now = asyncio.get_running_loop().time
+        deadline = now() + STOP_S
         for children in (self._gateways, self._workers, self._stores):
+            if children is self._stores and self._disk is not None:
+                deadline = now() + DRAIN_S + _LEAVE_S
             for child in children:
                 child.send(signal.SIGTERM)
             endings = [asyncio.create_task(child.process.wait()) for child in children]
             if endings:
-                await asyncio.wait(endings, timeout=deadline - asyncio.get_running_loop().time())
+                await asyncio.wait(endings, timeout=deadline - now())
             for child in children:
                 child.send(signal.SIGKILL)
             await asyncio.gather(*endings)

@@ -1,18 +1,25 @@
 """The disk tier: blocks of prompts that come back from files, and files that are not to be believed."""
 
+import ctypes
 import errno
+import fcntl
 import logging
+import mmap
 import os
 import random
+import re
 import select
 import signal
 import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from stat import S_IMODE
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +27,21 @@ from numpy.typing import NDArray
 
 from clo.kvstore import disk
 from clo.kvstore.arena import Arena
+from clo.kvstore.block_file import (
+    PAGE_BYTES,
+    ROOT_BYTES,
+    BlockFiles,
+    EncryptedBlockFiles,
+    read_disk_key,
+)
 from clo.kvstore.client import StoreClient
-from clo.kvstore.disk import PAGE_BYTES, ROOT_BYTES, DiskTier, root_of
+from clo.kvstore.disk import DiskTier, root_of
 from clo.kvstore.layout import ArenaLayout, arena_bytes
 from clo.kvstore.pool import BlockPool, Grant
 from clo.kvstore.prefix import chain
 from clo.runtime.client import Client
 from clo.runtime.config import DiskConfig, ModelConfig
+from clo.runtime.machine import packages
 from clo.runtime.model.files import resolve
 from clo.runtime.model.fingerprint import fingerprint
 from clo.runtime.wire.errors import ConfigError
@@ -54,9 +69,11 @@ ROOT = bytes(range(ROOT_BYTES))
 class Cache:
     """A pool with a disk tier, and the arena between them, whose rows follow from their names."""
 
-    def __init__(self, folder: Path, most: int = 100 * FILE_BYTES, root: bytes = ROOT) -> None:
+    def __init__(
+        self, folder: Path, most: int = 100 * FILE_BYTES, root: bytes = ROOT, key: bytes | None = None
+    ) -> None:
         self.memory: NDArray[np.uint8] = np.zeros(SHAPE, np.uint8)
-        self.tier = DiskTier(folder, most, root, self.memory)
+        self.tier = DiskTier(folder, most, root, self.memory, key)
         self.pool = BlockPool(BLOCKS, SIZE, report=True, lower=self.tier)
         self.count = 0
 
@@ -112,8 +129,10 @@ class Cache:
 
 
 @contextmanager
-def cache(folder: Path, most: int = 100 * FILE_BYTES, root: bytes = ROOT) -> Iterator[Cache]:
-    made = Cache(folder, most, root)
+def cache(
+    folder: Path, most: int = 100 * FILE_BYTES, root: bytes = ROOT, key: bytes | None = None
+) -> Iterator[Cache]:
+    made = Cache(folder, most, root, key)
     yield made
     made.tier.close()
 
@@ -123,8 +142,13 @@ def rows_of(name: bytes) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (SHAPE[0], SHAPE[2]), np.uint8)
 
 
-def names_of(prompt: list[int]) -> list[str]:
-    return [f"{name.hex()}.kv" for name in chain(array("i", prompt), SIZE)]
+def block_files(key: bytes | None) -> BlockFiles:
+    size = SHAPE[0] * SHAPE[2]
+    return BlockFiles(ROOT, size) if key is None else EncryptedBlockFiles(ROOT, size, key)
+
+
+def names_of(prompt: list[int], key: bytes | None = None) -> list[str]:
+    return [block_files(key).file(name) for name in chain(array("i", prompt), SIZE)]
 
 
 def files(folder: Path) -> set[str]:
@@ -133,12 +157,19 @@ def files(folder: Path) -> set[str]:
 
 PROMPT = list(range(1, 14))  # three blocks, and a token that has to be computed in any case
 OTHER = list(range(101, 114))
+KEY = bytes(range(32, 64))
 
 
-def test_blocks_that_have_left_the_arena_come_back_from_disk(tmp_path: Path) -> None:
+@pytest.fixture(params=[None, KEY], ids=["plain", "encrypted"])
+def key(request: pytest.FixtureRequest) -> bytes | None:
+    found: bytes | None = request.param
+    return found
+
+
+def test_blocks_that_have_left_the_arena_come_back_from_disk(tmp_path: Path, key: bytes | None) -> None:
     """And so do those of a server that has ended, for prompts under the same salt alone. The events say what
     is in the arena."""
-    with cache(tmp_path) as first:
+    with cache(tmp_path, key=key) as first:
         assert first.run(PROMPT) == 0
         assert (first.tier.blocks, first.tier.hits) == (3, 0)
         assert first.run(PROMPT) == 3, "from the arena"
@@ -153,8 +184,8 @@ def test_blocks_that_have_left_the_arena_come_back_from_disk(tmp_path: Path) -> 
         assert first.run(PROMPT) == 3, "two from the arena, one from disk"
         assert (first.tier.hits, first.tier.blocks) == (3, 4)
         assert first.pool.cached_tokens == (3 + 2 + 3) * SIZE
-    with cache(tmp_path) as second:
-        assert second.tier.blocks == 4
+    with cache(tmp_path, key=key) as second:
+        assert (second.tier.blocks, second.tier.unusable) == (4, 0)
         assert second.run(PROMPT, "of a tenant") == 0
         assert second.run(PROMPT) == 3
         second.evict()
@@ -182,47 +213,112 @@ def lengthen(file: Path) -> None:
 
 DAMAGE = {
     "the version": flip(8),
-    "the name": flip(20),
-    "the root": flip(50),
-    "the length": flip(80),
-    "the hash of the block": flip(90),
+    "whether it is encrypted": flip(12),
+    "the salt": flip(20),
+    "the name": flip(50),
+    "the root": flip(90),
+    "the length": flip(112),
+    "the checksum of the block": flip(121),
+    "the checksum of the block, its end": flip(151),
     "nothing in the page": flip(2000),
     "the hash of the page": flip(PAGE_BYTES - 1),
     "empty": cut(0),
     "a part of the page": cut(100),
     "the page alone": cut(PAGE_BYTES),
-    "all but a byte": cut(PAGE_BYTES + SHAPE[0] * SHAPE[2] - 1),
+    "all but a byte": cut(FILE_BYTES - 1),
     "a byte too many": lengthen,
     "the first byte of the block": flip(PAGE_BYTES),
-    "the last byte of the block": flip(-1),
+    "the last byte of the block": flip(PAGE_BYTES + SHAPE[0] * SHAPE[2] - 1),
+    "nothing behind the block": flip(-1),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("restart", [False, True], ids=["running", "restarted"])
 def test_a_damaged_file_is_a_miss_and_is_written_anew(
-    tmp_path: Path, damage: Callable[[Path], None], restart: bool
+    tmp_path: Path, damage: Callable[[Path], None], restart: bool, key: bytes | None
 ) -> None:
-    file = tmp_path / names_of(PROMPT)[1]
-    running = Cache(tmp_path)
+    file = tmp_path / names_of(PROMPT, key)[1]
+    running = Cache(tmp_path, key=key)
     assert running.run(PROMPT) == 0
     if restart:
         running.tier.close()
     damage(file)
     if restart:
-        running = Cache(tmp_path)
+        running = Cache(tmp_path, key=key)
     else:
         running.evict()
     assert running.run(PROMPT) == 1, "what is behind the damaged one is of no use"
+    assert running.tier.unusable == 1
     running.evict()
     assert running.run(PROMPT) == 3
+    assert running.tier.unusable == 1
     running.tier.close()
-    assert files(tmp_path) == set(names_of(PROMPT))
+    assert files(tmp_path) == set(names_of(PROMPT, key))
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restart", [False, True], ids=["running", "restarted"])
+def test_a_file_under_the_name_of_another_is_a_miss(tmp_path: Path, restart: bool, key: bytes | None) -> None:
+    """It is whole, and of this model and key; but it has the rows of other tokens."""
+    running = Cache(tmp_path, key=key)
+    running.run(PROMPT)
+    running.run(OTHER)
+    if restart:
+        running.tier.close()
+    first, other = (tmp_path / names_of(prompt, key)[0] for prompt in (PROMPT, OTHER))
+    first.rename(tmp_path / "aside")
+    other.rename(first)
+    (tmp_path / "aside").rename(other)
+    if restart:
+        running = Cache(tmp_path, key=key)
+    else:
+        running.evict()
+    assert running.run(PROMPT) == running.run(OTHER) == 0
+    assert running.tier.unusable == 2
+    running.evict()
+    assert running.run(PROMPT) == running.run(OTHER) == 3
+    running.tier.close()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(KEY, KEY[::-1]), (None, KEY), (KEY, None)],
+    ids=["another key", "a key for plain files", "no key any more"],
+)
+def test_files_of_another_key_are_removed_and_counted(
+    tmp_path: Path, written: bytes | None, read: bytes | None
+) -> None:
+    with cache(tmp_path, key=written) as one:
+        one.run(PROMPT)
+    with cache(tmp_path, key=read) as other:
+        assert (files(tmp_path), other.tier.blocks, other.tier.unusable) == (set(), 0, 3)
+        assert other.run(PROMPT) == 0
+    with cache(tmp_path, key=read) as other:
+        assert other.run(PROMPT) == 3
+
+
+def test_encrypted_files_tell_nothing_of_their_blocks(tmp_path: Path, key: bytes | None) -> None:
+    """Neither rows, nor names, nor which of them follow each other, nor whether two files have the same."""
+    secrets = [ROOT]
+    for name in chain(array("i", PROMPT), SIZE):
+        secrets += [name, name.hex().encode(), rows_of(name).tobytes()[:16], rows_of(name).tobytes()[-16:]]
+    pieces: list[bytes] = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        with cache(folder, key=key) as one:
+            one.run(PROMPT)
+        paths = [folder / name for name in names_of(PROMPT, key)]
+        found = [path.name.encode() + path.read_bytes() for path in paths]
+        told = [secret for secret in secrets if any(secret in data for data in found)]
+        assert told == ([] if key else secrets)
+        for path in paths:
+            data = path.read_bytes()[16:]  # behind what all files begin with
+            pieces += [data[start : start + 16] for start in range(0, len(data), 16)]
+    assert (len(set(pieces)) == len(pieces)) == (key is not None)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, key: bytes | None) -> None:
     """Also where they have a name of a block, or are no files at all."""
-    first, second, third = names_of(PROMPT)
+    first, second, third = names_of(PROMPT, key)
     away = tmp_path / "away"
     away.write_bytes(b"something")
     folder = tmp_path / "tier"
@@ -230,17 +326,17 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     (folder / "x.tmp").write_text("mine, too")
     (folder / second).symlink_to(away)
-    with cache(folder) as one:
+    with cache(folder, key=key) as one:
         assert one.run(PROMPT) == 0
         one.evict()
         assert one.run(PROMPT) == 1
     os.unlink(folder / second)
     os.mkfifo(folder / second)
     (folder / third).write_text("of somebody")
-    with cache(folder) as one:
+    with cache(folder, key=key) as one:
         assert one.run(PROMPT) == 1
         one.evict()
-        (folder / first).write_bytes(b"of somebody else".ljust(PAGE_BYTES + SHAPE[0] * SHAPE[2]))
+        (folder / first).write_bytes(b"of somebody else".ljust(FILE_BYTES))
         assert one.run(PROMPT) == 0
     assert (folder / first).read_bytes().startswith(b"of somebody else")
     assert files(folder) == {"notes.txt", "x.tmp", first, second, third}
@@ -275,14 +371,14 @@ def test_a_root_follows_from_the_model_and_the_layout(tiny_model: Path, smollm2:
     assert len(roots) == 4 and {len(root) for root in roots} == {ROOT_BYTES}
 
 
-def test_what_is_behind_a_missing_file_is_removed(tmp_path: Path) -> None:
-    with cache(tmp_path) as one:
+def test_what_is_behind_a_missing_file_is_removed(tmp_path: Path, key: bytes | None) -> None:
+    with cache(tmp_path, key=key) as one:
         one.run(PROMPT)
         one.run(OTHER)
-    os.unlink(tmp_path / names_of(PROMPT)[0])
+    os.unlink(tmp_path / names_of(PROMPT, key)[0])
     (tmp_path / f"{'0' * 32}.tmp").write_bytes(b"CLOKVBLK and what a killed store had come to")
-    with cache(tmp_path) as one:
-        assert files(tmp_path) == set(names_of(OTHER))
+    with cache(tmp_path, key=key) as one:
+        assert files(tmp_path) == set(names_of(OTHER, key))
         assert (one.run(PROMPT), one.run(OTHER)) == (0, 3)
 
 
@@ -318,14 +414,19 @@ def test_the_folder_has_a_bound_and_ends_go_before_beginnings(tmp_path: Path) ->
     ("call", "number"), [("pwritev", errno.ENOSPC), ("open", errno.EACCES), ("rename", errno.EROFS)]
 )
 def test_a_disk_that_cannot_be_written_costs_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str, number: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+    number: int,
+    key: bytes | None,
 ) -> None:
     """No half of a file is left, and once there is space again it is used."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    with cache(tmp_path) as one, caplog.at_level(logging.WARNING):
+    with cache(tmp_path, key=key) as one, caplog.at_level(logging.WARNING):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             assert (one.run(PROMPT), one.run(OTHER)) == (0, 0)
@@ -338,12 +439,12 @@ def test_a_disk_that_cannot_be_written_costs_one_warning(
 
 
 def test_a_disk_that_cannot_be_read_costs_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: bytes | None
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with cache(tmp_path) as one, caplog.at_level(logging.WARNING):
+    with cache(tmp_path, key=key) as one, caplog.at_level(logging.WARNING):
         one.run(PROMPT)
         one.evict()
         with monkeypatch.context() as patch:
@@ -356,21 +457,21 @@ def test_a_disk_that_cannot_be_read_costs_one_warning(
 
 
 def test_a_disk_that_brings_nothing_is_waited_for_no_longer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: bytes | None
 ) -> None:
     """What it brings later touches no block."""
-    release, pread = threading.Event(), os.pread
+    release, preadv = threading.Event(), os.preadv
 
-    def slow(descriptor: int, count: int, offset: int) -> bytes:
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         assert release.wait(WAIT_S)
-        return pread(descriptor, count, offset)
+        return preadv(descriptor, buffers, offset)
 
     with caplog.at_level(logging.WARNING):
-        with cache(tmp_path) as one:
+        with cache(tmp_path, key=key) as one:
             one.run(PROMPT)
             one.evict()
             monkeypatch.setattr(disk, "STUCK_S", 0.0)
-            monkeypatch.setattr(os, "pread", slow)
+            monkeypatch.setattr(os, "preadv", slow)
             grant = one.grant(100, PROMPT)
             assert grant.cached == 0
             one.memory[:] = 7
@@ -410,7 +511,7 @@ def test_a_sequence_that_goes_while_its_blocks_are_read_leaves_them_to_nobody_el
 
 
 def test_a_block_whose_space_is_taken_while_it_is_copied_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bytes | None
 ) -> None:
     """Nor are those behind it, whose turn has not come."""
     copied, release, copyto = threading.Event(), threading.Event(), np.copyto
@@ -420,7 +521,7 @@ def test_a_block_whose_space_is_taken_while_it_is_copied_is_not_written(
         copied.set()
         assert release.wait(WAIT_S)
 
-    with cache(tmp_path) as one:
+    with cache(tmp_path, key=key) as one:
         with monkeypatch.context() as patch:
             patch.setattr(np, "copyto", slow)
             one.grant(1, PROMPT)
@@ -435,14 +536,14 @@ def test_a_block_whose_space_is_taken_while_it_is_copied_is_not_written(
         assert one.tier.blocks == 3
 
 
-def test_any_use_gives_the_rows_that_were_computed(tmp_path: Path) -> None:
+def test_any_use_gives_the_rows_that_were_computed(tmp_path: Path, key: bytes | None) -> None:
     """With writes under way while the arena is used for something else, damage anywhere, and restarts with
     more or less space."""
     draw = random.Random(0)
     hits = 0
     for _ in range(30):
         most = draw.choice([1, 3, 5, 8, 20])
-        with cache(tmp_path, most * FILE_BYTES) as one:
+        with cache(tmp_path, most * FILE_BYTES, key=key) as one:
             if draw.random() < 0.5:  # nobody waits for what is to be written
                 one.settle = lambda: None  # type: ignore[method-assign]
             for _ in range(draw.randrange(40)):
@@ -465,10 +566,10 @@ def damage_somehow(file: Path, draw: random.Random) -> None:
         case 0:
             file.unlink()
         case 1:
-            os.truncate(file, draw.randrange(PAGE_BYTES + SHAPE[0] * SHAPE[2]))
+            os.truncate(file, draw.randrange(FILE_BYTES))
         case 2:
             with file.open("r+b") as data:
-                data.seek(draw.randrange(PAGE_BYTES + SHAPE[0] * SHAPE[2] - 8))
+                data.seek(draw.randrange(FILE_BYTES - 8))
                 data.write(b"anything")
 
 
@@ -487,6 +588,174 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file/numa0", Path("/proc/numa0")):
         with pytest.raises(ConfigError, match=f"--kv-disk: {folder} cannot be used"):
             Cache(folder)
+
+
+def cached_pages(file: Path) -> int:
+    """How many pages of a file the page cache has."""
+    size = file.stat().st_size
+    with file.open("rb") as data, mmap.mmap(data.fileno(), size, prot=mmap.PROT_READ) as mapped:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        where = np.frombuffer(mapped, np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.mincore(
+            ctypes.c_void_p(where.ctypes.data),
+            ctypes.c_size_t(size),
+            pages.ctypes.data_as(ctypes.POINTER(ctypes.c_ubyte)),
+        )
+        del where
+        assert done == 0, os.strerror(ctypes.get_errno())
+    return int((pages & 1).sum())
+
+
+def has_no_disk(folder: Path) -> bool:
+    """Whether the page cache is all that a folder's file system has."""
+    probe = folder / "probe"
+    probe.write_bytes(bytes(4096))
+    descriptor = os.open(probe, os.O_RDWR)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    return cached_pages(probe) > 0
+
+
+def test_blocks_leave_nothing_in_the_page_cache(tmp_path: Path) -> None:
+    """Neither when they are written nor when they are read."""
+    if has_no_disk(tmp_path):
+        pytest.skip("this file system has no other place")
+    with cache(tmp_path / "tier") as one:
+        one.run(PROMPT)
+        paths = sorted((tmp_path / "tier").glob("*.kv"))
+        assert len(paths) == 3 and not any(map(cached_pages, paths))
+        one.evict()
+        assert one.run(PROMPT) == 3
+        assert not any(map(cached_pages, paths))
+    with cache(tmp_path / "tier"):
+        assert not any(map(cached_pages, paths))
+
+
+@pytest.mark.parametrize("call", ["open", "pwritev", "preadv"])
+def test_a_file_system_that_wants_the_page_cache_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """Be it that it refuses to open a file past it, or to read or write one; without a word."""
+    real: Callable[..., int] = getattr(os, call)
+    refused = 0
+
+    def refuse(what: str | int, *arguments: Any, **options: Any) -> int:
+        nonlocal refused
+        flags = fcntl.fcntl(what, fcntl.F_GETFL) if isinstance(what, int) else arguments[0]
+        if flags & os.O_DIRECT:
+            refused += 1
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(what, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refuse)
+    with caplog.at_level(logging.DEBUG), cache(tmp_path) as one:
+        one.run(PROMPT)
+        one.evict()
+        assert one.run(PROMPT) == 3
+    assert refused >= 3 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text",
+    [KEY, KEY.hex().encode(), KEY.hex().upper().encode() + b"\n"],
+    ids=["bytes", "digits", "digits as a line"],
+)
+def test_a_key_is_bytes_or_digits(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "key").write_bytes(text)
+    (tmp_path / "key").chmod(0o600)
+    assert read_disk_key(tmp_path / "key") == KEY
+
+
+WRONG_KEYS = {
+    "nothing": b"",
+    "a byte too few": KEY[:-1],
+    "a byte too many": KEY + b"x",
+    "a digit too few": KEY.hex()[:-1].encode(),
+    "two digits too many": KEY.hex().encode() + b"00",
+    "no digits": b"x" * 64,
+    "no text": b"\xff" * 64,
+}
+
+
+@pytest.mark.parametrize("text", WRONG_KEYS.values(), ids=WRONG_KEYS)
+def test_what_is_no_key_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "key").write_bytes(text)
+    (tmp_path / "key").chmod(0o600)
+    with pytest.raises(ConfigError, match=f"^--kv-disk-key: {tmp_path}/key holds no key, which is 32 random"):
+        read_disk_key(tmp_path / "key")
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(mode)
+    with pytest.raises(ConfigError, match=f"^--kv-disk-key: other users can read {tmp_path}/key; take a new"):
+        read_disk_key(tmp_path / "key")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+def test_a_key_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(0o600)
+    os.chown(tmp_path / "key", 65534, 65534)
+    with pytest.raises(ConfigError, match="other users can read"):
+        read_disk_key(tmp_path / "key")
+
+
+def test_a_key_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    (tmp_path / "folder").mkdir(mode=0o700)
+    for name, what in (
+        ("none", "none cannot be read (No such file"),
+        ("pipe", "pipe holds no key"),
+        ("folder", "folder holds no key"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--kv-disk-key: {tmp_path}/{re.escape(what)}"):
+            read_disk_key(tmp_path / name)
+
+
+def test_encryption_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else needs it."""
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with cache(tmp_path):
+        pass
+    with pytest.raises(ConfigError) as error:
+        Cache(tmp_path, key=KEY)
+    assert str(error.value) == (
+        "--kv-disk-key needs the package 'cryptography', which is not installed; run "
+        "\"pip install 'clo-llm[encryption]'\", or \"pip install -e '.[encryption]'\" in a clone."
+    )
+    code = "import sys, clo.kvstore.__main__; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=WAIT_S).returncode == 0
+
+
+def test_what_is_queued_at_the_end_is_written(tmp_path: Path, key: bytes | None) -> None:
+    with cache(tmp_path, key=key) as one:
+        one.settle = lambda: None  # type: ignore[method-assign]
+        one.run(PROMPT)
+        assert one.tier.drain(WAIT_S) == 0
+        assert (files(tmp_path), one.tier.blocks) == (set(names_of(PROMPT, key)), 3)
+
+
+def test_a_disk_that_does_not_take_what_is_queued_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, sync = threading.Event(), os.fdatasync
+
+    def slow(descriptor: int) -> None:
+        assert release.wait(WAIT_S)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    with cache(tmp_path) as one:
+        one.settle = lambda: None  # type: ignore[method-assign]
+        one.run(PROMPT)
+        assert one.tier.drain(0.01) == 3
+        release.set()
 
 
 # ------------------------------------------------------------------------ a real store
@@ -527,9 +796,18 @@ def until_on_disk(client: StoreClient, blocks: int) -> None:
             return
 
 
-def test_a_store_that_was_killed_has_the_same_bytes_again(tmp_path: Path) -> None:
+def key_file(folder: Path, key: bytes | None) -> str | None:
+    if key is None:
+        return None
+    file = folder / "key"
+    file.write_text(key.hex())
+    file.chmod(0o600)
+    return str(file)
+
+
+def test_a_store_that_was_killed_has_the_same_bytes_again(tmp_path: Path, key: bytes | None) -> None:
     """Also when the arena was full of others meanwhile, and when it was killed while it wrote."""
-    tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model")
+    tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model", key=key_file(tmp_path, key))
     with running_store(disk=tier) as store:
         client, attached, blocks = attach(store)
         prompt = prompt_of(5, 6)
@@ -544,9 +822,25 @@ def test_a_store_that_was_killed_has_the_same_bytes_again(tmp_path: Path) -> Non
         assert compute(client, blocks, prompt, 0) == (6, data)
         report = ask(client, GetStoreStats())
         assert isinstance(report, StoreReport) and report.stats.disk_hits == 6
-    with running_store(disk=DiskConfig(tier.folder, tier.bytes, "another model")) as store:
+    with running_store(disk=replace(tier, model="another model")) as store:
         client, attached, blocks = attach(store)
         assert compute(client, blocks, prompt, 0)[0] == 0
+        report = ask(client, GetStoreStats())
+        assert isinstance(report, StoreReport) and report.stats.disk_unusable > 6
+
+
+def test_a_store_that_is_told_to_end_writes_first_what_it_has(tmp_path: Path) -> None:
+    """All that was committed, however short before."""
+    tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model")
+    with running_store(disk=tier) as store:
+        client, attached, blocks = attach(store)
+        prompt = prompt_of(5, attached.blocks - 1)
+        _, data = compute(client, blocks, prompt, 10)
+        store.process.terminate()
+        assert store.process.wait(WAIT_S) == -signal.SIGTERM
+    with running_store(disk=tier) as store:
+        client, attached, blocks = attach(store)
+        assert compute(client, blocks, prompt, 0) == (attached.blocks - 1, data)
 
 
 def test_a_second_store_in_the_folder_of_a_first_says_so_and_ends(tmp_path: Path) -> None:
@@ -565,6 +859,20 @@ def test_a_second_store_in_the_folder_of_a_first_says_so_and_ends(tmp_path: Path
     assert {path.name for path in (tmp_path / "kv").iterdir()} == {"numa0", "numa1"}
 
 
+def test_a_store_whose_key_others_can_read_says_so_and_ends(tmp_path: Path) -> None:
+    key = key_file(tmp_path, KEY)
+    os.chmod(tmp_path / "key", 0o644)
+    tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model", key=key)
+    line = command(store_config(new_endpoint(), disk=tier), os.getpid())
+    done = subprocess.run(line, input="key\n", capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"error: --kv-disk-key: other users can read {key}; take a new key, in a file of mode 600 that is "
+        "this user's.\n"
+    )
+    assert not (tmp_path / "kv").exists()
+
+
 def test_a_store_that_is_started_again_serves_without_a_folder_that_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "kv").write_text("")
     with running_store(disk=DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model", needed=False)) as store:
@@ -581,7 +889,8 @@ def test_a_store_that_is_started_again_serves_without_a_folder_that_it_cannot_us
 def test_a_server_goes_on_with_what_another_has_computed(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With the same answer as without a disk; also where its store alone was killed."""
+    """With the same answer as without a disk; also where its store alone was killed. What is on disk is
+    encrypted, and the first server is stopped as soon as it has answered."""
     prompt = np.random.default_rng(3).integers(4, 300, 1400).tolist()
     line = (
         "--model",
@@ -592,6 +901,8 @@ def test_a_server_goes_on_with_what_another_has_computed(
         str(tmp_path / "kv"),
         "--kv-disk-size",
         "16MiB",
+        "--kv-disk-key",
+        f"{key_file(tmp_path, KEY)}",
     )
     answers = []
     for restarted in (False, True):
@@ -599,8 +910,6 @@ def test_a_server_goes_on_with_what_another_has_computed(
             answer = client.generate(prompt, max_tokens=16, temperature=0.0, ignore_eos=True)
             assert answer.usage.cached_tokens == (1024 if restarted else 0)
             answers.append(answer.tokens)
-            while client.info().stores[0].disk_blocks < 2:
-                pass
             assert client.info().stores[0].disk_hits == (2 if restarted else 0)
             assert_serves(server)
             if restarted:
@@ -610,6 +919,7 @@ def test_a_server_goes_on_with_what_another_has_computed(
                 answer = client.generate(prompt, max_tokens=16, temperature=0.0, ignore_eos=True)
                 assert answer.usage.cached_tokens == 1024
                 answers.append(answer.tokens)
+    assert not [path for path in (tmp_path / "kv/numa0").glob("*.kv") if path.read_bytes()[12] != 1]
     with launch(*line[:4]) as server, Client(server.address, timeout=WAIT_S) as client:
         answers.append(client.generate(prompt, max_tokens=16, temperature=0.0, ignore_eos=True).tokens)
     assert answers == 4 * [answers[0]]

@@ -96,6 +96,7 @@ def test_the_figures_in_the_table_of_errors_are_those_of_the_code() -> None:
         f"does not finish a step within {outputs._STUCK_SECONDS:g} s",
         f"does not bring rows within {staging.STUCK_SECONDS:g} s",
         f"brings nothing for {disk.STUCK_S:g} s",
+        f"the store writes them first, for {liveness.DRAIN_S:g} s at most",
         f"takes more than {grammars.COMPILE_S:g} s or {grammars.MEMORY_BYTES >> 30} GiB",
         f"More than {router.OPEN_REQUESTS:,} requests of one client open, or of more than "
         f"{router.OPEN_BYTES >> 20} MiB",

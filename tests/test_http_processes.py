@@ -16,7 +16,7 @@ import trustme
 
 from clo import launch as command
 from clo.runtime.client import Client
-from clo.runtime.http import listener
+from clo.runtime.machine import packages
 from tests.echo import HOLD
 from tests.faults import WAIT_S
 from tests.server import Server
@@ -176,6 +176,6 @@ def test_what_http_cannot_start_with(
         assert f"Port {port} of 127.0.0.1 cannot be used (Address already in use); try another --http." in (
             capsys.readouterr().err
         )
-    monkeypatch.setattr(listener, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     assert command.main(["--http", "0"]) == 1
     assert "--http needs the package 'fastapi', which is not installed; run" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from clo import launch as command
-from clo.runtime.http import listener
+from clo.runtime.machine import packages
 from tests.echo import HOLD
 from tests.faults import WAIT_S
 from tests.server import Server
@@ -252,7 +252,7 @@ def test_traces_without_their_packages_are_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        listener, "find_spec", lambda name: None if name.startswith("opentelemetry") else find_spec(name)
+        packages, "find_spec", lambda name: None if name.startswith("opentelemetry") else find_spec(name)
     )
     line = ["--http", "0", "--otlp-traces-endpoint", "http://127.0.0.1:4318/v1/traces"]
     assert command.main(line) == 1

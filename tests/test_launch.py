@@ -20,7 +20,7 @@ def test_every_option_reaches_the_configuration() -> None:
     line = (
         "--model m --load-format dummy --device cpu --dtype bfloat16 --max-model-len 100 "
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
-        "--kv-size 1.5MiB --prefix-caching on --kv-disk d --kv-disk-size 2GiB "
+        "--kv-size 1.5MiB --prefix-caching on --kv-disk d --kv-disk-size 2GiB --kv-disk-key k "
         "--kv-events-port 0 --kv-events-topic kv "
         "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --prefix-attention exact "
@@ -43,6 +43,7 @@ def test_every_option_reaches_the_configuration() -> None:
         prefix_caching="on",
         kv_disk="d",
         kv_disk_size=2**31,
+        kv_disk_key="k",
         recovery="off",
         kv_events_port=0,
         kv_events_topic="kv",
@@ -120,6 +121,7 @@ WRONG_OPTIONS = {
     "events of nothing": ("--kv-events-port 0 --prefix-caching off", "there is nothing to publish"),
     "disk without a size": ("--kv-disk d", "--kv-disk and --kv-disk-size go together; give both."),
     "size of no disk": ("--kv-disk-size 1GiB", "--kv-disk and --kv-disk-size go together; give both."),
+    "key of no disk": ("--kv-disk-key k", "--kv-disk-key is for --kv-disk: there is nothing to encrypt."),
     "disk for nothing": (
         "--kv-disk d --kv-disk-size 1GiB --prefix-caching off",
         "--kv-disk is for --prefix-caching on: there is nothing to keep.",

@@ -27,7 +27,7 @@ from clo.runtime.wire.messages import (
     ToClient,
     ToRouter,
 )
-from clo.runtime.wire.port import Delivery, Port, TooLarge, listen_tcp, listen_unix
+from clo.runtime.wire.port import Caller, Delivery, Port, TooLarge, listen_tcp, listen_unix
 from clo.runtime.wire.sockets import configure, encode, present
 from tests.faults import WAIT_S
 from tests.store import new_endpoint
@@ -36,6 +36,7 @@ from tests.test_router import in_loop
 Heard = ToRouter | ProtocolError | TooLarge
 
 LARGEST = 10_000
+SIZES = 1, 200, 235, 236, 237, 300, 9_000  # of texts, around those where the frame changes
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 NAME = b"\x08Identity\x00\x00\x00\x01a"
@@ -119,9 +120,9 @@ class Listening:
 
 @asynccontextmanager
 async def listening(
-    key: str | None = None, unread: int = 10**6, endpoint: str | None = None
+    key: str | None = None, unread: int = 10**6, endpoint: str | None = None, named: bool = True
 ) -> AsyncIterator[Listening]:
-    """Listen to clients, or at an endpoint to peers with names."""
+    """Listen to clients, or at an endpoint to peers with names, if they have any."""
     found: Listening
 
     def handle(name: bytes, message: Heard, size: int) -> None:
@@ -131,7 +132,7 @@ async def listening(
         found.refused += 1
 
     listener = listen_tcp("127.0.0.1", 0) if endpoint is None else listen_unix(endpoint)
-    named = endpoint is not None
+    named = named and endpoint is not None
     found = Listening(Port(listener, ToRouter, key, named, LARGEST, unread, handle, refuse))
     task = asyncio.create_task(found.port.listen())
     try:
@@ -176,7 +177,7 @@ async def test_no_message_waits_until_the_one_before_it_is_acknowledged() -> Non
 async def test_sizes_around_those_where_the_frame_changes() -> None:
     async with listening() as found:
         client = found.client()
-        for size in (1, 200, 235, 236, 237, 300, 9_000):
+        for size in SIZES:
             message = Generate("r", Text("x" * size))
             client.send(encode(message))
             name, heard, _ = await found.next()
@@ -550,3 +551,55 @@ async def test_a_peer_is_heard_at_once_and_the_tasks_that_it_sets_off_before_its
     await asyncio.gather(listen, *tasks, return_exceptions=True)
     await port.close(0)
     writer.close()
+
+
+@in_loop
+async def test_a_caller_and_a_port_understand_each_other() -> None:
+    """Over messages of all sizes, in both directions."""
+    endpoint = new_endpoint()
+    async with listening(endpoint=endpoint, named=False) as found:
+
+        def talk() -> list[str]:
+            with Caller[ToRouter, ToClient](endpoint, ToClient, WAIT_S) as caller:
+                for size in SIZES:
+                    caller.send(Generate("r", Text("x" * size)))
+                answers = [caller.receive() for _ in SIZES]
+            return [answer.text for answer in answers if isinstance(answer, Failed)]
+
+        talking = asyncio.create_task(asyncio.to_thread(talk))
+        for size in SIZES:
+            name, message, _ = await found.next()
+            assert isinstance(message, Generate) and message.prompt == Text("x" * size)
+            found.port.send(name, Failed("r", "internal", "y" * size))
+        assert await talking == ["y" * size for size in SIZES]
+
+
+ANSWERS = {
+    "nothing": b"",
+    "half a greeting": GREETING[:40],
+    "half a frame": GREETING + command(READY) + b"\0\x09half",
+    "random bytes": random.Random(0).randbytes(1000),
+    "more than a message": GREETING + b"\x02" + (2**40).to_bytes(8, "big"),
+    "several frames": GREETING + b"\x01\x01x\0\x01x",
+    "no message": GREETING + b"\0\x01\xc1",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_caller_waits_for_nothing_that_will_not_come(answer: bytes, stays: bool) -> None:
+    endpoint = new_endpoint()
+    patience_s = 0.05 if stays else WAIT_S
+    with (
+        listen_unix(endpoint) as listener,
+        Caller[ToRouter, ToClient](endpoint, ToClient, patience_s) as caller,
+        listener.accept()[0] as peer,
+    ):
+        caller.send(GetInfo("r"))
+        peer.sendall(answer)
+        if not stays:
+            peer.shutdown(socket.SHUT_RDWR)
+        with pytest.raises((OSError, ProtocolError)):
+            caller.receive()
+    with pytest.raises(ConnectionRefusedError):
+        Caller[ToRouter, ToClient](endpoint, ToClient, WAIT_S)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -230,3 +231,47 @@ def test_the_key_is_on_no_command_line(launch: Launch, readable_model: Path) -> 
         for process in server.children():
             assert "key" not in json.loads(process.cmdline()[3])
             assert not any(len(value) == 64 for value in process.environ().values())
+
+
+LISTEN = """
+import json, os, socket, sys
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind("\\0" + sys.argv[1])
+    listener.listen()
+    print("listening", flush=True)
+    heard = []
+    for _ in range(int(sys.argv[2])):
+        peer, _ = listener.accept()
+        with peer:
+            heard.append(peer.recv(4096).decode("latin-1"))
+print(json.dumps(heard))
+"""
+
+
+def test_another_user_in_the_launchers_place_is_told_nothing() -> None:
+    """No server runs, so the name at which its launcher would listen is anybody's. Who asks there finds out
+    whose process it is before the first byte, and says so."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    name, address = f"clo-control-127.0.0.1:{port}", f"tcp://127.0.0.1:{port}"
+    commands = (("clo", "reload"), ("clo.kvstore.check",), ("clo.kvstore.check", "--recompute", "1"))
+    line = [sys.executable, "-c", LISTEN, name, f"{len(commands)}"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as listening:
+        try:
+            assert listening.stdout is not None
+            assert listening.stdout.readline() == "listening\n"
+            for command in commands:
+                asking = [sys.executable, "-m", *command, "--server", address]
+                done = subprocess.run(asking, cwd=ROOT, capture_output=True, text=True)
+                assert (done.returncode, done.stdout) == (1, "")
+                assert done.stderr == (
+                    f"error: The process that listens at ipc://@{name} is user 65534's and not this user's, "
+                    "so it was asked nothing; run this as the user whose server it is.\n"
+                )
+            assert json.loads(listening.stdout.read()) == [""] * len(commands)
+        finally:
+            listening.kill()

@@ -2,10 +2,10 @@
 
 import socket
 import ssl
-from importlib.util import find_spec
 
 from clo.runtime.config import GatewayConfig, ServerConfig
 from clo.runtime.machine.addresses import not_bound, numeric_host
+from clo.runtime.machine.packages import need
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.sockets import KEEPALIVE_S
 
@@ -40,23 +40,6 @@ def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
     return context
 
 
-def _need(option: str, extra: str, packages: dict[str, str]) -> None:
-    """Raises ``ConfigError`` where one of an extra's packages is missing."""
-    for module, package in packages.items():
-        if not _is_there(module):
-            raise ConfigError(
-                f"{option} needs the package '{package}', which is not installed; run "
-                f"\"pip install 'clo-llm[{extra}]'\", or \"pip install -e '.[{extra}]'\" in a clone."
-            )
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # what it is a part of is missing
-        return False
-
-
 class Listener:
     """The socket on which the gateway is going to serve.
 
@@ -68,9 +51,9 @@ class Listener:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        _need("--http", "http", _PACKAGES)
+        need("--http", "http", _PACKAGES)
         if config.gateway.otlp_traces_endpoint is not None:
-            _need("--otlp-traces-endpoint", "otel", _TRACING)
+            need("--otlp-traces-endpoint", "otel", _TRACING)
         scheme = "http" if tls_context(config.gateway) is None else "https"
         port = config.gateway.http
         assert port is not None

@@ -85,9 +85,12 @@ class _Snapshot(Collector):
             yield _by(values, GaugeMetricFamily(f"clo_store_{name}", text, labels=["store"]))
         if not stores:  # while no worker is there to ask, a sum of nothing would look like a new beginning
             return
-        hits = {store.store: store.disk_hits for store in stores}
-        text = "Blocks that came back from disk."
-        yield _by(hits, CounterMetricFamily("clo_store_disk_hits", text, labels=["store"]))
+        for name, text in (
+            ("disk_hits", "Blocks that came back from disk."),
+            ("disk_unusable", "Files on disk that were damaged, of another model or key, or not to be read."),
+        ):
+            values = {store.store: getattr(store, name) for store in stores}
+            yield _by(values, CounterMetricFamily(f"clo_store_{name}", text, labels=["store"]))
         for name, tokens, text in (
             ("queries", "asked_tokens", "Prompt tokens that could have been cached."),
             ("hits", "cached_tokens", "Prompt tokens that were cached."),

@@ -1,15 +1,13 @@
 """How a program asks a server of its own user and machine for what clients may not: through the launcher."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 from urllib.parse import urlsplit
-
-import zmq
 
 from clo.runtime.machine.addresses import from_this_machine, numeric_host
 from clo.runtime.wire.errors import ConfigError, ProtocolError, ServerUnreachable, error_from
 from clo.runtime.wire.messages import Examined, Failed, FromControl, Reloaded, ToControl, Working
-from clo.runtime.wire.sockets import DealerSocket
+from clo.runtime.wire.port import Caller
 
 _Answer = TypeVar("_Answer", Reloaded, Examined)
 
@@ -51,29 +49,32 @@ def ask(
 
     Raises:
         ConfigError: ``address`` is none.
-        ServerUnreachable: nothing is heard of the launcher for ``SILENCE_S`` seconds.
+        ServerUnreachable: nothing is heard of the launcher for ``SILENCE_S`` seconds, or another user's
+            process is in its place; that is asked nothing.
         CLOError: the launcher refuses, or what it was doing has failed.
     """
-    context: zmq.Context[Any] = zmq.Context()
+    answers = _answers(address, message)
+    while True:
+        match next(answers):
+            case Failed() as answer:
+                raise error_from(answer.code, answer.text)
+            case Working() as answer:
+                on_progress(answer)
+            case expected() as answer:
+                return answer
+            case answer:
+                raise ProtocolError(f"The launcher answered with {type(answer).__name__}.")
+
+
+def _answers(address: str, message: ToControl) -> Iterator[FromControl]:
+    """All that a launcher says to a message, without an end."""
     try:
-        socket: DealerSocket[ToControl, FromControl] = DealerSocket(
-            context, control_endpoint(address), FromControl, None
-        )
-        socket.send(message)
-        while True:
-            match socket.receive(round(1000 * SILENCE_S)):
-                case None:
-                    raise ServerUnreachable(
-                        f"No server of this user on this machine answers for {address}; is it running, and "
-                        "does its ready line say this address?"
-                    )
-                case Failed() as answer:
-                    raise error_from(answer.code, answer.text)
-                case Working() as answer:
-                    on_progress(answer)
-                case expected() as answer:
-                    return answer
-                case answer:
-                    raise ProtocolError(f"The launcher answered with {type(answer).__name__}.")
-    finally:
-        context.destroy(linger=0)
+        with Caller[ToControl, FromControl](control_endpoint(address), FromControl, SILENCE_S) as launcher:
+            launcher.send(message)
+            while True:
+                yield launcher.receive()
+    except OSError:
+        raise ServerUnreachable(
+            f"No server of this user on this machine answers for {address}; is it running, and does its "
+            "ready line say this address?"
+        ) from None

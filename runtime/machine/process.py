@@ -87,10 +87,10 @@ def run_process(main: Callable[[], None]) -> None:
     """Run ``main`` as the whole work of a child process.
 
     SIGINT is ignored: at Ctrl-C the terminal signals every process, and the launcher alone decides. SIGTERM
-    keeps its default action and ends the process at once: nothing that a child holds outlives it. An error
-    ends the process just as immediately, since an orderly exit could wait for a stuck GPU: with code 3 after
-    a ``CLOError``, whose sentence goes to stderr, and with code 1 after any other exception, whose traceback
-    is logged.
+    keeps its default action and ends the process at once, but for a store with a disk: nothing else that a
+    child holds outlives it. An error ends the process just as immediately, since an orderly exit could wait
+    for a stuck GPU: with code 3 after a ``CLOError``, whose sentence goes to stderr, and with code 1 after
+    any other exception, whose traceback is logged.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -10,3 +10,4 @@ lost, for connections between processes of one machine last as long as the proce
 STARTING_S = 1800.0  # from its start to its first message: a terabyte is touched, or weights are read
 SERVING_S = 120.0  # to answer a Ping; a GPU that is stuck is given up after half of it
 STALLED_S = 5.0  # without an answer, after which clients are told
+DRAIN_S = 5.0  # for a store that is ended to write what is not on disk yet

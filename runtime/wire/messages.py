@@ -284,6 +284,7 @@ class StoreStats(msgspec.Struct, frozen=True):
     cached_tokens: Count  # how many of these were there already
     disk_blocks: Count = 0  # of which there are copies on disk
     disk_hits: Count = 0  # blocks that have come back from there
+    disk_unusable: Count = 0  # files that were not what they should be, or could not be read
 
 
 class DriftStats(msgspec.Struct, frozen=True):

@@ -13,12 +13,13 @@ import os
 import resource
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from clo.runtime.wire.errors import ProtocolError
+from clo.runtime.wire.errors import ProtocolError, ServerUnreachable
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES, Message
 from clo.runtime.wire.sockets import KEEPALIVE_S, Decoder, encode
 from clo.runtime.wire.strangers import Strangers
@@ -65,15 +66,20 @@ def listen_tcp(host: str, port: int) -> socket.socket:
 def listen_unix(endpoint: str) -> socket.socket:
     """A socket for a ``Port``: at an address such as ``ipc:///tmp/x``, or ``ipc://@x`` for one that is no
     file. Raises ``OSError``."""
-    path = endpoint.removeprefix("ipc://")
     listener = socket.socket(socket.AF_UNIX)
     try:
-        listener.bind("\0" + path[1:] if path.startswith("@") else path)
+        listener.bind(_unix_name(endpoint))
         listener.listen(_WAITING)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def _unix_name(endpoint: str) -> str:
+    """The kernel's name for an address such as ``ipc:///tmp/x`` or ``ipc://@x``."""
+    path = endpoint.removeprefix("ipc://")
+    return "\0" + path[1:] if path.startswith("@") else path
 
 
 def _greeting(mechanism: bytes) -> bytes:
@@ -482,3 +488,79 @@ def _endpoint(listener: socket.socket) -> str:
         return f"ipc://@{name[1:].decode()}" if isinstance(name, bytes) else f"ipc://{name}"
     host = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
     return f"tcp://{host}:{address[1]}"
+
+
+class Caller(Generic[Sent, Received]):
+    """The connecting end of a ``Port`` without a key at a local socket, for programs that have no event loop.
+
+    Anybody may listen at an address that is no file while no server does. So it says nothing, not even the
+    greeting that ZeroMQ would begin with, before the kernel has told whose process has listened there.
+
+    Args:
+        endpoint: such as ``ipc://@x``.
+        received: the union of messages that may arrive.
+        patience_s: seconds that connecting may take, and each wait for a message.
+
+    Raises:
+        OSError: nobody listens there.
+        ServerUnreachable: another user's process does.
+    """
+
+    def __init__(self, endpoint: str, received: Any, patience_s: float) -> None:
+        self._decode: Decoder[Received] = Decoder(received)
+        self._patience_s = patience_s
+        self._greeted = False
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(patience_s)  # first: who listens may never accept
+            self._socket.connect(_unix_name(endpoint))
+            if (user := _user_of(self._socket)) != os.geteuid():
+                raise ServerUnreachable(
+                    f"The process that listens at {endpoint} is user {user}'s and not this user's, so it was "
+                    "asked nothing; run this as the user whose server it is."
+                )
+            self._socket.sendall(_greeting(b"NULL") + _frame(_ready("DEALER"), _COMMAND))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> "Caller[Sent, Received]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, message: Sent) -> None:
+        """Raises ``OSError`` where the other end is gone."""
+        self._socket.sendall(_frame(encode(message)))
+
+    def receive(self) -> Received:
+        """The next message.
+
+        Raises:
+            OSError: none has come in time, or none will come any more.
+            ProtocolError: what has come is none.
+        """
+        deadline = time.monotonic() + self._patience_s
+        if not self._greeted:
+            self._read(_GREETING_BYTES, deadline)
+            self._greeted = True
+        while True:
+            flags, size = self._read(2, deadline)
+            if flags & _LONG:
+                size = int.from_bytes(bytes([size]) + self._read(7, deadline), "big")
+            if size > MAX_MESSAGE_BYTES or flags & _MORE:
+                raise ProtocolError("What listens there does not speak as a server does.")
+            body = self._read(size, deadline)
+            if not flags & _COMMAND:
+                return self._decode(body)
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            part = self._socket.recv(min(count - len(data), 2**20))
+            if not part:
+                raise ConnectionError("The other end is gone.")
+            data += part
+        return bytes(data)
