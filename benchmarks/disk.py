@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.result import Result, write
-from clo.kvstore.disk import READERS, ROOT_BYTES, DiskTier
+from clo.kvstore.block_file import ROOT_BYTES
+from clo.kvstore.disk import READERS, DiskTier
 from clo.kvstore.pool import BlockPool
 from clo.kvstore.uncached import aligned, uncached
 from clo.runtime.units import format_size, parse_size

@@ -22,8 +22,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def decoder(tiny_model: str, request: pytest.FixtureRequest) -> Decoder:
-    dtype = "bfloat16" if request.param == "cuda" else "float32"
-    return load_decoder(resolve(ModelConfig(model=str(tiny_model), device=request.param, dtype=dtype)))
+    config = ModelConfig(model=str(tiny_model), device="cpu")
+    if request.param == "cuda":
+        config = ModelConfig(model=str(tiny_model), device="cuda", dtype="bfloat16")
+    return load_decoder(resolve(config))
 
 
 @pytest.fixture
