@@ -50,13 +50,11 @@ def plan_gpu_memory(
     utilization = engine.gpu_memory_utilization
     slot = _slot_bytes(shape, config, max_tokens) + sampler_bytes(vocab)
     beside = beside_tokens(max_tokens)
+    codes = config.prefix_attention == "sparse"
     prefill = prefill_bytes(
-        shape,
-        max_tokens + beside,
-        sparse=config.prefill_attention == "sparse",
-        codes=config.prefix_attention == "sparse",
+        shape, max_tokens + beside, sparse=config.prefill_attention == "sparse", codes=codes
     )
-    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape) + suffix_graph_bytes(shape, max_tokens)
+    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape) + suffix_graph_bytes(shape, max_tokens, codes=codes)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
 
     def wanted(slots: int) -> int:

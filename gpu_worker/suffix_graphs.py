@@ -28,20 +28,29 @@ from clo.kernels.quantize_query import Rope
 from clo.runtime.model.kv_shape import KVShape
 
 SIZES = (64, 256, 512, 1024, 2048)  # tokens of a suffix
-_MOST_TOKENS = 65_536  # of a whole prompt: a longer one's rows take longer to read than a layer to launch
+# Of a whole prompt: the rows of a longer one take longer to read than a layer to launch, and so do the codes.
+_MOST_TOKENS, _MOST_OF_CODES = 65_536, 2**17 + SIZES[-1]
 _QUERIES = 256  # and more fill a device without cutting the rows before them into pieces
 
 
-def most_tokens(max_tokens: int) -> int:
-    """Tokens of the longest prompt that the graphs take, suffix included; ``max_tokens`` is the longest."""
-    return min(max_tokens, _MOST_TOKENS)
+def most_tokens(max_tokens: int, *, codes: bool) -> int:
+    """Tokens of the longest prompt that the graphs take, suffix included.
+
+    Args:
+        max_tokens: longest sequence.
+        codes: whether what is in the arena is taken from its codes.
+    """
+    return min(max_tokens, _MOST_OF_CODES if codes else _MOST_TOKENS)
 
 
-def suffix_graph_bytes(shape: KVShape, max_tokens: int) -> int:
+def suffix_graph_bytes(shape: KVShape, max_tokens: int, *, codes: bool) -> int:
     """About the GPU memory of the graphs: the rows of two layers, and activations."""
-    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    rows = 2 * (most_tokens(max_tokens) + SIZES[-1]) * shape.kv_heads * shape.row_bytes
-    ranking = PROMPT_QUERIES * most_tokens(max_tokens) * shape.kv_heads * 8
+    width, most = (
+        shape.query_heads * shape.head_dim * shape.dtype.itemsize,
+        most_tokens(max_tokens, codes=codes),
+    )
+    rows = 2 * (most + SIZES[-1]) * shape.kv_heads * shape.row_bytes
+    ranking = PROMPT_QUERIES * most * shape.kv_heads * 8
     return rows + SIZES[-1] * 32 * width + ranking
 
 
@@ -53,20 +62,22 @@ class _Inputs:
         most: tokens of a prompt at most.
         block_tokens: tokens of a block.
         device: that of the graphs.
+        codes: whether what is in the arena is taken from its codes.
 
     Attributes:
         tokens, positions: [N] int64, of the suffix; the positions go on behind its end.
         pieces: [S + 1] int64, bounds of the rows before the suffix, see ``attend_suffix``.
         own: [2] int64, bounds of the suffix.
         last: [1] int64, the last token as a number of the suffix.
-        ranking: [W] int64, the tokens whose queries choose the resident rows.
+        ranking: [W] int64, the tokens whose queries choose rows: the last ones or, where what is in the arena
+            is taken from its codes, some of all.
         lengths: [W] int64, the prompt's tokens.
         pages: [max_blocks] int64, pages of the prompt.
         prefix, suffix: which blocks and pages the rows before the suffix and its own ones have.
     """
 
-    def __init__(self, size: int, most: int, block_tokens: int, device: torch.device) -> None:
-        self.size, self._block_tokens = size, block_tokens
+    def __init__(self, size: int, most: int, block_tokens: int, device: torch.device, *, codes: bool) -> None:
+        self.size, self._block_tokens, self._codes = size, block_tokens, codes
         parts, own_parts = -(-most // block_tokens), -(-size // block_tokens) + 1
         self._pieces = max(1, _QUERIES // size)
         self._widths = [
@@ -89,6 +100,7 @@ class _Inputs:
         """Describe the next prompt, of which the first ``cached`` tokens are in the arena."""
         total, count = len(tokens), self._block_tokens
         own, first = total - cached, cached // count
+        step = max(1, own // PROMPT_QUERIES) if self._codes else 1
         parts = [
             (start, min(count, total - start), block, page)
             for start, block, page in zip(range(0, total, count), blocks, pages, strict=False)
@@ -99,7 +111,7 @@ class _Inputs:
             [cached * piece // self._pieces for piece in range(self._pieces + 1)],
             [cached, total],
             [own - 1],
-            [max(0, own - PROMPT_QUERIES + number) for number in range(PROMPT_QUERIES)],
+            [max(0, own - 1 - step * number) for number in reversed(range(PROMPT_QUERIES))],
             [total] * PROMPT_QUERIES,
             pages[: len(parts)],
             [0], [total], [slot],
@@ -108,7 +120,7 @@ class _Inputs:
         for some in (parts[:first], parts[first:]):
             columns += [[part[field] for part in some] for field in range(4)]
         unused = [0] * len(columns)
-        unused[13] = -1
+        unused[13] = unused[14] = -1
         values: list[int] = []
         for column, width, value in zip(columns, self._widths, unused, strict=True):
             values += column + [value] * (width - len(column))
@@ -134,7 +146,8 @@ class SuffixGraphs:
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, max_tokens: int) -> None:
-        self._decoder, self._cache, self._most = decoder, cache, most_tokens(max_tokens)
+        self._decoder, self._cache, self._codes = decoder, cache, cache.least_prefix is not None
+        self._most = most_tokens(max_tokens, codes=self._codes)
         self._rows: tuple[Tensor, ...] = ()
         self._inputs: dict[int, _Inputs] = {}
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
@@ -176,14 +189,14 @@ class SuffixGraphs:
         self._rows = tuple(torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(2))
         # Largest first, so that the others fit into its memory.
         for count in SIZES[::-1]:
-            self._inputs[count] = _Inputs(count, self._most, shape.block_tokens, device)
+            self._inputs[count] = _Inputs(count, self._most, shape.block_tokens, device, codes=self._codes)
 
     def takes(self, total: int, cached: int) -> bool:
         """Whether the graphs take the last tokens of a prompt, and no other prompt uses them."""
-        fitting, least = self._cache.fitting_tokens, self._cache.least_prefix
-        if self._user() is not None or fitting is None or not fitting < total <= self._most:
+        user, fitting = self._user(), self._cache.fitting_tokens
+        if user is not None and user.remaining_flops > 0:
             return False
-        if least is not None and cached >= least:  # it is taken from its codes
+        if fitting is None or not fitting < total <= self._most:
             return False
         return PROMPT_QUERIES <= total - cached <= max(self._inputs, default=0)
 
@@ -229,11 +242,18 @@ class SuffixGraphs:
         loaded = None if last else self._load(layer + 1, following, prefix)
         query, own_rows = decoder.qkv(layer, normed, rope)
         rows.index_copy_(0, inputs.positions, own_rows)
-        cache.index_rows(layer, rows, prefix)
         cache.take_rows(layer, rows, inputs.suffix)
-        attended, lse = attend_suffix(query, rows, inputs.pieces.int(), inputs.own.int(), decoder.scale)
+        pieces, own = inputs.pieces.int(), inputs.own.int()
+        attended, lse = attend_suffix(query, rows, pieces, own, decoder.scale)
         chosen_by = LastTokens(query[inputs.ranking], lse[inputs.ranking])
-        cache.start_sets_by_codes(layer, rows, inputs.suffix, chosen_by, inputs.lengths, inputs.pages)
+        ranked = chosen_by, inputs.lengths, inputs.pages
+        if self._codes:
+            chosen = cache.fetch_best_by_codes(layer, rows, prefix, *ranked, inputs.own)
+            attended, lse = attend_suffix(query, rows, pieces, own, decoder.scale)
+            cache.start_chosen(layer, rows, inputs.suffix, chosen, lse[inputs.last])
+        else:
+            cache.index_rows(layer, rows, prefix)
+            cache.start_sets_by_codes(layer, rows, inputs.suffix, *ranked)
         if last:  # no other token's output is used
             hidden, attended = hidden[inputs.last], attended[inputs.last]
         hidden, normed = decoder.add_attention(layer, hidden, attended)
@@ -245,7 +265,8 @@ class SuffixGraphs:
 
     def _load(self, layer: int, rows: Tensor, prefix: Prompts) -> DeviceEvent:
         size = len(prefix.blocks.blocks) * self._decoder.shape.block_tokens
-        return self._cache.load_rows(layer, rows[:size], prefix, ())
+        load = self._cache.load_codes if self._codes else self._cache.load_rows
+        return load(layer, rows[:size], prefix, ())
 
 
 class SuffixPrefill:

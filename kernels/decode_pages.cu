@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_keys(
     const int page = blockIdx.z, head = blockIdx.y, kv_heads = gridDim.y, tokens = THREADS / WORDS;
     const int within = threadIdx.x / WORDS, entry = threadIdx.x % WORDS * 4;
     const int token = blockIdx.x * tokens + within;
-    if (within >= tokens || token >= BLOCK_TOKENS) return;
+    if (within >= tokens || token >= BLOCK_TOKENS || numbers[page] < 0) return;
     const int64 place = (numbers[page] * kv_heads + head) * BLOCK_TOKENS + token;
     const uint32 word = *(const uint32*)(codes + place * QUARTER + entry);
     const float scale = half_to_float(scales[place]);
@@ -55,10 +55,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_keys(
 }
 
 // Eight lanes take a value, each its chunks lane, lane + 8 and so on, as in encode_values.cu.
-extern "C" __global__ void __launch_bounds__(THREADS) decode_values(
-    Element* rows, const int64* numbers, const uint16* codes, const uint16* scales) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    decode_values(Element* rows, const int64* numbers, const uint16* codes, const uint16* scales) {
     const int page = blockIdx.z, head = blockIdx.y, kv_heads = gridDim.y, lane = threadIdx.x % 8;
     const int token = blockIdx.x * (THREADS / 8) + threadIdx.x / 8;
+    if (numbers[page] < 0) return;
     const int64 line = numbers[page] * kv_heads + head;
     const float scale = half_to_float(scales[line * BLOCK_TOKENS + token]) * rsqrtf((float)TRANSFORMED);
     const int run = token / RUN, quad = token % 8 / 2, slot = token % 2 + 2 * (token % RUN / 8);

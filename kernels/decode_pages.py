@@ -52,7 +52,8 @@ def decode_pages(
 
     Args:
         rows: [N, kv_heads, 2, head_dim], contiguous, to be filled.
-        numbers: [N / block_tokens] int64, pages, in the order of the tokens.
+        numbers: [N / block_tokens] int64, pages, in the order of the tokens; the rows of one below 0 are
+            undefined.
         pages, values: this layer of the index.
         rotation: [head_dim, head_dim] float32, with which the keys were encoded.
     """

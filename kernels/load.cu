@@ -42,12 +42,14 @@ extern "C" __global__ void load_rows(
         for (int i = 0; i < READS; i++) {
             const int at = min(first + i * step, total - 1), entry = at / CHUNKS, item = at % CHUNKS;
             const int head = entry / (int)count, position = positions[entry];
+            place[i] = -1;
+            if (position < 0) continue;
             const char* block = arena + blocks[position / BLOCK_TOKENS] * block_stride + head * head_stride;
             chunk[i] = ((const uint4*)block)[position % BLOCK_TOKENS * CHUNKS + item];
             place[i] = (position * kv_heads + head) * CHUNKS + item;
         }
 #pragma unroll
         for (int i = 0; i < READS; i++)
-            if (first + i * step < total) rows[place[i]] = chunk[i];
+            if (first + i * step < total && place[i] >= 0) rows[place[i]] = chunk[i];
     }
 }

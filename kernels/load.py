@@ -68,15 +68,15 @@ def load_rows(rows: Tensor, positions: Tensor, blocks: Tensor, arena: Tensor) ->
 
     Args:
         rows: [N, kv_heads, 2, head_dim], contiguous, of which those at ``positions`` are replaced.
-        positions: [kv_heads, R] int32, below N; those of a head are different ones.
+        positions: [kv_heads, R] int32, below N; one below 0 is none. A row that is there twice is read twice.
         blocks: [P] int64, block ids, in the order of the tokens.
         arena: [blocks, kv_heads, block_tokens, 2, head_dim], this layer of the arena.
     """
     _LOAD_ROWS.check(rows, positions, blocks, arena)
     if rows.is_cpu:
-        number, offset = positions.long() // arena.shape[2], positions.long() % arena.shape[2]
-        heads = torch.arange(len(positions)).unsqueeze(1)
-        rows[positions.long(), heads] = arena[blocks[number], heads, offset]
+        heads, entries = (positions >= 0).nonzero(as_tuple=True)
+        wanted = positions[heads, entries].long()
+        rows[wanted, heads] = arena[blocks[wanted // arena.shape[2]], heads, wanted % arena.shape[2]]
         return
     launch(
         "load.cu", "load_rows", (_BLOCKS,), _THREADS,

@@ -1,9 +1,12 @@
 """The last tokens of a prompt by graphs of a layer each: as the prefill that is launched kernel by kernel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache import layer as layer_module
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
@@ -30,7 +33,11 @@ def decoder(tiny_model: str, request: pytest.FixtureRequest) -> Decoder:
 
 @pytest.fixture
 def engine(decoder: Decoder) -> Engine:
-    engine = make_engine(decoder, CONFIG, 2, ROOM, SOURCES)
+    return made(decoder, CONFIG)
+
+
+def made(decoder: Decoder, config: CacheConfig) -> Engine:
+    engine = make_engine(decoder, config, 2, ROOM, SOURCES)
     engine.capture()
     if decoder.device.type == "cpu":  # where there are no graphs, but layers all the same
         engine.suffix_graphs.prepare()
@@ -93,6 +100,41 @@ def test_it_gives_what_the_kernels_alone_give(engine: Engine, total: int, blocks
         assert len(wait_for(engine, engine.step([0, 1], total + 8))) == 2
 
 
+@pytest.mark.parametrize("exact", [ROOM, 900, 300])
+def test_behind_codes_it_is_as_close_as_kernels_alone_are(
+    decoder: Decoder, exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whatever is resident is exact."""
+    monkeypatch.setattr(layer_module, "EXACT_ROWS", exact)
+    config = replace(CONFIG, prefix_attention="sparse")
+    engine, eager = made(decoder, config), make_engine(decoder, config, 2, ROOM, SOURCES)
+    size, prompt = decoder.shape.block_tokens, random_tokens(1800, 6)
+    shared, own = blocks_of(engine, 0, ROOM), blocks_of(engine, 1, ROOM)
+    expected = run(engine.prefill(0, prompt, shared))
+    run(eager.prefill(0, prompt, shared))
+    for blocks in (3, 1):
+        table = shared[:blocks] + own[blocks:]
+        work = engine.prefill(1, prompt, table, cached=blocks * size)
+        assert isinstance(work, SuffixPrefill)
+        lost = divergence(run(work), expected)
+        alone = divergence(run(eager.prefill(1, prompt, table, cached=blocks * size)), expected)
+        eager.retire(1)
+        assert lost < 1.5 * alone + tolerance(engine)
+        assert blocks * size <= exact or lost > 0, "codes were attended to"
+        engine.activate(1, len(prompt), GREEDY, 0)
+        for cache in engine.cache.sparse_layers:
+            resident = cache.resident
+            arena = cache.arena[torch.tensor(table)].transpose(0, 1).flatten(1, 2).cpu()
+            places = resident.positions[1].long().cpu()
+            latest = torch.arange(len(prompt) - resident.recent, len(prompt))
+            ring = resident.sinks + (latest - resident.sinks) % resident.recent
+            rows, heads = resident.rows[1].cpu(), torch.arange(resident.kv_heads)[:, None]
+            assert torch.equal(rows[:, resident.first :], arena[heads, places])
+            assert torch.equal(rows[:, : resident.sinks], arena[:, : resident.sinks])
+            assert torch.equal(rows[:, ring], arena[:, latest])
+        engine.retire(1)
+
+
 def test_a_prompt_after_another_finds_nothing_of_it(engine: Engine) -> None:
     size, prompt = engine.decoder.shape.block_tokens, random_tokens(1500, 1)
     shared, own = blocks_of(engine, 0, ROOM), blocks_of(engine, 1, ROOM)
@@ -131,7 +173,7 @@ def test_one_prompt_uses_the_graphs_at_a_time(engine: Engine) -> None:
 )  # fmt: skip
 def test_it_takes_what_there_is_a_graph_for(engine: Engine, total: int, cached: int, taken: bool) -> None:
     """A prompt that fits into its set is for other graphs, and so is a suffix without enough queries."""
-    assert engine.cache.fitting_tokens == 268 and most_tokens(ROOM) == ROOM
+    assert engine.cache.fitting_tokens == 268 and most_tokens(ROOM, codes=False) == ROOM
     assert engine.suffix_graphs.takes(total, cached) is taken
 
 

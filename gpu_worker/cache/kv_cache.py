@@ -242,6 +242,27 @@ class KVCache:
         assert isinstance(cached, LayerCache), "full attention has no sets"
         cached.start_sets_by_codes(rows, prompts, last, lengths, page_table)
 
+    def fetch_best_by_codes(
+        self,
+        layer: int,
+        rows: Tensor,
+        prefix: Prompts,
+        last: LastTokens,
+        lengths: Tensor,
+        page_table: Tensor,
+        own: Tensor,
+    ) -> Tensor:
+        """See ``LayerCache.fetch_best_by_codes``."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention has no codes"
+        return cached.fetch_best_by_codes(rows, prefix, last, lengths, page_table, own)
+
+    def start_chosen(self, layer: int, rows: Tensor, prompts: Prompts, chosen: Tensor, lse: Tensor) -> None:
+        """See ``LayerCache.start_chosen``."""
+        cached = self.layers[layer]
+        assert isinstance(cached, LayerCache), "full attention has no sets"
+        cached.start_chosen(rows, prompts, chosen, lse)
+
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""
         for layer in self.layers:

@@ -182,8 +182,53 @@ class LayerCache:
             page_table: [max_blocks] int64, pages of the prompt.
         """
         with self._streams.filling.fork(rows, *last):
-            chosen = self._rank_codes(last, lengths, page_table)
+            weights = self._weigh_codes(last, lengths, page_table)
+            chosen = weights.topk(self.resident.capacity).indices.int()
             self._begin(rows, prompts, chosen.unsqueeze(0), last.lse[-1:])
+
+    def fetch_best_by_codes(
+        self,
+        rows: Tensor,
+        prefix: Prompts,
+        last: LastTokens,
+        lengths: Tensor,
+        page_table: Tensor,
+        own: Tensor,
+    ) -> Tensor:
+        """As ``fetch_best``, ranked by the keys' codes, for a CUDA graph as ``start_sets_by_codes`` is.
+
+        Args:
+            rows: [N, kv_heads, 2, head_dim], of which the first are the layer's whole KV.
+            prefix: where the rows lie that ``load_codes`` has filled.
+            last: tokens whose queries choose, their log-sum-exp from the rows as they are.
+            lengths, page_table: see ``start_sets_by_codes``.
+            own: [2] int64, bounds of the rows that are exact already.
+
+        Returns:
+            [kv_heads, capacity] int32, of the rows that are exact now those candidates for the resident set
+            that weigh most, best first.
+        """
+        resident, device = self.resident, rows.device
+        with self._streams.filling.fork(*last):  # which comes after the codes of all tokens
+            weights = self._weigh_codes(last, lengths, page_table)
+            fetched = torch.arange(weights.shape[1], device=device) < own[0]
+            count = min(self.exact_rows, weights.shape[1])
+            best = weights.masked_fill(~fetched, -1).topk(count, sorted=False).indices
+            exact = weights.masked_fill(fetched, -1).scatter(1, best, weights.gather(1, best))
+            chosen = exact.topk(resident.capacity).indices.int()
+        self._streams.filling.join()
+        latest = own[0] - 1 - torch.arange(resident.recent, device=device)
+        always = torch.cat((torch.arange(resident.sinks, device=device), latest))
+        wanted = torch.cat((best, always.expand(resident.kv_heads, -1)), 1).int()
+        blocks = prefix.blocks.blocks
+        within = rows[: len(blocks) * self.arena.shape[2]]
+        load_rows(within, wanted.masked_fill(wanted >= own[0], -1), blocks, self.arena)
+        return chosen
+
+    def start_chosen(self, rows: Tensor, prompts: Prompts, chosen: Tensor, lse: Tensor) -> None:
+        """As ``start_sets`` for one prompt, with the rows [kv_heads, capacity] int32 that ``chosen`` says."""
+        with self._streams.filling.fork(rows, chosen, lse):
+            self._begin(rows, prompts, chosen.unsqueeze(0).contiguous(), lse)
 
     def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
         """Make a slot ready from rows that are in the arena already.
@@ -238,8 +283,9 @@ class LayerCache:
             positions = torch.cat((positions, behind.expand(resident.kv_heads, -1)), 1)
         return positions.gather(1, weights.topk(resident.capacity).indices)
 
-    def _rank_codes(self, last: LastTokens, lengths: Tensor, page_table: Tensor) -> Tensor:
-        """The same from the keys' codes, for all tokens of a prompt that are candidates."""
+    def _weigh_codes(self, last: LastTokens, lengths: Tensor, page_table: Tensor) -> Tensor:
+        """What all tokens of a prompt weigh to its last tokens by the keys' codes: [kv_heads, max_blocks *
+        block_tokens] float32, below 0 for those that are no candidates."""
         assert isinstance(self.index, TwoBitIndex), "only codes are ranked"
         resident, queries = self.resident, last.queries.shape[0]
         batch = Batch(lengths, page_table, page_table.expand(queries, -1))
@@ -248,8 +294,7 @@ class LayerCache:
         scores = self.index.score(prepared, every, batch, resident.sinks, resident.recent).rows
         places = torch.arange(scores.shape[2], device=lengths.device)
         weights = (scores.clamp_min(0).int() << 16).view(torch.float32).sum(0)
-        weights.masked_fill_((places < resident.sinks) | (places >= lengths[0] - resident.recent), -1)
-        return weights.topk(resident.capacity).indices.int()
+        return weights.masked_fill_((places < resident.sinks) | (places >= lengths[0] - resident.recent), -1)
 
     # ------------------------------------------------------------------------------------- decode
 
