@@ -293,7 +293,8 @@ class LayerCache:
         prepared = self.index.prepare(last.queries, last.lse, batch)
         scores = self.index.score(prepared, every, batch, resident.sinks, resident.recent).rows
         places = torch.arange(scores.shape[2], device=lengths.device)
-        weights = (scores.clamp_min(0).int() << 16).view(torch.float32).sum(0)
+        # a score is the high half of a float32, which is a bfloat16
+        weights = scores.clamp_min_(0).view(torch.bfloat16).sum(0, dtype=torch.float32)
         return weights.masked_fill_((places < resident.sinks) | (places >= lengths[0] - resident.recent), -1)
 
     # ------------------------------------------------------------------------------------- decode
