@@ -75,8 +75,7 @@ clo.runtime.router._MOST_LOSSES = clo.runtime.supervisor._QUICK_ENDS = 1_000_000
 clo.runtime.supervisor._BACK_OFF_S = 0.0
 sys.exit(clo.launch.main(sys.argv[1:]))
 """
-WORKERS = 2
-OPTIONS = (*EXACT, "--workers", f"{WORKERS}", "--http", "0")
+OPTIONS = (*EXACT, "--workers", "2", "--http", "0")
 
 
 def prompts() -> list[list[int]]:
@@ -141,6 +140,8 @@ class Chaos:
     async def run(self, faults: int) -> None:
         """Raises ``AssertionError`` where an answer is another one, or a block is lost."""
         expected = await answers(self._server.address)
+        async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
+            workers = len((await client.info()).workers)
         coming = [fault for fault, share in FAULTS.items() for _ in range(share * faults // 100)]
         self._rng.shuffle(coming)
         async with asyncio.TaskGroup() as group:
@@ -156,7 +157,7 @@ class Chaos:
             self._over = True
         async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
             deadline = time.monotonic() + WAIT_S
-            while len((await client.info()).workers) < WORKERS:
+            while len((await client.info()).workers) < workers:
                 assert time.monotonic() < deadline, f"one is missing: {self._server.stderr.read_text()}"
                 await asyncio.sleep(0.1)
             await assert_all_free(client)
