@@ -70,7 +70,7 @@ def test_it_gives_what_the_kernels_alone_give(engine: Engine, total: int, blocks
     size = engine.decoder.shape.block_tokens
     prompt, cached = random_tokens(total, total), blocks * size
     shared = blocks_of(engine, 0, ROOM)
-    whole = prefill(engine, 0, prompt, ROOM)
+    whole = prefill(engine, 0, prompt, ROOM).clone()
     own = blocks_of(engine, 1, ROOM)
     work = engine.prefill(1, prompt, shared[:blocks] + own[blocks:], cached=cached)
     assert isinstance(work, SuffixPrefill)
@@ -138,7 +138,7 @@ def test_behind_codes_it_is_as_close_as_kernels_alone_are(
 def test_a_prompt_after_another_finds_nothing_of_it(engine: Engine) -> None:
     size, prompt = engine.decoder.shape.block_tokens, random_tokens(1500, 1)
     shared, own = blocks_of(engine, 0, ROOM), blocks_of(engine, 1, ROOM)
-    expected = prefill(engine, 0, prompt, ROOM)
+    expected = prefill(engine, 0, prompt, ROOM).clone()
     for longer in (random_tokens(1024 + 900, 2), random_tokens(400, 3)):
         work = engine.prefill(1, longer, own, cached=0)
         if isinstance(work, SuffixPrefill):
