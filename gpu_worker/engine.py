@@ -40,6 +40,7 @@ class Engine:
         sources: the query that each layer selects with where it prefetches; measured if None.
         layer_type: class of the cache's layers.
         codes: [blocks, layers, kv_heads, code_bytes] uint8, see ``KVCache``.
+        spare: bytes of the device's memory for graphs that only make prompts faster; None for any number.
 
     Attributes:
         depth: steps that should be on their way at a time, so that the device does not wait for the host.
@@ -58,6 +59,7 @@ class Engine:
         sources: tuple[QuerySource, ...] | None = None,
         layer_type: type[LayerCache] = LayerCache,
         codes: Tensor | None = None,
+        spare: int | None = None,
     ) -> None:
         self.decoder = decoder
         self.slots = slots
@@ -74,7 +76,7 @@ class Engine:
         self._decode = DecodeStep(decoder, self.cache, sources, verified=config.prefetch != "predicted")
         self._graphs = DecodeGraphs(self._step, device)
         self.prompt_graphs = PromptGraphs(decoder, self.cache, slots)
-        self.suffix_graphs = SuffixGraphs(decoder, self.cache, max_tokens)
+        self.suffix_graphs = SuffixGraphs(decoder, self.cache, max_tokens, spare)
 
         self.max_blocks = -(-max_tokens // decoder.shape.block_tokens)
         self._blocks = torch.zeros(slots, self.max_blocks, dtype=torch.int64, device=device)

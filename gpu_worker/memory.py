@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.kv_cache import index_pages
@@ -11,7 +12,6 @@ from clo.gpu_worker.prefill import prefill_bytes
 from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.gpu_worker.prompt_queue import beside_tokens
 from clo.gpu_worker.sampler import sampler_bytes
-from clo.gpu_worker.suffix_graphs import suffix_graph_bytes
 from clo.kernels.limits import RUN
 from clo.runtime.config import AUTO_SEQS, CacheConfig, EngineConfig
 from clo.runtime.model.kv_shape import KVShape
@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 _GRAPH_BYTES = 2**30
 
 
+class MemoryPlan(NamedTuple):
+    """What fits into a worker's memory."""
+
+    slots: int  # sequences at a time
+    spare: int  # bytes that nothing needs
+
+
 def plan_gpu_memory(
     shape: KVShape,
     config: CacheConfig,
@@ -31,7 +38,7 @@ def plan_gpu_memory(
     max_tokens: int,
     vocab: int,
     memory: tuple[int, int],
-) -> int:
+) -> MemoryPlan:
     """Plan, with the weights loaded, what else fits into the GPU memory that may be used, and log it.
 
     Args:
@@ -39,9 +46,6 @@ def plan_gpu_memory(
         max_tokens: longest sequence.
         vocab: tokens of the model.
         memory: bytes of the GPU's memory that are free, and all of them.
-
-    Returns:
-        Sequences at a time.
 
     Raises:
         ConfigError: it does not fit.
@@ -54,7 +58,7 @@ def plan_gpu_memory(
     prefill = prefill_bytes(
         shape, max_tokens + beside, sparse=config.prefill_attention == "sparse", codes=codes
     )
-    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape) + suffix_graph_bytes(shape, max_tokens, codes=codes)
+    graphs = _GRAPH_BYTES + prompt_graph_bytes(shape)
     drift_check = drift_check_bytes(shape, max_tokens) if config.drift_check is not None else 0
 
     def wanted(slots: int) -> int:
@@ -82,7 +86,7 @@ def plan_gpu_memory(
         "GPU memory: %s; %s stay free. The store holds %d of %d tokens.",
         parts, format_size(spare - wanted(slots)), blocks * shape.block_tokens // max_tokens, max_tokens,
     )  # fmt: skip
-    return slots
+    return MemoryPlan(slots, spare - wanted(slots))
 
 
 def plan_cpu_memory(
@@ -93,7 +97,7 @@ def plan_cpu_memory(
     max_tokens: int,
     vocab: int,
     memory: tuple[int, str],
-) -> int:
+) -> MemoryPlan:
     """The same for a worker without a GPU, with weights and arena in memory already.
 
     Args:
@@ -114,7 +118,7 @@ def plan_cpu_memory(
         )
     if engine.max_num_seqs is None:
         _say(slots, f"with {format_size(wanted(slots))} of resident rows and index, on the CPU")
-    return slots
+    return MemoryPlan(slots, spare - wanted(slots))
 
 
 def _index_bytes(shape: KVShape, config: CacheConfig, blocks: int, slots: int, max_tokens: int) -> int:

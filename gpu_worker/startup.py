@@ -149,13 +149,13 @@ def _engine(
     parts = arena_parts(shared, held, attached.blocks)
     sizes = shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab
     if decoder.device.type == "cuda":
-        slots = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
+        plan = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
     else:
-        slots = plan_cpu_memory(*sizes, available_memory([0]))
+        plan = plan_cpu_memory(*sizes, available_memory([0]))
     if decoder.device.type == "cuda":
         parts = pin(parts)
     arena, codes = by_block(rows_of(parts, held)), codes_of(parts, held)
-    engine = engine_type(decoder, arena, config.cache, slots, max_tokens, codes=codes)
+    engine = engine_type(decoder, arena, config.cache, plan.slots, max_tokens, codes=codes, spare=plan.spare)
     engine.capture()
     engine.warm_up()
     drift_check = None

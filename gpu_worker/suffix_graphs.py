@@ -30,28 +30,25 @@ from clo.runtime.model.kv_shape import KVShape
 SIZES = (64, 256, 512, 1024, 2048)  # tokens of a suffix
 # Of a whole prompt: the rows of a longer one take longer to read than a layer to launch, and so do the codes.
 _MOST_TOKENS, _MOST_OF_CODES = 65_536, 2**17 + SIZES[-1]
+_LEAST_TOKENS = 4096  # where less fits, the graphs are not worth their start
 _QUERIES = 256  # and more fill a device without cutting the rows before them into pieces
 
 
-def most_tokens(max_tokens: int, *, codes: bool) -> int:
-    """Tokens of the longest prompt that the graphs take, suffix included.
+def most_tokens(shape: KVShape, max_tokens: int, spare: int | None, *, codes: bool) -> int:
+    """Tokens of the longest prompt that the graphs take, suffix included; 0 where there is no room for them.
 
     Args:
         max_tokens: longest sequence.
+        spare: bytes that the rows of two layers and activations may take, about; None for any number.
         codes: whether what is in the arena is taken from its codes.
     """
-    return min(max_tokens, _MOST_OF_CODES if codes else _MOST_TOKENS)
-
-
-def suffix_graph_bytes(shape: KVShape, max_tokens: int, *, codes: bool) -> int:
-    """About the GPU memory of the graphs: the rows of two layers, and activations."""
-    width, most = (
-        shape.query_heads * shape.head_dim * shape.dtype.itemsize,
-        most_tokens(max_tokens, codes=codes),
-    )
-    rows = 2 * (most + SIZES[-1]) * shape.kv_heads * shape.row_bytes
-    ranking = PROMPT_QUERIES * most * shape.kv_heads * 8
-    return rows + SIZES[-1] * 32 * width + ranking
+    most = min(max_tokens, _MOST_OF_CODES if codes else _MOST_TOKENS)
+    if spare is None:
+        return most
+    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
+    token_bytes = shape.kv_heads * (2 * shape.row_bytes + 3 * PROMPT_QUERIES)
+    fitting = (spare - SIZES[-1] * 18 * width) // token_bytes - SIZES[-1]
+    return min(most, fitting) if fitting >= _LEAST_TOKENS else 0
 
 
 class _Inputs:
@@ -143,11 +140,12 @@ class SuffixGraphs:
         decoder: the model.
         cache: takes the rows.
         max_tokens: longest sequence.
+        spare: bytes that they may take; None for any number.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, max_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, max_tokens: int, spare: int | None = None) -> None:
         self._decoder, self._cache, self._codes = decoder, cache, cache.least_prefix is not None
-        self._most = most_tokens(max_tokens, codes=self._codes)
+        self._most = most_tokens(decoder.shape, max_tokens, spare, codes=self._codes)
         self._rows: tuple[Tensor, ...] = ()
         self._inputs: dict[int, _Inputs] = {}
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}

@@ -30,7 +30,7 @@ def check(
 ) -> int:
     engine = EngineConfig(slots, utilization)
     memory = torch.cuda.mem_get_info()
-    return plan_gpu_memory(LLAMA, config, engine, tokens // LLAMA.block_tokens, longest, VOCAB, memory)
+    return plan_gpu_memory(LLAMA, config, engine, tokens // LLAMA.block_tokens, longest, VOCAB, memory).slots
 
 
 def test_what_does_not_fit_into_the_gpu_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_what_does_not_fit_into_cpu_memory_is_refused_in_one_sentence() -> None:
         plan_cpu_memory(LLAMA, CacheConfig(), EngineConfig(100_000), 4, 131_072, VOCAB, (2**40, "here"))
     assert "\n" not in str(caught.value)
     full = CacheConfig(attention="full")
-    assert plan_cpu_memory(LLAMA, full, EngineConfig(3), 4, 1000, VOCAB, (2**40, "here")) == 3
+    assert plan_cpu_memory(LLAMA, full, EngineConfig(3), 4, 1000, VOCAB, (2**40, "here")).slots == 3
 
 
 @pytest.mark.parametrize(("blocks", "slots"), [(100, 8), (3, 3)])
@@ -113,7 +113,9 @@ def test_on_the_cpu_some_sequences_are_taken_by_default(
     capsys: pytest.CaptureFixture[str], blocks: int, slots: int
 ) -> None:
     small = KVShape((LayerSpec(),) * 2, query_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-    slots_planned = plan_cpu_memory(small, CacheConfig(), EngineConfig(), blocks, 4096, 512, (2**34, "here"))
+    slots_planned = plan_cpu_memory(
+        small, CacheConfig(), EngineConfig(), blocks, 4096, 512, (2**34, "here")
+    ).slots
     assert slots_planned == slots
     assert capsys.readouterr().err.startswith(f"--max-num-seqs auto: {slots} (with ")
 

@@ -17,6 +17,7 @@ from clo.gpu_worker.suffix_graphs import SIZES, SuffixPrefill, most_tokens
 from clo.kernels.attend_prompt import attend_prompt, attend_suffix
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
 SOURCES = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE, QuerySource.INPUT)
 ROOM, CONFIG = 3000, CacheConfig(select_k=16, resident=200, tail=512)
@@ -173,7 +174,7 @@ def test_one_prompt_uses_the_graphs_at_a_time(engine: Engine) -> None:
 )  # fmt: skip
 def test_it_takes_what_there_is_a_graph_for(engine: Engine, total: int, cached: int, taken: bool) -> None:
     """A prompt that fits into its set is for other graphs, and so is a suffix without enough queries."""
-    assert engine.cache.fitting_tokens == 268 and most_tokens(ROOM, codes=False) == ROOM
+    assert engine.cache.fitting_tokens == 268
     assert engine.suffix_graphs.takes(total, cached) is taken
 
 
@@ -192,3 +193,20 @@ def test_attention_of_a_suffix(device: str, count: int, before: int) -> None:
     expected, lse = attend_prompt(query[:count], rows[: before + count], 0.1)
     assert torch.allclose(found[:count].float(), expected.float(), atol=1e-5 if device == "cpu" else 0.02)
     assert torch.allclose(sums[:count], lse, atol=1e-3)
+
+
+def test_they_take_what_memory_is_left() -> None:
+    """At the Llama-3-8B shape."""
+    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    most = [
+        most_tokens(shape, 131_072, spare, codes=codes)
+        for spare, codes in (
+            (None, False),
+            (None, True),
+            (2**31, False),
+            (2**29, False),
+            (2**28, False),
+        )
+    ]
+    assert most[:3] == [65_536, 131_072, 65_536] and 4096 < most[3] < 32_768 and most[4] == 0
+    assert most_tokens(shape, 1000, None, codes=False) == 1000

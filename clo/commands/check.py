@@ -90,11 +90,11 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     sizes = shape, cache, config.engine, blocks, model.max_model_len, model.vocab_size
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        slots = plan_gpu_memory(*sizes, (free - weights, total))
+        plan = plan_gpu_memory(*sizes, (free - weights, total))
     else:
         free, place = available_memory([0])
-        slots = plan_cpu_memory(*sizes, (free - weights - blocks * shape.block_bytes, place))
-    yield f"Each worker serves {slots} requests at a time"
+        plan = plan_cpu_memory(*sizes, (free - weights - blocks * shape.block_bytes, place))
+    yield f"Each worker serves {plan.slots} requests at a time"
 
 
 def _gpu(number: int) -> str:
