@@ -63,8 +63,8 @@ FAULTS = {  # how many of each in a hundred: what, and to which process
     "hanging runtime.http": 1,
     "gone client": 40,
 }
-TOGETHER, GAP_S, TOKENS = 3, 1.0, 400  # faults, between them, and until the next ones; all at most
-STOPPED_S, SERVING_S = 2.0, 5.0
+TOGETHER, GAP_S, TOKENS = 3, 0.5, 300  # faults, between them, and until the next ones; all at most
+STOPPED_S, SERVING_S = 1.0, 5.0
 PATIENCE_S = 10 * WAIT_S  # of a request, which may be hit again and again
 # Of faults that have nothing to do with a request or with each other there may be any number.
 PROGRAM = f"""\

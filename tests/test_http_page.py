@@ -21,6 +21,7 @@ Launch = Callable[..., AbstractContextManager[Server]]
 
 KEY = "a-key"
 LAYERS, KV_HEADS = 4, 2  # of the tiny model
+SCHEMES = ["light", pytest.param("dark", marks=pytest.mark.slow)]
 TOKENS = 3900  # they take the tiny model some seconds, in which a page asks more than once
 PARTS = {"/": "text/html", "/page/page.css": "text/css", "/page/page.js": "text/javascript"}
 PARTS |= {"/page/icon.svg": "image/svg+xml"}
@@ -172,7 +173,7 @@ def number(page: Any, id: str) -> int:
     return int(page.text_content(f"#{id}").replace(",", ""))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_numbers_move_while_an_answer_is_streamed(server: Server, browser: Any, scheme: str) -> None:
     phone = {"width": 360, "height": 740}
     with opened(browser, server.url, viewport=phone, color_scheme=scheme) as (page, wrong):
@@ -190,7 +191,7 @@ def test_numbers_move_while_an_answer_is_streamed(server: Server, browser: Any, 
         assert not wrong and not nameless
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_map_shows_each_head(sparse: Server, browser: Any, scheme: str) -> None:
     numbers = stats(sparse)
     rates = {  # by layer and KV head, of two workers together

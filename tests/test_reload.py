@@ -90,6 +90,7 @@ sys.exit(clo.launch.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_reloads_do_not_count_as_deaths(launch: Launch, tiny_model: Path) -> None:
     """Where one death would fail a request and end the server, two reloads do neither."""
     with launch("--model", str(tiny_model), *EXACT, program=("-c", STRICT)) as server:
@@ -172,6 +173,7 @@ def test_the_code_that_is_on_disk_runs(launch: Launch, tiny_model: Path, tmp_pat
         assert len(lines) == 2 and lines[0].endswith("worker 0 ended with exit code 7; it is started again.")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_during_a_reload_comes_back(launch: Launch, tiny_model: Path) -> None:
     with launch("--model", str(tiny_model), *EXACT, "--workers", "2") as server:
         killed = False

@@ -36,6 +36,7 @@ def test_a_trace_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
         Agents(**{**vars(SMALL), **wrong})
 
 
+@pytest.mark.slow  # two servers, and answers from both
 def test_a_trace_is_played_on_real_servers_with_reuse_and_without(tiny_model: Path) -> None:
     results: list[Result] = []
     options = f"--model {tiny_model} --kv-size 8MiB --select-k 16 --resident 64"
