@@ -66,3 +66,33 @@ def assert_same_in_little_room(launch: Launch, model: Path, *others: str) -> Non
             assert sum(worker.preemptions for worker in client.info().workers) > 0
         assert_serves(server)
         assert server.stderr.read_text() == ""
+
+
+def test_two_hundred_clients_share_four_blocks(launch: Launch, tiny_model: Path) -> None:
+    """All are served, those that need the whole arena in their turn: what comes later passes one that waits
+    with no more blocks in all than it needs itself (``BlockPool.grants``)."""
+    clients, large, arena = 200, 40, ("--kv-size", "2MiB", "--max-num-seqs", "8")
+    ended: list[int] = []
+
+    async def ask(address: str, number: int) -> None:
+        prompt, tokens = ([7] * 1600, 20) if number % large == 0 else ([5] * 20, 8)
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            result = await client.generate(prompt, max_tokens=tokens, ignore_eos=True, temperature=0)
+        assert len(result.tokens) == tokens
+        ended.append(number)
+
+    async def run(address: str) -> None:
+        tasks = []
+        for number in range(clients):
+            tasks.append(asyncio.create_task(ask(address, number)))
+            await asyncio.sleep(0.005)  # so that they come in this order, about
+        await asyncio.gather(*tasks)
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            await assert_all_free(client)
+
+    with launch("--model", str(tiny_model), *arena) as server:
+        asyncio.run(run(server.address))
+        assert sorted(ended) == list(range(clients))
+        for number in range(0, clients, large):
+            assert ended.index(number) - number < 40, "it was passed by more than fit beside it"
+        assert server.stderr.read_text() == ""
