@@ -22,7 +22,7 @@ Launch = Callable[..., AbstractContextManager[Server]]
 KEY = "a-key"
 LAYERS, KV_HEADS = 4, 2  # of the tiny model
 SCHEMES = ["light", pytest.param("dark", marks=pytest.mark.slow)]
-TOKENS = 3900  # they take the tiny model some seconds, in which a page asks more than once
+TOKENS = 1500  # they take the tiny model some seconds, in which a page asks more than once
 PARTS = {"/": "text/html", "/page/page.css": "text/css", "/page/page.js": "text/javascript"}
 PARTS |= {"/page/icon.svg": "image/svg+xml"}
 

@@ -92,7 +92,10 @@ def compile_all(capability: int, programs: dict[Program, list[Launch]]) -> None:
             pass
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize(
+    "capability",
+    [number if number == 90 else pytest.param(number, marks=pytest.mark.slow) for number in SHARED_BYTES],
+)
 def test_every_kernel_fits(capability: int) -> None:
     """All shapes are compiled for one generation, and every third for each of the others."""
     first = list(SHARED_BYTES).index(capability)

@@ -37,7 +37,7 @@ async def answers(address: str) -> list[Result]:
     return found
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_answers_that_make_room_for_others_are_the_same(
     launch: Launch, tiny_model: Path, workers: int
 ) -> None:

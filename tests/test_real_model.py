@@ -102,6 +102,7 @@ def test_full_attention_gives_the_greedy_tokens_of_transformers(launch: Launch, 
         assert [client.generate(prompt, **case.whole).tokens for prompt in case.prompts] == case.expected
 
 
+@pytest.mark.slow  # the tiny model shows it as well
 def test_a_set_of_the_whole_context_loses_nothing(launch: Launch, case: Case) -> None:
     """Alone, and each of all lengths beside the others."""
     with launch("--resident", str(case.max_model_len), *case.options) as server:
@@ -114,6 +115,7 @@ def test_a_set_of_the_whole_context_loses_nothing(launch: Launch, case: Case) ->
         ]
 
 
+@pytest.mark.slow  # as the tiny model shows, too
 def test_streams_of_different_lengths_are_those_generated_alone(launch: Launch, case: Case) -> None:
     """With rows dropped and fetched: what runs beside a request does not change its text."""
     some = case.prompts[1:6]

@@ -109,7 +109,11 @@ sys.exit(clo.launch.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("package", "name"), [("gpu_worker", "worker 0"), ("kvstore", "KV store numa0")], ids=["worker", "store"]
+    ("package", "name"),
+    [
+        pytest.param("gpu_worker", "worker 0", id="worker"),
+        pytest.param("kvstore", "KV store numa0", id="store", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_that_does_not_answer_is_replaced(
     launch: Launch, tiny_model: Path, package: str, name: str
@@ -155,6 +159,7 @@ def test_a_worker_that_ends_again_and_again_ends_the_server(launch: Launch, tiny
         assert last.endswith("the server has stopped, start it again.")
 
 
+@pytest.mark.slow  # a hundred faults have it
 def test_a_killed_gateway_is_replaced(launch: Launch, tiny_model: Path) -> None:
     """Its own requests end with their connections; those of other clients do not notice."""
     httpx = pytest.importorskip("httpx")
