@@ -194,6 +194,8 @@ class SuffixGraphs:
         user, fitting = self._user(), self._cache.fitting_tokens
         if user is not None and user.remaining_flops > 0:
             return False
+        if not self._cache.stores:  # which a graph does, once it is captured
+            return False
         if fitting is None or not fitting < total <= self._most:
             return False
         return PROMPT_QUERIES <= total - cached <= max(self._inputs, default=0)

@@ -167,6 +167,27 @@ def test_one_prompt_uses_the_graphs_at_a_time(engine: Engine) -> None:
     assert isinstance(engine.prefill(1, prompt, blocks[1]), SuffixPrefill)
 
 
+def test_a_prompt_that_must_not_be_stored_is_not_for_them(engine: Engine) -> None:
+    """As when a worker warms up beside others that use the arena."""
+    arena = engine.cache.layers[0].arena
+    arena.fill_(3.0)
+    with engine.cache.storing_nothing():
+        work = engine.prefill(0, random_tokens(700), blocks_of(engine, 0, ROOM))
+        assert isinstance(work, Prefill), "a graph stores what it stored when it was captured"
+        run(work)
+        engine.cache.join_prompts()
+    engine.retire(0)
+    engine.warm_up()
+    if engine.decoder.device.type == "cuda":
+        torch.cuda.synchronize()
+    assert bool((arena == 3.0).all())
+    run(engine.prefill(0, random_tokens(700), blocks_of(engine, 0, ROOM)))
+    engine.cache.join_prompts()
+    if engine.decoder.device.type == "cuda":
+        torch.cuda.synchronize()
+    assert not bool((arena == 3.0).all())
+
+
 @pytest.mark.parametrize(
     ("total", "cached", "taken"),
     [(299, 0, True), (268, 0, False), (SIZES[-1], 0, True), (SIZES[-1] + 1, 0, False), (ROOM, 1024, True),

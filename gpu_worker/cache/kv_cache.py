@@ -152,6 +152,11 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------- prompt
 
+    @property
+    def stores(self) -> bool:
+        """Whether rows of prompts go to the arena."""
+        return all(layer.stores for layer in self.layers)
+
     @contextmanager
     def storing_nothing(self) -> Iterator[None]:
         """What prompts would write to the arena meanwhile is left out."""
