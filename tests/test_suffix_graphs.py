@@ -169,7 +169,7 @@ def test_one_prompt_uses_the_graphs_at_a_time(engine: Engine) -> None:
 
 def test_a_prompt_that_must_not_be_stored_is_not_for_them(engine: Engine) -> None:
     """As when a worker warms up beside others that use the arena."""
-    arena = engine.cache.layers[0].arena
+    arena = engine.cache.sparse_layers[0].arena
     arena.fill_(3.0)
     with engine.cache.storing_nothing():
         work = engine.prefill(0, random_tokens(700), blocks_of(engine, 0, ROOM))
