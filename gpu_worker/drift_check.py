@@ -16,7 +16,7 @@ from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.outputs import StepHandle
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape
-from clo.runtime.wire.messages import DriftStats
+from clo.runtime.wire.messages import Compare, DriftStats
 
 
 def drift_check_bytes(shape: KVShape, tokens: int) -> int:
@@ -56,9 +56,18 @@ class DriftCheck:
         if self._since[slot] < self._every:
             return
         self._since[slot] = 0
+        self._engine.tell(Compare(slot, lengths[slot]))
+        self._expected = slot, self.attend_fully(slot, lengths[slot])
+
+    def attend_fully(self, slot: int, length: int) -> Tensor:
+        """Logits [vocab] of the step to come with full attention.
+
+        Args:
+            length: of the slot's sequence, the new token included.
+        """
         self._full.mirror(self._engine, slot)
         # The token's own row goes to its place in the arena, where the step then writes its own.
-        self._expected = slot, self._full.forward(1, lengths[slot])[0]
+        return self._full.forward(1, length)[0]
 
     @torch.inference_mode()
     def after(self, handle: StepHandle) -> None:

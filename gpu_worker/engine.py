@@ -1,6 +1,8 @@
 """The engine: the state of every slot, and the steps that are launched on the device."""
 
-from collections.abc import Iterable, Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +24,21 @@ from clo.gpu_worker.suffix_graphs import SuffixGraphs, SuffixPrefill
 from clo.kernels.sparse_prompt import attend_prompt_sparse
 from clo.kernels.weigh_blocks import BLOCK
 from clo.runtime.config import CacheConfig
-from clo.runtime.wire.messages import Logprob, Sampling
+from clo.runtime.wire.messages import (
+    Activate,
+    Advance,
+    BeginPrefill,
+    Command,
+    Extend,
+    Feed,
+    LeavePrompt,
+    Logprob,
+    PrefillShort,
+    Retire,
+    Sampling,
+    Start,
+    TakeStep,
+)
 
 
 class Engine:
@@ -30,6 +46,10 @@ class Engine:
 
     Nothing here waits for the device. On a GPU a decode step is one CUDA graph, from embedding to sampled
     token, captured for a few batch sizes; a step takes the smallest that holds its highest slot.
+
+    Where the decoder is a rank's, so is the engine, and those of all ranks have to do the same in the same
+    order. What the first one is asked for after its start it says in ``tell``, so that the others follow;
+    ``adjust`` and ``constrain`` are for the first one alone, which draws the tokens.
 
     Args:
         decoder: the model.
@@ -47,6 +67,8 @@ class Engine:
         prompt_graphs: the prefill of short prompts.
         suffix_graphs: the prefill of a few tokens behind others whose rows are in the arena.
         sampler: how every slot draws.
+        tell: is told what this engine is about to do that others have to follow; nobody listens at first.
+        pages_checksum: of all pages that slots have got so far, where there is a group.
     """
 
     def __init__(
@@ -67,8 +89,9 @@ class Engine:
         self.depth = 2 if device.type == "cuda" else 1
         self._attention = SPARSE if config.prefill_attention == "sparse" else DENSE
         self.cache = KVCache(
-            decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type, codes
-        )
+            decoder.shape, arena, config, slots, max_tokens, decoder.scale, device, layer_type, codes,
+            ranks=1 if decoder.group is None else decoder.group.rank.count,
+        )  # fmt: skip
         if config.prefetch == "off" or config.attention != "clo":
             sources = (QuerySource.OWN,) * decoder.shape.layers
         elif sources is None:
@@ -85,7 +108,9 @@ class Engine:
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._all_slots = torch.arange(slots, device=device)
-        self.sampler = Sampler(slots, decoder.vocab, device)
+        self.sampler = Sampler(slots, decoder.vocab, device, decoder.group)
+        self.tell: Callable[[Command], object] = _tell_nobody
+        self.pages_checksum = 0
         self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mailbox = Mailbox(slots, device)
         self._posted = 0
@@ -169,6 +194,7 @@ class Engine:
         """Give a free slot the blocks of its next sequence, and pages of the index for them."""
         self._give_back_pages(slot)
         pages = self.cache.pages.acquire(blocks)
+        self._sum_up(slot, pages)
         self._held[slot] = blocks, pages
         for table, row in ((self._blocks, blocks), (self._pages, pages)):
             # pinned, or else the copy would wait for the device
@@ -179,13 +205,19 @@ class Engine:
     @torch.inference_mode()
     def extend(self, slot: int, blocks: list[int]) -> None:
         """Give a slot further blocks of its sequence; the steps on their way do not reach them."""
+        self.tell(Extend(slot, blocks))
         held, pages = self._held[slot]
         new = self.cache.pages.acquire(blocks)
+        self._sum_up(slot, new)
         places = slice(len(held), len(held) + len(blocks))
         for table, row in ((self._blocks, blocks), (self._pages, new)):
             added = torch.tensor(row, pin_memory=self._device.type == "cuda")
             table[slot, places].copy_(added, non_blocking=True)
         self._held[slot] = held + blocks, pages + new
+
+    def _sum_up(self, slot: int, pages: list[int]) -> None:
+        if self.decoder.group is not None:
+            self.pages_checksum = zlib.crc32(array("q", [slot, *pages]), self.pages_checksum)
 
     def tables(self, slot: int) -> tuple[Tensor, Tensor]:
         """Block table and page table of a slot, each [max_blocks] int64."""
@@ -203,17 +235,45 @@ class Engine:
     ) -> Prefill | SuffixPrefill:
         """Begin the prefill of a sequence in a free slot; ``last``, ``score`` and ``cached`` as for
         ``Prefill``."""
+        graphs = last == 1 and score is None and self.suffix_graphs.takes(len(tokens), cached)
+        self.tell(BeginPrefill(slot, tokens, blocks, last, score, cached, graphs))
+        return self.begin_prefill(slot, tokens, blocks, last, score, cached, graphs=graphs)
+
+    @torch.inference_mode()
+    def begin_prefill(
+        self,
+        slot: int,
+        tokens: list[int],
+        blocks: list[int],
+        last: int,
+        score: int | None,
+        cached: int,
+        *,
+        graphs: bool,
+    ) -> Prefill | SuffixPrefill:
+        """The same, by the graphs of suffixes or not."""
         self.place(slot, blocks)
-        if last == 1 and score is None and self.suffix_graphs.takes(len(tokens), cached):
+        if graphs:
             return self.suffix_graphs.begin(slot, tokens, *self._held[slot], cached)
         tables, attention = self.tables(slot), self._attention
         return Prefill(
             self.decoder, self.cache, slot, tokens, blocks, *tables, last, attention, score, cached
         )
 
+    def advance(self, slot: int, prefill: Prefill | SuffixPrefill, tokens: int) -> Tensor | None:
+        """A unit of the prefill of a slot, see ``Prefill.advance``."""
+        self.tell(Advance(slot, tokens))
+        return prefill.advance(tokens)
+
+    def leave_prompt(self) -> None:
+        """See ``KVCache.leave_prompt``."""
+        self.tell(LeavePrompt())
+        self.cache.leave_prompt()
+
     @torch.inference_mode()
     def prefill_short(self, slots: list[int], tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
         """Prefill sequences in free slots together; see ``PromptGraphs.run``."""
+        self.tell(PrefillShort(slots, tokens, blocks))
         prompts = []
         for slot, ids, held in zip(slots, tokens, blocks, strict=True):
             self.place(slot, held)
@@ -229,6 +289,7 @@ class Engine:
     @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
+        self.tell(Activate(slot, length))
         self.cache.join_prompts()
         self._lengths[slot].fill_(length)
         self.sampler.set(slot, sampling, seed)
@@ -253,9 +314,10 @@ class Engine:
     @torch.inference_mode()
     def retire(self, slot: int) -> SlotRelease:
         """The sequence of a slot ends after the steps on their way."""
+        self.tell(Retire(slot))
         self._lengths[slot].zero_()
         self._give_back_pages(slot)
-        return SlotRelease(self.cache, slot, self._device)
+        return SlotRelease(self.cache, slot, self._device, self.decoder.group)
 
     def _give_back_pages(self, slot: int) -> None:
         # The device does the work on a page in the order of the calls, so its next owner may have it at once.
@@ -271,8 +333,10 @@ class Engine:
         """
         if isinstance(tokens, Tensor):
             self._tokens[slots] = tokens
-        else:
-            self._tokens[slots].fill_(tokens)
+            return
+        assert isinstance(slots, int), "a slice takes a tensor"
+        self.tell(Feed(slots, tokens))
+        self._tokens[slots].fill_(tokens)
 
     @torch.inference_mode()
     def suspend(self, slots: Tensor) -> None:
@@ -293,9 +357,13 @@ class Engine:
 
     @torch.inference_mode()
     def start(self, slots: list[int], logits: Tensor) -> StepHandle:
-        """Draw the first tokens of activated slots from the logits [len(slots), vocab] of their prefill."""
+        """Draw the first tokens of activated slots from the logits [len(slots), vocab] of their prefill. Once
+        they are there, all ranks have the rows of these prompts in the arena."""
+        self.tell(Start(slots))
         places = torch.tensor(slots, pin_memory=self._device.type == "cuda")
         places = places.to(self._device, non_blocking=True)
+        if self.decoder.group is not None:
+            self.decoder.group.sum(torch.zeros(1, device=self._device))  # each has joined its prompts before
         drawn = self.sampler.draw(logits, places, self._lengths, self._tokens)
         self._mailbox.post(drawn)
         self._posted += 1
@@ -309,6 +377,7 @@ class Engine:
             slots: those in use; no other slot may be active.
             longest: tokens of the longest sequence, the new one included.
         """
+        self.tell(TakeStep(slots, longest))
         needed = max(slots) + 1
         logits = self._graphs.replay(needed) if self._graphs.usable else self._step(needed, longest)
         self._posted += 1
@@ -373,3 +442,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises ``AssertionError`` unless the pages of the index are held by the slots in use alone."""
         self.cache.pages.check_integrity()
+
+
+def _tell_nobody(command: Command) -> None:
+    """A process that is alone has nobody who follows."""

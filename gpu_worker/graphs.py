@@ -21,9 +21,13 @@ def graph_sizes(slots: int) -> list[int]:
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """Capture what the body launches, in the memory of ``pool``, or in its own if that is None.
 
-    The garbage collector waits until the end, see ``without_collection``.
+    The garbage collector waits until the end, see ``without_collection``. Other threads may do what a capture
+    forbids its own: NCCL has one that asks for events.
     """
-    with without_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
+    with (
+        without_collection(),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         yield
 
 

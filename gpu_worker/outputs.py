@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clo.gpu_worker.cache.kv_cache import KVCache
+from clo.gpu_worker.group import Group
 from clo.gpu_worker.side_stream import DeviceEvent
 from clo.kernels.mailbox import post
 from clo.runtime.wire.errors import DeviceStuck
@@ -25,11 +26,14 @@ class StepHandle(NamedTuple):
 
 
 class SlotRelease:
-    """A slot on its way out: once ``event`` is reached the device no longer touches it."""
+    """A slot on its way out: once ``event`` is reached the device no longer touches it, nor that of any rank
+    of the group, where there is one."""
 
-    def __init__(self, cache: KVCache, slot: int, device: torch.device) -> None:
+    def __init__(self, cache: KVCache, slot: int, device: torch.device, group: Group | None) -> None:
         self._cache = cache
         counters = cache.head_counters(slot)
+        if group is not None:
+            counters = group.join(counters).transpose(0, 1).flatten(1, 2)  # after all that the ranks have done
         self._counters = torch.empty(counters.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._counters.copy_(counters, non_blocking=True)
         cache.reset_counters(slot)

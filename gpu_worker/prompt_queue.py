@@ -70,7 +70,7 @@ class PromptQueue:
             )
             sequence.scores = sequence.prefill.scores
         tokens, flops = sequence.prefill.unit(flops)
-        logits = sequence.prefill.advance(tokens)
+        logits = self._engine.advance(sequence.slot, sequence.prefill, tokens)
         if logits is not None:
             self.remove(sequence)
         return Unit(flops, [sequence], logits)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.group import Group
 from clo.kernels.sample import (
     BIASED,
     END,
@@ -38,13 +39,14 @@ class Sampler:
         slots: sequences at a time.
         vocab: tokens of the model.
         device: the device that draws.
+        group: draws together; its first rank alone decides, and it alone has to know the parameters.
     """
 
-    def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
+    def __init__(self, slots: int, vocab: int, device: torch.device, group: Group | None = None) -> None:
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self._device = device
+        self._device, self._group = device, group
         self._pinned = pinned = device.type == "cuda"
         self._state = SamplingState(
             temperature=zeros(slots, dtype=torch.float32),
@@ -135,7 +137,12 @@ class Sampler:
         Returns:
             [B] int64; ``clo.kernels.sample.LATE`` where a slot's mask was not there.
         """
-        drawn = sample(logits, slots, lengths, self._state, self._adjustments)
+        if self._group is None or self._group.leads:
+            drawn = sample(logits, slots, lengths, self._state, self._adjustments)
+        else:
+            drawn = torch.empty_like(slots)
+        if self._group is not None:  # also as masks of grammars come late at one rank and not at another
+            self._group.take_from_first(drawn)
         take(drawn, slots, lengths, tokens, self._adjustments)
         return drawn
 

@@ -504,7 +504,7 @@ class Scheduler:
             self._constrained.remove(sequence)
         if sequence.state is State.PREFILLING:
             self._prompts.remove(sequence)
-            self._engine.cache.leave_prompt()  # its blocks are free only when nothing is written to them
+            self._engine.leave_prompt()  # its blocks are free only when nothing is written to them
         if sequence.state is not State.DRAINING:
             self._retire(sequence)
         sequence.move(State.RELEASING)

@@ -11,7 +11,8 @@ import zmq
 from clo.gpu_worker.constraint import Constraints
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
-from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+from clo.gpu_worker.group import Group
+from clo.gpu_worker.memory import MemoryPlan, plan_cpu_memory, plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.kernels.launch import block_shared_bytes
@@ -20,18 +21,20 @@ from clo.kernels.sparse_prompt import DENSE_TOKENS, block_sparse_attention
 from clo.kvstore.arena import Arena
 from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_parts, by_block, codes_of, rows_of
-from clo.runtime.config import CacheConfig, PrefillAttention, ResolvedModel, WorkerConfig
+from clo.runtime.config import CacheConfig, GroupConfig, PrefillAttention, ResolvedModel, WorkerConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind, device_node
 from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Attach, Attached
 
+_NO_PLAN = MemoryPlan(2**62, 2**62)  # of a rank that does what the first one plans
 _logger = logging.getLogger(__name__)
 
 
 class Started(NamedTuple):
-    """Everything that a worker serves with."""
+    """Everything that a worker, or a rank of one, serves with. Only the first rank has constraints."""
 
     engine: Engine
     drift_check: DriftCheck | None
@@ -57,38 +60,56 @@ def start(
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
-    config = replace(config, cache=check_model(config.model, config.cache))
-    decoder = load_decoder(config.model)
+    group = None if config.group is None else _group(config.group, config.model.device)
+    config = replace(config, cache=check_model(config.model, config.cache, config.ranks))
+    decoder = load_decoder(config.model, group)
     store = StoreClient(context, endpoint, key)
-    attached = store.attach(Attach(config.worker, os.getpid()))
+    attached = store.attach(Attach(config.process, os.getpid()))
     engine, drift_check = _engine(config, decoder, attached, engine_type)
     capacity = attached.blocks * decoder.shape.block_tokens
-    constraints = Constraints(config.model.folder, decoder.vocab)
+    constraints = Constraints(config.model.folder, decoder.vocab) if config.rank == 0 else None
     return Started(engine, drift_check, constraints, store, attached.store, capacity)
 
 
 def _choose_store(config: WorkerConfig) -> str:
-    """Take the worker's GPU, and the store on its NUMA node; returns the store's address."""
+    """Take this process's GPU, and the store on the NUMA node of the worker's first one; returns the store's
+    address."""
     nodes = list(config.stores)
-    node = nodes[config.worker % len(nodes)]  # without a GPU one is as near as another
+    own = node = nodes[config.worker % len(nodes)]  # without a GPU one is as near as another
     if config.model.device == "cuda":
         gpus = torch.cuda.device_count()
-        if config.worker >= gpus:
+        if config.process >= gpus:
+            lower = "--workers" if config.group is None else "--workers or --tensor-parallel-size"
             raise ConfigError(
-                f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower --workers."
+                f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower {lower}."
             )
-        torch.cuda.set_device(config.worker)
-        near = device_node(config.worker)
-        if near in config.stores:
-            node = near
-        elif near is not None:
-            _logger.info("GPU %d is on NUMA node %d, which has no KV store.", config.worker, near)
-    bind(node)
+        torch.cuda.set_device(config.process)
+        first, near = (device_node(number) for number in (config.process - config.rank, config.process))
+        if first in config.stores:
+            own = node = first
+        elif first is not None:
+            _logger.info("The GPU of worker %d is on NUMA node %d, which has no KV store.", config.worker, first)
+        if near is not None and near != first:
+            _logger.warning(
+                "GPU %d is on NUMA node %d and the KV store of its worker on node %d; rows take longer.",
+                config.process, near, node,
+            )  # fmt: skip
+            own = near
+    bind(own)
     return config.stores[node]
 
 
-def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
+def _group(config: GroupConfig, device: str) -> Group:
+    """This process as a rank of its worker."""
+    own = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return Group(Rank(config.rank, config.ranks), own, config.rendezvous)
+
+
+def check_model(model: ResolvedModel, cache: CacheConfig, ranks: int = 1) -> CacheConfig:
     """Refuse what the kernels cannot do, before the weights are read.
+
+    Args:
+        ranks: among which the model is divided.
 
     Returns:
         The configuration with what "auto" stands for.
@@ -96,7 +117,7 @@ def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
     Raises:
         ConfigError: says what.
     """
-    shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
+    shape = Rank(0, ranks).shape(kv_shape(read_config(model.folder), getattr(torch, model.dtype)))
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
     for sizes in set(cache.sizes(model.max_model_len, shape.layers)):
@@ -143,22 +164,45 @@ def _prefill_attention(model: ResolvedModel, asked: PrefillAttention) -> Prefill
 def _engine(
     config: WorkerConfig, decoder: Decoder, attached: Attached, engine_type: type[Engine]
 ) -> tuple[Engine, DriftCheck | None]:
-    shape, max_tokens = decoder.shape, config.model.max_model_len
-    shared = Arena.open(attached.pid, attached.fd, attached.arena_bytes)
-    held = replace(shape, codes=config.cache.prefix_attention == "sparse")
-    parts = arena_parts(shared, held, attached.blocks)
-    sizes = shape, config.cache, config.engine, attached.blocks, max_tokens, decoder.vocab
-    if decoder.device.type == "cuda":
-        plan = plan_gpu_memory(*sizes, torch.cuda.mem_get_info())
-    else:
-        plan = plan_cpu_memory(*sizes, available_memory([0]))
+    max_tokens, cache = config.model.max_model_len, config.cache
+    whole = kv_shape(
+        read_config(config.model.folder), decoder.shape.dtype, codes=cache.prefix_attention == "sparse"
+    )
+    rank = Rank(config.rank, config.ranks)
+    held, heads = rank.shape(whole), rank.kv_heads(whole.kv_heads)
+    parts = arena_parts(
+        Arena.open(attached.pid, attached.fd, attached.arena_bytes), whole, attached.blocks
+    )
+    plan = _plan(config, decoder, attached.blocks)
     if decoder.device.type == "cuda":
         parts = pin(parts)
-    arena, codes = by_block(rows_of(parts, held)), codes_of(parts, held)
-    engine = engine_type(decoder, arena, config.cache, plan.slots, max_tokens, codes=codes, spare=plan.spare)
+    own = parts[:, heads]
+    arena, codes = by_block(rows_of(own, held)), codes_of(own, held)
+    if cache.profile is not None:
+        cache = replace(cache, profile=cache.profile.part(heads))
+    engine = engine_type(decoder, arena, cache, plan.slots, max_tokens, codes=codes, spare=plan.spare)
     engine.capture()
     engine.warm_up()
     drift_check = None
-    if config.cache.drift_check is not None:
-        drift_check = DriftCheck(engine, arena, config.cache.drift_check, max_tokens)
+    if cache.drift_check is not None:
+        drift_check = DriftCheck(engine, arena, cache.drift_check, max_tokens)
     return engine, drift_check
+
+
+def _plan(config: WorkerConfig, decoder: Decoder, blocks: int) -> MemoryPlan:
+    """What fits into the memory of each rank. The first one plans, with what is least free at any of them."""
+    group = decoder.group
+    sizes = decoder.shape, config.cache, config.engine, blocks, config.model.max_model_len, decoder.vocab
+    if decoder.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        if group is None:
+            return plan_gpu_memory(*sizes, (free, total))
+        memory = group.least(free), group.least(total)
+        plan = plan_gpu_memory(*sizes, memory) if group.leads else _NO_PLAN
+    else:
+        free, place = available_memory([0])
+        if group is None:
+            return plan_cpu_memory(*sizes, (free, place))
+        free = group.least(free) // config.ranks
+        plan = plan_cpu_memory(*sizes, (free, place)) if group.leads else _NO_PLAN
+    return MemoryPlan(group.least(plan.slots), group.least(plan.spare))

@@ -322,12 +322,14 @@ class StoreServer:
         return worker
 
     def _forget(self, worker: _Worker) -> None:
-        """Free all that a worker's group held, since it cannot go on, and serve those that wait."""
+        """A worker is gone, and its group cannot go on. Once no rank is left that may still write, all that
+        the group held is free, and those that wait are served."""
         del self._by_number[worker.number], self._by_identity[worker.identity]
         self._poller.unregister(worker.pidfd)
         os.close(worker.pidfd)
         self._close_pusher(worker.number)
-        self._pool.free_group(worker.group)
+        if not any(other.group == worker.group for other in self._by_number.values()):
+            self._pool.free_group(worker.group)
         self._grant()
 
     def _close_pusher(self, worker: int) -> None:

@@ -405,7 +405,14 @@ class ServerConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
-    workers: int = option(1, "worker processes, one for each GPU; each holds the whole model", "N", int)
+    workers: int = option(1, "workers; each holds the whole model, on a GPU of its own", "N", int)
+    tensor_parallel_size: int = option(
+        1,
+        "GPUs that one worker divides the model among, a process for each: the workers of a server take "
+        "--workers times as many",
+        "N",
+        int,
+    )
     kvstore: tuple[str, ...] = option(
         ("numa0",),
         "KV stores, one for each NUMA node named: numa0 or numa0,numa1; a worker uses the store on its GPU's "
@@ -478,6 +485,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; it must be at least 1.")
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.tensor_parallel_size}; it must be at least 1."
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535.")
         if self.kv_events_port is not None and not 0 <= self.kv_events_port <= 65535:
@@ -515,8 +526,8 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class StartedWorker:
-    """A worker that the launcher has started. Blocks belong to a group: the workers that serve the same
-    sequences together."""
+    """A process that the launcher has started. Blocks belong to a group: the ranks of one worker, which serve
+    the same sequences together. The store numbers the ranks of all workers, one worker after another."""
 
     pid: int
     group: int
@@ -568,8 +579,21 @@ class GatewayProcessConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """Which of ``ranks`` processes of a worker this one is. ``rendezvous`` is the descriptor of an anonymous
+    file where they find one another, ``commands`` those of sockets, to each of the others at the first rank
+    and else from that one."""
+
+    rank: int
+    ranks: int
+    rendezvous: int
+    commands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WorkerConfig:
-    """One worker. ``router`` is an address; ``stores`` has the addresses of the stores by NUMA node."""
+    """One worker, or a rank of one. ``router`` is an address; ``stores`` has the addresses of the stores by
+    NUMA node."""
 
     worker: int
     router: str
@@ -578,3 +602,17 @@ class WorkerConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log_level: LogLevel = "warning"
+    group: GroupConfig | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else self.group.ranks
+
+    @property
+    def process(self) -> int:
+        """Number of this process among those of all workers, and of its GPU."""
+        return self.worker * self.ranks + self.rank

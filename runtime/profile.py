@@ -55,6 +55,14 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
         return profile
 
+    def part(self, heads: slice) -> "Profile":
+        """The profile of a model that has only some of the KV heads."""
+        layers = tuple(
+            msgspec.structs.replace(layer, thresholds=layer.thresholds[heads]) for layer in self.layers
+        )
+        model = msgspec.structs.replace(self.model, kv_heads=len(range(self.model.kv_heads)[heads]))
+        return Profile(model, layers)
+
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
         """Raises ``ConfigError`` if the profile belongs to a model of another shape."""
         own, other = self.model, ProfiledModel(layers, kv_heads, head_dim)

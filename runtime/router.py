@@ -62,6 +62,7 @@ from clo.runtime.wire.messages import (
     Progress,
     PromptChunk,
     PromptScored,
+    RankReady,
     Ready,
     Reason,
     Refused,
@@ -98,6 +99,8 @@ SPARE = 16  # requests of a client that wait at workers, beside those for twice 
 
 _MOST_LOSSES = 3  # of its workers, after which a request is taken for the cause
 
+_FIRST = Ready | RankReady | StoreReady | GatewayReady
+"""What a child begins with."""
 _TURNED_AWAY = "A client was turned away: it has another API key, or none."
 
 T = TypeVar("T")
@@ -263,10 +266,11 @@ class Router:
                 request.worker, request.prefilled = b"", None
                 self._spawn(self._go_on(request))
 
-    def lose_store(self, name: str) -> None:
-        """A store has ended, and with it all that it held; ``lose`` is called for its workers, too."""
-        self._children.end(store_identity(name))
-        self._begun[store_identity(name)].clear()
+    def end(self, connection: bytes) -> None:
+        """A child that has no requests has ended: a store, for whose workers ``lose`` is called, too, or a
+        rank of a worker that is not its first one."""
+        self._children.end(connection)
+        self._begun[connection].clear()
 
     async def _go_on(self, request: Request) -> None:
         """Give a lost request to a worker, from the tokens that have come."""
@@ -336,7 +340,7 @@ class Router:
     def _hear_worker(self, worker: bytes, message: FromChild | ProtocolError | TooLarge, size: int) -> None:
         if isinstance(message, ProtocolError | TooLarge):
             _logger.error("%s sent what cannot be read: %s", worker.decode(errors="replace"), message)
-        elif isinstance(message, Ready | StoreReady | GatewayReady) or self._children.has_begun(worker):
+        elif isinstance(message, _FIRST) or self._children.has_begun(worker):
             self._handlers[type(message)](self, worker, message)
         else:
             _logger.error("%s speaks before it is ready.", worker.decode(errors="replace"))
@@ -595,6 +599,10 @@ class Router:
     def on_ready(self, worker: bytes, message: Ready) -> None:
         if self._begin(worker, message.pid):
             self._ready_workers[worker] = self._known_workers[worker] = message
+            self._check_ready()
+
+    def on_rank_ready(self, rank: bytes, message: RankReady) -> None:
+        if self._begin(rank, message.pid):
             self._check_ready()
 
     def on_store_ready(self, store: bytes, message: StoreReady) -> None:

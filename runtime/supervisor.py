@@ -6,11 +6,13 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,6 +23,7 @@ from clo.runtime.config import (
     BlockConfig,
     DiskConfig,
     GatewayProcessConfig,
+    GroupConfig,
     ServerConfig,
     StartedWorker,
     StoreConfig,
@@ -31,11 +34,12 @@ from clo.runtime.http.listener import Listener
 from clo.runtime.machine.addresses import from_this_machine
 from clo.runtime.machine.numa import check_nodes
 from clo.runtime.machine.private_folder import PrivateFolder
-from clo.runtime.machine.process import EXIT_EXPLAINED, end_start_up, set_threads
+from clo.runtime.machine.process import EXIT_ALONE, EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.model.fingerprint import fingerprint
 from clo.runtime.model.kv_size import kv_size
 from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.ranks import check_ranks
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerStopped, WorkerDied
 from clo.runtime.wire.liveness import DRAIN_S, SERVING_S
@@ -53,6 +57,7 @@ from clo.runtime.wire.messages import (
 
 STOP_S = 5.0  # for the children to leave in good order
 _LEAVE_S = 1.0  # for a store that has written to disk as long as it may to end
+_CAUSE_S = 1.0  # for the other ranks of a worker to end as well, before they are killed
 _LASTING_S, _QUICK_ENDS, _BACK_OFF_S = 60.0, 6, 0.5
 """Where a process that was started again serves for less than so many seconds, so often in a row, the server
 stops. Before its next start such a one waits so many seconds, then three times, seven times, ... as long."""
@@ -60,63 +65,102 @@ stops. Before its next start such a one waits so many seconds, then three times,
 _logger = logging.getLogger(__name__)
 
 
+class Part(NamedTuple):
+    """What one process of a child is started with; the descriptors are of this process."""
+
+    config: StoreConfig | WorkerConfig | GatewayProcessConfig
+    descriptors: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Child:
-    """A process of the server; ``name`` is what users see: "worker 0", "KV store numa0"."""
+    """A process of the server, or the ranks of a worker, which live and die together; ``name`` is what users
+    see: "worker 0", "KV store numa0"."""
 
     name: str
-    process: asyncio.subprocess.Process
+    processes: tuple[asyncio.subprocess.Process, ...]
 
     @classmethod
     async def start(
-        cls,
-        name: str,
-        module: str,
-        config: StoreConfig | WorkerConfig | GatewayProcessConfig,
-        secret: str,
-        threads: int,
-        descriptors: tuple[int, ...] = (),
+        cls, name: str, module: str, parts: Sequence[Part], secret: str, threads: int
     ) -> "Child":
-        """Run ``python -m MODULE CONFIG PID`` in a session of its own, out of reach of Ctrl-C.
+        """Run ``python -m MODULE CONFIG PID`` for each part in a session of its own, out of reach of Ctrl-C.
 
-        The child reads ``secret`` from its stdin, and has ``descriptors`` of this process. What it prints
-        goes to stderr, so that stdout carries the ready line and nothing else. To be called in the main
-        thread: a child dies with the thread that started it.
+        A process reads ``secret`` from its stdin. What it prints goes to stderr, so that stdout carries the
+        ready line and nothing else. To be called in the main thread: a child dies with the thread that
+        started it.
         """
         environment = dict(os.environ)
         set_threads(environment, threads)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, msgspec.json.encode(config).decode(), str(os.getpid())),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=sys.stderr,
-            start_new_session=True,
-            env=environment,
-            pass_fds=descriptors,
-        )
-        assert process.stdin is not None
-        process.stdin.write(secret.encode())
-        process.stdin.close()
-        _logger.info("Started %s as process %d.", name, process.pid)
-        return cls(name, process)
+        processes = list[asyncio.subprocess.Process]()
+        try:
+            for config, descriptors in parts:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", module, msgspec.json.encode(config).decode(), str(os.getpid())),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=sys.stderr,
+                    start_new_session=True,
+                    env=environment,
+                    pass_fds=descriptors,
+                )
+                processes.append(process)
+                assert process.stdin is not None
+                process.stdin.write(secret.encode())
+                process.stdin.close()
+                _logger.info("Started %s as process %d.", name, process.pid)
+        except BaseException:
+            cls(name, tuple(processes)).send(signal.SIGKILL)
+            raise
+        return cls(name, tuple(processes))
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any of its processes is."""
+        return any(process.returncode is None for process in self.processes)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens if the process has ended."""
-        if self.process.returncode is None:
-            with suppress(ProcessLookupError):  # it ended a moment ago
-                os.kill(self.process.pid, number)
+        """Send a signal; nothing happens to a process that has ended."""
+        for process in self.processes:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):  # it ended a moment ago
+                    os.kill(process.pid, number)
+
+    async def wait(self) -> None:
+        """Wait for the end of all processes."""
+        await asyncio.gather(*(process.wait() for process in self.processes))
 
     async def ended(self) -> WorkerDied:
-        """Wait for the end of the process; says how it ended."""
-        code = await self.process.wait()
+        """Wait for the end of a process, and end the others, which cannot go on; says how it ended. Of several
+        that have, this is about one that did not end for the others' sake."""
+        waits = [asyncio.create_task(process.wait()) for process in self.processes]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if len(waits) > 1:
+                await asyncio.wait(waits, timeout=_CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
+            codes = [process.returncode for process in self.processes]
+            self.send(signal.SIGKILL)
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        causes = [rank for rank, code in enumerate(codes) if code not in (None, EXIT_ALONE)]
+        if not causes:
+            return WorkerDied(f"the ranks of {self.name} have lost one another; --log-level info shows why")
+        code, name = codes[causes[0]], self.name if len(codes) == 1 else f"rank {causes[0]} of {self.name}"
+        assert code is not None
         if code == EXIT_EXPLAINED:
-            return _Explained(f"{self.name} ended with an error that the server has printed")
+            return _Explained(f"{name} ended with an error that the server has printed")
         if code == -signal.SIGKILL:
             how = "was killed by SIGKILL (the kernel does so when memory runs out, see dmesg)"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        return WorkerDied(f"{self.name} {how}")
+        return WorkerDied(f"{name} {how}")
 
 
 class _Explained(WorkerDied):
@@ -157,6 +201,7 @@ class Supervisor:
         check_nodes(self._nodes)
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
+        check_ranks(read_config(self._model.folder), config.tensor_parallel_size)
         self._kv_size = kv_size(config, self._model, self._nodes)
         shape = kv_shape(
             read_config(self._model.folder),
@@ -257,15 +302,17 @@ class Supervisor:
             router=_router_in(folder),
             block=self._block,
             workers={
-                number: StartedWorker(child.process.pid, number) for number, child in enumerate(self._workers)
+                config.tensor_parallel_size * number + rank: StartedWorker(pid, number)
+                for number, child in enumerate(self._workers)
+                for rank, pid in enumerate(child.pids)
             },
             disk=None if self._disk is None else replace(self._disk, needed=not self._serving),
             prefix_caching=config.prefix_caching,
             kv_events=config.kv_events_port is not None,
             log_level=config.log_level,
         )
-        child = await Child.start(f"KV store {name}", "clo.kvstore", store, self._key, threads=1)
-        self._router.expect(store_identity(name), child.name, child.process.pid)
+        child = await Child.start(f"KV store {name}", "clo.kvstore", [Part(store)], self._key, threads=1)
+        self._router.expect(store_identity(name), child.name, *child.pids)
         return child
 
     async def _start_worker(self, index: int, folder: PrivateFolder) -> Child:
@@ -279,10 +326,18 @@ class Supervisor:
             engine=config.engine,
             log_level=config.log_level,
         )
-        threads = len(os.sched_getaffinity(0)) // config.workers
-        child = await Child.start(f"worker {index}", self._worker, worker_config, self._key, threads)
-        self._router.expect(worker_identity(index), child.name, child.process.pid)
+        threads = len(os.sched_getaffinity(0)) // (config.workers * config.tensor_parallel_size)
+        name = f"worker {index}"
+        with _ranks(worker_config, config.tensor_parallel_size) as parts:
+            child = await Child.start(name, self._worker, parts, self._key, threads)
+        for rank, pid in enumerate(child.pids):
+            known = f"rank {rank} of {name}" if rank else name
+            self._router.expect(worker_identity(index, rank), known, pid)
         return child
+
+    def _identities(self, index: int) -> list[bytes]:
+        """Names of the connections of a worker's ranks to the router."""
+        return [worker_identity(index, rank) for rank in range(self._config.tensor_parallel_size)]
 
     async def _start_gateway(self, listener: Listener, folder: PrivateFolder) -> Child:
         gateway_config = GatewayProcessConfig(
@@ -295,11 +350,11 @@ class Supervisor:
         )
         secret = f"{self._key}\n{self._config.api_key or ''}"
         child = await Child.start(
-            "HTTP gateway", "clo.runtime.http", gateway_config, secret, 1, (listener.descriptor,)
+            "HTTP gateway", "clo.runtime.http", [Part(gateway_config, (listener.descriptor,))], secret, 1
         )
         if self._config.recovery == "off":
             listener.close()  # here: nobody else shall keep the port open
-        self._router.expect(GATEWAY_IDENTITY, child.name, child.process.pid)
+        self._router.expect(GATEWAY_IDENTITY, child.name, *child.pids)
         return child
 
     # --------------------------------------------------------------------------------- recovery
@@ -307,7 +362,12 @@ class Supervisor:
     async def _keep_worker(self, index: int) -> None:
         """Start a worker again whenever it ends. Raises ``WorkerDied`` where that is not wanted or of no
         use."""
-        identity = worker_identity(index)
+        identity, *others = self._identities(index)
+
+        def lose(error: WorkerDied) -> None:
+            self._router.lose(identity, error)
+            for other in others:
+                self._router.end(other)
 
         async def start(folder: PrivateFolder) -> Child:
             store = self._router.store_of(identity)
@@ -315,20 +375,20 @@ class Supervisor:
             child = self._workers[index] = await self._start_worker(index, folder)
             if not self._router.has_begun(store_identity(store)):  # it has ended while the process was made
                 self._kill(child, _LostStore(f"{child.name} has lost KV store {store}"))
-            for name, node in zip(self._config.kvstore, self._nodes, strict=True):
-                self._router.tell_store(name, Expect(index, child.process.pid, _store_in(folder, node)))
+            for rank, pid in enumerate(child.pids):
+                number = len(child.pids) * index + rank
+                for name, node in zip(self._config.kvstore, self._nodes, strict=True):
+                    self._router.tell_store(name, Expect(number, pid, _store_in(folder, node)))
             return child
 
-        await self._keep(
-            self._workers[index], identity, start, lambda error: self._router.lose(identity, error)
-        )
+        await self._keep(self._workers[index], identity, start, lose)
 
     async def _keep_store(self, index: int) -> None:
         """The same for a store, with which its workers end: what they know of its arena is lost."""
         name, workers = self._config.kvstore[index], list[Child]()
 
         def lose(error: WorkerDied) -> None:
-            self._router.lose_store(name)
+            self._router.end(store_identity(name))
             workers.clear()
             for number, child in enumerate(self._workers):
                 identity = worker_identity(number)
@@ -341,7 +401,7 @@ class Supervisor:
         async def start(folder: PrivateFolder) -> Child:
             for child in workers:  # or there would be two arenas for a moment
                 try:
-                    await asyncio.wait_for(child.process.wait(), SERVING_S)
+                    await asyncio.wait_for(child.wait(), SERVING_S)
                 except TimeoutError:
                     raise _stopped(WorkerDied(f"{child.name} does not end")) from None
             child = self._stores[index] = await self._start_store(index, folder)
@@ -384,7 +444,7 @@ class Supervisor:
             await self._reload(tell)
         finally:
             self._reloading = False
-        return Reloaded([child.process.pid for child in self._workers])
+        return Reloaded([pid for child in self._workers for pid in child.pids])
 
     async def _reload(self, tell: Tell) -> None:
         """Restart the workers one after another, each once all of them are ready: others serve meanwhile.
@@ -450,16 +510,22 @@ class Supervisor:
         return self._killed.pop(child, error)
 
     def _kill(self, child: Child, why: WorkerDied) -> None:
-        if child.process.returncode is None:
+        if child.is_running:
             self._killed[child] = why
             child.send(signal.SIGKILL)
 
     def _give_up(self, identity: bytes, error: WorkerDied) -> None:
         """A process does not answer. Raises ``WorkerDied`` unless it is one that is started again."""
-        workers, stores = range(len(self._workers)), self._config.kvstore
-        names = [GATEWAY_IDENTITY] * len(self._gateways)
-        names += [*map(worker_identity, workers), *map(store_identity, stores)]
-        child = dict(zip(names, self._children, strict=True))[identity]
+        identities = [[GATEWAY_IDENTITY]] * len(self._gateways)
+        identities += map(self._identities, range(len(self._workers)))
+        identities += [[store_identity(name)] for name in self._config.kvstore]
+        child, first = next(
+            (child, names[0])
+            for child, names in zip(self._children, identities, strict=True)
+            if identity in names
+        )
+        if child in self._killed and identity != first:
+            return  # as its worker has been silent, too
         if not self._serving or self._config.recovery == "off" or child in self._killed:
             raise _stopped(error)  # the kernel itself cannot end one that was killed before
         _logger.warning("%s; it is killed.", error)
@@ -521,12 +587,37 @@ class Supervisor:
                 deadline = now() + DRAIN_S + _LEAVE_S
             for child in children:
                 child.send(signal.SIGTERM)
-            endings = [asyncio.create_task(child.process.wait()) for child in children]
+            endings = [asyncio.create_task(child.wait()) for child in children]
             if endings:
                 await asyncio.wait(endings, timeout=deadline - now())
             for child in children:
                 child.send(signal.SIGKILL)
             await asyncio.gather(*endings)
+
+
+@contextmanager
+def _ranks(config: WorkerConfig, count: int) -> Iterator[list[Part]]:
+    """What the ranks of a worker are started with: where they meet, and from the first one a pair of sockets
+    to each of the others. They have nothing of it that the others could not go without, so that each is told
+    when another ends. This process has it no longer than the body."""
+    if count == 1:
+        yield [Part(config)]
+        return
+    rendezvous = os.memfd_create("clo-ranks")
+    pairs = [socket.socketpair() for _ in range(1, count)]
+    firsts, seconds = (tuple(end.fileno() for end in ends) for ends in zip(*pairs, strict=True))
+    try:
+        yield [
+            Part(
+                replace(config, group=GroupConfig(rank, count, rendezvous, commands)), (rendezvous, *commands)
+            )
+            for rank, commands in enumerate([firsts, *((second,) for second in seconds)])
+        ]
+    finally:
+        os.close(rendezvous)
+        for pair in pairs:
+            for end in pair:
+                end.close()
 
 
 def _router_in(folder: PrivateFolder) -> str:

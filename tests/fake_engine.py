@@ -162,6 +162,9 @@ class FakeEngine:
         self.owner[slot] = prefill = FakePrefill(self, slot, tokens, score)
         return prefill
 
+    def advance(self, slot: int, prefill: FakePrefill, tokens: int) -> Tensor | None:
+        return prefill.advance(tokens)
+
     def extend(self, slot: int, blocks: list[int]) -> None:
         assert slot in self.lengths, "the slot is not in use"
         self.room[slot] += len(blocks) * BLOCK_TOKENS

@@ -47,7 +47,7 @@ ASKED = messages.Allocate | messages.Free | messages.Commit | messages.Describe 
 
 UNIONS = (
     "ToRouter", "ToClient", "ToControl", "FromControl", "ToWorker", "LauncherToStore", "FromChild", "ToStore",
-    "FromStore",
+    "FromStore", "Command",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "--max-num-seqs 3 --gpu-memory-utilization 0.5 --max-num-batched-tokens 700 "
         "--kv-size 1.5MiB --prefix-caching on --kv-disk d --kv-disk-size 2GiB --kv-disk-key k "
         "--kv-events-port 0 --kv-events-topic kv "
-        "--workers 2 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
+        "--workers 2 --tensor-parallel-size 4 --kvstore numa0,numa1 --attention topk --select-k 5 --resident 6 "
         "--tail 0 --gate 0.5 --prefetch predicted --prefill-attention sparse --prefix-attention exact "
         "--drift-check 9 --recovery off "
         "--host 127.0.0.2 "
@@ -38,6 +38,7 @@ def test_every_option_reaches_the_configuration() -> None:
             1, ("a", "b"), "hermes", "none", "c", "p", ("http://d", "*"), "http://e/v1/traces"
         ),
         workers=2,
+        tensor_parallel_size=4,
         kvstore=("numa0", "numa1"),
         kv_size=3 * 2**19,
         prefix_caching="on",

@@ -54,6 +54,7 @@ class KVCache:
         layer_type: class of the layers that have a resident set.
         codes: [blocks, layers, kv_heads, code_bytes] uint8, the blocks' codes in the arena; None where blocks
             have none, and prompts attend exactly to what they begin with.
+        ranks: that have as many heads each, of one model; the accounting is of all of them.
 
     Attributes:
         pages: which page of the index belongs to which block.
@@ -72,14 +73,16 @@ class KVCache:
         device: torch.device,
         layer_type: type[LayerCache] = LayerCache,
         codes: Tensor | None = None,
+        ranks: int = 1,
     ) -> None:
         self.shape = shape
-        self._codes = codes
+        self._codes, self._ranks = codes, ranks
         self.pages = IndexPages(index_pages(shape, arena.shape[0], slots, max_tokens))
         self._loading, self._storing, self._filling, self._recording = (SideStream(device) for _ in range(4))
         heads = (shape.layers, slots, shape.kv_heads)
         self._counters = torch.zeros(*heads, 6, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(shape.layers, shape.kv_heads, 6, dtype=torch.int64)  # of former sequences
+        # of former sequences
+        self._ended = torch.zeros(shape.layers, ranks * shape.kv_heads, 6, dtype=torch.int64)
         self.thresholds = _thresholds(config, shape, device)
         self.layers: list[LayerCache | FullLayer] = []
         self._index_token_bytes = 0
@@ -143,12 +146,12 @@ class KVCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident rows of all slots."""
-        return sum(layer.resident.rows.nbytes for layer in self.sparse_layers)
+        return self._ranks * sum(layer.resident.rows.nbytes for layer in self.sparse_layers)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the index of all pages."""
-        return self._index_token_bytes * self.pages.pages * self.shape.block_tokens
+        return self._ranks * self._index_token_bytes * self.pages.pages * self.shape.block_tokens
 
     # ------------------------------------------------------------------------------------- prompt
 
@@ -343,7 +346,8 @@ class KVCache:
         self._counters[:, slot].zero_()
 
     def add_ended(self, counters: Tensor) -> None:
-        """Add what the heads did for a sequence that has ended: [layers, kv_heads, 6] int64, on the CPU."""
+        """Add what the heads of all ranks did for a sequence that has ended: [layers, heads, 6] int64, on the
+        CPU."""
         self._ended += counters
 
     @property
@@ -357,14 +361,15 @@ class KVCache:
         """What the cache did for a sequence.
 
         Args:
-            counters: those of its slot.
+            counters: those of its slot, of all ranks.
             tokens: its length.
             steps: decode steps that it took.
         """
         checks, selections, selected, fetched, tail, missed = counters
+        ranks = self._ranks
         return CacheStats(
             steps=steps,
-            head_steps=steps * self.shape.layers * self.shape.kv_heads,
+            head_steps=ranks * steps * self.shape.layers * self.shape.kv_heads,
             gate_checks=checks,
             selections=selections,
             selected_rows=selected,
@@ -372,9 +377,9 @@ class KVCache:
             fetched_bytes=fetched * self.shape.row_bytes,
             tail_millionths=tail,
             missed_millionths=missed,
-            resident_bytes=sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
-            index_bytes=tokens * self._index_token_bytes,
-            kv_bytes=tokens * self.shape.token_bytes,
+            resident_bytes=ranks * sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
+            index_bytes=ranks * tokens * self._index_token_bytes,
+            kv_bytes=ranks * tokens * self.shape.token_bytes,
             cached_tokens=0,
         )
 

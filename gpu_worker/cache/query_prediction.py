@@ -52,7 +52,8 @@ def measure_query_sources(decoder: Decoder) -> tuple[QuerySource, ...]:
             predicted = decoder.query(layer, decoder.input_norm(layer, entering), last)
             chosen = _weights(predicted, rows[:, :, 0], decoder.scale).topk(_SELECTED).indices
             lost = real.topk(_SELECTED).values.sum(-1) - real.gather(-1, chosen).sum(-1)
-            if float(lost.mean()) <= _MOST_LOST:
+            mean = float(lost.mean())  # over the heads of this rank
+            if (mean if decoder.group is None else decoder.group.mean(mean)) <= _MOST_LOST:
                 found = source
                 break
         sources.append(found)

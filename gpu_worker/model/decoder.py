@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clo.gpu_worker.group import Group
 from clo.gpu_worker.model import eager
 from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
@@ -18,24 +19,38 @@ from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.model.model_config import kv_shape, quiet_transformers, read_config
+from clo.runtime.model.ranks import Rank
 
 
 class Decoder:
     """The model as functions of hidden states; attention itself is the caller's.
 
+    As a rank of a group it has the group's share of heads alone, and hidden states and logits of the whole
+    model: ``embed``, ``add_attention``, ``add_mlp`` and ``logits`` are to be called by all ranks together.
+
     Args:
         weights: the weights; their device and dtype are the model's.
-        shape: shape of the KV cache.
+        shape: shape of the KV cache, for a rank that of its share.
         norm_eps: epsilon of every RMSNorm.
         max_positions: positions that the model was made for.
+        group: the group that this process is a rank of; None where it is alone. Also an attribute.
+        vocab: tokens of the model; None for as many as ``weights`` has.
     """
 
-    def __init__(self, weights: Weights, shape: KVShape, norm_eps: float, max_positions: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        shape: KVShape,
+        norm_eps: float,
+        max_positions: int,
+        group: Group | None = None,
+        vocab: int | None = None,
+    ) -> None:
         self._weights = weights
         self._norm_eps = norm_eps
-        self.shape = shape
+        self.shape, self.group = shape, group
         self.max_positions = max_positions
-        self.vocab = weights.head.shape[0]
+        self.vocab = vocab or weights.head.shape[0]
         self.scale = shape.head_dim**-0.5  # factor of the attention scores
         self.device = weights.embedding.device
         pair = torch.arange(2 * shape.kv_heads, device=self.device) % 2 == 1
@@ -65,7 +80,7 @@ class Decoder:
 
     def layer_flops(self, tokens: int, before: float) -> float:
         """Floating-point operations of a layer on some tokens of a prompt that follow ``before`` others, or
-        attend to as much."""
+        attend to as much; those of this rank, as are the others."""
         layer = self._weights.layers[0]
         products = (layer.qkv, layer.output, layer.gate_up, layer.down)
         width = self.shape.query_heads * self.shape.head_dim
@@ -82,7 +97,13 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [N, hidden] of token ids [N] int64."""
-        return F.embedding(tokens, self._weights.embedding)
+        if self.group is None:
+            return F.embedding(tokens, self._weights.embedding)
+        rows = len(self._weights.embedding)
+        places = tokens - self.group.rank.number * rows
+        elsewhere = (places < 0) | (places >= rows)
+        own = F.embedding(places.clamp(0, rows - 1), self._weights.embedding)
+        return self.group.sum(own.masked_fill_(elsewhere.unsqueeze(1), 0))
 
     def rope(self, positions: Tensor) -> Rope:
         """Cosines and sines [N, head_dim] of positions [N] int64; the same for all layers.
@@ -155,7 +176,8 @@ class Decoder:
             Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
-        return self._add(hidden, weights.output(attended.flatten(1)), weights.mlp_norm, in_place=in_place)
+        out = self._whole(weights.output(attended.flatten(1)))
+        return self._add(hidden, out, weights.mlp_norm, in_place=in_place)
 
     def add_mlp(
         self, layer: int, hidden: Tensor, normed: Tensor, *, in_place: bool = False
@@ -166,12 +188,20 @@ class Decoder:
             Hidden states [N, hidden] that enter the next layer, and the same after ``input_norm`` for it.
         """
         weights = self._weights.layers[layer]
-        out = weights.down(self._gated(weights.gate_up(normed)))
+        out = self._whole(weights.down(self._gated(weights.gate_up(normed))))
         return self._add(hidden, out, self._norm_of(layer + 1), in_place=in_place)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
-        return F.linear(normed, self._weights.head).float()
+        logits = F.linear(normed, self._weights.head)
+        if self.group is None:
+            return logits.float()
+        parts = self.group.join(logits).transpose(0, 1)  # [N, ranks, any]
+        return parts.to(torch.float32, memory_format=torch.contiguous_format).flatten(1)[:, : self.vocab].contiguous()
+
+    def _whole(self, share: Tensor) -> Tensor:
+        """What a product yields, given the share of it that is this rank's."""
+        return share if self.group is None else self.group.sum(share)
 
     def _norm_of(self, layer: int) -> Tensor:
         layers = self._weights.layers
@@ -188,17 +218,18 @@ class Decoder:
         return flat.view(len(normed), heads, -1)
 
 
-def load_decoder(model: ResolvedModel) -> Decoder:
-    """The decoder of a model, with its weights on the model's device.
+def load_decoder(model: ResolvedModel, group: Group | None = None) -> Decoder:
+    """The decoder of a model, with its weights on the model's device, or a rank's share of it.
 
     Raises:
         ConfigError: see ``load_weights``.
     """
     quiet_transformers()
     config = read_config(model.folder)
-    shape = kv_shape(config, getattr(torch, model.dtype))
-    weights = load_weights(model, config, shape)
-    return Decoder(weights, shape, config.rms_norm_eps, config.max_position_embeddings)
+    whole, rank = kv_shape(config, getattr(torch, model.dtype)), Rank() if group is None else group.rank
+    weights = load_weights(model, config, whole, rank)
+    shape, positions = rank.shape(whole), config.max_position_embeddings
+    return Decoder(weights, shape, config.rms_norm_eps, positions, group, config.vocab_size)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights of a model, read from a folder or made at random."""
+"""Weights of a model, or a rank's share of them, read from a folder or made at random."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
 
 _DUMMY_DEVIATION = 0.02
 
-Place = Callable[[str, Tensor], Tensor]  # name and parameter -> the tensor that the decoder keeps
+Cut = Callable[[Tensor], Tensor]  # a parameter -> the part of it that a rank has
+Place = Callable[[str, Tensor, Cut], Tensor]  # name, parameter and cut -> the tensor that the decoder keeps
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer. ``qkv`` yields all query heads, then key and value of each KV head in turn."""
+    """Weights of one layer. ``qkv`` yields all query heads, then key and value of each KV head in turn.
+
+    A rank has only its heads, and its part of the intermediate size; its ``output`` and ``down`` yield its
+    share of a sum. The biases of these two are with the first rank."""
 
     attention_norm: Tensor  # [hidden]
     qkv: Linear  # [(query_heads + 2 * kv_heads) * head_dim, hidden]
@@ -51,7 +56,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model, on one device. ``head`` is ``embedding`` itself where the model ties them."""
+    """All weights of a model, on one device. ``head`` is ``embedding`` itself where the model ties them.
+
+    A rank has its part of the vocabulary in both, filled up with zeros where that is smaller than the first
+    one's."""
 
     embedding: Tensor  # [vocab, hidden]
     layers: tuple[Layer, ...]
@@ -61,11 +69,16 @@ class Weights:
     rope_scale: float  # factor of cosines and sines; 1 unless the RoPE scaling asks for another
 
 
-def load_weights(model: ResolvedModel, config: Any, shape: KVShape) -> Weights:
+def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank = Rank()) -> Weights:
     """Load the weights, or make random ones (``load_format`` "dummy").
+
+    A rank reads no more than its share, where the files hold weights of the type in which they are kept. Of
+    random ones it makes each as a whole and keeps a part, so that they do not depend on the ranks.
 
     Args:
         config: transformers' configuration of the model.
+        shape: of the whole model.
+        rank: whose weights they are.
 
     Raises:
         ConfigError: weights are missing, too many, damaged, of the wrong shape or not finite.
@@ -84,16 +97,15 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape) -> Weights:
         total=sum(parameter.nbytes for parameter in parameters.values()),
         desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None,
     ) as bar:  # fmt: skip
-        tensors = _Tensors(parameters, place, bar.update)
-        embedding = tensors.take("model.embed_tokens.weight")
+        tensors = _Tensors(parameters, place, bar.update, shape, rank)
+        embedding = tensors.vocabulary("model.embed_tokens.weight")
         return Weights(
             embedding=embedding,
             layers=tuple(
-                tensors.layer(f"model.layers.{index}.", shape.query_heads, shape.kv_heads)
-                for index in range(shape.layers)
+                tensors.layer(f"model.layers.{index}.") for index in range(shape.layers)
             ),
             norm=tensors.take("model.norm.weight"),
-            head=tensors.take("lm_head.weight") if "lm_head.weight" in tensors else embedding,
+            head=tensors.vocabulary("lm_head.weight") if "lm_head.weight" in tensors else embedding,
             rope_frequencies=rotary.inv_freq.to(device),
             rope_scale=float(rotary.attention_scaling),
         )
@@ -130,8 +142,10 @@ def _read(model: ResolvedModel, config: Any) -> Any:
     return source
 
 
-def _checked(model: ResolvedModel, name: str, parameter: Tensor) -> Tensor:
-    tensor = parameter.to(model.device, copy=True)  # the parameter itself is a mapped file, which may change
+def _checked(model: ResolvedModel, name: str, parameter: Tensor, cut: Cut) -> Tensor:
+    part = cut(parameter)
+    # a copy, as the parameter itself is a mapped file, which may change
+    tensor = part.to(model.device, copy=True, memory_format=torch.contiguous_format)
     if not tensor.isfinite().all():
         raise ConfigError(
             f"The weights in {model.folder} are damaged: {name} holds values that are not finite in "
@@ -140,12 +154,17 @@ def _checked(model: ResolvedModel, name: str, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def _random(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
+def _random(generator: torch.Generator, name: str, parameter: Tensor, cut: Cut) -> Tensor:
     """Norms are 1, others are drawn from a normal distribution, in the final dtype on the final device."""
     tensor = torch.empty_like(parameter, device=generator.device)
     if name.endswith("norm.weight"):
         return tensor.fill_(1.0)
-    return tensor.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
+    part = cut(tensor.normal_(0.0, _DUMMY_DEVIATION, generator=generator))
+    return part if part.numel() == tensor.numel() else part.clone(memory_format=torch.contiguous_format)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 class _Tensors:
@@ -155,28 +174,59 @@ class _Tensors:
         parameters: by name, from which each one is taken out; those that are tied have their first name.
         place: turns a parameter into the tensor to keep.
         placed: is told the bytes of each.
+        shape: of the whole model.
+        rank: whose parts are taken.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], place: Place, placed: Callable[[int], object]) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        place: Place,
+        placed: Callable[[int], object],
+        shape: KVShape,
+        rank: Rank,
+    ) -> None:
         self._parameters, self._place, self._placed = parameters, place, placed
+        self._shape, self._rank = shape, rank
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
-    def take(self, name: str) -> Tensor:
+    def take(self, name: str, cut: Cut = _whole) -> Tensor:
         parameter = self._parameters.pop(name).detach()
-        tensor = self._place(name, parameter)
+        tensor = self._place(name, parameter, cut)
         self._placed(parameter.nbytes)
         return tensor
 
-    def linear(self, *names: str) -> Linear:
-        """One projection whose outputs are those of all, in order."""
-        weights = [self.take(f"{name}.weight") for name in names]
-        biases = [self.take(f"{name}.bias") for name in names if f"{name}.bias" in self]
+    def vocabulary(self, name: str) -> Tensor:
+        """The rank's part of a matrix with a row for each token."""
+        whole = len(self._parameters[name])
+        most, part = -(-whole // self._rank.count), self._rank.part(whole)
+        tensor = self.take(name, lambda parameter: parameter[part])
+        return F.pad(tensor, (0, 0, 0, most - len(tensor))) if len(tensor) < most else tensor
+
+    def by_outputs(self, parts: dict[str, slice]) -> Linear:
+        """One projection whose outputs are the given parts of all, in order."""
+        weights, biases = [], []
+        for name, part in parts.items():
+            weights.append(self.take(f"{name}.weight", lambda parameter, part=part: parameter[part]))
+            if f"{name}.bias" in self:
+                biases.append(self.take(f"{name}.bias", lambda parameter, part=part: parameter[part]))
         return Linear(_join(weights), _join(biases) if biases else None)
 
-    def layer(self, prefix: str, query_heads: int, kv_heads: int) -> Layer:
+    def by_inputs(self, name: str, part: slice) -> Linear:
+        """A projection of a part of its inputs: a share of the sum that its outputs are."""
+        weight = self.take(f"{name}.weight", lambda parameter: parameter[:, part])
+        bias = self.take(f"{name}.bias") if f"{name}.bias" in self else None
+        return Linear(weight, bias if self._rank.number == 0 else None)
+
+    def layer(self, prefix: str) -> Layer:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        own, dim = self._rank.shape(self._shape), self._shape.head_dim
+        query_heads, kv_heads = own.query_heads, own.kv_heads
+        queries = _of_heads(self._rank.part(self._shape.query_heads), dim)
+        pairs = _of_heads(self._rank.kv_heads(self._shape.kv_heads), dim)
+        inner = self._rank.part(len(self._parameters[f"{mlp}up_proj.weight"]))
         qk_norm = None
         if f"{attention}q_norm.weight" in self:
             query = self.take(f"{attention}q_norm.weight").expand(query_heads, -1)
@@ -185,16 +235,23 @@ class _Tensors:
         return Layer(
             attention_norm=self.take(f"{prefix}input_layernorm.weight"),
             qkv=_in_turn(
-                self.linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+                self.by_outputs(
+                    {f"{attention}q_proj": queries, f"{attention}k_proj": pairs, f"{attention}v_proj": pairs}
+                ),
                 query_heads,
                 kv_heads,
             ),
             qk_norm=qk_norm,
-            output=self.linear(f"{attention}o_proj"),
+            output=self.by_inputs(f"{attention}o_proj", queries),
             mlp_norm=self.take(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self.linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
-            down=self.linear(f"{mlp}down_proj"),
+            gate_up=self.by_outputs({f"{mlp}gate_proj": inner, f"{mlp}up_proj": inner}),
+            down=self.by_inputs(f"{mlp}down_proj", inner),
         )
+
+
+def _of_heads(heads: slice, head_dim: int) -> slice:
+    """The outputs of some heads."""
+    return slice(heads.start * head_dim, heads.stop * head_dim)
 
 
 def _in_turn(qkv: Linear, query_heads: int, kv_heads: int) -> Linear:

@@ -13,10 +13,15 @@ from clo.runtime.wire.errors import CLOError
 
 EXIT_EXPLAINED = 3  # exit code after one line "error: <sentence>" on stderr
 EXIT_UNEXPECTED = 1  # exit code after a logged traceback
+EXIT_ALONE = 4  # exit code after a ``GroupEnded``
 
 _PR_SET_PDEATHSIG = 1
 
 _logger = logging.getLogger(__name__)
+
+
+class GroupEnded(Exception):
+    """Another process without which this one cannot go on has ended; why is for that one to say."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -90,7 +95,7 @@ def run_process(main: Callable[[], None]) -> None:
     keeps its default action and ends the process at once, but for a store with a disk: nothing else that a
     child holds outlives it. An error ends the process just as immediately, since an orderly exit could wait
     for a stuck GPU: with code 3 after a ``CLOError``, whose sentence goes to stderr, and with code 1 after
-    any other exception, whose traceback is logged.
+    any other exception, whose traceback is logged. After a ``GroupEnded`` it ends with code 4 and says nothing.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -98,6 +103,9 @@ def run_process(main: Callable[[], None]) -> None:
     except CLOError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_EXPLAINED)
+    except GroupEnded as error:
+        _logger.info("%s", error)
+        os._exit(EXIT_ALONE)
     except Exception:
         _logger.exception("Unexpected error in process %d.", os.getpid())
         logging.shutdown()

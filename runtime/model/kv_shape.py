@@ -22,6 +22,7 @@ class KVShape:
 
     Attributes:
         codes: whether a block in the arena has the codes of its rows behind them.
+        whole_heads: KV heads of the model, where this is the share of a rank; None where it is all of it.
     """
 
     specs: tuple[LayerSpec, ...]
@@ -30,6 +31,7 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype
     codes: bool = False
+    whole_heads: int | None = None
 
     @property
     def layers(self) -> int:
@@ -51,9 +53,11 @@ class KVShape:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of a block: a power of two so that one layer's part is about 2 MiB, within 64 to 512."""
+        """Tokens of a block: a power of two so that one layer's part of a whole model is about 2 MiB, within 64
+        to 512."""
         smallest, largest = _BLOCK_TOKENS
-        fitting = _BLOCK_LAYER_BYTES // (self.kv_heads * self.row_bytes)
+        heads = self.whole_heads or self.kv_heads
+        fitting = _BLOCK_LAYER_BYTES // (heads * self.row_bytes)
         return max(smallest, min(largest, 1 << max(0, fitting.bit_length() - 1)))
 
     @property

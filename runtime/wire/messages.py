@@ -563,9 +563,9 @@ LauncherToStore = Ping | Expect | Examine
 # ------------------------------------------------------------- worker, store or HTTP gateway -> router
 
 
-def worker_identity(worker: int) -> bytes:
-    """Name of a worker's connection to the router."""
-    return b"worker-%d" % worker
+def worker_identity(worker: int, rank: int = 0) -> bytes:
+    """Name of a worker's connection to the router; of a rank that is not its first, that rank's."""
+    return b"worker-%d-rank-%d" % (worker, rank) if rank else b"worker-%d" % worker
 
 
 GATEWAY_IDENTITY = b"gateway"
@@ -654,8 +654,14 @@ class WorkerReport(Message, frozen=True):
     store: StoreStats
 
 
+class RankReady(Message, frozen=True):
+    """First message of a rank of a worker that is not its first one, once it follows that one."""
+
+    pid: Count
+
+
 FromWorker = Ready | Stepped | Prefilled | PromptScored | Done | Refused | WorkerReport | Pong
-FromChild = FromWorker | StoreReady | GatewayReady | KVEvents | StoreExamined
+FromChild = FromWorker | RankReady | StoreReady | GatewayReady | KVEvents | StoreExamined
 
 
 # ------------------------------------------------------------------------- worker -> store (ipc, DEALER)
@@ -810,3 +816,99 @@ class StagingOpened(Message, frozen=True):
 
 
 FromStore = Attached | Allocated | Grown | Denied | Freed | StoreReport | Described | StagingOpened
+
+
+# ------------------------------------------- first rank of a worker -> its other ranks (socket pair)
+
+
+class BeginPrefill(Message, frozen=True):
+    """Begin the prefill of a prompt in a free slot; the fields are those of ``Engine.begin_prefill``."""
+
+    slot: Count
+    tokens: list[TokenId]
+    blocks: list[Count]
+    last: Count
+    score: Count | None
+    cached: Count
+    graphs: bool
+
+
+class Advance(Message, frozen=True):
+    """A unit of so many tokens of the prefill of a slot."""
+
+    slot: Count
+    tokens: Count
+
+
+class PrefillShort(Message, frozen=True):
+    """Prefill short prompts together, each with its slot and blocks."""
+
+    slots: list[Count]
+    tokens: list[list[TokenId]]
+    blocks: list[list[Count]]
+
+
+class LeavePrompt(Message, frozen=True):
+    """A prompt ends before it is complete."""
+
+
+class Activate(Message, frozen=True):
+    """The sequence of a slot, so many tokens long, decodes from now on."""
+
+    slot: Count
+    length: Count
+
+
+class Start(Message, frozen=True):
+    """Take the first tokens of activated slots."""
+
+    slots: list[Count]
+
+
+class Extend(Message, frozen=True):
+    """A slot has further blocks."""
+
+    slot: Count
+    blocks: list[Count]
+
+
+class Feed(Message, frozen=True):
+    """The next step reads another token of a slot than was drawn."""
+
+    slot: Count
+    token: TokenId
+
+
+class Compare(Message, frozen=True):
+    """Compute the next step of a slot with full attention, too; its sequence then has so many tokens."""
+
+    slot: Count
+    length: Count
+
+
+class TakeStep(Message, frozen=True):
+    """A decode step of so many slots; the longest sequence then has so many tokens."""
+
+    slots: list[Count]
+    longest: Count
+
+
+class Retire(Message, frozen=True):
+    """The sequence of a slot ends."""
+
+    slot: Count
+
+
+Command = (
+    BeginPrefill
+    | Advance
+    | PrefillShort
+    | LeavePrompt
+    | Activate
+    | Start
+    | Extend
+    | Feed
+    | Compare
+    | TakeStep
+    | Retire
+)

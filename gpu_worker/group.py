@@ -1,0 +1,175 @@
+"""The ranks of a group: processes that compute one model together, each with a share of its heads.
+
+A rank adds up what all of them have computed twice in a layer, after attention and after the MLP, and puts
+their logits together. It uses torch.distributed: NCCL on GPUs, Gloo on the CPU, both within one machine.
+
+On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There each rank puts its share
+into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel adds them up;
+the long sums of prompts go through NCCL. Where GPUs cannot read each other's memory, all of them do.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from clo.runtime.machine.process import GroupEnded
+from clo.runtime.model.ranks import Rank
+from clo.runtime.wire.errors import ConfigError
+
+_ENVIRONMENT = {
+    # Nobody outside this machine takes part.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    # Multicast over NVLink would save little in groups as small as these, and where a program that uses it
+    # is killed, some drivers leave the GPUs unusable.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+_TIMEOUT = timedelta(hours=1)  # who is stuck is found by the launcher, long before
+_SYMMETRIC_BYTES = 2**20  # of the largest sum that goes through memory that all ranks read
+_SYMMETRIC_TYPES = (torch.bfloat16, torch.float32)  # that PyTorch adds up there
+
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name from torch 2.13 on
+
+_logger = logging.getLogger(__name__)
+
+
+class Group:
+    """This process as a rank of its group. All ranks have to call the same methods in the same order.
+
+    On a GPU nothing waits for the device, but for ``least`` and ``mean``, and CUDA graphs can capture the
+    rest. Such graphs have to be destroyed before the group.
+
+    Args:
+        rank: which one it is.
+        device: of this rank alone.
+        rendezvous: descriptor of an anonymous file that all ranks have opened, and no other process; the
+            ranks find one another through it.
+        symmetric: whether short sums go through memory that all ranks read, where that is possible.
+
+    Raises:
+        ConfigError: the ranks cannot connect.
+        GroupEnded: another rank has ended; so do all methods.
+    """
+
+    def __init__(
+        self, rank: Rank, device: torch.device, rendezvous: int, *, symmetric: bool = True
+    ) -> None:
+        self.rank, self._device = rank, device
+        os.environ.update(_ENVIRONMENT)
+        cuda = device.type == "cuda"
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.FileStore(f"/proc/self/fd/{rendezvous}", rank.count),
+                rank=rank.number,
+                world_size=rank.count,
+                timeout=_TIMEOUT,
+                device_id=device if cuda else None,  # connects at once
+            )
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
+        self._shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
+        self._name = ""
+        if cuda and symmetric:
+            self._share_memory()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank, which decides for all."""
+        return self.rank.number == 0
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether short sums go through memory that all ranks read."""
+        return self._shared is not None
+
+    def sum(self, share: Tensor) -> Tensor:
+        """The sum of what all ranks give, the same for all but for rounding; ``share`` may become it."""
+        shared = self._shared
+        if shared is not None and share.nbytes <= len(shared) and share.dtype in _SYMMETRIC_TYPES:
+            mine = shared[: share.nbytes].view(share.dtype).view(share.shape)
+            mine.copy_(share)
+            summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name)
+            return summed
+        with _explained():
+            dist.all_reduce(share)
+        return share
+
+    def join(self, share: Tensor) -> Tensor:
+        """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
+        joined = share.new_empty(self.rank.count, *share.shape)
+        with _explained():
+            _gather(joined.flatten(0, 1), share.contiguous())
+        return joined
+
+    def take_from_first(self, tensor: Tensor) -> Tensor:
+        """``tensor``, which becomes that of the first rank."""
+        with _explained():
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def least(self, number: int) -> int:
+        """The least of the numbers that the ranks give."""
+        agreed = torch.tensor(number, device=self._device)
+        with _explained():
+            dist.all_reduce(agreed, ReduceOp.MIN)
+        return int(agreed)
+
+    def mean(self, number: float) -> float:
+        """The mean of the numbers that the ranks give, the same for all."""
+        total = torch.tensor(number, dtype=torch.float64, device=self._device)
+        with _explained():
+            dist.all_reduce(total)
+        return float(total) / self.rank.count
+
+    def close(self) -> None:
+        """End the group, once no graph holds a part of it; a process that ends need not."""
+        self._shared = None
+        dist.destroy_process_group()
+
+    def _share_memory(self) -> None:
+        """Take memory that all ranks can read, if every one of them gets it."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+        shared: Tensor | None = None
+        # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
+        able = all(
+            other == self._device.index or torch.cuda.can_device_access_peer(self._device.index, other)
+            for other in self._peers()
+        )
+        if self.least(able):
+            try:
+                shared = symmetric_memory.empty(_SYMMETRIC_BYTES, dtype=torch.uint8, device=self._device)
+                symmetric_memory.rendezvous(shared, name)
+            except RuntimeError as error:
+                _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
+                shared = None
+        if self.least(shared is not None):
+            self._shared, self._name = shared, name
+        elif self.leads:
+            _logger.info("All sums of the ranks go through NCCL.")
+
+    def _peers(self) -> list[int]:
+        """The devices of all ranks."""
+        own = torch.tensor([self._device.index], device=self._device)
+        return [int(device) for device in self.join(own)]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what torch.distributed raises where another rank is gone into ``GroupEnded``."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupEnded(f"The other ranks do not answer: {str(error).partition('\n')[0]}") from None
