@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import FileStore, ReduceOp  # type: ignore[attr-defined]
 
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
@@ -60,16 +60,14 @@ class Group:
         GroupEnded: another rank has ended; so do all methods.
     """
 
-    def __init__(
-        self, rank: Rank, device: torch.device, rendezvous: int, *, symmetric: bool = True
-    ) -> None:
+    def __init__(self, rank: Rank, device: torch.device, rendezvous: int, *, symmetric: bool = True) -> None:
         self.rank, self._device = rank, device
         os.environ.update(_ENVIRONMENT)
         cuda = device.type == "cuda"
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
-                store=dist.FileStore(f"/proc/self/fd/{rendezvous}", rank.count),
+                store=FileStore(f"/proc/self/fd/{rendezvous}", rank.count),
                 rank=rank.number,
                 world_size=rank.count,
                 timeout=_TIMEOUT,
@@ -172,4 +170,4 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise GroupEnded(f"The other ranks do not answer: {str(error).partition('\n')[0]}") from None
+        raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None

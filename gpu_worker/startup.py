@@ -88,7 +88,9 @@ def _choose_store(config: WorkerConfig) -> str:
         if first in config.stores:
             own = node = first
         elif first is not None:
-            _logger.info("The GPU of worker %d is on NUMA node %d, which has no KV store.", config.worker, first)
+            _logger.info(
+                "The GPU of worker %d is on NUMA node %d, which has no KV store.", config.worker, first
+            )
         if near is not None and near != first:
             _logger.warning(
                 "GPU %d is on NUMA node %d and the KV store of its worker on node %d; rows take longer.",
@@ -170,9 +172,7 @@ def _engine(
     )
     rank = Rank(config.rank, config.ranks)
     held, heads = rank.shape(whole), rank.kv_heads(whole.kv_heads)
-    parts = arena_parts(
-        Arena.open(attached.pid, attached.fd, attached.arena_bytes), whole, attached.blocks
-    )
+    parts = arena_parts(Arena.open(attached.pid, attached.fd, attached.arena_bytes), whole, attached.blocks)
     plan = _plan(config, decoder, attached.blocks)
     if decoder.device.type == "cuda":
         parts = pin(parts)

@@ -81,9 +81,7 @@ class Child:
     processes: tuple[asyncio.subprocess.Process, ...]
 
     @classmethod
-    async def start(
-        cls, name: str, module: str, parts: Sequence[Part], secret: str, threads: int
-    ) -> "Child":
+    async def start(cls, name: str, module: str, parts: Sequence[Part], secret: str, threads: int) -> "Child":
         """Run ``python -m MODULE CONFIG PID`` for each part in a session of its own, out of reach of Ctrl-C.
 
         A process reads ``secret`` from its stdin. What it prints goes to stderr, so that stdout carries the
@@ -134,8 +132,8 @@ class Child:
         await asyncio.gather(*(process.wait() for process in self.processes))
 
     async def ended(self) -> WorkerDied:
-        """Wait for the end of a process, and end the others, which cannot go on; says how it ended. Of several
-        that have, this is about one that did not end for the others' sake."""
+        """Wait for the end of a process, and end the others, which cannot go on; says how it ended. Of
+        several that have, this is about one that did not end for the others' sake."""
         waits = [asyncio.create_task(process.wait()) for process in self.processes]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -19,7 +19,7 @@ from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.model.model_config import kv_shape, quiet_transformers, read_config
-from clo.runtime.model.ranks import Rank
+from clo.runtime.model.ranks import ALONE
 
 
 class Decoder:
@@ -197,7 +197,11 @@ class Decoder:
         if self.group is None:
             return logits.float()
         parts = self.group.join(logits).transpose(0, 1)  # [N, ranks, any]
-        return parts.to(torch.float32, memory_format=torch.contiguous_format).flatten(1)[:, : self.vocab].contiguous()
+        return (
+            parts.to(torch.float32, memory_format=torch.contiguous_format)
+            .flatten(1)[:, : self.vocab]
+            .contiguous()
+        )
 
     def _whole(self, share: Tensor) -> Tensor:
         """What a product yields, given the share of it that is this rank's."""
@@ -226,7 +230,7 @@ def load_decoder(model: ResolvedModel, group: Group | None = None) -> Decoder:
     """
     quiet_transformers()
     config = read_config(model.folder)
-    whole, rank = kv_shape(config, getattr(torch, model.dtype)), Rank() if group is None else group.rank
+    whole, rank = kv_shape(config, getattr(torch, model.dtype)), ALONE if group is None else group.rank
     weights = load_weights(model, config, whole, rank)
     shape, positions = rank.shape(whole), config.max_position_embeddings
     return Decoder(weights, shape, config.rms_norm_eps, positions, group, config.vocab_size)

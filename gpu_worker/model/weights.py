@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
-from clo.runtime.model.ranks import Rank
+from clo.runtime.model.ranks import ALONE, Rank
 from clo.runtime.wire.errors import ConfigError
 
 _DUMMY_DEVIATION = 0.02
@@ -69,7 +69,7 @@ class Weights:
     rope_scale: float  # factor of cosines and sines; 1 unless the RoPE scaling asks for another
 
 
-def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank = Rank()) -> Weights:
+def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank = ALONE) -> Weights:
     """Load the weights, or make random ones (``load_format`` "dummy").
 
     A rank reads no more than its share, where the files hold weights of the type in which they are kept. Of
@@ -101,9 +101,7 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank =
         embedding = tensors.vocabulary("model.embed_tokens.weight")
         return Weights(
             embedding=embedding,
-            layers=tuple(
-                tensors.layer(f"model.layers.{index}.") for index in range(shape.layers)
-            ),
+            layers=tuple(tensors.layer(f"model.layers.{index}.") for index in range(shape.layers)),
             norm=tensors.take("model.norm.weight"),
             head=tensors.vocabulary("lm_head.weight") if "lm_head.weight" in tensors else embedding,
             rope_frequencies=rotary.inv_freq.to(device),
@@ -202,16 +200,16 @@ class _Tensors:
         """The rank's part of a matrix with a row for each token."""
         whole = len(self._parameters[name])
         most, part = -(-whole // self._rank.count), self._rank.part(whole)
-        tensor = self.take(name, lambda parameter: parameter[part])
+        tensor = self.take(name, partial(_rows, part))
         return F.pad(tensor, (0, 0, 0, most - len(tensor))) if len(tensor) < most else tensor
 
     def by_outputs(self, parts: dict[str, slice]) -> Linear:
         """One projection whose outputs are the given parts of all, in order."""
         weights, biases = [], []
         for name, part in parts.items():
-            weights.append(self.take(f"{name}.weight", lambda parameter, part=part: parameter[part]))
+            weights.append(self.take(f"{name}.weight", partial(_rows, part)))
             if f"{name}.bias" in self:
-                biases.append(self.take(f"{name}.bias", lambda parameter, part=part: parameter[part]))
+                biases.append(self.take(f"{name}.bias", partial(_rows, part)))
         return Linear(_join(weights), _join(biases) if biases else None)
 
     def by_inputs(self, name: str, part: slice) -> Linear:
@@ -247,6 +245,10 @@ class _Tensors:
             gate_up=self.by_outputs({f"{mlp}gate_proj": inner, f"{mlp}up_proj": inner}),
             down=self.by_inputs(f"{mlp}down_proj", inner),
         )
+
+
+def _rows(part: slice, parameter: Tensor) -> Tensor:
+    return parameter[part]
 
 
 def _of_heads(heads: slice, head_dim: int) -> slice:

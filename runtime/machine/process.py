@@ -95,7 +95,7 @@ def run_process(main: Callable[[], None]) -> None:
     keeps its default action and ends the process at once, but for a store with a disk: nothing else that a
     child holds outlives it. An error ends the process just as immediately, since an orderly exit could wait
     for a stuck GPU: with code 3 after a ``CLOError``, whose sentence goes to stderr, and with code 1 after
-    any other exception, whose traceback is logged. After a ``GroupEnded`` it ends with code 4 and says nothing.
+    any other exception, whose traceback is logged. After a ``GroupEnded`` it says nothing, with code 4.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -53,8 +53,8 @@ class KVShape:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of a block: a power of two so that one layer's part of a whole model is about 2 MiB, within 64
-        to 512."""
+        """Tokens of a block: a power of two so that one layer's part, of all ranks together, is about 2 MiB,
+        within 64 to 512."""
         smallest, largest = _BLOCK_TOKENS
         heads = self.whole_heads or self.kv_heads
         fitting = _BLOCK_LAYER_BYTES // (heads * self.row_bytes)

@@ -44,12 +44,17 @@ class Rank:
         )
 
 
+ALONE = Rank()
+
+
 def fits(config: Any, count: int) -> bool:
     """Whether so many ranks can divide a model. KV heads are divided, or where there are more ranks than
     these, each is held by as many ranks."""
-    query, kv = config.num_attention_heads, config.num_key_value_heads
+    query: int = config.num_attention_heads
+    kv: int = config.num_key_value_heads
+    inner: int = config.intermediate_size
     divided = kv % count == 0 or count % kv == 0
-    return divided and query % count == 0 and config.intermediate_size % count == 0
+    return divided and query % count == 0 and inner % count == 0
 
 
 def fitting_counts(config: Any, most: int = _MOST) -> list[int]:
