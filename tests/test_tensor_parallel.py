@@ -1,0 +1,174 @@
+"""A model that is divided among the ranks of a worker: its answers are those of a model that is not."""
+
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from clo.gpu_worker.commands import Follower, Leader
+from clo.gpu_worker.group import Group
+from clo.gpu_worker.in_process import make_engine, stats_of, teacher_force
+from clo.gpu_worker.model.decoder import load_decoder
+from clo.runtime.config import CacheConfig, ModelConfig
+from clo.runtime.machine.process import GroupEnded
+from clo.runtime.model.files import resolve
+from clo.runtime.model.kv_shape import KVShape, LayerSpec
+from clo.runtime.model.ranks import Rank, check_ranks, fitting_counts
+from clo.runtime.wire.errors import ConfigError, WorkerDied
+from clo.runtime.wire.messages import TakeStep
+from tests.ranks import in_group
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16, "vocab_size": 515,
+    "max_position_embeddings": 2048, "initializer_range": 0.2,
+}  # fmt: skip
+MODELS: dict[str, PreTrainedConfig] = {
+    "4 query heads of 2": LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES),
+    "8 heads": LlamaConfig(num_attention_heads=8, num_key_value_heads=8, **SIZES),
+    "biases": Qwen2Config(num_attention_heads=8, num_key_value_heads=4, **SIZES),
+    "biases everywhere": LlamaConfig(
+        num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True, **SIZES
+    ),
+    "q/k norm, tied": Qwen3Config(
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **SIZES
+    ),
+    "one KV head": LlamaConfig(num_attention_heads=4, num_key_value_heads=1, **SIZES),
+}
+"""515 tokens are no multiple of the ranks."""
+EXACT = CacheConfig(resident=400)
+DROPPING = CacheConfig(select_k=16, resident=48, recent=16, tail=64)
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+"""Of log-probabilities in float32: the ranks add the same numbers up in another order."""
+
+
+class Forced(NamedTuple):
+    """What a model makes of a text that is forced upon it."""
+
+    logprobs: np.ndarray  # [tokens, vocab]
+    fetched: int  # by the heads of this rank
+
+
+def forced(group: Group | None, folder: str, config: CacheConfig) -> Forced:
+    decoder = load_decoder(resolve(ModelConfig(model=folder, device="cpu")), group)
+    engine = make_engine(decoder, config, 1, 400)
+    generator = torch.Generator().manual_seed(0)
+    tokens: list[int] = torch.randint(0, decoder.vocab, (320,), generator=generator).tolist()
+    logits = teacher_force(engine, tokens[:300], tokens[300:])
+    stats = stats_of(engine, 319, 19)
+    return Forced(logits.log_softmax(-1).numpy(), stats.fetched_rows)
+
+
+def all_forced(group: Group | None, folders: list[str], config: CacheConfig) -> list[Forced]:
+    return [forced(group, folder, config) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of ``MODELS``, whose biases and norms are not those of a new model, which do nothing."""
+    made = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, config in MODELS.items():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.data += 0.3 * torch.randn_like(parameter)
+            made[name] = str(tmp_path_factory.mktemp("models"))
+            model.save_pretrained(made[name])
+    return made
+
+
+def assert_same(
+    folders: dict[str, str], names: list[str], ranks: int, config: CacheConfig, empty: Path
+) -> None:
+    chosen = [folders[name] for name in names]
+    expected = all_forced(None, chosen, config)
+    by_rank = in_group(empty, ranks, all_forced, chosen, config)
+    for name, one, *parts in zip(names, expected, *by_rank, strict=True):
+        for part in parts:
+            found, wanted = map(torch.from_numpy, (part.logprobs, one.logprobs))
+            torch.testing.assert_close(found, wanted, **TOLERANCE, msg=partial("{1}: {0}".format, name))
+        assert sum(part.fetched for part in parts) == one.fetched, name
+
+
+def test_two_ranks_compute_what_one_process_does(folders: dict[str, str], tmp_path: Path) -> None:
+    assert_same(folders, list(MODELS), 2, EXACT, tmp_path)
+
+
+def test_two_ranks_drop_the_rows_that_one_process_drops(folders: dict[str, str], tmp_path: Path) -> None:
+    """Where a rank has whole KV heads. Ranks that share one choose its rows each for its own query heads."""
+    assert_same(folders, [name for name in MODELS if name != "one KV head"], 2, DROPPING, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [EXACT, DROPPING], ids=["exact", "dropping"])
+def test_four_ranks_compute_what_one_process_does(
+    folders: dict[str, str], tmp_path: Path, config: CacheConfig
+) -> None:
+    names = ["8 heads", "biases", "biases everywhere"]
+    assert_same(folders, names + ["one KV head"] * (config is EXACT), 4, config, tmp_path)
+
+
+def test_what_cannot_be_divided_is_refused_and_what_can_is_named() -> None:
+    three = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, intermediate_size=36)
+    with pytest.raises(
+        ConfigError,
+        match="--tensor-parallel-size 2 cannot divide a model of 9 query heads, 3 KV heads and an "
+        "intermediate size of 36; 1, 3 or 9 divide it",
+    ):
+        check_ranks(three, 2)
+    assert fitting_counts(MODELS["one KV head"]) == [1, 2, 4]
+    assert fitting_counts(MODELS["8 heads"]) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads", "ranks"), [(8, 4, 2), (8, 8, 8), (8, 2, 4), (6, 1, 3)])
+def test_each_query_head_is_with_its_kv_head(query_heads: int, kv_heads: int, ranks: int) -> None:
+    whole = KVShape((LayerSpec(),), query_heads, kv_heads, 16, torch.float32)
+    seen = []
+    for number in range(ranks):
+        rank = Rank(number, ranks)
+        queries, pairs, shape = rank.part(query_heads), rank.kv_heads(kv_heads), rank.shape(whole)
+        seen += range(query_heads)[queries]
+        own = range(kv_heads)[pairs]
+        assert (shape.query_heads, shape.kv_heads) == (len(range(query_heads)[queries]), len(own))
+        assert shape.block_tokens == whole.block_tokens
+        for place, query in enumerate(range(query_heads)[queries]):
+            assert own[place // shape.group] == query // whole.group
+    assert seen == list(range(query_heads))
+
+
+class Tape:
+    """In the place of an engine: what it was asked for, and the checksum of its pages."""
+
+    def __init__(self) -> None:
+        self.pages_checksum, self.steps = 0, list[tuple[list[int], int]]()
+
+    def step(self, slots: list[int], longest: int) -> None:
+        self.steps.append((slots, longest))
+
+
+def test_a_rank_that_strays_ends_before_it_computes_anything_wrong() -> None:
+    near, far = socket.socketpair()
+    first, second = Tape(), Tape()
+    lead = Leader(first, [near])  # type: ignore[arg-type]
+    follower = Follower("Rank 1 of worker 0", second, None, far)  # type: ignore[arg-type]
+    for longest in (5, 6):
+        first.pages_checksum = second.pages_checksum = longest  # as if slots had got pages
+        lead(TakeStep([0, 2], longest))
+        follower.follow()
+    second.pages_checksum = 1
+    lead(TakeStep([0, 2], 7))
+    with pytest.raises(WorkerDied, match="Rank 1 of worker 0 has strayed from the first rank at command 3"):
+        follower.follow()
+    assert second.steps == [([0, 2], 5), ([0, 2], 6)]
+    near.close()
+    with pytest.raises(GroupEnded, match="first rank has ended"):
+        follower.follow()
+    with pytest.raises(GroupEnded):
+        lead(TakeStep([0], 1))
+    far.close()
