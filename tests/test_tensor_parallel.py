@@ -1,11 +1,18 @@
 """A model that is divided among the ranks of a worker: its answers are those of a model that is not."""
 
+import asyncio
+import json
+import signal
 import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -21,7 +28,14 @@ from clo.runtime.model.kv_shape import KVShape, LayerSpec
 from clo.runtime.model.ranks import Rank, check_ranks, fitting_counts
 from clo.runtime.wire.errors import ConfigError, WorkerDied
 from clo.runtime.wire.messages import TakeStep
+from tests.chaos import EXACT as EXACT_SERVER
+from tests.chaos import answers
+from tests.faults import WAIT_S
 from tests.ranks import in_group
+from tests.server import Server
+from tests.test_recovery import SILENT, same
+
+Launch = Callable[..., AbstractContextManager[Server]]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16, "vocab_size": 515,
@@ -115,7 +129,7 @@ def test_four_ranks_compute_what_one_process_does(
 
 
 def test_what_cannot_be_divided_is_refused_and_what_can_is_named() -> None:
-    three = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, intermediate_size=36)
+    three = LlamaConfig(hidden_size=144, num_attention_heads=9, num_key_value_heads=3, intermediate_size=36)
     with pytest.raises(
         ConfigError,
         match="--tensor-parallel-size 2 cannot divide a model of 9 query heads, 3 KV heads and an "
@@ -172,3 +186,76 @@ def test_a_rank_that_strays_ends_before_it_computes_anything_wrong() -> None:
     with pytest.raises(GroupEnded):
         lead(TakeStep([0], 1))
     far.close()
+
+
+def test_a_killed_rank_takes_its_worker_along_and_requests_go_on(launch: Launch, tiny_model: Path) -> None:
+    """The answers of two ranks are those of one process, also where a rank is killed on the way."""
+    with launch("--model", str(tiny_model), *EXACT_SERVER) as server:
+        expected = asyncio.run(answers(server.address))
+    with launch("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2") as server:
+        same(asyncio.run(answers(server.address)), expected)
+        before = server.children("gpu_worker")
+
+        def kill(count: int) -> None:
+            if count == 100:
+                rank_of(server, 1).kill()
+
+        same(asyncio.run(answers(server.address, kill)), expected)
+        after = server.children("gpu_worker")
+        assert len(before) == len(after) == 2 and not {*before} & {*after}
+        (line,) = server.stderr.read_text().splitlines()
+        assert line.partition("] ")[2] == (
+            "rank 1 of worker 0 was killed by SIGKILL (the kernel does so when memory runs out, see dmesg); "
+            "it is started again."
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_answer_takes_its_worker_along(
+    launch: Launch, tiny_model: Path, rank: int
+) -> None:
+    """Under load, where the others wait for it, and idle, where it alone does not answer."""
+    line = ("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2")
+    with launch(*line, program=("-c", SILENT)) as server:
+        expected = asyncio.run(answers(server.address))
+
+        def stop(count: int) -> None:
+            if count == 100:
+                rank_of(server, rank).send_signal(signal.SIGSTOP)
+
+        same(asyncio.run(answers(server.address, stop)), expected)
+        idle = server.children("gpu_worker")
+        rank_of(server, rank).send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + WAIT_S
+        while {*idle} & {*server.children("gpu_worker")}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        same(asyncio.run(answers(server.address)), expected)
+        lines = [line.partition("] ")[2] for line in server.stderr.read_text().splitlines()]
+        name = f"rank {rank} of worker 0" if rank else "worker 0"
+        assert lines[2:] == [
+            f"{name} has not answered for 3 s; it is killed.",
+            f"{name} has not answered for 3 s; it is started again.",
+        ]
+
+
+@pytest.mark.slow
+def test_a_server_stops_at_a_lost_rank_where_it_shall_not_recover(launch: Launch, tiny_model: Path) -> None:
+    line = ("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2", "--recovery", "off")
+    with launch(*line) as server:
+        rank_of(server, 0).kill()
+        assert server.wait() == 1
+        assert server.stderr.read_text() == (
+            "error: rank 0 of worker 0 was killed by SIGKILL (the kernel does so when memory runs out, see "
+            "dmesg); the server has stopped, start it again.\n"
+        )
+
+
+def rank_of(server: Server, rank: int) -> psutil.Process:
+    (process,) = (
+        process
+        for process in server.children("gpu_worker")
+        if json.loads(process.cmdline()[3])["group"]["rank"] == rank
+    )
+    return process
