@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and none is visible here"))
+        elif item.get_closest_marker("gpu2") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA GPUs, and one is visible here"))
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
     serving = {item.path for item in items if "launch" in getattr(item, "fixturenames", ())}
