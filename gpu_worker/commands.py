@@ -94,7 +94,10 @@ class Follower:
             GroupEnded: the first rank is gone.
             WorkerDied: this rank has strayed.
         """
-        part = self._first.recv(_READ)
+        try:
+            part = self._first.recv(_READ)
+        except ConnectionError:  # there was something that it had not read
+            part = b""
         if not part:
             raise GroupEnded("The first rank has ended.")
         self._received += part

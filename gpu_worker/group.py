@@ -55,6 +55,9 @@ class Group:
             ranks find one another through it.
         symmetric: whether short sums go through memory that all ranks read, where that is possible.
 
+    Attributes:
+        shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
+
     Raises:
         ConfigError: the ranks cannot connect.
         GroupEnded: another rank has ended; so do all methods.
@@ -76,7 +79,7 @@ class Group:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
-        self._shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
+        self.shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
         self._name = ""
         if cuda and symmetric:
             self._share_memory()
@@ -89,11 +92,11 @@ class Group:
     @property
     def symmetric(self) -> bool:
         """Whether short sums go through memory that all ranks read."""
-        return self._shared is not None
+        return self.shared is not None
 
     def sum(self, share: Tensor) -> Tensor:
         """The sum of what all ranks give, the same for all but for rounding; ``share`` may become it."""
-        shared = self._shared
+        shared = self.shared
         if shared is not None and share.nbytes <= len(shared) and share.dtype in _SYMMETRIC_TYPES:
             mine = shared[: share.nbytes].view(share.dtype).view(share.shape)
             mine.copy_(share)
@@ -132,7 +135,7 @@ class Group:
 
     def close(self) -> None:
         """End the group, once no graph holds a part of it; a process that ends need not."""
-        self._shared = None
+        self.shared = None
         dist.destroy_process_group()
 
     def _share_memory(self) -> None:
@@ -154,7 +157,7 @@ class Group:
                 _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
                 shared = None
         if self.least(shared is not None):
-            self._shared, self._name = shared, name
+            self.shared, self._name = shared, name
         elif self.leads:
             _logger.info("All sums of the ranks go through NCCL.")
 

@@ -64,7 +64,7 @@ MODELS["one KV head, of the tokenizer"] = LlamaConfig(
 """515 tokens are no multiple of the ranks."""
 EXACT = CacheConfig(resident=400)
 DROPPING = CacheConfig(select_k=16, resident=48, recent=16, tail=64)
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 """Of log-probabilities in float32: the ranks add the same numbers up in another order."""
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_divided_is_refused_and_what_can_is_named() -> None:
 @pytest.mark.parametrize(("query_heads", "kv_heads", "ranks"), [(8, 4, 2), (8, 8, 8), (8, 2, 4), (6, 1, 3)])
 def test_each_query_head_is_with_its_kv_head(query_heads: int, kv_heads: int, ranks: int) -> None:
     whole = KVShape((LayerSpec(),), query_heads, kv_heads, 16, torch.float32)
-    seen = []
+    seen = list[int]()
     for number in range(ranks):
         rank = Rank(number, ranks)
         queries, pairs, shape = rank.part(query_heads), rank.kv_heads(kv_heads), rank.shape(whole)
@@ -277,7 +277,9 @@ async def crowd(address: str) -> tuple[dict[int, str], int, int]:
 
     async def one(client: AsyncClient, number: int, prompt: list[int], count: int, given_up: bool) -> None:
         nonlocal cached
-        sampling = {"temperature": 0.0} if number % 2 else {"temperature": 0.8, "seed": number}
+        sampling: dict[str, Any] = (
+            {"temperature": 0.0} if number % 2 else {"temperature": 0.8, "seed": number}
+        )
         async with room:
             stream = client.stream(prompt, max_tokens=count, ignore_eos=True, **sampling)
             async for _ in stream:

@@ -21,6 +21,7 @@ from benchmarks.gpu import (
     prefix,
     real,
     step,
+    tensor_parallel,
     throughput,
     translation,
 )
@@ -39,6 +40,7 @@ CASES: dict[str, ModuleType] = {
     "prefix": prefix,
     "host": host,
     "real": real,
+    "tp": tensor_parallel,
 }
 """Each has ``ARENA_GIB`` and ``measure(machine) -> list[Result]``."""
 

@@ -39,7 +39,7 @@ def graph_of(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(stream):
         work()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # as NCCL has a thread
         work()
     return graph
 

@@ -15,14 +15,15 @@ class Machine:
         arena_bytes: of CPU memory, touched and registered at once.
 
     Attributes:
-        host: the memory [arena_bytes] uint8 as the CPU sees it; memory: the same as the GPU sees it.
+        arena: the memory; host: the same [arena_bytes] uint8 as the CPU sees it.
+        memory: the same as the GPU sees it.
         to_gpu, to_cpu: bytes per second of the copy engine.
         hbm: bytes per second, read and written, of a copy within GPU memory.
     """
 
     def __init__(self, arena_bytes: int) -> None:
-        self._arena = Arena.create(arena_bytes)
-        self.host = self._arena.tensor(torch.uint8, (arena_bytes,))
+        self.arena = Arena.create(arena_bytes)
+        self.host = self.arena.tensor(torch.uint8, (arena_bytes,))
         self.memory = pin(self.host)
         self.to_gpu, self.to_cpu = copy_engine(self.host)
         self.hbm = hbm_copy()

@@ -1,6 +1,6 @@
 """Engines of the shape of known models, with random weights and rows: for speed, never for quality."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from clo.gpu_worker.cache.index import TwoBitIndex
 from clo.gpu_worker.cache.layer import LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
+from clo.gpu_worker.group import Group
 from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.model.weights import Layer, Linear, Weights
@@ -23,6 +24,7 @@ from clo.kernels.update_resident import FetchList, update_resident
 from clo.kvstore.layout import by_block
 from clo.runtime.config import CacheConfig
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
+from clo.runtime.model.ranks import Rank
 
 _REPLAY = str(Path(__file__).with_name("replay.cu").resolve())
 _calls = count(1)  # of the replay: no two draw the same rows
@@ -41,6 +43,15 @@ class Model:
     vocab: int
     head_dim: int = 128
     qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def share(self, rank: Rank) -> "Model":
+        """What a rank computes of it; its heads are those of its share."""
+        own = rank.shape(self.shape)
+        return replace(
+            self, query_heads=own.query_heads, kv_heads=own.kv_heads,
+            intermediate=self.intermediate // rank.count, vocab=self.vocab // rank.count,
+        )  # fmt: skip
 
     @property
     def shape(self) -> KVShape:
@@ -69,6 +80,7 @@ class Model:
 LLAMA_8B = Model("llama-3-8b", 32, 32, 8, 4096, 14336, 128256)
 QWEN_7B = Model("qwen2.5-7b", 28, 28, 4, 3584, 18944, 152064, qkv_bias=True)
 QWEN_14B = Model("qwen2.5-14b", 48, 40, 8, 5120, 13824, 152064, qkv_bias=True)
+QWEN3_32B = Model("qwen3-32b", 64, 64, 8, 5120, 25600, 151936, qk_norm=True)
 
 
 def random_weights(model: Model) -> Weights:
@@ -84,9 +96,12 @@ def random_weights(model: Model) -> Weights:
         products = {name: Linear(random(*size), None) for name, size in model.matrices.items()}
         if model.qkv_bias:
             products["qkv"] = Linear(products["qkv"].weight, random(len(products["qkv"].weight)))
+        heads = model.query_heads + 2 * model.kv_heads
+        qk_norm = torch.ones(heads, model.head_dim, dtype=torch.bfloat16, device="cuda")
         return Layer(
-            ones(), products["qkv"], None, products["output"], ones(), products["gate_up"], products["down"]
-        )
+            ones(), products["qkv"], qk_norm if model.qk_norm else None, products["output"], ones(),
+            products["gate_up"], products["down"],
+        )  # fmt: skip
 
     frequencies = 5e5 ** -(torch.arange(0, model.head_dim, 2, device="cuda") / model.head_dim)
     return Weights(
@@ -99,9 +114,12 @@ def random_weights(model: Model) -> Weights:
     )
 
 
-def random_decoder(model: Model, max_positions: int) -> Decoder:
-    """A decoder on the GPU with random bfloat16 weights."""
-    return Decoder(random_weights(model), model.shape, 1e-5, max_positions)
+def random_decoder(model: Model, max_positions: int, group: Group | None = None) -> Decoder:
+    """A decoder on the GPU with random bfloat16 weights, or this rank's share of one."""
+    if group is None:
+        return Decoder(random_weights(model), model.shape, 1e-5, max_positions)
+    weights = random_weights(model.share(group.rank))
+    return Decoder(weights, group.rank.shape(model.shape), 1e-5, max_positions, group, model.vocab)
 
 
 def arena_of(memory: Tensor, shape: KVShape, sequences: int, tokens: int) -> Tensor:
