@@ -7,12 +7,21 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+from typing import TYPE_CHECKING
 
 from clo import launch
-from clo.runtime.config import ServerConfig
+from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.units import format_size
 from clo.runtime.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clo.runtime.model.kv_shape import KVShape
+
+_MOST_RANKS = 8  # that are looked at where there is no GPU
 
 _PACKAGES = {
     "cupy": ("cupy-cuda13x", "without it CLO uses no GPU"),
@@ -65,18 +74,25 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     """Lines about the model. Raises ``ConfigError`` where it cannot be served with these options."""
     import torch
 
-    from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
     from clo.gpu_worker.startup import check_model
     from clo.runtime.model.files import resolve
     from clo.runtime.model.kv_size import kv_size, weight_bytes
     from clo.runtime.model.model_config import kv_shape, read_config
+    from clo.runtime.model.ranks import check_ranks, fitting_counts
 
-    model = resolve(config.model)
+    model, ranks = resolve(config.model), config.tensor_parallel_size
     model_config = read_config(model.folder)
+    check_ranks(model_config, ranks)
+    gpus = torch.cuda.device_count() if model.device == "cuda" else None
+    if gpus is not None and config.workers * ranks > gpus:
+        raise ConfigError(
+            f"{config.workers} workers of {ranks} GPUs each take {config.workers * ranks}, and PyTorch sees "
+            f"{gpus}: lower --workers or --tensor-parallel-size."
+        )
     shape = kv_shape(
         model_config, getattr(torch, model.dtype), codes=config.cache.prefix_attention == "sparse"
     )
-    cache = check_model(model, config.cache)
+    cache = check_model(model, config.cache, ranks)
     weights = weight_bytes(model_config, shape.dtype)
     yield (
         f"{model.name}: {shape.layers} layers of {shape.kv_heads} KV heads, in {model.dtype}, "
@@ -87,14 +103,36 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     blocks = kv_size(config, model, nodes) // shape.block_bytes
     longest = blocks * shape.block_tokens / model.max_model_len
     yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
-    sizes = shape, cache, config.engine, blocks, model.max_model_len, model.vocab_size
+    plan = partial(_requests, replace(config, cache=cache), model, shape, blocks, weights)
+    yield f"Each worker serves {plan(ranks)} requests at a time"
+    for count in fitting_counts(model_config, _MOST_RANKS if gpus is None else gpus):
+        if count != ranks:
+            try:
+                with redirect_stderr(StringIO()):
+                    serves = f"each worker serves {plan(count)} requests at a time"
+            except ConfigError as error:
+                serves = str(error)
+            part = format_size(weights / count)
+            yield f"With --tensor-parallel-size {count}, {part} of weights on each of its devices: {serves}"
+
+
+def _requests(
+    config: ServerConfig, model: ResolvedModel, shape: "KVShape", blocks: int, weights: int, ranks: int
+) -> int:
+    """Requests that a worker of so many ranks serves at a time; ``shape`` and ``weights`` are of the whole
+    model. Raises ``ConfigError`` where not even one fits."""
+    import torch
+
+    from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+    from clo.runtime.model.ranks import Rank
+
+    own = Rank(0, ranks).shape(shape)
+    sizes = own, config.cache, config.engine, blocks, model.max_model_len, model.vocab_size
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        plan = plan_gpu_memory(*sizes, (free - weights, total))
-    else:
-        free, place = available_memory([0])
-        plan = plan_cpu_memory(*sizes, (free - weights - blocks * shape.block_bytes, place))
-    yield f"Each worker serves {plan.slots} requests at a time"
+        return plan_gpu_memory(*sizes, (free - weights // ranks, total)).slots
+    free, place = available_memory([0])
+    return plan_cpu_memory(*sizes, ((free - weights - blocks * shape.block_bytes) // ranks, place)).slots
 
 
 def _gpu(number: int) -> str:
