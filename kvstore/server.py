@@ -170,9 +170,13 @@ class StoreServer:
         if message.worker not in self._workers:
             _logger.error("The launcher speaks of worker %d, which is not of this server.", message.worker)
             return
-        if (former := self._doors.pop(message.worker, None)) is not None:
+        former = self._doors.pop(message.worker, None)
+        if former is not None and former not in self._doors.values():
             self._socket.unbind(former)  # only now, as that ends the connections made there
         self._workers[message.worker] = replace(self._workers[message.worker], pid=message.pid)
+        if message.endpoint in self._doors.values():  # of another rank of the same worker
+            self._doors[message.worker] = message.endpoint
+            return
         try:
             self._socket.bind(message.endpoint)
         except zmq.ZMQError as error:  # the worker has gone again, or has connected to another store

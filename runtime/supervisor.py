@@ -442,7 +442,7 @@ class Supervisor:
             await self._reload(tell)
         finally:
             self._reloading = False
-        return Reloaded([pid for child in self._workers for pid in child.pids])
+        return Reloaded([child.pids[0] for child in self._workers])
 
     async def _reload(self, tell: Tell) -> None:
         """Restart the workers one after another, each once all of them are ready: others serve meanwhile.

@@ -195,16 +195,31 @@ def test_blocks_belong_to_a_group_and_its_first_worker_hears_of_them(grouped: St
     assert isinstance(ask(other, Describe(1)), Denied), "a sequence of another group"
 
 
-def test_a_group_that_loses_any_worker_loses_its_blocks(grouped: Store) -> None:
-    first, _, other = (grouped.worker(number)[0] for number in (3, 4, 1))
-    assert isinstance(ask(first, Allocate(1, BLOCKS)), Allocated)
-    first.send(Allocate(2, 1))  # waits
-    other.send(Allocate(1, 2))
-    grouped.worker(4)  # its predecessor is gone
-    answer = other.receive(WAIT_MS)
-    assert isinstance(answer, Allocated) and len(answer.blocks) == 2
-    assert isinstance(ask(first, Describe(1)), Denied)
-    assert stats(first) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 0, 1, 0, 0, 0)
+def test_blocks_of_a_group_are_free_once_its_last_worker_is_gone() -> None:
+    """Until then one of them may still write to these."""
+    members = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
+    workers = {3 + place: StartedWorker(member.pid, 7) for place, member in enumerate(members)}
+    try:
+        with running_store(workers={**workers, 1: StartedWorker(os.getpid(), 8)}) as store:
+            first, second = store.client(), store.client()
+            for client, (number, worker) in zip((first, second), workers.items(), strict=True):
+                client.attach(Attach(number, worker.pid), WAIT_MS / 1000)
+            other, _ = store.worker(1)
+            assert isinstance(ask(first, Allocate(1, BLOCKS)), Allocated)
+            first.send(Allocate(2, 1))  # waits
+            other.send(Allocate(1, 2))
+            members[1].kill()
+            members[1].wait()
+            assert stats(other).free_blocks == 0
+            members[0].kill()
+            members[0].wait()
+            answer = other.receive(WAIT_MS)
+            assert isinstance(answer, Allocated) and len(answer.blocks) == 2
+            assert stats(other) == StoreStats("numa0", ARENA_BYTES, MIB, BLOCKS, BLOCKS - 2, 0, 1, 0, 0, 0)
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
 
 
 def test_answers_wait_for_a_worker_that_reads_none_for_long(store: Store) -> None:
@@ -266,6 +281,16 @@ def test_a_worker_that_was_started_again_attaches_where_it_is_expected(tmp_path:
         assert server._workers[0].pid == 200 and not server._doors
         server._expect(Expect(99, 1, f"ipc://{tmp_path}/99"))
         assert 99 not in server._workers and not server._doors
+
+
+def test_the_ranks_of_a_worker_attach_at_one_address(tmp_path: Path) -> None:
+    with own_store() as server:
+        for start in range(3):
+            endpoint = f"ipc://{tmp_path}/{start}"
+            for rank in (0, 1):
+                server._expect(Expect(rank, 100 + start, endpoint))
+            assert server._doors == {0: endpoint, 1: endpoint}
+            assert (tmp_path / str(start)).is_socket()
 
 
 def test_without_the_key_nothing_reaches_the_store(store: Store) -> None:

@@ -293,8 +293,8 @@ async def crowd(address: str) -> tuple[dict[int, str], int, int]:
         work = []
         for number in range(100):
             prompt = rng.choice(beginnings) if number % 4 else []
-            prompt = prompt + [rng.randrange(4, 300) for _ in range(rng.choice([3, 60, 470]))]
-            count = rng.choice([1, 10, 40, 80])
+            prompt = prompt + [rng.randrange(4, 300) for _ in range(rng.choice([3, 60, 420]))]
+            count = rng.choice([1, 10, 40, 120])
             work.append(one((client, other)[number % 2], number, prompt, count, number % 9 == 5))
         await asyncio.gather(*work)
         await assert_all_free(client)

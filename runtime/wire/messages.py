@@ -471,7 +471,7 @@ class Working(Message, frozen=True):
 
 
 class Reloaded(Message, frozen=True):
-    """The processes of the workers, in order."""
+    """The processes of the workers, in order; of several ranks the first one's."""
 
     pids: list[Count]
 
