@@ -17,7 +17,7 @@ from tqdm import tqdm
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
-from clo.gpu_worker.graphs import capturing, without_collection
+from clo.gpu_worker.graphs import capturing
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
@@ -169,12 +169,11 @@ class SuffixGraphs:
                 for layer in range(shape.layers):
                     state = self.forward(inputs, layer, state)  # compiles what is not yet compiled
             state, graphs = None, []
-            with without_collection():
-                for layer in range(shape.layers):
-                    graphs.append(torch.cuda.CUDAGraph())
-                    with capturing(graphs[-1], pool, stream):
-                        state = self.forward(inputs, layer, state)
-                    pool = graphs[-1].pool()
+            for layer in range(shape.layers):
+                graphs.append(torch.cuda.CUDAGraph())
+                with capturing(graphs[-1], pool, stream):
+                    state = self.forward(inputs, layer, state)
+                pool = graphs[-1].pool()
             assert isinstance(state, Tensor)
             self._graphs[size], self._logits[size] = graphs, state
         torch.cuda.synchronize()
