@@ -8,6 +8,7 @@ server that runs already and has the completions API of OpenAI, such as vLLM or 
 
 - ttft/...: time to first token, one request at a time;
 - short, long: throughput of many short and of a few long requests, sent at once;
+- mixed: throughput of many short requests while a few very long ones decode;
 - gaps: the gaps of streams that decode while a long prompt arrives, beside those without it, and the time to
   first token of that prompt, beside that without the streams;
 - tokens: throughput of many streams, and the CPU time of router and client for each token;
