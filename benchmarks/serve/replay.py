@@ -13,6 +13,7 @@ from benchmarks.serve.server import serving
 from benchmarks.serve.tables import Server
 from benchmarks.serve.traces import Trace, percentile, seconds
 from clo.runtime.client import AsyncClient
+from clo.runtime.machine.host_memory import available_memory
 
 CASE = "prefix/trace"
 
@@ -85,15 +86,20 @@ def figures(reused: Replayed, plain: Replayed) -> list[Result]:
 
 
 def servers(agents: Agents, device: str, options: str = "") -> list[Server]:
-    """The servers of a trace, with and without reuse: a Llama-3-8B shape with random weights on a GPU, the
-    default model on the CPU.
+    """The servers of a trace, with and without reuse: a Llama-3-8B shape with random weights on a GPU, with
+    room for the rows of all sessions where the machine has it, and the default model on the CPU.
 
     Args:
         device: "cuda" or "cpu".
         options: further ones of ``launch.py``.
     """
-    model, dtype = (LLAMA_8B, "--dtype bfloat16 ") if device == "cuda" else (None, "")
-    sizes = f"{dtype}--max-model-len {agents.last + agents.answer} --max-num-seqs {agents.sessions}"
+    room = agents.last + agents.answer
+    model, sizes = None, f"--max-model-len {room} --max-num-seqs {agents.sessions}"
+    if device == "cuda":
+        model, block = LLAMA_8B, LLAMA_8B.shape.block_tokens
+        wanted = agents.sessions * -(-room // block) * LLAMA_8B.shape.block_bytes
+        held = min(wanted, available_memory([0])[0] * 3 // 4) // 2**30
+        sizes = f"--dtype bfloat16 {sizes} --kv-size {held}GiB"
     return [
         Server((CASE,), f"{sizes} --prefix-caching {caching} {options}".strip(), model)
         for caching in ("on", "off")
