@@ -344,6 +344,11 @@ def test_any_config_file_is_a_model_or_one_sentence(
     (folder / "config.json").write_text(json.dumps(written))
     with contextlib.suppress(ConfigError):
         resolve(ModelConfig(model=str(folder), device="cpu", load_format="dummy"))
+        read = read_config(folder)
+        kind = read.rope_parameters["rope_type"]
+        if kind != "default":  # what is accepted can be computed with
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](read, torch.device("cpu"))
+            assert (frequencies * float(scale)).isfinite().all()
 
 
 @drawn(150)
