@@ -117,8 +117,9 @@ def _check_rope(config: Any, path: Path) -> None:
 
 def _is_positive(value: object) -> bool:
     """Whether a value is a number that float32 can hold, and positive."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 1 / _FLOAT32_MOST < value < _FLOAT32_MOST
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 1 / _FLOAT32_MOST < value < _FLOAT32_MOST
 
 
 def kv_shape(config: Any, dtype: str, *, codes: bool = False) -> KVShape:
