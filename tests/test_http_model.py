@@ -48,7 +48,7 @@ def client(server: Server) -> Iterator[OpenAI]:
 
 
 def test_only_workers_have_torch(server: Server) -> None:
-    """What launcher, store and gateway would take it for is to start, in seconds and a third of a GiB each."""
+    """In the others it would cost seconds of each start and a quarter of a GiB."""
     processes = [psutil.Process(server.process.pid), *server.children()]
     with_torch = [
         process.cmdline()[1:3]
