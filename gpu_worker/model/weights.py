@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
+from clo.gpu_worker.model.parameters import read_parameters, rope, shapes
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
 from clo.runtime.model.ranks import ALONE, Rank
@@ -72,8 +71,8 @@ class Weights:
 def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank = ALONE) -> Weights:
     """Load the weights, or make random ones (``load_format`` "dummy").
 
-    A rank reads no more than its share, where the files hold weights of the type in which they are kept. Of
-    random ones it makes each as a whole and keeps a part, so that they do not depend on the ranks.
+    A rank reads no more than its share. Of random ones it makes each as a whole and keeps a part, so that
+    they do not depend on the ranks.
 
     Args:
         config: transformers' configuration of the model.
@@ -83,16 +82,15 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank =
     Raises:
         ConfigError: weights are missing, too many, damaged, of the wrong shape or not finite.
     """
-    device = torch.device(model.device)
+    device, sizes = torch.device(model.device), shapes(config, shape)
     if model.load_format == "dummy":
-        with torch.device("meta"):
-            source = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
+        parameters = {
+            name: torch.empty(size, dtype=shape.dtype, device="meta") for name, size in sizes.items()
+        }
         place: Place = partial(_random, torch.Generator(device).manual_seed(model.seed))
     else:
-        source, place = _read(model, config), partial(_checked, model)
-    rotary = type(source.model.rotary_emb)(config)  # that of a meta model has no values
-    parameters = dict(source.named_parameters())
-    del source  # from here on only the tensors still to be taken are held
+        parameters, place = read_parameters(model, sizes), partial(_checked, model)
+    frequencies, scale = rope(config, shape)
     with tqdm(  # disable=None: shown only where stderr is a terminal
         total=sum(parameter.nbytes for parameter in parameters.values()),
         desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None,
@@ -104,46 +102,16 @@ def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank =
             layers=tuple(tensors.layer(f"model.layers.{index}.") for index in range(shape.layers)),
             norm=tensors.take("model.norm.weight"),
             head=tensors.vocabulary("lm_head.weight") if "lm_head.weight" in tensors else embedding,
-            rope_frequencies=rotary.inv_freq.to(device),
-            rope_scale=float(rotary.attention_scaling),
+            rope_frequencies=frequencies.to(device),
+            rope_scale=scale,
         )
-
-
-def _read(model: ResolvedModel, config: Any) -> Any:
-    """transformers' model with the weights of the folder, all of which must fit."""
-    disable_progress_bar()  # its own counts tensors, of which none is read before it is kept
-    try:
-        source, report = AutoModelForCausalLM.from_pretrained(
-            model.folder,
-            config=config,
-            dtype=getattr(torch, model.dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except Exception as error:  # the libraries raise many kinds
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"The weights in {model.folder} cannot be loaded ({reason}); copy the model again."
-        ) from None
-    unfit = [f"lack {name}" for name in sorted(report["missing_keys"])]
-    unfit += [f"have {name}, which is not part of it" for name in sorted(report["unexpected_keys"])]
-    unfit += [
-        f"have {name} as {list(found)} in place of {list(wanted)}"
-        for name, found, wanted in sorted(report["mismatched_keys"])
-    ]
-    if unfit:
-        raise ConfigError(
-            f"The weights in {model.folder} do not fit its config: they {unfit[0]}; copy the model again."
-        )
-    return source
 
 
 def _checked(model: ResolvedModel, name: str, parameter: Tensor, cut: Cut) -> Tensor:
     part = cut(parameter)
     # a copy, as the parameter itself is a mapped file, which may change
-    tensor = part.to(model.device, copy=True, memory_format=torch.contiguous_format)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    tensor = part.to(model.device, dtype, copy=True, memory_format=torch.contiguous_format)
     if not tensor.isfinite().all():
         raise ConfigError(
             f"The weights in {model.folder} are damaged: {name} holds values that are not finite in "
@@ -166,10 +134,10 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 class _Tensors:
-    """The parameters of transformers' model, each handed out once, so that memory holds no weight twice.
+    """The parameters of a model, each handed out once, so that memory holds no weight twice.
 
     Args:
-        parameters: by name, from which each one is taken out; those that are tied have their first name.
+        parameters: by name, from which each one is taken out.
         place: turns a parameter into the tensor to keep.
         placed: is told the bytes of each.
         shape: of the whole model.

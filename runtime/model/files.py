@@ -124,20 +124,26 @@ def _refuse_adapter(folder: Path) -> None:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that have a model's weights. Raises ``ConfigError`` where the index that names them is
+    damaged."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        found = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
+    except (msgspec.DecodeError, OSError, RecursionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{index} is damaged ({error}); copy the model again.") from None
+    return [folder / name for name in sorted(set(found))]
+
+
 def _check_files(folder: Path) -> None:
     """Refuse weight files that are missing, or whose headers or lengths show that they are damaged."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).exists() and index.exists():
+    for path in weight_files(folder):
         try:
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-        except (msgspec.DecodeError, OSError, RecursionError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{index} is damaged ({error}); copy the model again.") from None
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="np"):
+            with safe_open(path, framework="np"):
                 pass
         except FileNotFoundError:
-            raise ConfigError(f"{folder / name} is missing; CLO takes weights as safetensors only.") from None
+            raise ConfigError(f"{path} is missing; CLO takes weights as safetensors only.") from None
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{folder / name} is damaged ({error}); copy the model again.") from None
+            raise ConfigError(f"{path} is damaged ({error}); copy the model again.") from None
