@@ -175,7 +175,7 @@ SERVED = 2560  # tokens in whole blocks, more than a head has exactly
 def test_a_server_goes_on_with_codes_from_memory_and_from_disk(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Wherever the codes come from, answers are the same. (Servers without them have another root on disk.)"""
+    """Wherever the codes come from, answers are the same."""
     assert EXACT_ROWS < SERVED
     generator = torch.Generator().manual_seed(7)
     prompt = torch.randint(4, 300, (SERVED + OWN,), generator=generator).tolist()
