@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from inspect import signature
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from benchmarks.serve.server import serving, write_model
 from benchmarks.serve.tables import CPU, GPU, REFERENCE_NOTE, Load, Server, Table
 from benchmarks.serve.traces import Trace, gaps, percentile, rate_from_first, rate_of_all, seconds
 from benchmarks.serve.worker import ReplayEngine
+from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY, make_arena
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
@@ -126,6 +128,8 @@ TINY = Table(
     ttft={"16": Load(3, 16, 1), "200": Load(1, 200, 1)},
     short=Load(4, 8, 6),
     long=Load(2, 200, 4),
+    many=Load(4, 8, 6),
+    beside=Load(2, 20, 3000),
     tokens=Load(3, 8, 40),
     streams=Load(3, 10, 3000),
     quiet=8,
@@ -158,7 +162,12 @@ def test_a_stall_of_all_streams_is_seen_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "sentence"), [("short", "ended after 5 of 6 tokens"), ("gaps", "ended while it was needed")]
+    ("case", "sentence"),
+    [
+        ("short", "ended after 5 of 6 tokens"),
+        ("mixed", "ended (after 5 of 6 tokens|before the short ones)"),
+        ("gaps", "ended while it was needed"),
+    ],
 )
 def test_an_answer_that_ends_early_is_an_error(case: str, sentence: str) -> None:
     async def measure() -> None:
@@ -201,6 +210,7 @@ def test_the_tables_fit_their_servers(table: Table) -> None:
         options = dict(zip(server.options.split()[::2], server.options.split()[1::2], strict=True))
         loads = {"short": [table.short], "long": [table.long], "tokens": [table.tokens]}
         loads |= {f"ttft/{name}": [load] for name, load in table.ttft.items()}
+        loads["mixed"] = [table.many, table.beside]
         loads["gaps"] = [table.streams, arriving._replace(requests=1)]
         asked = [load for case in server.cases for load in loads[case]]
         assert max(load.prompt + load.output for load in asked) <= int(options["--max-model-len"])
@@ -225,6 +235,11 @@ def test_the_tables_fit_their_servers(table: Table) -> None:
                 max(held, default=0) * shape.block_bytes
                 <= int(options["--kv-size"].removesuffix("GiB")) * 2**30
             )
+
+
+def test_the_engine_that_replays_takes_what_a_worker_gives_it() -> None:
+    given = set(signature(Engine).parameters) - {"sources", "layer_type"}
+    assert set(signature(ReplayEngine).parameters) == given
 
 
 def test_cases_are_chosen_by_name_and_by_group() -> None:
