@@ -66,6 +66,7 @@ class Group:
         self.rank, self._device = rank, device
         os.environ.update(_ENVIRONMENT)
         cuda = device.type == "cuda"
+        self._lost: type[RuntimeError] = DistBackendError if cuda else RuntimeError
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -165,5 +166,5 @@ class Group:
         """Turn what torch.distributed raises where another rank is gone into ``GroupEnded``."""
         try:
             yield
-        except DistBackendError if self._device.type == "cuda" else RuntimeError as error:
+        except self._lost as error:
             raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None
