@@ -119,7 +119,7 @@ def check_model(model: ResolvedModel, cache: CacheConfig, ranks: int = 1) -> Cac
     Raises:
         ConfigError: says what.
     """
-    shape = Rank(0, ranks).shape(kv_shape(read_config(model.folder), getattr(torch, model.dtype)))
+    shape = Rank(0, ranks).shape(kv_shape(read_config(model.folder), model.dtype))
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
     for sizes in set(cache.sizes(model.max_model_len, shape.layers)):
@@ -168,7 +168,7 @@ def _engine(
 ) -> tuple[Engine, DriftCheck | None]:
     max_tokens, cache = config.model.max_model_len, config.cache
     whole = kv_shape(
-        read_config(config.model.folder), decoder.shape.dtype, codes=cache.prefix_attention == "sparse"
+        read_config(config.model.folder), config.model.dtype, codes=cache.prefix_attention == "sparse"
     )
     rank = Rank(config.rank, config.ranks)
     held, heads = rank.shape(whole), rank.kv_heads(whole.kv_heads)

@@ -150,7 +150,7 @@ def test_what_cannot_be_divided_is_refused_and_what_can_is_named() -> None:
 
 @pytest.mark.parametrize(("query_heads", "kv_heads", "ranks"), [(8, 4, 2), (8, 8, 8), (8, 2, 4), (6, 1, 3)])
 def test_each_query_head_is_with_its_kv_head(query_heads: int, kv_heads: int, ranks: int) -> None:
-    whole = KVShape((LayerSpec(),), query_heads, kv_heads, 16, torch.float32)
+    whole = KVShape((LayerSpec(),), query_heads, kv_heads, 16, "float32")
     seen = list[int]()
     for number in range(ranks):
         rank = Rank(number, ranks)

@@ -230,7 +230,7 @@ def load_decoder(model: ResolvedModel, group: Group | None = None) -> Decoder:
     """
     quiet_transformers()
     config = read_config(model.folder)
-    whole, rank = kv_shape(config, getattr(torch, model.dtype)), ALONE if group is None else group.rank
+    whole, rank = kv_shape(config, model.dtype), ALONE if group is None else group.rank
     weights = load_weights(model, config, whole, rank)
     shape, positions = rank.shape(whole), config.max_position_embeddings
     return Decoder(weights, shape, config.rms_norm_eps, positions, group, config.vocab_size)
