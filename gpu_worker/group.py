@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, ReduceOp  # type: ignore[attr-defined]
+from torch.distributed import DistBackendError, FileStore, ReduceOp  # type: ignore[attr-defined]
 
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
@@ -53,7 +53,6 @@ class Group:
         device: of this rank alone.
         rendezvous: descriptor of an anonymous file that all ranks have opened, and no other process; the
             ranks find one another through it.
-        symmetric: whether short sums go through memory that all ranks read, where that is possible.
 
     Attributes:
         shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
@@ -63,10 +62,11 @@ class Group:
         GroupEnded: another rank has ended; so do all methods.
     """
 
-    def __init__(self, rank: Rank, device: torch.device, rendezvous: int, *, symmetric: bool = True) -> None:
+    def __init__(self, rank: Rank, device: torch.device, rendezvous: int) -> None:
         self.rank, self._device = rank, device
         os.environ.update(_ENVIRONMENT)
         cuda = device.type == "cuda"
+        self._lost: type[RuntimeError] = DistBackendError if cuda else RuntimeError
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -81,7 +81,7 @@ class Group:
             raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
         self.shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
         self._name = ""
-        if cuda and symmetric:
+        if cuda:
             self._share_memory()
 
     @property
@@ -102,41 +102,36 @@ class Group:
             mine.copy_(share)
             summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name)
             return summed
-        with _explained():
+        with self._explained():
             dist.all_reduce(share)
         return share
 
     def join(self, share: Tensor) -> Tensor:
         """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
         joined = share.new_empty(self.rank.count, *share.shape)
-        with _explained():
+        with self._explained():
             _gather(joined.flatten(0, 1), share.contiguous())
         return joined
 
     def take_from_first(self, tensor: Tensor) -> Tensor:
         """``tensor``, which becomes that of the first rank."""
-        with _explained():
+        with self._explained():
             dist.broadcast(tensor, 0)
         return tensor
 
     def least(self, number: int) -> int:
         """The least of the numbers that the ranks give."""
         agreed = torch.tensor(number, device=self._device)
-        with _explained():
+        with self._explained():
             dist.all_reduce(agreed, ReduceOp.MIN)
         return int(agreed)
 
     def mean(self, number: float) -> float:
         """The mean of the numbers that the ranks give, the same for all."""
         total = torch.tensor(number, dtype=torch.float64, device=self._device)
-        with _explained():
+        with self._explained():
             dist.all_reduce(total)
         return float(total) / self.rank.count
-
-    def close(self) -> None:
-        """End the group, once no graph holds a part of it; a process that ends need not."""
-        self.shared = None
-        dist.destroy_process_group()
 
     def _share_memory(self) -> None:
         """Take memory that all ranks can read, if every one of them gets it."""
@@ -166,11 +161,10 @@ class Group:
         own = torch.tensor([self._device.index], device=self._device)
         return [int(device) for device in self.join(own)]
 
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what torch.distributed raises where another rank is gone into ``GroupEnded``."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what torch.distributed raises where another rank is gone into ``GroupEnded``."""
+        try:
+            yield
+        except self._lost as error:
+            raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None

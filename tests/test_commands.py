@@ -189,6 +189,7 @@ def test_check_says_what_fits(tiny_model: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 layers of 2 KV heads" in done.stdout
     assert "--max-num-seqs auto: 8 (" in done.stdout
+    assert "With --tensor-parallel-size 2, " in done.stdout and "-size 3, " not in done.stdout
     assert done.stdout.endswith("A server with these options should start.\n")
     too_large = clo("check", "--device", "cpu", "--model", str(tiny_model), "--kv-size", "9TiB")
     assert too_large.returncode == 1

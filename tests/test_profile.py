@@ -15,7 +15,8 @@ from clo.gpu_worker.in_process import make_engine, teacher_force
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig, WorkerConfig
 from clo.runtime.model.files import resolve
-from clo.runtime.profile import Profile
+from clo.runtime.model.ranks import Rank
+from clo.runtime.profile import Profile, ProfiledLayer, ProfiledModel
 from tests.server import READY_S, Server
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the tiny model
@@ -133,3 +134,10 @@ def test_sizes_and_thresholds_reach_layers_and_heads(tiny_model: Path, tmp_path:
     assert selections.tolist() == [[0, 20]] * LAYERS
     assert selected.tolist() == [[0, k * 20] for k, _ in sizes]
     assert (moved[:, 0] == 0).all() and (moved[:, 1] > 0).all()
+
+
+def test_a_rank_has_the_gates_of_its_heads() -> None:
+    layer = ProfiledLayer(8, 16, (0.1, 0.2, 0.3, 0.4))
+    part = Profile(ProfiledModel(2, 4, 16), (layer, layer)).part(Rank(1, 2).kv_heads(4))
+    part.check(2, 2, 16)
+    assert [own.thresholds for own in part.layers] == [(0.3, 0.4)] * 2

@@ -311,10 +311,12 @@ class WorkerStats(msgspec.Struct, frozen=True):
     waiting: Count
     steps: Count
     generated_tokens: Count
-    resident_bytes: Count  # allocated for all slots
+    resident_bytes: Count  # allocated for all slots, at all ranks
     index_bytes: Count
-    private_bytes: Count  # memory of the worker process that is not the arena (RssAnon)
-    gpu_bytes: Count  # GPU memory that PyTorch holds for it, in use or not; 0 on the CPU
+    private_bytes: (
+        Count  # memory of the worker process, the first of several, that is not the arena (RssAnon)
+    )
+    gpu_bytes: Count  # GPU memory that PyTorch holds for that process, in use or not; 0 on the CPU
     drift_check: DriftStats | None  # None without --drift-check
     head_rows: HeadRows | None  # None with full attention, which selects nothing
     late_rows: (
