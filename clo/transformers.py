@@ -25,7 +25,7 @@ from clo.kernels.attend_prompt import attend_prompt
 from clo.kvstore.arena import Arena
 from clo.kvstore.layout import arena_tensor, by_block
 from clo.runtime.config import CacheConfig
-from clo.runtime.model.model_config import kv_shape
+from clo.runtime.model.kv_shape import kv_shape
 from clo.runtime.wire.messages import CacheStats
 
 _NAME = "clo"  # of the attention, among those of transformers

@@ -19,8 +19,7 @@ from clo.kvstore.check import Compared
 from clo.kvstore.layout import arena_tensor, by_block
 from clo.runtime.config import CacheConfig, ResolvedModel
 from clo.runtime.machine.process import run_process
-from clo.runtime.model.kv_shape import KVShape
-from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.kv_shape import KVShape, kv_shape
 from clo.runtime.wire.messages import Examined, StoreExamined
 from clo.runtime.wire.sockets import Decoder
 
@@ -46,7 +45,7 @@ def compare(examined: Examined) -> list[Compared]:
         WorkerDied: a store is gone.
     """
     model = replace(msgspec.json.decode(examined.model, type=ResolvedModel), device="cpu")
-    shape = kv_shape(read_config(model.folder), model.dtype)
+    shape = kv_shape(model.architecture, model.dtype)
     # Before the model is loaded, as blocks are taken for other tokens in time.
     found = [
         (store.store, block, rows)

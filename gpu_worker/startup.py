@@ -24,7 +24,7 @@ from clo.kvstore.layout import arena_parts, by_block, codes_of, rows_of
 from clo.runtime.config import CacheConfig, GroupConfig, PrefillAttention, ResolvedModel, WorkerConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind, device_node
-from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.kv_shape import kv_shape
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Attach, Attached
@@ -119,7 +119,7 @@ def check_model(model: ResolvedModel, cache: CacheConfig, ranks: int = 1) -> Cac
     Raises:
         ConfigError: says what.
     """
-    shape = Rank(0, ranks).shape(kv_shape(read_config(model.folder), model.dtype))
+    shape = Rank(0, ranks).shape(kv_shape(model.architecture, model.dtype))
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
     for sizes in set(cache.sizes(model.max_model_len, shape.layers)):
@@ -167,9 +167,7 @@ def _engine(
     config: WorkerConfig, decoder: Decoder, attached: Attached, engine_type: type[Engine]
 ) -> tuple[Engine, DriftCheck | None]:
     max_tokens, cache = config.model.max_model_len, config.cache
-    whole = kv_shape(
-        read_config(config.model.folder), config.model.dtype, codes=cache.prefix_attention == "sparse"
-    )
+    whole = kv_shape(config.model.architecture, config.model.dtype, codes=cache.prefix_attention == "sparse")
     rank = Rank(config.rank, config.ranks)
     held, heads = rank.shape(whole), rank.kv_heads(whole.kv_heads)
     parts = arena_parts(Arena.open(attached.pid, attached.fd, attached.arena_bytes), whole, attached.blocks)

@@ -106,19 +106,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """What the configuration of a model says that its processes have to know, checked, under the names that
+    transformers has for it."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    layer_types: tuple[str, ...] | None
+    sliding_window: int | None
+
+
+@dataclass(frozen=True)
 class ResolvedModel:
     """A model that CLO can serve: where it is and how to hold it.
 
     Attributes:
         name: the name that was asked for.
         path: path of its folder.
+        architecture: of the whole model.
         dtype: type of weights and KV cache, a name such as "bfloat16".
         device: "cuda" or "cpu".
     """
 
     name: str
     path: str
-    vocab_size: int
+    architecture: Architecture
     max_model_len: int
     dtype: str
     device: str
@@ -128,6 +152,10 @@ class ResolvedModel:
     @property
     def folder(self) -> Path:
         return Path(self.path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.architecture.vocab_size
 
 
 @dataclass(frozen=True)

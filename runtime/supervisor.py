@@ -36,8 +36,8 @@ from clo.runtime.machine.private_folder import PrivateFolder
 from clo.runtime.machine.process import EXIT_ALONE, EXIT_EXPLAINED, end_start_up, set_threads
 from clo.runtime.model.files import resolve
 from clo.runtime.model.fingerprint import fingerprint
+from clo.runtime.model.kv_shape import kv_shape
 from clo.runtime.model.kv_size import kv_size
-from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.model.ranks import check_ranks
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerStopped, WorkerDied
@@ -198,10 +198,10 @@ class Supervisor:
         check_nodes(self._nodes)
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
-        check_ranks(read_config(self._model.folder), config.tensor_parallel_size)
+        check_ranks(self._model.architecture, config.tensor_parallel_size)
         self._kv_size = kv_size(config, self._model, self._nodes)
         shape = kv_shape(
-            read_config(self._model.folder),
+            self._model.architecture,
             self._model.dtype,
             codes=config.cache.prefix_attention == "sparse",
         )

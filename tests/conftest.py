@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clo.runtime import connection
+from clo.runtime.model.model_config import architecture
 from tests import server
 
 VOCABULARY = 512
@@ -59,11 +60,8 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_model(folder: Path) -> None:
-    """A Llama of 4 layers with random float32 weights, always the same, and a tokenizer. The weights are
-    large enough that attention is far from uniform and greedy tokens differ clearly."""
-    tokenizer = byte_level_tokenizer()
-    config = LlamaConfig(
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
@@ -77,6 +75,16 @@ def make_tiny_model(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+TINY = architecture(tiny_config(byte_level_tokenizer()))
+
+
+def make_tiny_model(folder: Path) -> None:
+    """A Llama of 4 layers with random float32 weights, always the same, and a tokenizer. The weights are
+    large enough that attention is far from uniform and greedy tokens differ clearly."""
+    tokenizer = byte_level_tokenizer()
+    config = tiny_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)

@@ -35,7 +35,7 @@ from clo.runtime.wire import messages
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ProtocolError
 from clo.runtime.wire.messages import Failed, Finished, Generate, Message, SamplingParams, StructuredOutputs
 from clo.runtime.wire.sockets import Decoder, encode
-from tests.conftest import VOCABULARY
+from tests.conftest import TINY, VOCABULARY
 from tests.faults import SMALL, WAIT_S, assert_serves, raw
 from tests.fuzz import anything, drawn, frames, spoiled, values
 from tests.peers import Wire, running
@@ -231,7 +231,7 @@ def test_a_store_lives_whatever_a_worker_asks() -> None:
 
 def test_a_router_lives_whatever_a_worker_says(tiny_model: Path) -> None:
     """Its client's request ends, and a later one is served."""
-    model = ResolvedModel("tiny", str(tiny_model), VOCABULARY, 100, "float32", "cpu", "auto", 0)
+    model = ResolvedModel("tiny", str(tiny_model), TINY, 100, "float32", "cpu", "auto", 0)
     said = frames(messages.FromChild)
 
     async def one(wire: Wire, sent: list[bytes]) -> None:

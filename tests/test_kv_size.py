@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from clo.runtime.config import EngineConfig, ResolvedModel, ServerConfig
 from clo.runtime.machine import host_memory
 from clo.runtime.model.kv_size import kv_size
+from clo.runtime.model.model_config import architecture
 from clo.runtime.wire.errors import ConfigError
 from tests.server import Server
 
@@ -27,7 +28,7 @@ def llama(tmp_path: Path) -> Callable[..., ResolvedModel]:
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
 
     def held(device: str, dtype: str, length: int) -> ResolvedModel:
-        return ResolvedModel("8B", str(tmp_path), 128_256, length, dtype, device, "dummy", 0)
+        return ResolvedModel("8B", str(tmp_path), architecture(config), length, dtype, device, "dummy", 0)
 
     return held
 

@@ -15,6 +15,7 @@ from clo.gpu_worker import startup
 from clo.runtime.config import ResolvedModel, WorkerConfig
 from clo.runtime.machine import host_memory, numa
 from clo.runtime.wire.errors import ConfigError
+from tests.conftest import TINY
 from tests.store import running_store
 
 GIB = 2**30
@@ -194,5 +195,5 @@ def chosen_stores(
 
 
 def worker_config(device: str, nodes: tuple[int, ...], number: int) -> WorkerConfig:
-    model = ResolvedModel("tiny", "", 1, 1, "float32", device, "auto", 0)
+    model = ResolvedModel("tiny", "", TINY, 1, "float32", device, "auto", 0)
     return WorkerConfig(number, "", {node: f"store of {node}" for node in nodes}, model)

@@ -68,7 +68,7 @@ from clo.runtime.wire.messages import (
     worker_identity,
 )
 from clo.runtime.wire.sockets import encode
-from tests.conftest import VOCABULARY
+from tests.conftest import TINY, VOCABULARY
 from tests.faults import WAIT_S
 from tests.peers import SLOTS, Client, Wire, Worker, running
 from tests.store import KEY, new_endpoint
@@ -111,7 +111,7 @@ def model(tiny_model: Path, tokenizer: Tokenizer) -> ResolvedModel:
 
 
 def model_in(folder: Path) -> ResolvedModel:
-    return ResolvedModel("tiny", str(folder), VOCABULARY, MODEL_LENGTH, "float32", "cpu", "auto", 0)
+    return ResolvedModel("tiny", str(folder), TINY, MODEL_LENGTH, "float32", "cpu", "auto", 0)
 
 
 def router_of(port: int, folder: Path, host: str = "127.0.0.1") -> Router:

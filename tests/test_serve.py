@@ -26,7 +26,8 @@ from clo.gpu_worker.in_process import GREEDY, make_arena
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
-from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.kv_shape import kv_shape
+from clo.runtime.model.model_config import read_config
 from clo.runtime.tokenizer import Tokenizer
 from tests.conftest import VOCABULARY
 

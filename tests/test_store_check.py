@@ -15,7 +15,8 @@ from clo.kvstore.layout import arena_tensor, by_block
 from clo.kvstore.pool import BlockPool
 from clo.runtime.client import Client
 from clo.runtime.machine.control import ask
-from clo.runtime.model.model_config import kv_shape, read_config
+from clo.runtime.model.kv_shape import kv_shape
+from clo.runtime.model.model_config import read_config
 from clo.runtime.wire.messages import Examine, Examined, StoreExamined
 from tests.chaos import EXACT, prompts
 from tests.faults import WAIT_S, assert_serves

@@ -25,6 +25,7 @@ from clo.runtime.wire.messages import (
     ToStore,
 )
 from clo.runtime.wire.sockets import encode
+from tests.conftest import TINY
 from tests.fake_engine import MAX_TOKENS, FakeEngine
 from tests.store import KEY
 
@@ -48,7 +49,7 @@ def test_a_flood_of_messages_does_not_keep_a_worker_from_its_streams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream comes to its end between them, though more messages wait all the time."""
-    model = ResolvedModel("tiny", str(tmp_path), 512, MAX_TOKENS, "float32", "cpu", "auto", 0)
+    model = ResolvedModel("tiny", str(tmp_path), TINY, MAX_TOKENS, "float32", "cpu", "auto", 0)
     engine = FakeEngine()
     context: zmq.Context[Any] = zmq.Context()
     router, store = peer(context, ROUTER), peer(context, STORE)

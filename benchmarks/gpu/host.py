@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from zmq.auth.thread import ThreadAuthenticator
 
 from benchmarks.cpu_clock import cpu_seconds
+from benchmarks.gpu.baseline import llama_config
 from benchmarks.gpu.ceilings import seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import LLAMA_8B, arena_of, filled_engine, random_decoder, replay
@@ -40,6 +41,7 @@ from clo.runtime.config import (
     StoreConfig,
     WorkerConfig,
 )
+from clo.runtime.model.model_config import architecture
 from clo.runtime.wire.messages import Attach, Done, FromWorker, Run, Sampling, Stepped
 
 CONTEXT, SEQUENCES = 32768, 24
@@ -212,7 +214,8 @@ def serve(engine: Engine, prompts: list[int], max_tokens: int) -> Served:
     # as many blocks as the arena has; the store only counts them
     block_bytes = STORE_BYTES // (len(prompts) * -(-max_tokens // shape.block_tokens))
     router = f"ipc://@clo-benchmark-{uuid.uuid4()}"
-    model = ResolvedModel("", "", engine.decoder.vocab, max_tokens, "bfloat16", "cuda", "dummy", seed=0)
+    architecture_8b = architecture(llama_config(LLAMA_8B))
+    model = ResolvedModel("", "", architecture_8b, max_tokens, "bfloat16", "cuda", "dummy", seed=0)
     context: zmq.Context[Any] = zmq.Context()
     with running_store(BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, block_bytes)) as (
         endpoint,

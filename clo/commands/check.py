@@ -76,12 +76,12 @@ def fitting(config: ServerConfig) -> Iterator[str]:
 
     from clo.gpu_worker.startup import check_model
     from clo.runtime.model.files import resolve
+    from clo.runtime.model.kv_shape import kv_shape
     from clo.runtime.model.kv_size import kv_size, weight_bytes
-    from clo.runtime.model.model_config import kv_shape, read_config
     from clo.runtime.model.ranks import check_ranks, fitting_counts
 
     model, ranks = resolve(config.model), config.tensor_parallel_size
-    model_config = read_config(model.folder)
+    model_config = model.architecture
     check_ranks(model_config, ranks)
     gpus = torch.cuda.device_count() if model.device == "cuda" else None
     if gpus is not None and config.workers * ranks > gpus:

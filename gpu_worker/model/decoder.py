@@ -17,8 +17,7 @@ from clo.gpu_worker.model.mlp import gated
 from clo.gpu_worker.model.weights import Weights, load_weights
 from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
-from clo.runtime.model.kv_shape import KVShape
-from clo.runtime.model.model_config import kv_shape, quiet_transformers, read_config
+from clo.runtime.model.kv_shape import KVShape, kv_shape
 from clo.runtime.model.ranks import ALONE
 
 
@@ -228,10 +227,9 @@ def load_decoder(model: ResolvedModel, group: Group | None = None) -> Decoder:
     Raises:
         ConfigError: see ``load_weights``.
     """
-    quiet_transformers()
-    config = read_config(model.folder)
+    config = model.architecture
     whole, rank = kv_shape(config, model.dtype), ALONE if group is None else group.rank
-    weights = load_weights(model, config, whole, rank)
+    weights = load_weights(model, whole, rank)
     shape, positions = rank.shape(whole), config.max_position_embeddings
     return Decoder(weights, shape, config.rms_norm_eps, positions, group, config.vocab_size)
 

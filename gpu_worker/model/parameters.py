@@ -6,26 +6,25 @@ all else together, and their modules have nothing that a decoder wants but the f
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import asdict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from clo.runtime.config import ResolvedModel
-from clo.runtime.model.files import weight_files
+from clo.runtime.config import Architecture, ResolvedModel
 from clo.runtime.model.kv_shape import KVShape
+from clo.runtime.model.weight_files import weight_files
 from clo.runtime.wire.errors import ConfigError
 
 _BUFFER = "rotary_emb.inv_freq"  # which old checkpoints of Llama have, and is computed
 
 
-def shapes(config: Any, shape: KVShape) -> dict[str, tuple[int, ...]]:
+def shapes(config: Architecture, shape: KVShape) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters of a model.
 
     Args:
-        config: transformers' configuration, of a family that CLO knows.
+        config: of the model.
         shape: of its KV cache.
     """
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
@@ -37,13 +36,13 @@ def shapes(config: Any, shape: KVShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _of_layer(config: Any, shape: KVShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _of_layer(config: Architecture, shape: KVShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, pairs = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     family = config.model_type
     # Qwen2 has biases without saying so, and its output none; Mistral has none.
-    asked = family in ("llama", "qwen3") and bool(config.attention_bias)
-    in_mlp = family == "llama" and bool(config.mlp_bias)
+    asked = family in ("llama", "qwen3") and config.attention_bias
+    in_mlp = family == "llama" and config.mlp_bias
     products = (
         ("self_attn.q_proj", queries, hidden, asked or family == "qwen2"),
         ("self_attn.k_proj", pairs, hidden, asked or family == "qwen2"),
@@ -107,11 +106,15 @@ def read_parameters(model: ResolvedModel, wanted: dict[str, tuple[int, ...]]) ->
     return {name: found[name] for name in wanted}
 
 
-def rope(config: Any, shape: KVShape) -> tuple[Tensor, float]:
+def rope(config: Architecture, shape: KVShape) -> tuple[Tensor, float]:
     """RoPE's frequencies [head_dim / 2] float32, and the factor of its cosines and sines."""
     parameters, dim = config.rope_parameters, shape.head_dim
     if parameters["rope_type"] == "default":
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    from transformers import PreTrainedConfig  # here, as most models need none of it, and it takes seconds
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    computed = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    frequencies, scale = computed(PreTrainedConfig(**asdict(config)), torch.device("cpu"))
     return frequencies, float(scale)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +67,20 @@ class Weights:
     rope_scale: float  # factor of cosines and sines; 1 unless the RoPE scaling asks for another
 
 
-def load_weights(model: ResolvedModel, config: Any, shape: KVShape, rank: Rank = ALONE) -> Weights:
+def load_weights(model: ResolvedModel, shape: KVShape, rank: Rank = ALONE) -> Weights:
     """Load the weights, or make random ones (``load_format`` "dummy").
 
     A rank reads no more than its share. Of random ones it makes each as a whole and keeps a part, so that
     they do not depend on the ranks.
 
     Args:
-        config: transformers' configuration of the model.
         shape: of the whole model.
         rank: whose weights they are.
 
     Raises:
         ConfigError: weights are missing, too many, damaged, of the wrong shape or not finite.
     """
+    config = model.architecture
     device, sizes = torch.device(model.device), shapes(config, shape)
     if model.load_format == "dummy":
         parameters = {

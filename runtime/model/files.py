@@ -1,7 +1,7 @@
 """From ``ModelConfig`` to a folder with a model that CLO can serve."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from huggingface_hub import snapshot_download
@@ -9,24 +9,18 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     HTTPError,
     RepositoryNotFoundError,
 )
-from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from clo.runtime.config import DEFAULT_MODEL, ModelConfig, ResolvedModel
 from clo.runtime.machine.gpu import choose_device
 from clo.runtime.model.default_model import default_model
-from clo.runtime.model.model_config import context_length, quiet_transformers, read_config
+from clo.runtime.model.model_config import architecture, context_length, quiet_transformers, read_config
+from clo.runtime.model.weight_files import weight_files
 from clo.runtime.wire.errors import ConfigError
 
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]
 _HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 _HUB_SECONDS = 5.0
-
-
-class _Index(msgspec.Struct):
-    """Which file holds which weight."""
-
-    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 class _Adapter(msgspec.Struct):
@@ -53,7 +47,7 @@ def resolve(model: ModelConfig) -> ResolvedModel:
     return ResolvedModel(
         name=model.model,
         path=str(folder),
-        vocab_size=config.vocab_size,
+        architecture=architecture(config),
         max_model_len=context_length(config, model.max_model_len),
         dtype=_dtype(model.dtype, device, config),
         device=device,
@@ -122,19 +116,6 @@ def _refuse_adapter(folder: Path) -> None:
         f"{folder} holds an adapter ({kind}), and CLO serves neither LoRA nor other adapters: merge it into "
         f"{base} with merge_and_unload of the package peft, and give the folder that you save then."
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that have a model's weights. Raises ``ConfigError`` where the index that names them is
-    damaged."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists() or not index.exists():
-        return [single]
-    try:
-        found = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
-    except (msgspec.DecodeError, OSError, RecursionError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{index} is damaged ({error}); copy the model again.") from None
-    return [folder / name for name in sorted(set(found))]
 
 
 def _check_files(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """The few numbers that the cache has to know of a model."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from clo.runtime.wire.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -92,3 +94,36 @@ class KVShape:
     @property
     def block_bytes(self) -> int:
         return self.layers * self.kv_heads * self.part_bytes
+
+
+def kv_shape(config: Any, dtype: str, *, codes: bool = False) -> KVShape:
+    """Shape of the KV cache of a model whose weights are held in ``dtype``, in the arena with ``codes`` or
+    without.
+
+    Args:
+        config: an ``Architecture``, or a configuration of transformers.
+
+    Raises:
+        ConfigError: CLO does not know that type.
+    """
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(
+            f"The model is of the type {dtype}; CLO takes {', '.join(ITEM_BYTES)}, see --dtype."
+        )
+    return KVShape(
+        specs=layer_specs(config),
+        query_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype_name=dtype,
+        codes=codes,
+    )
+
+
+def layer_specs(config: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a model is."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if config.model_type == "mistral":  # its layers all slide where there is a window at all
+        kinds = ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(LayerSpec(window if kind == "sliding_attention" else None) for kind in kinds)

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from clo.runtime.model.kv_shape import ITEM_BYTES, KVShape, LayerSpec
+from clo.runtime.config import Architecture
+from clo.runtime.model.kv_shape import kv_shape, layer_specs
 from clo.runtime.wire.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -68,6 +69,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def architecture(config: Any) -> Architecture:
+    """What the other processes have to know of a configuration that ``read_config`` has read."""
+    kinds = getattr(config, "layer_types", None)
+    return Architecture(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=kv_shape(config, "float32").head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=dict(config.rope_parameters),
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        attention_bias=bool(getattr(config, "attention_bias", False)),
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        layer_types=None if kinds is None else tuple(kinds),
+        sliding_window=getattr(config, "sliding_window", None),
+    )
+
+
 def _check(config: Any, path: Path) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -122,27 +146,6 @@ def _is_positive(value: object) -> bool:
     return 1 / _FLOAT32_MOST < value < _FLOAT32_MOST
 
 
-def kv_shape(config: Any, dtype: str, *, codes: bool = False) -> KVShape:
-    """Shape of the KV cache of a model whose weights are held in ``dtype``, in the arena with ``codes`` or
-    without.
-
-    Raises:
-        ConfigError: CLO does not know that type.
-    """
-    if dtype not in ITEM_BYTES:
-        raise ConfigError(
-            f"The model is of the type {dtype}; CLO takes {', '.join(ITEM_BYTES)}, see --dtype."
-        )
-    return KVShape(
-        specs=layer_specs(config),
-        query_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dtype_name=dtype,
-        codes=codes,
-    )
-
-
 def context_length(config: Any, asked: int | None) -> int:
     """Tokens that a sequence may have: ``asked``, or all that the model was made for.
 
@@ -171,12 +174,3 @@ def _scaled_positions(config: Any) -> int:
     if rope["rope_type"] == "yarn":
         positions = rope["original_max_position_embeddings"]
     return int(positions * rope["factor"]) if rope["rope_type"] in ("linear", "yarn") else int(positions)
-
-
-def layer_specs(config: Any) -> tuple[LayerSpec, ...]:
-    """What each layer of a model is."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    if config.model_type == "mistral":  # its layers all slide where there is a window at all
-        kinds = ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    return tuple(LayerSpec(window if kind == "sliding_attention" else None) for kind in kinds)
