@@ -187,5 +187,6 @@ def test_a_hundred_faults(launch: Launch, tiny_model: Path) -> None:
         chaos = Chaos(server, seed=1)
         asyncio.run(chaos.run(faults=100))
         assert chaos.counts["answers"] >= 8 and chaos.counts["answers over HTTP"]
+        assert chaos.counts["reloads"] and chaos.counts["preemptions"]
         lines = server.stderr.read_text().splitlines()
         assert all(line.endswith(("it is started again.", "it is killed.")) for line in lines), lines
