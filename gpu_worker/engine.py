@@ -11,7 +11,7 @@ from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES, LayerCache
 from clo.gpu_worker.cache.query_prediction import QuerySource, measure_query_sources
 from clo.gpu_worker.decode import DecodeStep
-from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes
+from clo.gpu_worker.graphs import DecodeGraphs, graph_sizes, without_collection
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.outputs import Mailbox, SlotRelease, StepHandle
 from clo.gpu_worker.prefill import CHUNK_TOKENS, DENSE, SPARSE, Prefill, load_kernels
@@ -97,9 +97,11 @@ class Engine:
         Args:
             sizes: batch sizes; those that serve all slots if None.
         """
-        self._graphs.capture(graph_sizes(self.slots) if sizes is None else sizes)
-        self.prompt_graphs.capture()
-        self.suffix_graphs.capture()
+        if self._device.type == "cuda":
+            with without_collection():
+                self._graphs.capture(graph_sizes(self.slots) if sizes is None else sizes)
+                self.prompt_graphs.capture()
+                self.suffix_graphs.capture()
         self._mailbox.reset()
         self._posted = 0
 

@@ -48,7 +48,7 @@ def compare(examined: Examined) -> list[Compared]:
         WorkerDied: a store is gone.
     """
     model = replace(msgspec.json.decode(examined.model, type=ResolvedModel), device="cpu")
-    shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
+    shape = kv_shape(read_config(model.folder), model.dtype)
     # Before the model is loaded, as blocks are taken for other tokens in time.
     found = [(store.store, block, rows) for store in examined.stores for block, rows in _rows(store, shape)]
     decoder = load_decoder(model)

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from clo.gpu_worker.cache.kv_cache import KVCache
 from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.prompt import LastTokens, Prompts
-from clo.gpu_worker.graphs import capturing, without_collection
+from clo.gpu_worker.graphs import capturing
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.prompt_scores import PromptScores
 from clo.gpu_worker.side_stream import DeviceEvent
-from clo.kernels.attend_prompt import attend_suffix
+from clo.kernels.attend_prompt import attend_suffix, suffix_lse
 from clo.kernels.blocks import PromptBlocks
 from clo.kernels.fill_resident import PromptSequences
 from clo.kernels.quantize_query import Rope
@@ -31,7 +31,7 @@ SIZES = (64, 256, 512, 1024, 2048)  # tokens of a suffix
 # Of a whole prompt: the rows of a longer one take longer to read than a layer to launch, and so do the codes.
 _MOST_TOKENS, _MOST_OF_CODES = 65_536, 2**17 + SIZES[-1]
 _LEAST_TOKENS = 4096  # where less fits, the graphs are not worth their start
-_QUERIES = 256  # and more fill a device without cutting the rows before them into pieces
+_QUERIES = 1024  # and more fill a device without cutting the rows before them into pieces
 
 
 def most_tokens(shape: KVShape, max_tokens: int, spare: int | None, *, codes: bool) -> int:
@@ -63,7 +63,8 @@ class _Inputs:
 
     Attributes:
         tokens, positions: [N] int64, of the suffix; the positions go on behind its end.
-        pieces: [S + 1] int64, bounds of the rows before the suffix, see ``attend_suffix``.
+        pieces: [S + 1] int64, bounds of the rows before the suffix, see ``attend_suffix``; small_pieces: the
+            same for the queries that choose rows, which are fewer.
         own: [2] int64, bounds of the suffix.
         last: [1] int64, the last token as a number of the suffix.
         ranking: [W] int64, the tokens whose queries choose rows: the last ones or, where what is in the arena
@@ -76,15 +77,15 @@ class _Inputs:
     def __init__(self, size: int, most: int, block_tokens: int, device: torch.device, *, codes: bool) -> None:
         self.size, self._block_tokens, self._codes = size, block_tokens, codes
         parts, own_parts = -(-most // block_tokens), -(-size // block_tokens) + 1
-        self._pieces = max(1, _QUERIES // size)
+        self._counts = max(1, _QUERIES // size), _QUERIES // PROMPT_QUERIES  # of pieces
         self._widths = [
-            size, size, self._pieces + 1, 2, 1, PROMPT_QUERIES, PROMPT_QUERIES, parts, *[1] * 3, *[parts] * 4,
-            *[own_parts] * 4,
+            size, size, *(count + 1 for count in self._counts), 2, 1, PROMPT_QUERIES, PROMPT_QUERIES, parts,
+            *[1] * 3, *[parts] * 4, *[own_parts] * 4,
         ]  # fmt: skip
         self._buffer = torch.zeros(sum(self._widths), dtype=torch.int64, device=device)
         (
-            self.tokens, self.positions, self.pieces, self.own, self.last, self.ranking, self.lengths,
-            self.pages, *fields,
+            self.tokens, self.positions, self.pieces, self.small_pieces, self.own, self.last, self.ranking,
+            self.lengths, self.pages, *fields,
         ) = self._buffer.split(self._widths)  # fmt: skip
         sequences = PromptSequences(*fields[:3])
         self.prefix, self.suffix = (
@@ -105,7 +106,7 @@ class _Inputs:
         columns: list[list[int]] = [
             tokens[cached:],
             list(range(cached, cached + self.size)),
-            [cached * piece // self._pieces for piece in range(self._pieces + 1)],
+            *([cached * piece // count for piece in range(count + 1)] for count in self._counts),
             [cached, total],
             [own - 1],
             [max(0, own - 1 - step * number) for number in reversed(range(PROMPT_QUERIES))],
@@ -117,7 +118,7 @@ class _Inputs:
         for some in (parts[:first], parts[first:]):
             columns += [[part[field] for part in some] for field in range(4)]
         unused = [0] * len(columns)
-        unused[13] = unused[14] = -1
+        unused[14] = unused[15] = -1
         values: list[int] = []
         for column, width, value in zip(columns, self._widths, unused, strict=True):
             values += column + [value] * (width - len(column))
@@ -168,12 +169,11 @@ class SuffixGraphs:
                 for layer in range(shape.layers):
                     state = self.forward(inputs, layer, state)  # compiles what is not yet compiled
             state, graphs = None, []
-            with without_collection():
-                for layer in range(shape.layers):
-                    graphs.append(torch.cuda.CUDAGraph())
-                    with capturing(graphs[-1], pool, stream):
-                        state = self.forward(inputs, layer, state)
-                    pool = graphs[-1].pool()
+            for layer in range(shape.layers):
+                graphs.append(torch.cuda.CUDAGraph())
+                with capturing(graphs[-1], pool, stream):
+                    state = self.forward(inputs, layer, state)
+                pool = graphs[-1].pool()
             assert isinstance(state, Tensor)
             self._graphs[size], self._logits[size] = graphs, state
         torch.cuda.synchronize()
@@ -243,17 +243,20 @@ class SuffixGraphs:
         query, own_rows = decoder.qkv(layer, normed, rope)
         rows.index_copy_(0, inputs.positions, own_rows)
         cache.take_rows(layer, rows, inputs.suffix)
-        pieces, own = inputs.pieces.int(), inputs.own.int()
-        attended, lse = attend_suffix(query, rows, pieces, own, decoder.scale)
-        chosen_by = LastTokens(query[inputs.ranking], lse[inputs.ranking])
-        ranked = chosen_by, inputs.lengths, inputs.pages
+        ranking, pieces, own = inputs.ranking, inputs.pieces.int(), inputs.own.int()
+        by_prompt, asking = (inputs.lengths, inputs.pages), query[ranking]
         if self._codes:
-            chosen = cache.fetch_best_by_codes(layer, rows, prefix, *ranked, inputs.own)
+            sums = suffix_lse(asking, ranking, own_rows, rows, inputs.small_pieces.int(), decoder.scale)
+            by = LastTokens(asking, sums)
+            chosen = cache.fetch_best_by_codes(layer, rows, prefix, by, *by_prompt, inputs.own)
             attended, lse = attend_suffix(query, rows, pieces, own, decoder.scale)
             cache.start_chosen(layer, rows, inputs.suffix, chosen, lse[inputs.last])
         else:
+            attended, lse = attend_suffix(query, rows, pieces, own, decoder.scale)
             cache.index_rows(layer, rows, prefix)
-            cache.start_sets_by_codes(layer, rows, inputs.suffix, *ranked)
+            cache.start_sets_by_codes(
+                layer, rows, inputs.suffix, LastTokens(asking, lse[ranking]), *by_prompt
+            )
         if last:  # no other token's output is used
             hidden, attended = hidden[inputs.last], attended[inputs.last]
         hidden, normed = decoder.add_attention(layer, hidden, attended)

@@ -92,23 +92,76 @@ def attend_suffix(
         attended, sums = torch.zeros_like(query), torch.zeros(query.shape[:2])
         attended[: end - begin], sums[: end - begin] = _on_cpu(query[: end - begin], rows[:end], scale)
         return attended, sums
-    count, parts = len(query), len(pieces) - 1
-    keys, values = rows[:, :, 0], rows[:, :, 1]
-    flash = torch.ops.aten._flash_attention_forward
-    repeated = torch.arange(0, count * (parts + 1), count, dtype=torch.int32, device=query.device)
-    past, past_lse, *_ = flash(
-        query.repeat(parts, 1, 1), keys, values, repeated, pieces, count, len(rows), 0.0, False, False,
-        scale=scale,
-    )  # fmt: skip
-    latest, lse, *_ = flash(
-        query, keys, values, own - own[:1], own, count, count, 0.0, True, False, scale=scale
+    count = len(query)
+    past, past_lse = _attend_pieces(query, rows, pieces, scale)
+    latest, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, rows[:, :, 0], rows[:, :, 1], own - own[:1], own, count, count, 0.0, True, False, scale=scale
     )
-    past_lse = past_lse.unflatten(1, (parts, count)).masked_fill((pieces.diff() == 0)[:, None], -torch.inf)
-    all_lse = torch.cat((past_lse, lse.unsqueeze(1)), 1)  # [query_heads, S + 1, N]
-    total = all_lse.logsumexp(1)
-    shares = (all_lse - total.unsqueeze(1)).exp().permute(1, 2, 0).unsqueeze(-1)
-    attended = torch.cat((past.unflatten(0, (parts, count)), latest.unsqueeze(0)))
-    return (attended * shares).sum(0).to(query.dtype), total.t().contiguous()
+    all_lse = torch.cat((past_lse, lse.t().unsqueeze(0)))  # [S + 1, N, query_heads]
+    total = all_lse.logsumexp(0)
+    shares = (all_lse - total).exp().unsqueeze(-1)
+    attended = torch.cat((past, latest.unsqueeze(0)))
+    return (attended * shares).sum(0).to(query.dtype), total
+
+
+def suffix_lse(
+    query: Tensor, asking: Tensor, own_rows: Tensor, rows: Tensor, pieces: Tensor, scale: float
+) -> Tensor:
+    """The log-sum-exp that ``attend_suffix`` returns, of some of its queries alone, which takes a part of its
+    time.
+
+    Args:
+        query: [W, query_heads, head_dim].
+        asking: [W] int64, which of the last tokens they are.
+        own_rows: [N, kv_heads, 2, head_dim], of all the last tokens.
+        rows: [R, kv_heads, 2, head_dim], those of the tokens before them first.
+        pieces: [S + 1] int32, as for ``attend_suffix``.
+        scale: factor of the scores.
+
+    Returns:
+        [W, query_heads] float32.
+    """
+    count, kv_heads = len(query), rows.shape[1]
+    keys, queries = own_rows[:, :, 0].permute(1, 2, 0), _by_kv_head(query, kv_heads).transpose(0, 1)
+    products = torch.bmm(queries, keys, out_dtype=torch.float32) if query.is_cuda else queries @ keys
+    scores = products.float().unflatten(1, (count, -1)) * scale  # [kv_heads, W, group, N]
+    later = torch.arange(len(own_rows), device=query.device) > asking[:, None, None]
+    latest = scores.masked_fill_(later, -torch.inf).logsumexp(-1).permute(1, 0, 2).flatten(1)
+    if query.is_cpu:
+        past = torch.full((1, *query.shape[:2]), -torch.inf)
+        if pieces[-1]:
+            queries = query.transpose(0, 1)
+            past[0] = _flash_on_cpu(queries, rows[: pieces[-1]], scale, causal=False)[1].t()
+    else:
+        _, past = _attend_pieces(query, rows, pieces, scale)
+    return torch.cat((past, latest.unsqueeze(0))).logsumexp(0)
+
+
+def _attend_pieces(query: Tensor, rows: Tensor, pieces: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of all queries to each piece of the rows, without a mask.
+
+    So queries may come in any order, and those of a group of heads are neighbours: they fill the kernel's
+    tiles of 128 queries and share what it reads.
+
+    Returns:
+        [S, N, query_heads, head_dim], and log-sum-exps [S, N, query_heads] float32, -inf for no rows.
+    """
+    parts, (count, heads, dim), kv_heads = len(pieces) - 1, query.shape, rows.shape[1]
+    tall = count * heads // kv_heads
+    bounds = torch.arange(0, tall * (parts + 1), tall, dtype=torch.int32, device=query.device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        _by_kv_head(query, kv_heads).repeat(parts, 1, 1), rows[:, :, 0], rows[:, :, 1], bounds, pieces, tall,
+        len(rows), 0.0, False, False, scale=scale,
+    )  # fmt: skip
+    out = out.view(parts, count, -1, kv_heads, dim).transpose(2, 3).flatten(2, 3)
+    lse = lse.view(kv_heads, parts, count, -1).permute(1, 2, 0, 3).flatten(2)
+    return out, lse.masked_fill((pieces.diff() == 0)[:, None, None], -torch.inf)
+
+
+def _by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
+    """Queries [N, query_heads, D] as [N * group, kv_heads, D]."""
+    grouped: Tensor = query.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+    return grouped
 
 
 @cache

@@ -4,11 +4,11 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from inspect import signature
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from transformers import AutoConfig
 
 from benchmarks.gpu.synthetic import LLAMA_8B, ReplayLayer
@@ -21,6 +21,7 @@ from benchmarks.serve.server import serving, write_model
 from benchmarks.serve.tables import CPU, GPU, REFERENCE_NOTE, Load, Server, Table
 from benchmarks.serve.traces import Trace, gaps, percentile, rate_from_first, rate_of_all, seconds
 from benchmarks.serve.worker import ReplayEngine
+from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY, make_arena
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.runtime.config import CacheConfig, ModelConfig
@@ -127,6 +128,8 @@ TINY = Table(
     ttft={"16": Load(3, 16, 1), "200": Load(1, 200, 1)},
     short=Load(4, 8, 6),
     long=Load(2, 200, 4),
+    many=Load(4, 8, 6),
+    beside=Load(2, 20, 3000),
     tokens=Load(3, 8, 40),
     streams=Load(3, 10, 3000),
     quiet=8,
@@ -159,7 +162,12 @@ def test_a_stall_of_all_streams_is_seen_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "sentence"), [("short", "ended after 5 of 6 tokens"), ("gaps", "ended while it was needed")]
+    ("case", "sentence"),
+    [
+        ("short", "ended after 5 of 6 tokens"),
+        ("mixed", "ended (after 5 of 6 tokens|before the short ones)"),
+        ("gaps", "ended while it was needed"),
+    ],
 )
 def test_an_answer_that_ends_early_is_an_error(case: str, sentence: str) -> None:
     async def measure() -> None:
@@ -202,6 +210,7 @@ def test_the_tables_fit_their_servers(table: Table) -> None:
         options = dict(zip(server.options.split()[::2], server.options.split()[1::2], strict=True))
         loads = {"short": [table.short], "long": [table.long], "tokens": [table.tokens]}
         loads |= {f"ttft/{name}": [load] for name, load in table.ttft.items()}
+        loads["mixed"] = [table.many, table.beside]
         loads["gaps"] = [table.streams, arriving._replace(requests=1)]
         asked = [load for case in server.cases for load in loads[case]]
         assert max(load.prompt + load.output for load in asked) <= int(options["--max-model-len"])
@@ -226,6 +235,11 @@ def test_the_tables_fit_their_servers(table: Table) -> None:
                 max(held, default=0) * shape.block_bytes
                 <= int(options["--kv-size"].removesuffix("GiB")) * 2**30
             )
+
+
+def test_the_engine_that_replays_takes_what_a_worker_gives_it() -> None:
+    given = set(signature(Engine).parameters) - {"sources", "layer_type"}
+    assert set(signature(ReplayEngine).parameters) == given
 
 
 def test_cases_are_chosen_by_name_and_by_group() -> None:
@@ -273,7 +287,7 @@ def test_the_written_model_has_the_shape_that_it_stands_for(tmp_path: Path, smol
     """Its vocabulary is larger than its tokenizer's, whose text is what prompts are cut from."""
     write_model(LLAMA_8B, tmp_path)
     config = read_config(tmp_path)
-    assert kv_shape(config, torch.bfloat16) == LLAMA_8B.shape
+    assert kv_shape(config, "bfloat16") == LLAMA_8B.shape
     assert (config.hidden_size, config.intermediate_size) == (LLAMA_8B.hidden, LLAMA_8B.intermediate)
     assert config.vocab_size == LLAMA_8B.vocab
     resolved = resolve(ModelConfig(str(tmp_path), "dummy", "cpu", "bfloat16", 135168))

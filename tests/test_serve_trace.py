@@ -40,7 +40,7 @@ def test_a_trace_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
 def test_a_trace_is_played_on_real_servers_with_reuse_and_without(tiny_model: Path) -> None:
     results: list[Result] = []
     options = f"--model {tiny_model} --kv-size 8MiB --select-k 16 --resident 64"
-    note, *servers = measure_trace(SMALL, "cpu", results, options)
+    note, *servers = measure_trace(SMALL, "cpu", results, options=options)
     found = {result.metric: result for result in results}
     total = SMALL.sessions * sum(SMALL.prompts)
     saved, computed = found["prefill tokens saved"].value, found["prefill tokens"]

@@ -162,7 +162,7 @@ def test_units_of_any_size_give_the_same(
 
 
 def test_blocks_with_codes_are_larger_and_others_as_before() -> None:
-    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype_name="bfloat16")
     with_codes = replace(shape, codes=True)
     assert shape.part_bytes == shape.block_tokens * shape.row_bytes
     assert with_codes.token_bytes == shape.token_bytes and with_codes.block_tokens == shape.block_tokens

@@ -14,7 +14,7 @@ from clo.gpu_worker.in_process import GREEDY, blocks_of, divergence, make_engine
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.prefill import Prefill
 from clo.gpu_worker.suffix_graphs import SIZES, SuffixPrefill, most_tokens
-from clo.kernels.attend_prompt import attend_prompt, attend_suffix
+from clo.kernels.attend_prompt import attend_prompt, attend_suffix, suffix_lse
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
@@ -214,11 +214,14 @@ def test_attention_of_a_suffix(device: str, count: int, before: int) -> None:
     expected, lse = attend_prompt(query[:count], rows[: before + count], 0.1)
     assert torch.allclose(found[:count].float(), expected.float(), atol=1e-5 if device == "cpu" else 0.02)
     assert torch.allclose(sums[:count], lse, atol=1e-3)
+    asking = torch.randint(0, count, (32,), device=device)
+    some = suffix_lse(query[asking], asking, rows[before : before + 64], rows, pieces, 0.1)
+    assert torch.allclose(some, lse[asking], atol=1e-3)
 
 
 def test_they_take_what_memory_is_left() -> None:
     """At the Llama-3-8B shape."""
-    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype_name="bfloat16")
     most = [
         most_tokens(shape, 131_072, spare, codes=codes)
         for spare, codes in (

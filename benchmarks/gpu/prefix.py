@@ -45,6 +45,7 @@ def measure(machine: Machine) -> list[Result]:
         ]
     del engine
     engine = sparse_engine(machine.memory, decoder, room)
+    engine.capture([1])
     for total, tokens in prompts.items():
         _, took = times(engine, tokens, total)
         case = f"prefix/{total // 1024}k/sparse"

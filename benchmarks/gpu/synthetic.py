@@ -45,7 +45,7 @@ class Model:
     @property
     def shape(self) -> KVShape:
         return KVShape(
-            (LayerSpec(),) * self.layers, self.query_heads, self.kv_heads, self.head_dim, torch.bfloat16
+            (LayerSpec(),) * self.layers, self.query_heads, self.kv_heads, self.head_dim, "bfloat16"
         )
 
     @property
@@ -67,6 +67,7 @@ class Model:
 
 
 LLAMA_8B = Model("llama-3-8b", 32, 32, 8, 4096, 14336, 128256)
+QWEN_HALF_B = Model("qwen2.5-0.5b", 24, 14, 2, 896, 4864, 151936, head_dim=64, qkv_bias=True)
 QWEN_7B = Model("qwen2.5-7b", 28, 28, 4, 3584, 18944, 152064, qkv_bias=True)
 QWEN_14B = Model("qwen2.5-14b", 48, 40, 8, 5120, 13824, 152064, qkv_bias=True)
 

@@ -8,6 +8,7 @@ server that runs already and has the completions API of OpenAI, such as vLLM or 
 
 - ttft/...: time to first token, one request at a time;
 - short, long: throughput of many short and of a few long requests, sent at once;
+- mixed: throughput of many short requests while a few very long ones decode;
 - gaps: the gaps of streams that decode while a long prompt arrives, beside those without it, and the time to
   first token of that prompt, beside that without the streams;
 - tokens: throughput of many streams, and the CPU time of router and client for each token;
@@ -31,7 +32,7 @@ from benchmarks.serve.agents import Agents
 from benchmarks.serve.cases import Bench, cases_of
 from benchmarks.serve.endpoint import CLO, EndpointError
 from benchmarks.serve.prompts import Prompts, text_of
-from benchmarks.serve.replay import CASE, measure_trace
+from benchmarks.serve.replay import CASE, MODELS, measure_trace
 from benchmarks.serve.server import Running, serving
 from benchmarks.serve.tables import CPU, GPU, REFERENCE_NOTE, Table
 from clo.runtime.client import AsyncClient
@@ -138,6 +139,9 @@ def main() -> int:
         parser.add_argument(
             option, dest=field.name, metavar="N", type=number, default=field.default, help=f"of {CASE}"
         )
+    parser.add_argument(
+        "--trace-model", choices=MODELS, default="llama-3-8b", help=f"the shape of {CASE} on a GPU"
+    )
     given = parser.parse_args()
     table = GPU if given.device == "cuda" else CPU
     if (given.peer is None) != (given.model is None):
@@ -159,7 +163,7 @@ def main() -> int:
         text = text_of(Tokenizer(default.folder, default.vocab_size))
         end_start_up()
         if agents is not None:
-            notes = measure_trace(agents, given.device, results)
+            notes = measure_trace(agents, given.device, results, MODELS[given.trace_model])
         elif given.peer is None:
             notes = run(table, given.device, text, names, results)
         else:

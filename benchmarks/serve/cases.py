@@ -146,6 +146,24 @@ async def long(bench: Bench) -> list[Result]:
     ]
 
 
+async def mixed(bench: Bench) -> list[Result]:
+    """Throughput of many short requests, sent at once while a few long ones decode."""
+    load = bench.table.many
+    async with bench.streams(bench.table.beside) as streams:
+        await streams.until(lambda trace: trace.tokens > 0)
+        before = sum(trace.tokens for trace in streams.traces)
+        traces = await bench.ask(load)
+        others = sum(trace.tokens for trace in streams.traces) - before
+        if any(task.done() for task in streams.tasks):
+            raise EndpointError("A long request ended before the short ones; give Table.beside more tokens.")
+    took = seconds(traces)
+    return [
+        bench.compared("mixed", "rate", load.requests * load.output / took, "tokens/s"),
+        Result("serve/mixed", "rate of the long ones beside", others / took, "tokens/s"),
+        *streaming("mixed", traces),
+    ]
+
+
 async def tokens(bench: Bench) -> list[Result]:
     """Throughput of many streams, and the CPU time of what stands between a worker and who reads them."""
     load, launcher = bench.table.tokens, bench.launcher
@@ -202,4 +220,4 @@ def cases_of(table: Table) -> dict[str, Case]:
         return lambda bench: first_token(name, bench)
 
     by_prompt = {f"ttft/{name}": ttft_case(name) for name in table.ttft}
-    return {**by_prompt, "short": short, "long": long, "gaps": stalls, "tokens": tokens}
+    return {**by_prompt, "short": short, "long": long, "mixed": mixed, "gaps": stalls, "tokens": tokens}

@@ -5,7 +5,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass, field
 
-from benchmarks.gpu.synthetic import LLAMA_8B
+from benchmarks.gpu.synthetic import LLAMA_8B, QWEN_HALF_B, Model
 from benchmarks.result import Result
 from benchmarks.serve.agents import Agents
 from benchmarks.serve.endpoint import EndpointError
@@ -13,8 +13,10 @@ from benchmarks.serve.server import serving
 from benchmarks.serve.tables import Server
 from benchmarks.serve.traces import Trace, percentile, seconds
 from clo.runtime.client import AsyncClient
+from clo.runtime.machine.host_memory import available_memory
 
 CASE = "prefix/trace"
+MODELS = {model.name: model for model in (LLAMA_8B, QWEN_HALF_B)}  # whose shapes a GPU can play it with
 
 
 @dataclass
@@ -84,23 +86,35 @@ def figures(reused: Replayed, plain: Replayed) -> list[Result]:
     ]
 
 
-def servers(agents: Agents, device: str, options: str = "") -> list[Server]:
-    """The servers of a trace, with and without reuse: a Llama-3-8B shape with random weights on a GPU, the
-    default model on the CPU.
+def servers(agents: Agents, device: str, model: Model, options: str = "") -> list[Server]:
+    """The servers of a trace, with and without reuse: random weights on a GPU, with room for the rows of all
+    sessions where the machine has it, and the default model on the CPU.
 
     Args:
         device: "cuda" or "cpu".
+        model: the shape on a GPU.
         options: further ones of ``launch.py``.
     """
-    model, dtype = (LLAMA_8B, "--dtype bfloat16 ") if device == "cuda" else (None, "")
-    sizes = f"{dtype}--max-model-len {agents.last + agents.answer} --max-num-seqs {agents.sessions}"
+    room = agents.last + agents.answer
+    sizes = f"--max-model-len {room} --max-num-seqs {agents.sessions}"
+    if device == "cuda":
+        shape = model.shape
+        wanted = agents.sessions * -(-room // shape.block_tokens) * shape.block_bytes
+        held = min(wanted, available_memory([0])[0] * 3 // 4) // 2**30
+        sizes = f"--dtype bfloat16 {sizes} --kv-size {held}GiB"
     return [
-        Server((CASE,), f"{sizes} --prefix-caching {caching} {options}".strip(), model)
+        Server(
+            (CASE,),
+            f"{sizes} --prefix-caching {caching} {options}".strip(),
+            model if device == "cuda" else None,
+        )
         for caching in ("on", "off")
     ]
 
 
-def measure_trace(agents: Agents, device: str, results: list[Result], options: str = "") -> list[str]:
+def measure_trace(
+    agents: Agents, device: str, results: list[Result], model: Model = LLAMA_8B, options: str = ""
+) -> list[str]:
     """Start both servers one after the other, play the trace on each, and add the figures to ``results``.
 
     Returns:
@@ -117,7 +131,7 @@ def measure_trace(agents: Agents, device: str, results: list[Result], options: s
             return await replay(client, agents)
 
     found, notes = [], []
-    for server in servers(agents, device, options):
+    for server in servers(agents, device, model, options):
         print(f"starting a server: {server.options}", file=sys.stderr, flush=True)
         with serving(server, device) as running:
             found.append(asyncio.run(play(running.address)))

@@ -60,6 +60,7 @@ class Table:
         warm: what is asked of a server before anything is measured.
         ttft: time to first token, one request after another, by the case's name behind ``ttft/``.
         short, long: throughput; all requests are sent at once.
+        many, beside: the same of the first ones, while the others decode, more tokens than they come to.
         tokens: the same, with what the processes between worker and reader cost.
         streams: requests that decode while another one's prompt arrives, more tokens than they come to.
         quiet: tokens that each of them generates before.
@@ -72,6 +73,8 @@ class Table:
     ttft: dict[str, Load]
     short: Load
     long: Load
+    many: Load
+    beside: Load
     tokens: Load
     streams: Load
     quiet: int
@@ -95,6 +98,8 @@ GPU = Table(
     },
     short=Load(256, 512, 256),
     long=Load(24, 32768, 256),
+    many=Load(512, 256, 128),
+    beside=Load(4, 131072, 2048),
     tokens=Load(64, 512, 2048),
     streams=Load(8, 8192, 4096),
     quiet=300,
@@ -122,6 +127,11 @@ GPU = Table(
             f"--kv-size 36GiB {PROMPTS_FIRST}",
             LLAMA_8B,
         ),
+        Server(
+            ("mixed",),
+            "--dtype bfloat16 --max-model-len 135168 --max-num-seqs 516 --kv-size 104GiB",
+            LLAMA_8B,
+        ),
         Server(("tokens",), "--dtype bfloat16 --max-model-len 2560 --max-num-seqs 64 --kv-size 8GiB"),
     ),
     reference={
@@ -147,13 +157,15 @@ CPU = Table(
     ttft={"128": Load(5, 128, 1), "1k": Load(3, 1024, 1)},
     short=Load(8, 64, 8),
     long=Load(2, 1024, 16),
+    many=Load(6, 32, 8),
+    beside=Load(2, 512, 1024),
     tokens=Load(4, 32, 64),
     streams=Load(2, 128, 1024),
     quiet=16,
     arriving="1k",
     servers=(
         Server(
-            ("ttft/128", "ttft/1k", "short", "long", "gaps", "tokens"),
+            ("ttft/128", "ttft/1k", "short", "long", "mixed", "gaps", "tokens"),
             "--max-model-len 2048 --max-num-seqs 8 --kv-size 1GiB",
         ),
     ),

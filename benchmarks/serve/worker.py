@@ -30,10 +30,11 @@ class ReplayEngine(Engine):
         slots: int,
         max_tokens: int,
         codes: Tensor | None = None,
+        spare: int | None = None,
     ) -> None:
         layers = decoder.shape.layers
         sources = typical_sources(layers)
-        super().__init__(decoder, arena, config, slots, max_tokens, sources, ReplayLayer, codes)
+        super().__init__(decoder, arena, config, slots, max_tokens, sources, ReplayLayer, codes, spare)
         self._last_used = replay(self, round(NEW_ROWS * config.sizes(max_tokens, layers)[0].select_k))
 
     @torch.inference_mode()
