@@ -28,8 +28,8 @@ PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident s
 EXACT_ROWS = 2048
 """Rows of a head that a prompt attends to exactly of a beginning that comes as codes, or as many as its
 resident set takes. 1,024 tripled the KL on SmolLM2-135M behind 6K tokens of four documents
-(``benchmarks.quality.prefix``). At the Llama-3-8B shape they are 8 MiB a layer, where the codes of 128K tokens
-are 69."""
+(``benchmarks.quality.prefix``). At the Llama-3-8B shape they are 8 MiB a layer, where the codes of 128K
+tokens are 69."""
 
 
 class LayerStreams(NamedTuple):
