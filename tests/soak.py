@@ -296,6 +296,11 @@ def held(server: Server) -> dict[int, Held]:
     return found
 
 
+def held_by_all(server: Server) -> Held:
+    """What they hold together."""
+    return Held(*map(sum, zip(*held(server).values(), strict=True)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=50_000)
@@ -324,12 +329,7 @@ def main() -> int:
                     info = client.info()
                 (store,) = info.stores
                 preemptions = sum(worker.preemptions for worker in info.workers)
-                processes = held(server).values()
-                now = {
-                    "bytes": sum(process.bytes for process in processes),
-                    "descriptors": sum(process.descriptors for process in processes),
-                    "free blocks": store.free_blocks,
-                }
+                now = held_by_all(server)._asdict() | {"free blocks": store.free_blocks}
                 first = first or now
                 seconds = time.monotonic() - began
                 report = {"place": place, **now, "preemptions": preemptions, **counts}
