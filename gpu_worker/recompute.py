@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from clo.gpu_worker.cache.layer import EXACT_ROWS
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import blocks_of, make_arena
 from clo.gpu_worker.model.decoder import load_decoder
@@ -20,7 +21,7 @@ from clo.kvstore.layout import arena_tensor, by_block
 from clo.runtime.config import CacheConfig, ResolvedModel
 from clo.runtime.machine.process import run_process
 from clo.runtime.model.kv_shape import KVShape, kv_shape
-from clo.runtime.wire.messages import Examined, StoreExamined
+from clo.runtime.wire.messages import Examined, PromptBlock, StoreExamined
 from clo.runtime.wire.sockets import Decoder
 
 _ALLOWED = {2: 0.5, 4: 0.01}
@@ -38,7 +39,8 @@ def main() -> None:
 
 
 def compare(examined: Examined) -> list[Compared]:
-    """Compute the described blocks of all stores again, on the CPU.
+    """Compute the described blocks of all stores again, on the CPU, but those that attended to earlier ones
+    from codes.
 
     Raises:
         ConfigError: the arena may not be opened, or the model cannot be loaded.
@@ -47,11 +49,7 @@ def compare(examined: Examined) -> list[Compared]:
     model = replace(msgspec.json.decode(examined.model, type=ResolvedModel), device="cpu")
     shape = kv_shape(model.architecture, model.dtype)
     # Before the model is loaded, as blocks are taken for other tokens in time.
-    found = [
-        (store.store, block, rows)
-        for store in examined.stores
-        for block, rows in zip(store.described, _rows(store, shape), strict=True)
-    ]
+    found = [(store.store, block, rows) for store in examined.stores for block, rows in _rows(store, shape)]
     decoder = load_decoder(model)
     longest = max((len(block.tokens) for _, block, _ in found), default=1)
     arena = make_arena(decoder, 1, longest)
@@ -70,12 +68,15 @@ def compare(examined: Examined) -> list[Compared]:
     return compared
 
 
-def _rows(store: StoreExamined, shape: KVShape) -> list[Tensor]:
-    """Copies of the described blocks, each [layers, kv_heads, block_tokens, 2, head_dim]."""
+def _rows(store: StoreExamined, shape: KVShape) -> list[tuple[PromptBlock, Tensor]]:
+    """Copies of the described blocks, each [layers, kv_heads, block_tokens, 2, head_dim]. Where blocks have
+    codes, a prompt reads no more than ``EXACT_ROWS`` tokens before its own exactly: those that were behind
+    more are left out."""
     arena = Arena.open(store.pid, store.fd, store.arena_bytes)
     shape = replace(shape, codes=store.block_bytes > shape.block_bytes)
     rows = by_block(arena_tensor(arena, shape, store.blocks))
-    return [rows[block.block].clone() for block in store.described]
+    exact = [block for block in store.described if not shape.codes or block.behind <= EXACT_ROWS]
+    return [(block, rows[block.block].clone()) for block in exact]
 
 
 def _largest_difference(rows: Tensor, expected: Tensor, end: int) -> tuple[float, str]:

@@ -21,11 +21,13 @@ class Grant(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """What a committed block's name is made from."""
+    """What a committed block's name is made from, and how many blocks of its prompt were there already when
+    its rows were computed: of a copy from below, all before it, as nobody knows."""
 
     parent: bytes
     place: int  # in its prompt
     tokens: "array[int]"
+    behind: int
 
 
 class Growth(NamedTuple):
@@ -54,6 +56,7 @@ class _Holding:
         self.root = root  # what stands for the name before the first one
         self.names = names  # of the blocks of its prompt
         self.committed = cached  # of these, how many have been committed
+        self.cached = cached  # of these, how many it does not compute itself
         self.anchors: dict[int, int] = {}  # by place: another block with the same tokens, held as well
         self.tokens = prompt[: cached * block_tokens]  # 4 bytes a token
         self._block_tokens = block_tokens
@@ -299,6 +302,7 @@ class BlockPool:
         if self._holds(load):
             tokens = load.holding.prompt[len(load.holding.tokens) :][: blocks * self.block_tokens]
             if load.holding.blocks[load.holding.committed :][:1] == load.blocks[:1]:
+                load.holding.cached += blocks
                 self.commit(load.group, load.sequence, len(load.holding.tokens), tokens.tolist())
                 self.cached_tokens += len(tokens)
             self._loaded.append(load)
@@ -336,7 +340,8 @@ class BlockPool:
             if first == block:
                 self._names[block] = name
                 parent = holding.names[place - 1] if place else holding.root
-                self._origins[block] = _Origin(parent, place, self._part(holding.prompt, place))
+                part, behind = self._part(holding.prompt, place), min(place, holding.cached)
+                self._origins[block] = _Origin(parent, place, part, behind)
                 if self._report:
                     self._stored(holding, place)
             else:  # another sequence was faster: held, it goes no earlier than what follows on it
@@ -470,8 +475,9 @@ class BlockPool:
         """Names of the committed blocks that are among the first ``places`` ones of a prompt."""
         return [self._names[block] for block, origin in self._origins.items() if origin.place < places]
 
-    def prompt_of(self, name: bytes) -> tuple[int, list[int]] | None:
-        """The block of a name, and all tokens of a prompt up to its end; None where it is not committed."""
+    def prompt_of(self, name: bytes) -> tuple[int, list[int], int] | None:
+        """The block of a name, all tokens of a prompt up to its end, and how many of these were in blocks
+        already when its rows were computed, at most; None where it is not committed."""
         parts: list[array[int]] = []
         first = block = self._by_name.get(name)
         while block is not None:
@@ -479,7 +485,8 @@ class BlockPool:
             parts.append(origin.tokens)
             if not origin.place:
                 assert first is not None
-                return first, [token for part in reversed(parts) for token in part]
+                behind = self._origins[first].behind * self.block_tokens
+                return first, [token for part in reversed(parts) for token in part], behind
             block = self._by_name.get(origin.parent) if len(parts) < self.blocks else None
         return None
 

@@ -1,8 +1,9 @@
 """Faults at random moments under load: ``python -m tests.chaos --faults 1000``.
 
 Eight clients ask for their kinds of answers again and again, one more asks over HTTP, and others come and go,
-while processes of the server are killed, stopped for a while, or hang: one to three faults within seconds,
-and the next after some tokens. Each answer has to be what an undisturbed server gives, and in the end all
+while processes of the server are killed, stopped for a while, or hang, and its workers are reloaded: one to
+three faults within seconds, and the next after some tokens. The arena does not hold all answers together, so
+some begin again. Each has to be what an undisturbed server gives that has room for it, and in the end all
 blocks are free again. The moments differ from run to run; what happens, and in which order, depends on
 ``--seed`` alone. Writes ``benchmarks/results/chaos.json``.
 """
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -30,8 +31,10 @@ from msgspec.structs import replace
 from benchmarks.result import Result, write
 from clo.runtime.client import AsyncClient
 from clo.runtime.client import Result as Answer
+from clo.runtime.machine import control
 from clo.runtime.stream import AsyncStream
-from clo.runtime.wire.messages import Generate, SamplingParams, Tokens
+from clo.runtime.wire.errors import InvalidRequest
+from clo.runtime.wire.messages import Generate, Info, Reload, Reloaded, SamplingParams, Tokens
 from tests.conftest import make_tiny_model
 from tests.faults import WAIT_S, raw
 from tests.server import Server, launch
@@ -48,10 +51,10 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0, "logit_bias": {7: 3.0, 9: -4.0}, "min_tokens": 30},
     {"temperature": 0.0, "prompt_logprobs": 1},
     {"temperature": 0.0, "structured_outputs": {"regex": "(ab|cd|ef){70}"}},
-    {"temperature": 1.0, "seed": 5, "stop": ["never in this text"]},
+    {"temperature": 1.0, "seed": 5, "stop": ["never in this text", "jdecI"]},  # late
 ]
 FAULTS = {  # how many of each in a hundred: what, and to which process
-    "killed gpu_worker": 10,
+    "killed gpu_worker": 7,
     "killed kvstore": 4,
     "killed gpu_worker,kvstore": 2,  # at the same moment
     "killed runtime.http": 8,
@@ -61,34 +64,39 @@ FAULTS = {  # how many of each in a hundred: what, and to which process
     "hanging gpu_worker": 2,
     "hanging kvstore": 1,
     "hanging runtime.http": 1,
+    "reloaded gpu_worker": 3,  # all of them, one after another, while other faults go on
     "gone client": 40,
 }
 TOGETHER, GAP_S, TOKENS = 3, 0.5, 300  # faults, between them, and until the next ones; all at most
-STOPPED_S, SERVING_S = 1.0, 5.0
+STOPPED_S, SERVING_S, STARTING_S = 1.0, 5.0, 60.0  # a process may hang while it starts, too
 PATIENCE_S = 10 * WAIT_S  # of a request, which may be hit again and again
 # Of faults that have nothing to do with a request or with each other there may be any number.
 PROGRAM = f"""\
 import sys
 import clo.runtime.children, clo.runtime.router, clo.runtime.supervisor, clo.launch
-clo.runtime.children.SERVING_S = {SERVING_S}
+clo.runtime.children.SERVING_S, clo.runtime.children.STARTING_S = {SERVING_S}, {STARTING_S}
 clo.runtime.router._MOST_LOSSES = clo.runtime.supervisor._QUICK_ENDS = 1_000_000
 clo.runtime.supervisor._BACK_OFF_S = 0.0
 sys.exit(clo.launch.main(sys.argv[1:]))
 """
-OPTIONS = (*EXACT, "--workers", "2", "--http", "0")
+SMALL = ("--kv-size", "5MiB")  # 10 blocks of 512 tokens, of which the answers want 16 in the end
+OPTIONS = (*EXACT, *SMALL, "--workers", "2", "--http", "0")
 
 
 def prompts() -> list[list[int]]:
-    """One for each of ``KINDS``."""
+    """One for each of ``KINDS``. Most of their answers begin in one block, or two, and need one more."""
     generator = torch.Generator().manual_seed(11)
-    return [torch.randint(4, 300, (length,), generator=generator).tolist() for length in range(20, 900, 110)]
+    lengths = (20, 130, 390, 410, 430, 440, 880, 900)
+    return [torch.randint(4, 300, (length,), generator=generator).tolist() for length in lengths]
 
 
 def ask(client: AsyncClient, kind: int) -> AsyncStream:
     return client.stream(prompts()[kind], max_tokens=LONG, ignore_eos=True, **KINDS[kind])
 
 
-async def answers(address: str, disturb: Callable[[int], None] | None = None) -> list[Answer]:
+async def answers(
+    address: str, disturb: Callable[[int], None] | None = None, kinds: Sequence[int] = range(len(KINDS))
+) -> list[Answer]:
     """All kinds of requests at once; ``disturb`` is called with each number of tokens that have come."""
     count = 0
 
@@ -103,7 +111,7 @@ async def answers(address: str, disturb: Callable[[int], None] | None = None) ->
         return stream.result
 
     async with AsyncClient(address, timeout=WAIT_S) as client:
-        found = await asyncio.gather(*(answer(client, kind) for kind in range(len(KINDS))))
+        found = await asyncio.gather(*(answer(client, kind) for kind in kinds))
         await assert_all_free(client)
     return found
 
@@ -126,42 +134,53 @@ class Chaos:
     """One server, what it answers, and what is done to it.
 
     Attributes:
-        counts: of the answers, by who got them, of their tokens, and of the HTTP requests whose connection
-            ended.
+        counts: of the answers, by who got them, of their tokens, of the HTTP requests whose connection
+            ended, of reloads, and of preemptions, as far as their workers lived to tell of them.
         longest_s: that a client waited for its next token.
     """
 
     def __init__(self, server: Server, seed: int) -> None:
         self._server, self._rng = server, random.Random(seed)
         self._over = False
+        self._preempted: dict[int, int] = {}  # what each worker said last
         self.counts: Counter[str] = Counter()
         self.longest_s = 0.0
 
     async def run(self, faults: int) -> None:
         """Raises ``AssertionError`` where an answer is another one, or a block is lost."""
-        expected = await answers(self._server.address)
-        async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
-            workers = len((await client.info()).workers)
+        address = self._server.address
+        half = len(KINDS) // 2  # of the kinds, which the arena holds
+        expected = await answers(address, kinds=range(half))
+        expected += await answers(address, kinds=range(half, len(KINDS)))
+        async with AsyncClient(address, timeout=WAIT_S) as client:
+            info = await client.info()
+        workers = len(info.workers)
+        assert not any(worker.preemptions for worker in info.workers)
         coming = [fault for fault, share in FAULTS.items() for _ in range(share * faults // 100)]
         self._rng.shuffle(coming)
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group, AsyncClient(address, timeout=WAIT_S) as client:
             for kind, answer in enumerate(expected):
                 group.create_task(self._ask_on(kind, answer))
             group.create_task(self._ask_over_http(expected[0]))
             while coming:
                 for _ in range(min(len(coming), self._rng.randint(1, TOGETHER))):
-                    await self._do(*coming.pop().split())
+                    what, whom = coming.pop().split()
+                    if what == "reloaded":
+                        group.create_task(self._reload())
+                    else:
+                        await self._do(what, whom)
                     await asyncio.sleep(GAP_S * self._rng.random())
                 await self._tokens(self._rng.randint(1, TOKENS))
+                self._count_preemptions(await client.info())
                 print(f"{faults - len(coming)} of {faults} faults: {dict(self.counts)}", flush=True)
             self._over = True
-        async with AsyncClient(self._server.address, timeout=WAIT_S) as client:
+        async with AsyncClient(address, timeout=WAIT_S) as client:
             deadline = time.monotonic() + WAIT_S
             while len((await client.info()).workers) < workers:
                 assert time.monotonic() < deadline, f"one is missing: {self._server.stderr.read_text()}"
                 await asyncio.sleep(0.1)
             await assert_all_free(client)
-        for mine, theirs in zip(await answers(self._server.address), expected, strict=True):
+        for mine, theirs in zip(await answers(address), expected, strict=True):
             assert_same(mine, theirs)
 
     async def _tokens(self, more: int) -> None:
@@ -222,6 +241,25 @@ class Chaos:
                         await asyncio.sleep(STOPPED_S * self._rng.random())
                         process.resume()
 
+    async def _reload(self) -> None:
+        """Have all workers restarted. What runs when it is asked for is gone in the end, whatever else has
+        happened meanwhile."""
+        before = self._server.children("gpu_worker")
+        try:
+            await asyncio.to_thread(control.ask, self._server.address, Reload(), Reloaded, lambda news: None)
+        except InvalidRequest:
+            self.counts["reloads refused, as one was under way"] += 1
+            return
+        assert not {*before} & {*self._server.children("gpu_worker")}
+        self.counts["reloads"] += 1
+
+    def _count_preemptions(self, info: Info) -> None:
+        for worker in info.workers:
+            said = self._preempted.get(worker.worker, 0)
+            self._preempted[worker.worker] = worker.preemptions
+            new = worker.preemptions - (said if said <= worker.preemptions else 0)  # it was started again
+            self.counts["preemptions"] += new
+
     async def _children(self, name: str) -> list[psutil.Process]:
         """The server's processes of a kind, once there is one."""
         deadline = time.monotonic() + WAIT_S
@@ -253,7 +291,7 @@ def main() -> None:
             asyncio.run(chaos.run(arguments.faults))
     shares = ((fault, share * arguments.faults // 100) for fault, share in FAULTS.items())
     results = [Result("chaos", fault, count, "faults") for fault, count in shares]
-    results += [Result("chaos", what, count, "requests") for what, count in sorted(chaos.counts.items())]
+    results += [Result("chaos", what, count, "times") for what, count in sorted(chaos.counts.items())]
     results += [
         Result("chaos", "longest wait for a token", chaos.longest_s, "s"),
         Result("chaos", "time", time.monotonic() - began, "s"),

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clo.runtime import connection
+from clo.runtime.machine import control
 from clo.runtime.model.model_config import architecture
 from tests import server
 
@@ -24,7 +25,8 @@ CHAT_TEMPLATE = (
 )
 
 
-connection.SILENCE_SECONDS = 60.0  # a slow machine with much to do may keep still for longer than 5 s
+# A slow machine with much to do may keep still for longer than 5 s.
+connection.SILENCE_SECONDS = control.SILENCE_S = 60.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

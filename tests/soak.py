@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -279,15 +279,26 @@ async def run(server: Server, weights: dict[Kind, int], requests: int, rng: rand
     return counts
 
 
-def held(server: Server) -> dict[str, int]:
-    """What a server's processes hold: bytes of their own, and descriptors."""
-    found = {"bytes": 0, "descriptors": 0}
+class Held(NamedTuple):
+    """What a process holds: bytes of its own, and descriptors."""
+
+    bytes: int
+    descriptors: int
+
+
+def held(server: Server) -> dict[int, Held]:
+    """What each of a server's processes holds, by its number."""
+    found = {}
     for process in (psutil.Process(server.process.pid), *server.children()):
         with suppress(psutil.NoSuchProcess):
             memory = process.memory_info()
-            found["bytes"] += memory.rss - memory.shared
-            found["descriptors"] += process.num_fds()
+            found[process.pid] = Held(memory.rss - memory.shared, process.num_fds())
     return found
+
+
+def held_by_all(server: Server) -> Held:
+    """What they hold together."""
+    return Held(*map(sum, zip(*held(server).values(), strict=True)))
 
 
 def main() -> int:
@@ -318,7 +329,7 @@ def main() -> int:
                     info = client.info()
                 (store,) = info.stores
                 preemptions = sum(worker.preemptions for worker in info.workers)
-                now = held(server) | {"free blocks": store.free_blocks}
+                now = held_by_all(server)._asdict() | {"free blocks": store.free_blocks}
                 first = first or now
                 seconds = time.monotonic() - began
                 report = {"place": place, **now, "preemptions": preemptions, **counts}

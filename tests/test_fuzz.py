@@ -40,7 +40,7 @@ from tests.faults import SMALL, WAIT_S, assert_serves, raw
 from tests.fuzz import anything, drawn, frames, spoiled, values
 from tests.peers import Wire, running
 from tests.server import Server
-from tests.soak import GROWTH_DESCRIPTORS, held
+from tests.soak import GROWTH_DESCRIPTORS, held_by_all
 from tests.store import running_store
 from tests.test_client import FakeServer
 from tests.test_port import GREETING, READY, command
@@ -116,11 +116,11 @@ def server(launch: Callable[..., AbstractContextManager[Server]], tiny_model: Pa
         assert_serves(server)
         with Client(server.address) as client:  # starts the process that looks at grammars
             client.generate("a", max_tokens=2, structured_outputs={"regex": "a+"})
-        before = held(server)["descriptors"]
+        before = held_by_all(server).descriptors
         yield server
         assert_serves(server)
         assert "Traceback" not in server.stderr.read_text()
-        assert held(server)["descriptors"] <= before + GROWTH_DESCRIPTORS
+        assert held_by_all(server).descriptors <= before + GROWTH_DESCRIPTORS
 
 
 def short(message: Any) -> Any:

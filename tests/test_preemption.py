@@ -1,6 +1,8 @@
 """Answers that do not fit into the arena together: they begin together, and end as they would without."""
 
 import asyncio
+import random
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,13 +12,15 @@ import pytest
 
 from clo.runtime.client import AsyncClient, Client, Result
 from tests.chaos import EXACT, assert_same, prompts
-from tests.faults import WAIT_S, assert_serves
+from tests.faults import WAIT_S, assert_serves, wait_until_idle
 from tests.server import Server
+from tests.soak import PREEMPTING_KINDS, held, run
 from tests.test_system import assert_all_free
 
 Launch = Callable[..., AbstractContextManager[Server]]
 
 LONG = 700  # tokens of an answer
+GROWTH_BYTES = 16 * 2**20  # of a process: noise of allocators
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 3},
@@ -68,9 +72,27 @@ def assert_same_in_little_room(launch: Launch, model: Path, *others: str) -> Non
         assert server.stderr.read_text() == ""
 
 
+def assert_nothing_grows(server: Server) -> None:
+    """A short form of ``tests.soak --preempting``: a hundred short requests and four long ones."""
+    before = held(server)
+    asyncio.run(run(server, PREEMPTING_KINDS, 104, random.Random(0)))
+    with Client(server.address, timeout=WAIT_S) as client:
+        wait_until_idle(client)  # all blocks are free
+        assert sum(worker.preemptions for worker in client.info().workers) > 0
+    deadline = time.monotonic() + WAIT_S
+    while (after := held(server)).keys() != before.keys() or any(
+        after[number].descriptors != process.descriptors for number, process in before.items()
+    ):
+        assert time.monotonic() < deadline, (before, after)
+        time.sleep(0.05)
+    for number, process in before.items():
+        assert after[number].bytes < process.bytes + GROWTH_BYTES, (before, after)
+
+
 def test_two_hundred_clients_share_four_blocks(launch: Launch, tiny_model: Path) -> None:
     """All are served, those that need the whole arena in their turn: what comes later passes one that waits
-    with no more blocks in all than it needs itself (``BlockPool.grants``)."""
+    with no more blocks in all than it needs itself (``BlockPool.grants``). Nothing grows, nor where long
+    answers are preempted again and again."""
     clients, large, arena = 200, 40, ("--kv-size", "2MiB", "--max-num-seqs", "8")
     ended: list[int] = []
 
@@ -81,7 +103,7 @@ def test_two_hundred_clients_share_four_blocks(launch: Launch, tiny_model: Path)
         assert len(result.tokens) == tokens
         ended.append(number)
 
-    async def run(address: str) -> None:
+    async def ask_all(address: str) -> None:
         tasks = []
         for number in range(clients):
             tasks.append(asyncio.create_task(ask(address, number)))
@@ -91,8 +113,9 @@ def test_two_hundred_clients_share_four_blocks(launch: Launch, tiny_model: Path)
             await assert_all_free(client)
 
     with launch("--model", str(tiny_model), *arena) as server:
-        asyncio.run(run(server.address))
+        asyncio.run(ask_all(server.address))
         assert sorted(ended) == list(range(clients))
         for number in range(0, clients, large):
             assert ended.index(number) - number < 40, "it was passed by more than fit beside it"
+        assert_nothing_grows(server)
         assert server.stderr.read_text() == ""

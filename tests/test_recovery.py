@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from clo.runtime.client import Client, Result
+from clo.runtime.supervisor import STOP_S
+from clo.runtime.wire.errors import ServerStopped
 from tests.chaos import EXACT, OPTIONS, PROGRAM, Chaos, answers, assert_same
-from tests.faults import WAIT_S, assert_serves
+from tests.faults import WAIT_S, assert_serves, error_of
 from tests.server import Server
 
 Launch = Callable[..., AbstractContextManager[Server]]
@@ -27,6 +29,14 @@ def worker_of(server: Server, number: int = 0) -> psutil.Process:
                 return process
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_all(server: Server) -> set[psutil.Process]:
+    """Kill all workers at the same moment."""
+    workers = {*server.children("gpu_worker")}
+    for process in workers:
+        process.kill()
+    return workers
 
 
 def same(found: list[Result], expected: list[Result]) -> None:
@@ -55,6 +65,8 @@ def test_answers_go_on_where_their_worker_is_killed(launch: Launch, tiny_model: 
 
 
 def test_another_worker_takes_over(launch: Launch, tiny_model: Path) -> None:
+    """Where both are killed at the same moment their successors do, and a server that is stopped while these
+    start ends at once."""
     with launch("--model", str(tiny_model), *EXACT, "--workers", "2") as server:
         expected = asyncio.run(answers(server.address))
         first = worker_of(server, 1)
@@ -69,7 +81,22 @@ def test_another_worker_takes_over(launch: Launch, tiny_model: Path) -> None:
             while len(client.info().workers) < 2:  # its successor
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        same(asyncio.run(answers(server.address)), expected)
+
+        def kill_both(count: int) -> None:
+            if count == 400:
+                kill_all(server)
+
+        same(asyncio.run(answers(server.address, kill_both)), expected)
+        with Client(server.address, timeout=WAIT_S) as client:
+            stream = iter(client.stream("a", max_tokens=1000, ignore_eos=True))
+            next(stream)
+            gone = kill_all(server)
+            while not {*server.children("gpu_worker")} - gone:
+                time.sleep(0.02)
+            server.signal(signal.SIGTERM)
+            assert isinstance(error_of(stream), ServerStopped)
+            assert server.process.wait(STOP_S) == 0, "nothing had to be killed"
+        assert server.wait() == 0, "and nothing is left"
 
 
 def test_a_killed_store_is_replaced_and_so_are_its_workers(launch: Launch, tiny_model: Path) -> None:
@@ -187,5 +214,6 @@ def test_a_hundred_faults(launch: Launch, tiny_model: Path) -> None:
         chaos = Chaos(server, seed=1)
         asyncio.run(chaos.run(faults=100))
         assert chaos.counts["answers"] >= 8 and chaos.counts["answers over HTTP"]
+        assert chaos.counts["reloads"] and chaos.counts["preemptions"]
         lines = server.stderr.read_text().splitlines()
         assert all(line.endswith(("it is started again.", "it is killed.")) for line in lines), lines

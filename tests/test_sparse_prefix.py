@@ -16,7 +16,9 @@ from clo.gpu_worker.cache.layer import EXACT_ROWS
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY, blocks_of, divergence, make_engine
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.gpu_worker.recompute import compare
 from clo.gpu_worker.startup import check_model
+from clo.kvstore import check
 from clo.runtime.client import Client
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
@@ -173,9 +175,14 @@ SERVED = 2560  # tokens in whole blocks, more than a head has exactly
 
 
 def test_a_server_goes_on_with_codes_from_memory_and_from_disk(
-    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
+    launch: Callable[..., AbstractContextManager[Server]],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wherever the codes come from, answers are the same."""
+    """Wherever the codes come from, answers are the same. A check compares those rows that no codes have led
+    to."""
     assert EXACT_ROWS < SERVED
     generator = torch.Generator().manual_seed(7)
     prompt = torch.randint(4, 300, (SERVED + OWN,), generator=generator).tolist()
@@ -194,7 +201,14 @@ def test_a_server_goes_on_with_codes_from_memory_and_from_disk(
                 while client.info().stores[0].disk_blocks < 5:
                     pass
                 assert client.info().stores[0].disk_hits == (5 if restarted else 0)
+                if restarted:
+                    client.generate([*prompt, *prompt[:500]], max_tokens=1)  # a sixth block
             assert_serves(server)
+            if restarted:
+                monkeypatch.setattr(check, "_recompute", compare)  # in this process, which is faster
+                assert check.main(["--server", server.address, "--recompute", "100"]) == 0
+                said = capsys.readouterr().out
+                assert "recomputed 5 blocks, 0 of them wrong" in said and "left out 1 blocks" in said
     assert answers[1] == answers[2] == answers[3]
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from clo.kvstore.arena import Arena
 from clo.kvstore.check import LONGEST
 from clo.kvstore.layout import arena_tensor, by_block
-from clo.kvstore.pool import BlockPool
+from clo.kvstore.pool import BlockPool, Grant
 from clo.runtime.client import Client
 from clo.runtime.machine.control import ask
 from clo.runtime.model.kv_shape import kv_shape
@@ -162,9 +162,46 @@ def test_a_prompt_is_found_by_the_name_of_its_last_block() -> None:
     pool.commit(0, 0, 0, list(range(10)))
     first, second = pool.committed(8)
     assert pool.committed(1) == [first]
-    assert pool.prompt_of(second) == (1, list(range(8)))
-    assert pool.prompt_of(first) == (0, list(range(4)))
+    assert pool.prompt_of(second) == (1, list(range(8)), 0)
+    assert pool.prompt_of(first) == (0, list(range(4)), 0)
     assert pool.prompt_of(bytes(16)) is None
+
+
+class Below:
+    """Has copies of two blocks."""
+
+    def keep(self, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        pass
+
+    def taken(self, block: int) -> None:
+        pass
+
+    def found(self, names: Sequence[bytes]) -> int:
+        return min(2, len(names))
+
+
+def test_of_a_block_is_known_what_was_there_when_it_was_computed() -> None:
+    """Of one that was loaded nobody knows: it may have been all before it."""
+
+    def behind(pool: BlockPool) -> list[int]:
+        found = [pool.prompt_of(name) for name in pool.committed(8)]
+        return [tokens for _, _, tokens in sorted(prompt for prompt in found if prompt is not None)]
+
+    pool = BlockPool(8, 4)
+    for sequence, prompt in enumerate((range(8), range(16))):
+        pool.allocate(0, sequence, 4, prompt)
+        (grant,) = pool.grants()
+        assert isinstance(grant, Grant) and grant.cached == 2 * sequence
+        pool.commit(0, sequence, 8 * sequence, list(prompt)[8 * sequence :])
+        assert behind(pool) == [0, 0, 8, 8][: 2 * (1 + sequence)]
+    pool = BlockPool(8, 4, lower=Below())
+    pool.allocate(0, 0, 4, range(16))
+    assert not list(pool.grants())
+    (load,) = pool.loads()
+    pool.loaded(load, 2)
+    list(pool.grants())
+    pool.commit(0, 0, 8, list(range(8, 16)))
+    assert behind(pool) == [0, 4, 8, 8]
 
 
 def test_where_it_cannot_check_it_says_why() -> None:

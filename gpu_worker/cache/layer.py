@@ -27,8 +27,9 @@ from clo.kernels.update_resident import FetchList, TailList, update_resident
 PROMPT_QUERIES = 32  # last queries of a prompt that choose the first resident set
 EXACT_ROWS = 2048
 """Rows of a head that a prompt attends to exactly of a beginning that comes as codes, or as many as its
-resident set takes. 1,024 doubled the KL on SmolLM2-135M behind 6K tokens (``benchmarks.quality.prefix``). At
-the Llama-3-8B shape they are 8 MiB a layer, where the codes of 128K tokens are 69."""
+resident set takes. 1,024 tripled the KL on SmolLM2-135M behind 6K tokens of four documents
+(``benchmarks.quality.prefix``). At the Llama-3-8B shape they are 8 MiB a layer, where the codes of 128K
+tokens are 69."""
 
 
 class LayerStreams(NamedTuple):

@@ -479,11 +479,13 @@ class Reloaded(Message, frozen=True):
 
 
 class PromptBlock(msgspec.Struct, frozen=True):
-    """A committed block: its name, its number in the arena, and the tokens of a prompt up to its end."""
+    """A committed block: its name, its number in the arena, the tokens of a prompt up to its end, and how
+    many of these were in blocks already when its rows were computed, at most."""
 
     name: BlockName
     block: Count
     tokens: list[TokenId]
+    behind: Count
 
 
 class StoreExamined(Message, frozen=True):
