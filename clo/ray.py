@@ -44,8 +44,9 @@ _STOP_S = 30.0  # for a server to stop
 _ATTEMPTS = 3  # at a request of whose answer nothing has come
 _PAUSE_S = 0.5  # before the next one: until Ray knows that a replica has gone
 _KEPT_LINES = 20  # of what a server wrote to stderr, for the error with which its start fails
-_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host"}
-_LENGTH = b"content-length"
+_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"}
+_NOT_ON = _HOP | {b"host", b"content-length"}  # of a request: the way to the server has its own
+_NOT_BACK = _HOP | {b"date", b"server", b"x-request-id"}  # of an answer: Serve adds them again
 _GONE = (RayActorError, aiohttp.ClientError)  # the replica has, or its server
 
 _logger = logging.getLogger("ray.serve")
@@ -118,7 +119,6 @@ class Server:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         command = [sys.executable, "-m", "clo.replica", str(os.getpid()), *_arguments(options)]
-        command += ["--port=0", "--http=0"]
         # Ray runs this in a thread that lives as long as the replica; with that thread the child dies.
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -160,7 +160,7 @@ class Server:
             call.method, self._url + call.path, headers=headers, data=call.body, allow_redirects=False
         ) as response:
             kept = [(name.lower(), value) for name, value in response.raw_headers]
-            yield Head(response.status, [(name, value) for name, value in kept if name not in _HOP])
+            yield Head(response.status, [(name, value) for name, value in kept if name not in _NOT_BACK])
             async for piece in response.content.iter_any():
                 yield piece
 
@@ -240,7 +240,7 @@ async def _call(request: Request) -> Call:
     return Call(
         request.method,
         path + query,
-        [(name, value) for name, value in request.headers.raw if name not in _HOP and name != _LENGTH],
+        [(name, value) for name, value in request.headers.raw if name not in _NOT_ON],
         body,
         prompt[:_PROMPT_CHARACTERS].decode("latin-1") or request.url.path,
     )
@@ -262,12 +262,13 @@ async def _rest(pieces: Any, head: Head) -> AsyncIterator[bytes]:
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:
-    """The command line of options. YAML reads ``on`` and ``off`` as truths."""
+    """The command line of a replica's server. YAML reads ``on`` and ``off`` as truths."""
     words = {True: "on", False: "off"}
-    return [
+    given = [
         f"--{name.replace('_', '-')}={words[value] if isinstance(value, bool) else value}"
         for name, value in options.items()
     ]
+    return [*given, "--port=0", "--http=0"]
 
 
 def _gpus(options: Mapping[str, Any]) -> int:
