@@ -74,7 +74,7 @@ def nodes(count: int, cpus: float, port: int) -> Iterator[Nodes]:
         found = Nodes(cluster, port)
         for _ in range(count - 1):
             found.add(cpus)
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+        serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
         yield found
     finally:
         serve.shutdown()
@@ -91,10 +91,10 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
         time.sleep(_PAUSE_S)
 
 
-def actors() -> list[psutil.Process]:
-    """The processes of Ray in which replicas of CLO are."""
+def actors(deployment: str = "CLO") -> list[psutil.Process]:
+    """The processes of Ray in which replicas are."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith("ray::ServeReplica:clo:CLO"):
+        if (process.info["cmdline"] or [""])[0].startswith(f"ray::ServeReplica:clo:{deployment}"):
             found.append(process)
     return found

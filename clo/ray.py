@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -38,7 +37,9 @@ from clo.runtime.wire.errors import ConfigError, ServerUnreachable, WorkerDied
 
 _OWN = ("host", "port", "http")  # options that a replica chooses itself
 _PROMPT_CHARACTERS = 65536  # of the beginning by which a request is routed
-_REPLICA_REQUESTS = 256  # open at a replica; those that it does not run yet wait there, first come first served
+_REPLICA_REQUESTS = (
+    256  # open at a replica; those that it does not run yet wait there, first come first served
+)
 _BUSY_REQUESTS = 16  # open at a replica on average: with more of them Ray adds replicas
 _STOP_S = 30.0  # for a server to stop
 _ATTEMPTS = 3  # at a request of whose answer nothing has come
@@ -78,11 +79,15 @@ class Head:
     headers: Headers
 
 
-class _Asked(msgspec.Struct):
-    """The part of a body that is routed by, as the client wrote it."""
+class _Message(msgspec.Struct):
+    content: Any = None
 
-    messages: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
+
+class _Asked(msgspec.Struct):
+    """The part of a body that is routed by."""
+
+    messages: list[_Message] = []
+    prompt: Any = None
 
 
 class PrefixRouter(PrefixCacheAffinityRouter):  # type: ignore[misc]  # Ray has no types here
@@ -231,10 +236,6 @@ class OpenAI:
 
 async def _call(request: Request) -> Call:
     body = await request.body()
-    prompt = b""
-    with suppress(msgspec.DecodeError):  # the server says what is wrong with it
-        asked = msgspec.json.decode(body, type=_Asked)
-        prompt = bytes(asked.messages) or bytes(asked.prompt)
     path = request.url.path.removeprefix(request.scope.get("root_path", "").rstrip("/"))
     query = f"?{request.url.query}" if request.url.query else ""
     return Call(
@@ -242,8 +243,19 @@ async def _call(request: Request) -> Call:
         path + query,
         [(name, value) for name, value in request.headers.raw if name not in _NOT_ON],
         body,
-        prompt[:_PROMPT_CHARACTERS].decode("latin-1") or request.url.path,
+        _beginning(body) or request.url.path,
     )
+
+
+def _beginning(body: bytes) -> str:
+    """The first characters of what is asked, or the first tokens as numbers."""
+    try:
+        asked = msgspec.json.decode(body, type=_Asked)
+    except msgspec.DecodeError:  # the server says what is wrong with it
+        return ""
+    said = [message.content for message in asked.messages] or asked.prompt or ""
+    text = " ".join(str(part) for part in said) if isinstance(said, list) else str(said)
+    return text[:_PROMPT_CHARACTERS]
 
 
 async def _rest(pieces: Any, head: Head) -> AsyncIterator[bytes]:
@@ -292,7 +304,9 @@ def app(args: dict[str, Any]) -> serve.Application:
     """
     for name in _OWN:
         if name in args:
-            raise ConfigError(f"'{name}' is for each replica to choose; Serve's http_options say where it listens.")
+            raise ConfigError(
+                f"'{name}' is for each replica to choose; Serve's http_options say where it listens."
+            )
     config_from(_arguments(args), "clo.ray")
     replicas = serve.deployment(
         Server,

@@ -1,6 +1,7 @@
 """Replicas on Ray: two nodes on one machine, real servers, the openai client. A replica is killed, a node comes."""
 
 import re
+import secrets
 import socket
 import threading
 import time
@@ -57,8 +58,13 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                     "route_prefix": "/",
                     "import_path": "clo.ray:app",
                     "args": {
-                        **{"model": str(tiny_model), "served-model-name": "tiny", "device": "cpu"},
-                        **{"kv-size": "16MiB", "max-num-seqs": 8, "select_k": 32, "resident": 128},
+                        "model": str(tiny_model),
+                        "served-model-name": "tiny",
+                        "device": "cpu",
+                        "kv-size": "16MiB",
+                        "max-num-seqs": 8,
+                        "select_k": 32,
+                        "resident": 128,
                         "prefix-caching": True,
                     },
                     "deployments": [
@@ -66,8 +72,11 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                             "name": "CLO",
                             "ray_actor_options": REPLICA,
                             "autoscaling_config": {
-                                **{"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 2},
-                                **{"upscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2},
+                                "min_replicas": 2,
+                                "max_replicas": 3,
+                                "target_ongoing_requests": 2,
+                                "upscale_delay_s": 1,
+                                "look_back_period_s": 2,
                             },
                         },
                         {"name": "OpenAI", "ray_actor_options": {"num_cpus": 0.1}},
@@ -95,7 +104,7 @@ def server_url(actor: psutil.Process) -> str:
 
 @pytest.mark.slow
 def test_answers_are_those_of_a_replica_byte_by_byte(cluster: Nodes) -> None:
-    (_, direct) = (cluster.url, server_url(actors()[0]))
+    direct = server_url(actors()[0])
     chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 20, "seed": 1}
     for path, body, status in (
         ("/v1/chat/completions", {**chat, "stream": True, "stream_options": {"include_usage": True}}, 200),
@@ -114,7 +123,9 @@ def test_answers_are_those_of_a_replica_byte_by_byte(cluster: Nodes) -> None:
             assert [len(kind) for kind in kinds] == [1, 1, 1]
             answers.append((kinds[:2], re.sub(rb'"created":\d+', b"", answer.content)))
         assert answers[0] == answers[1]
-    broken = httpx.post(f"{cluster.url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
+    broken = httpx.post(
+        f"{cluster.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}
+    )
     assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json"
 
 
@@ -169,17 +180,15 @@ class Clients:
     def __init__(self, client: OpenAI) -> None:
         self._client, self._stop = client, threading.Event()
         self.whole, self.errors = 0, list[Exception]()
-        self._threads = [threading.Thread(target=self._ask, args=(name,)) for name in range(CLIENTS)]
+        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
         for thread in self._threads:
             thread.start()
 
-    def _ask(self, name: int) -> None:
-        turn = 0
+    def _ask(self) -> None:
         while not self._stop.is_set():
-            turn += 1
             try:
                 chunks = self._client.completions.create(
-                    model="tiny", prompt=f"{name} {turn} {PROMPT}", max_tokens=60, stream=True,
+                    model="tiny", prompt=secrets.token_hex(16), max_tokens=60, stream=True,
                     extra_body={"ignore_eos": True, "return_token_ids": True},
                 )  # fmt: skip
                 tokens = sum(len(self._ids(chunk)) for chunk in chunks)
@@ -246,14 +255,36 @@ def test_a_server_that_ends_takes_its_replica_along(cluster: Nodes, client: Open
         assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1).choices
 
 
+@pytest.mark.slow
+def test_a_replica_dies_together_with_the_entrance(cluster: Nodes, client: OpenAI) -> None:
+    """As on a machine that is lost: nobody takes the replica out of the tree by which requests are routed."""
+    for process in (*actors("OpenAI"), actors()[0]):
+        process.kill()
+    wait_until(lambda: len(actors("OpenAI")) == 1, "there is an entrance again")
+    for _ in range(6):
+        asked = client.with_options(timeout=60, max_retries=2)
+        assert asked.completions.create(model="tiny", prompt=secrets.token_hex(16), max_tokens=1).choices
+
+
 @pytest.mark.parametrize(
-    "args", [{"nonsense": 1}, {"workers": 0}, {"http": 8000}, {"host": "0.0.0.0"}], ids=lambda args: next(iter(args))
+    "args",
+    [{"nonsense": 1}, {"workers": 0}, {"http": 8000}, {"host": "0.0.0.0"}],
+    ids=lambda args: next(iter(args)),
 )
 def test_wrong_options_are_refused_before_anything_starts(args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(args))):
         clo_ray.app(args)
 
 
-def test_a_replica_takes_the_gpus_that_its_workers_need() -> None:
-    options = clo_ray.app({"workers": "2"})._bound_deployment.init_args
-    assert options
+@pytest.mark.parametrize(
+    ("args", "gpus"),
+    [
+        ({}, 1),
+        ({"workers": "2"}, 2),
+        ({"workers": 3, "device": "cuda"}, 3),
+        ({"workers": 3, "device": "cpu"}, 0),
+    ],
+)
+def test_a_replica_takes_the_gpus_that_its_workers_need(args: dict[str, Any], gpus: int) -> None:
+    (replicas,) = clo_ray.app(args)._bound_deployment.init_args
+    assert replicas._bound_deployment.ray_actor_options["num_gpus"] == gpus
