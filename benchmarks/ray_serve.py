@@ -6,20 +6,28 @@
   their midst; later a third node is added, on which the autoscaler then starts a replica;
 - prefix/ROUTER: conversations that share documents, turn by turn, through each of Ray's routers: by prefixes,
   by two random replicas of which the less busy one is taken, and in turn. Each has replicas of its own.
+
+The model is a small Llama with random weights, since all nodes share the CPU's cores.
 """
 
 import argparse
 import asyncio
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from openai import APIError, AsyncOpenAI
 
+from benchmarks.cpu_clock import cpu_seconds
+from benchmarks.gpu.synthetic import Model
 from benchmarks.ray_cluster import Nodes, actors, nodes
 from benchmarks.result import Result, write
 from benchmarks.serve.agents import Agents
+from benchmarks.serve.server import write_model
 from benchmarks.serve.traces import Trace, gaps, percentile
 
 ROUTERS = {
@@ -27,9 +35,10 @@ ROUTERS = {
     "power of two": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
     "round robin": "ray.serve.experimental.round_robin_router:RoundRobinRouter",
 }
+SMALL = Model("small", 8, 8, 4, 512, 1536, 49152, head_dim=64)
 CPUS = 1.0  # of a node, by name
 REPLICA = {"num_cpus": 0.6, "num_gpus": 0}  # so that a node has room for one
-CLIENTS, ANSWER, STEADY_S = 50, 24, 40.0
+CLIENTS, ANSWER, STEADY_S = 50, 24, 30.0
 CONVERSATIONS, TURNS, DOCUMENTS, SHARED, ADDED = 12, 3, 6, 1024, 64
 THINK_S, APART_S = 2.0, 3.0
 SEEN_S = 1.0  # until Serve has seen that a replica is dead
@@ -102,6 +111,8 @@ class Clients:
 def figures(case: str, turns: list[Turn], took: float) -> list[Result]:
     """Of the answers that ended in a stretch of ``took`` seconds."""
     whole = [turn.trace for turn in turns if turn.broken is None]
+    if not whole:
+        raise RuntimeError(f"{case}: no answer came to its end within {took:.0f} s; this machine is too slow")
     tokens = sum(len(turn.tokens) for turn in turns)
     return [
         Result(case, "seconds", took, "s"),
@@ -121,12 +132,18 @@ async def streams(found: Nodes, client: AsyncOpenAI) -> list[Result]:
 
     async def stretch(case: str, work: Awaitable[Any]) -> None:
         clients.turns.clear()
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), cpu()
         await work
-        results.extend(figures(f"streams/{case}", clients.turns, time.perf_counter() - begun))
+        took, used = time.perf_counter() - begun, cpu() - used
+        results.extend(figures(f"streams/{case}", clients.turns, took))
+        pieces = sum(len(turn.trace.arrivals) for turn in clients.turns)
+        results.append(Result(f"streams/{case}", "entrance CPU", 1e6 * used / pieces, "us/event"))
         codes = {turn.broken for turn in clients.turns if turn.broken is not None}
         if codes - {"worker_died"}:
             raise RuntimeError(f"answers ended with other errors: {codes}")
+
+    def cpu() -> float:  # of the process that passes everything on; Ray's proxy before it is another one
+        return sum(cpu_seconds(actor.pid) for actor in actors("OpenAI"))
 
     def wait(replicas: int) -> Awaitable[None]:
         return asyncio.to_thread(found.wait_for, replicas)
@@ -148,7 +165,7 @@ async def streams(found: Nodes, client: AsyncOpenAI) -> list[Result]:
     return results
 
 
-async def conversations(router: str, client: AsyncOpenAI) -> list[Result]:
+async def conversations(router: str, found: Nodes, client: AsyncOpenAI) -> list[Result]:
     """Conversations about documents, all at once."""
     turns: list[Turn] = []
     words = Agents()
@@ -179,7 +196,7 @@ async def conversations(router: str, client: AsyncOpenAI) -> list[Result]:
     ]
 
 
-def application(options: dict[str, Any], scaling: dict[str, Any], router: str | None) -> dict[str, Any]:
+def application(scaling: dict[str, Any], router: str | None) -> dict[str, Any]:
     """A configuration for ``Nodes.deploy``."""
     replicas = {"name": "CLO", "ray_actor_options": REPLICA, **scaling}
     if router is not None:
@@ -187,7 +204,6 @@ def application(options: dict[str, Any], scaling: dict[str, Any], router: str | 
     return {
         "route_prefix": "/",
         "import_path": "clo.ray:app",
-        "args": options,
         "deployments": [replicas, {"name": "OpenAI", "ray_actor_options": {"num_cpus": 0.1}}],
     }
 
@@ -198,8 +214,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="FOLDER", help="a model; the default model where none is given")
-    given = parser.parse_args()
+    parser.parse_args()
     options: dict[str, Any] = {
         "served-model-name": NAME,
         "device": "cpu",
@@ -210,8 +225,6 @@ def main() -> None:
         "tail": 512,
         "kv-size": "1GiB",
     }
-    if given.model is not None:
-        options["model"] = given.model
     results: list[Result] = []
 
     def measure(
@@ -224,7 +237,9 @@ def main() -> None:
                 await asyncio.gather(*(ask(client, Agents().tokens(f"warm {n}", 16), 4) for n in range(8)))
                 return await work(found, client)
 
-        with nodes(2, CPUS, PORT) as found:
+        with tempfile.TemporaryDirectory() as folder, nodes(2, CPUS, PORT) as found:
+            write_model(SMALL, Path(folder))
+            config["args"] = {**options, "model": folder, "load-format": "dummy"}
             found.deploy(config, replicas=2)
             measured = asyncio.run(run(found))
         print(*measured, sep="\n", flush=True)
@@ -238,22 +253,22 @@ def main() -> None:
             "upscale_delay_s": 2,
         }
     }
-    measure(application(options, scaling, None), streams)
+    measure(application(scaling, None), streams)
     fixed = {"num_replicas": 2}
     for name, router in ROUTERS.items():
-        measure(application(options, fixed, router), lambda _, client, name=name: conversations(name, client))
+        measure(application(fixed, router), partial(conversations, name))
     write(
         "ray",
         results,
         [
             f"All nodes share the cores of one machine, so that more replicas are not faster here. "
-            f"Model: {given.model or 'SmolLM2-135M-Instruct, the default model'}; options "
-            f"{' '.join(f'--{key} {value}' for key, value in options.items())}.",
+            f"The model has {SMALL.layers} layers, a hidden size of {SMALL.hidden} and random weights; "
+            f"options {' '.join(f'--{key} {value}' for key, value in options.items())}.",
             f"streams: {CLIENTS} clients, prompts of 24 random tokens, answers of {ANSWER}; the figures of a "
             "stretch are of answers that ended in it.",
             f"prefix: {CONVERSATIONS} conversations of {TURNS} turns that begin {APART_S:g} s apart, about "
-            f"{DOCUMENTS} documents of {SHARED} random tokens, with which their prompts begin; each turn adds "
-            f"{ADDED}, {THINK_S:g} s after an answer. Answers of {ANSWER} tokens, which do not become part of the next prompt.",
+            f"{DOCUMENTS} documents of {SHARED} random tokens with which prompts begin; each turn adds "
+            f"{ADDED}, {THINK_S:g} s after an answer. Answers of {ANSWER} tokens do not become part of prompts.",
         ],
     )
 

@@ -3,8 +3,8 @@
     serve run clo.ray:app model=Qwen/Qwen3-8B
 
 Two deployments make it up. ``CLO`` has the replicas: each starts a server as a child process, on the machine
-and the GPUs that Ray gave it. ``OpenAI`` is what HTTP reaches: it passes requests on to a replica, which Ray's
-router chooses by the beginning of the prompt, and answers back, byte by byte.
+and the GPUs that Ray gave it. ``OpenAI`` is what HTTP reaches: it passes requests on to a replica, which
+Ray's router chooses by the beginning of the prompt, and answers back, byte by byte.
 """
 
 import asyncio
@@ -37,9 +37,7 @@ from clo.runtime.wire.errors import ConfigError, ServerUnreachable, WorkerDied
 
 _OWN = ("host", "port", "http")  # options that a replica chooses itself
 _PROMPT_CHARACTERS = 65536  # of the beginning by which a request is routed
-_REPLICA_REQUESTS = (
-    256  # open at a replica; those that it does not run yet wait there, first come first served
-)
+_REPLICA_REQUESTS = 256  # open at a replica, where those wait that it does not run yet
 _BUSY_REQUESTS = 16  # open at a replica on average: with more of them Ray adds replicas
 _STOP_S = 30.0  # for a server to stop
 _ATTEMPTS = 3  # at a request of whose answer nothing has come
@@ -143,8 +141,8 @@ class Server:
         self._session: aiohttp.ClientSession | None = None
 
     def _watch(self) -> None:
-        """Log what the server says. When it ends by itself this replica does, too: Ray then starts another one
-        at once, where it would wait for health checks else and send requests here meanwhile."""
+        """Log what the server says, and end this replica when the server ends by itself: Ray then starts
+        another one at once, where it would wait for health checks else and send requests here meanwhile."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._lines.append(line.strip())
@@ -212,7 +210,7 @@ class OpenAI:
         self._answer = server.options(method_name="answer", stream=True)
 
     async def __call__(self, request: Request) -> Response:
-        """Pass a request on. One of whose answer nothing has come when its replica ends goes to another one."""
+        """Pass a request on; to another replica where one ends before anything of the answer has come."""
         call = await _call(request)
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -230,8 +228,8 @@ class OpenAI:
             response.raw_headers = head.headers
             return response
         text = f"{_ATTEMPTS} replicas ended one after another at this request; try again later."
-        error = APIError.of(ServerUnreachable(text))
-        return Response(msgspec.json.encode(error.body), error.status, media_type="application/json")
+        refusal = APIError.of(ServerUnreachable(text))
+        return Response(msgspec.json.encode(refusal.body), refusal.status, media_type="application/json")
 
 
 async def _call(request: Request) -> Call:
@@ -295,18 +293,16 @@ def app(args: dict[str, Any]) -> serve.Application:
     """The application, for ``serve run clo.ray:app`` and as ``import_path`` in a configuration of Serve.
 
     Args:
-        args: options of ``launch.py`` without the dashes, such as ``model`` and ``kv-size``; those of its ports
-            are each replica's own. With ``device`` "cpu" replicas take no GPU, else as many as ``workers`` times
-            ``tensor-parallel-size``.
+        args: options of ``launch.py`` without the dashes, such as ``model`` and ``kv-size``, but for those of
+            addresses, which each replica chooses. With ``device`` "cpu" replicas take no GPU, else as many as
+            ``workers`` times ``tensor-parallel-size``.
 
     Raises:
         ConfigError: an option is unknown or its value is wrong.
     """
     for name in _OWN:
         if name in args:
-            raise ConfigError(
-                f"'{name}' is for each replica to choose; Serve's http_options say where it listens."
-            )
+            raise ConfigError(f"'{name}' is each replica's own; Serve's http_options say where clients come.")
     config_from(_arguments(args), "clo.ray")
     replicas = serve.deployment(
         Server,

@@ -1,5 +1,7 @@
-"""``python -m clo.replica PARENT [options]``: ``launch.py`` for a process that is no shell, such as an actor of
-Ray. The server dies with the process PARENT, however that ends."""
+"""``python -m clo.replica PARENT [options]``: ``launch.py`` as the child of a replica.
+
+The server dies with the process PARENT, however that ends.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Replicas on Ray: two nodes on one machine, real servers, the openai client. A replica is killed, a node comes."""
+"""Replicas on Ray: two nodes on one machine, real servers, the openai client."""
 
 import re
 import secrets
