@@ -14,13 +14,17 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
 from openai import OpenAI
 
 pytest.importorskip("ray", reason="needs pip install -e '.[ray]'")
 
+from ray.serve.schema import ServeDeploySchema
+
 from benchmarks.ray_cluster import Nodes, actors, nodes, wait_until
 from clo import ray as clo_ray
 from clo.runtime.wire.errors import ConfigError
+from tests.server import ROOT
 
 WAIT_S = 300.0  # only a failure takes as long
 CLIENTS = 8
@@ -274,6 +278,24 @@ def test_a_replica_dies_together_with_the_entrance(cluster: Nodes, client: OpenA
 def test_wrong_options_are_refused_before_anything_starts(args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(args))):
         clo_ray.app(args)
+
+
+def serve_configurations() -> dict[str, Any]:
+    """Those that the examples show."""
+    kuberay = yaml.safe_load((ROOT / "examples/kuberay.yaml").read_text())
+    return {
+        "ray.yaml": yaml.safe_load((ROOT / "examples/ray.yaml").read_text()),
+        "kuberay.yaml": yaml.safe_load(kuberay["spec"]["serveConfigV2"]),
+    }
+
+
+@pytest.mark.parametrize("name", serve_configurations())
+def test_the_configurations_of_the_examples_are_valid(name: str) -> None:
+    (application,) = ServeDeploySchema.model_validate(serve_configurations()[name]).applications
+    assert application.import_path == "clo.ray:app"
+    entrance = clo_ray.app(application.args)._bound_deployment
+    named = {entrance.name, entrance.init_args[0]._bound_deployment.name}
+    assert {deployment.name for deployment in application.deployments} <= named
 
 
 @pytest.mark.parametrize(
