@@ -254,7 +254,7 @@ def main() -> None:
         }
     }
     measure(application(scaling, None), streams)
-    fixed = {"num_replicas": 2}
+    fixed = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
     for name, router in ROUTERS.items():
         measure(application(fixed, router), partial(conversations, name))
     write(
