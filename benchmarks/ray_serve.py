@@ -24,7 +24,7 @@ from openai import APIError, AsyncOpenAI
 
 from benchmarks.cpu_clock import cpu_seconds
 from benchmarks.gpu.synthetic import Model
-from benchmarks.ray_cluster import Nodes, actors, nodes
+from benchmarks.ray_cluster import Nodes, actors, nodes, wait_until
 from benchmarks.result import Result, write
 from benchmarks.serve.agents import Agents
 from benchmarks.serve.server import write_model
@@ -41,7 +41,6 @@ REPLICA = {"num_cpus": 0.6, "num_gpus": 0}  # so that a node has room for one
 CLIENTS, ANSWER, STEADY_S = 50, 24, 30.0
 CONVERSATIONS, TURNS, DOCUMENTS, SHARED, ADDED = 12, 3, 6, 1024, 64
 THINK_S, APART_S = 2.0, 3.0
-SEEN_S = 1.0  # until Serve has seen that a replica is dead
 PORT = 8123
 NAME = "model"
 
@@ -150,7 +149,7 @@ async def streams(found: Nodes, client: AsyncOpenAI) -> list[Result]:
 
     async def replace() -> None:
         actors()[0].kill()
-        await asyncio.sleep(SEEN_S)
+        await asyncio.to_thread(wait_until, lambda: found.replicas() < 2, "Serve sees that one is dead")
         await wait(2)
 
     try:
