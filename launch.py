@@ -46,7 +46,12 @@ def _without_package(error: ModuleNotFoundError) -> str:
 
 try:
     from clo.runtime.config import CacheConfig, EngineConfig, GatewayConfig, ModelConfig, Option, ServerConfig
-    from clo.runtime.machine.process import configure_logging, raise_descriptor_limit, set_threads
+    from clo.runtime.machine.process import (
+        configure_logging,
+        keep_torch_out,
+        raise_descriptor_limit,
+        set_threads,
+    )
     from clo.runtime.wire.errors import CLOError, ConfigError
 except ModuleNotFoundError as error:
     sys.exit(_without_package(error))
@@ -177,7 +182,8 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
         try:
-            # It takes seconds, and an answer to a wrong option should not.
+            keep_torch_out()
+            # It takes a second, and an answer to a wrong option should not.
             from clo.runtime.supervisor import supervise
         except ModuleNotFoundError as error:
             print(_without_package(error), file=sys.stderr)

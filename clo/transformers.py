@@ -51,7 +51,7 @@ class OffloadedSparseCache(Cache):  # type: ignore[misc]  # transformers has no 
     """
 
     def __init__(self, model: PreTrainedModel, max_tokens: int, batch_size: int = 1, **options: Any) -> None:
-        self._shape = shape = kv_shape(model.config, model.dtype)
+        self._shape = shape = kv_shape(model.config, str(model.dtype).removeprefix("torch."))
         self._max_tokens, self._slots, self._device = max_tokens, batch_size, model.device
         each = -(-max_tokens // shape.block_tokens)
         self._blocks = [list(range(slot * each, (slot + 1) * each)) for slot in range(batch_size)]

@@ -46,7 +46,7 @@ def compare(examined: Examined) -> list[Compared]:
         WorkerDied: a store is gone.
     """
     model = replace(msgspec.json.decode(examined.model, type=ResolvedModel), device="cpu")
-    shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
+    shape = kv_shape(read_config(model.folder), model.dtype)
     # Before the model is loaded, as blocks are taken for other tokens in time.
     found = [
         (store.store, block, rows)

@@ -96,7 +96,7 @@ def check_model(model: ResolvedModel, cache: CacheConfig) -> CacheConfig:
     Raises:
         ConfigError: says what.
     """
-    shape = kv_shape(read_config(model.folder), getattr(torch, model.dtype))
+    shape = kv_shape(read_config(model.folder), model.dtype)
     cuda = model.device == "cuda"
     shared_bytes = block_shared_bytes() if cuda else max(SHARED_BYTES.values())
     for sizes in set(cache.sizes(model.max_model_len, shape.layers)):

@@ -14,7 +14,6 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import msgspec
-import torch
 
 from clo import __version__
 from clo.runtime.config import (
@@ -160,7 +159,7 @@ class Supervisor:
         self._kv_size = kv_size(config, self._model, self._nodes)
         shape = kv_shape(
             read_config(self._model.folder),
-            getattr(torch, self._model.dtype),
+            self._model.dtype,
             codes=config.cache.prefix_attention == "sparse",
         )
         self._block = BlockConfig(shape.layers, shape.kv_heads, shape.block_tokens, shape.block_bytes)

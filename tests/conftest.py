@@ -97,7 +97,7 @@ def smollm2() -> Path:
     from clo.runtime.config import ModelConfig
     from clo.runtime.model.files import resolve
 
-    return resolve(ModelConfig()).folder
+    return resolve(ModelConfig(device="cpu")).folder
 
 
 @pytest.fixture(scope="session")

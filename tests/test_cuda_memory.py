@@ -22,7 +22,7 @@ from tests.server import Server
 
 GIB = 2**30
 VOCAB = 128_256
-LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+LLAMA = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype_name="bfloat16")
 
 
 def check(
@@ -112,7 +112,7 @@ def test_what_does_not_fit_into_cpu_memory_is_refused_in_one_sentence() -> None:
 def test_on_the_cpu_some_sequences_are_taken_by_default(
     capsys: pytest.CaptureFixture[str], blocks: int, slots: int
 ) -> None:
-    small = KVShape((LayerSpec(),) * 2, query_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
+    small = KVShape((LayerSpec(),) * 2, query_heads=4, kv_heads=2, head_dim=16, dtype_name="float32")
     slots_planned = plan_cpu_memory(
         small, CacheConfig(), EngineConfig(), blocks, 4096, 512, (2**34, "here")
     ).slots

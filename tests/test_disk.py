@@ -889,8 +889,8 @@ def test_a_store_that_is_started_again_serves_without_a_folder_that_it_cannot_us
 def test_a_server_goes_on_with_what_another_has_computed(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With the same answer as without a disk; also where its store alone was killed. What is on disk is
-    encrypted, and the first server is stopped as soon as it has answered."""
+    """With the same answer as the first server, whose disk was empty; also where its store alone was killed.
+    What is on disk is encrypted, and the first server is stopped as soon as it has answered."""
     prompt = np.random.default_rng(3).integers(4, 300, 1400).tolist()
     line = (
         "--model",
@@ -920,11 +920,10 @@ def test_a_server_goes_on_with_what_another_has_computed(
                 assert answer.usage.cached_tokens == 1024
                 answers.append(answer.tokens)
     assert not [path for path in (tmp_path / "kv/numa0").glob("*.kv") if path.read_bytes()[12] != 1]
-    with launch(*line[:4]) as server, Client(server.address, timeout=WAIT_S) as client:
-        answers.append(client.generate(prompt, max_tokens=16, temperature=0.0, ignore_eos=True).tokens)
-    assert answers == 4 * [answers[0]]
+    assert answers == 3 * [answers[0]]
 
 
+@pytest.mark.slow  # the stores above have it
 def test_a_server_with_a_folder_that_it_cannot_use_says_so(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:

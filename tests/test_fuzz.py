@@ -16,17 +16,20 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import inspect
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clo import launch as command_line
 from clo.runtime.client import Client, _request
 from clo.runtime.config import ModelConfig, ResolvedModel
 from clo.runtime.model.files import resolve
 from clo.runtime.model.generation import read_generation
+from clo.runtime.model.model_config import read_config
 from clo.runtime.tokenizer import Detokenizer, Tokenizer
 from clo.runtime.wire import messages
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ProtocolError
@@ -327,6 +330,14 @@ json_values = st.recursive(
     max_leaves=5,
 )
 ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "type")
+numbers = st.integers(-1, 2**40) | st.floats(0.5, 100) | st.floats()
+scaled = st.fixed_dictionaries(
+    dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), numbers)
+    | {"rope_type": st.sampled_from(["yarn", "linear", "llama3"])},
+    optional=dict.fromkeys(
+        ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), numbers
+    ),
+)
 
 
 @drawn(150)
@@ -335,6 +346,7 @@ ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings",
         st.sampled_from([*CONFIG, "rope_scaling", "layer_types", "head_dim"]), json_values, max_size=2
     ),
     st.none()
+    | scaled
     | st.dictionaries(st.sampled_from(ROPE), json_values | st.sampled_from(["yarn", "linear", "llama3"])),
 )
 def test_any_config_file_is_a_model_or_one_sentence(
@@ -344,6 +356,11 @@ def test_any_config_file_is_a_model_or_one_sentence(
     (folder / "config.json").write_text(json.dumps(written))
     with contextlib.suppress(ConfigError):
         resolve(ModelConfig(model=str(folder), device="cpu", load_format="dummy"))
+        read = read_config(folder)
+        kind = read.rope_parameters["rope_type"]
+        if kind != "default":  # what is accepted can be computed with
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](read, torch.device("cpu"))
+            assert (frequencies * float(scale)).isfinite().all()
 
 
 @drawn(150)

@@ -1,16 +1,19 @@
 """Which device is chosen, and the sentence where a GPU is wanted and something that it needs is missing."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from clo.runtime.machine.gpu import choose_device
+from clo.runtime.machine.gpu import choose_device, find_device
 from clo.runtime.wire.errors import ConfigError
 
 INSTALL = "pip install 'cupy-cuda13x[ctk]>=14.2'"
@@ -51,15 +54,49 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("asked", "chosen"), [("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
-def test_with_a_gpu(asked: str, chosen: str) -> None:
-    assert choose_device(asked) == chosen
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_with_a_gpu(asked: str) -> None:
+    assert find_device(asked) == "cuda"
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("asked", ["auto", "cpu"])
-def test_without_a_gpu_it_is_the_cpu(asked: str) -> None:
-    assert choose_device(asked) == "cpu"
+def test_without_a_gpu_it_is_the_cpu() -> None:
+    assert find_device("auto") == "cpu"
+
+
+def test_who_wants_the_cpu_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked for GPUs"))
+    assert choose_device("cpu") == "cpu"
+
+
+PRETENDER = """
+import sys, types
+torch = types.ModuleType("torch")
+torch.cuda = types.SimpleNamespace(is_available=lambda: {seen})
+torch.version = types.SimpleNamespace(cuda="13.0")
+sys.modules["torch"] = torch
+print("a greeting that a library prints")
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "seen", "answer"),
+    [
+        ("auto", "False", "cpu"),
+        ("cuda", "False", "PyTorch sees no CUDA GPU here: run nvidia-smi"),
+        ("auto", "__import__('os').abort()", "PyTorch could not say which GPUs are here (exit code -6)"),
+    ],
+)
+def test_another_process_looks_for_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, seen: str, answer: str
+) -> None:
+    """What it finds, and what it says, is what a server's user gets."""
+    (tmp_path / "sitecustomize.py").write_text(PRETENDER.format(seen=seen))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    try:
+        assert choose_device(asked) == answer
+    except ConfigError as error:
+        assert str(error).startswith(answer) and "--device cpu" in str(error)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -112,7 +149,7 @@ class TestSomethingIsMissing:
 def assert_refused(asked: str, sentence: str) -> None:
     """One sentence, which says how to go on without a GPU."""
     with pytest.raises(ConfigError) as caught:
-        choose_device(asked)
+        find_device(asked)
     text = str(caught.value)
     assert sentence in text
     assert "\n" not in text and text.endswith("start with --device cpu.")

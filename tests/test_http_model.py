@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from jsonschema import Draft202012Validator
 from openai import OpenAI
@@ -44,6 +45,18 @@ def native(server: Server) -> Iterator[Client]:
 def client(server: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=WAIT_S, max_retries=0) as client:
         yield client
+
+
+def test_only_workers_have_torch(server: Server) -> None:
+    """In the others it would cost seconds of each start and a quarter of a GiB."""
+    processes = [psutil.Process(server.process.pid), *server.children()]
+    with_torch = [
+        process.cmdline()[1:3]
+        for process in processes
+        if "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    ]
+    assert len(processes) == 4
+    assert with_torch == [["-m", "clo.gpu_worker"]]
 
 
 def test_answers_are_those_of_the_native_client(client: OpenAI, native: Client, tiny_model: Path) -> None:

@@ -13,7 +13,7 @@ from clo.kernels.quantize_query import quantize_query
 from clo.kernels.score import score_codes, score_exact
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
-SHAPE = KVShape((LayerSpec(),) * 3, query_heads=6, kv_heads=2, head_dim=256, dtype=torch.float32)
+SHAPE = KVShape((LayerSpec(),) * 3, query_heads=6, kv_heads=2, head_dim=256, dtype_name="float32")
 CPU = torch.device("cpu")
 BLOCK_TOKENS, KV_HEADS, DIM, SCALE = 16, 2, 16, 0.25
 SINKS, TAIL = 2, 3

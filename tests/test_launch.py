@@ -149,11 +149,20 @@ def test_other_systems_are_refused(
     assert capsys.readouterr().err == "error: CLO runs on Linux only, and this is darwin.\n"
 
 
-@pytest.mark.parametrize("package", ["msgspec", "zmq", "tokenizers", "torch"])
+@pytest.mark.parametrize("package", ["msgspec", "zmq", "tokenizers"])
 def test_a_package_that_is_missing_is_named(tmp_path: Path, package: str) -> None:
     """One sentence on stderr and exit code 1, also for what is imported only after the options were read."""
     done = run_without(package, tmp_path, "launch.py", "--model", "no-such-model")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", lacks(package))
+
+
+def test_a_server_whose_workers_could_not_load_torch_says_so_itself(tmp_path: Path) -> None:
+    """The launcher does not import it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "launch.py", "--model", "no-such-model"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", lacks("torch"))
 
 
 def test_a_python_without_any_package_says_so() -> None:

@@ -3,13 +3,12 @@
 from itertools import product
 
 import pytest
-import torch
 
 from clo.kvstore.arena import Arena
 from clo.kvstore.layout import ArenaLayout, arena_tensor, by_block
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
 
-SHAPE = KVShape((LayerSpec(),) * 3, query_heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16)
+SHAPE = KVShape((LayerSpec(),) * 3, query_heads=4, kv_heads=2, head_dim=16, dtype_name="bfloat16")
 BLOCKS = 5
 
 

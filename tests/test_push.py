@@ -36,7 +36,7 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.sockets import encode
 from tests.store import WAIT_MS, Store, ask, own_store, running_store
 
-SHAPE = KVShape((LayerSpec(),) * 4, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
+SHAPE = KVShape((LayerSpec(),) * 4, query_heads=4, kv_heads=2, head_dim=64, dtype_name="float32")
 MOST = 4  # blocks of a request
 BYTES = 2 * MOST * SHAPE.block_bytes // SHAPE.layers  # of a staging
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

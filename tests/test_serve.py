@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from transformers import AutoConfig
 
 from benchmarks.gpu.synthetic import LLAMA_8B, ReplayLayer
@@ -288,7 +287,7 @@ def test_the_written_model_has_the_shape_that_it_stands_for(tmp_path: Path, smol
     """Its vocabulary is larger than its tokenizer's, whose text is what prompts are cut from."""
     write_model(LLAMA_8B, tmp_path)
     config = read_config(tmp_path)
-    assert kv_shape(config, torch.bfloat16) == LLAMA_8B.shape
+    assert kv_shape(config, "bfloat16") == LLAMA_8B.shape
     assert (config.hidden_size, config.intermediate_size) == (LLAMA_8B.hidden, LLAMA_8B.intermediate)
     assert config.vocab_size == LLAMA_8B.vocab
     resolved = resolve(ModelConfig(str(tmp_path), "dummy", "cpu", "bfloat16", 135168))

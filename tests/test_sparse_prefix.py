@@ -16,10 +16,12 @@ from clo.gpu_worker.cache.layer import EXACT_ROWS
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import GREEDY, blocks_of, divergence, make_engine
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
+from clo.gpu_worker.startup import check_model
 from clo.runtime.client import Client
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
+from clo.runtime.wire.errors import ConfigError
 from tests.faults import WAIT_S, assert_serves
 from tests.server import Server
 
@@ -160,7 +162,7 @@ def test_units_of_any_size_give_the_same(
 
 
 def test_blocks_with_codes_are_larger_and_others_as_before() -> None:
-    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype_name="bfloat16")
     with_codes = replace(shape, codes=True)
     assert shape.part_bytes == shape.block_tokens * shape.row_bytes
     assert with_codes.token_bytes == shape.token_bytes and with_codes.block_tokens == shape.block_tokens
@@ -173,7 +175,7 @@ SERVED = 2560  # tokens in whole blocks, more than a head has exactly
 def test_a_server_goes_on_with_codes_from_memory_and_from_disk(
     launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Wherever the codes come from, answers are the same; a server without them leaves these blocks alone."""
+    """Wherever the codes come from, answers are the same."""
     assert EXACT_ROWS < SERVED
     generator = torch.Generator().manual_seed(7)
     prompt = torch.randint(4, 300, (SERVED + OWN,), generator=generator).tolist()
@@ -194,17 +196,9 @@ def test_a_server_goes_on_with_codes_from_memory_and_from_disk(
                 assert client.info().stores[0].disk_hits == (5 if restarted else 0)
             assert_serves(server)
     assert answers[1] == answers[2] == answers[3]
-    with launch(*line) as server, Client(server.address, timeout=WAIT_S) as client:
-        answer = client.generate(prompt, max_tokens=8, temperature=0.0, ignore_eos=True)
-        assert answer.usage.cached_tokens == 0, "what was computed from codes is not what exact ones give"
 
 
-def test_a_context_without_a_tail_is_refused(
-    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path
-) -> None:
-    line = ("--model", str(tiny_model), "--max-model-len", "300", "--prefix-attention", "sparse")
-    with launch(*line, ready=False) as server:
-        assert server.wait() == 1
-        said = server.stderr.read_text()
-    assert said.count("error: ") == 1
-    assert "--prefix-attention sparse needs a tail, and at --max-model-len 300" in said
+def test_a_context_without_a_tail_is_refused(tiny_model: Path) -> None:
+    model = resolve(ModelConfig(model=str(tiny_model), device="cpu", max_model_len=300))
+    with pytest.raises(ConfigError, match="sparse needs a tail, and at --max-model-len 300"):
+        check_model(model, CacheConfig(prefix_attention="sparse"))

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-import torch
 
 from clo.kvstore.arena import Arena
 from clo.kvstore.check import LONGEST
@@ -43,7 +42,7 @@ def examine(server: Server, message: Examine) -> StoreExamined:
 def spoil(store: StoreExamined, folder: Path, block: int) -> None:
     """Write another V of one token into the arena, in layer 1, KV head 1."""
     arena = Arena.open(store.pid, store.fd, store.arena_bytes)
-    rows = by_block(arena_tensor(arena, kv_shape(read_config(folder), torch.float32), store.blocks))
+    rows = by_block(arena_tensor(arena, kv_shape(read_config(folder), "float32"), store.blocks))
     rows[block, 1, 1, 5, 1] = -rows[block, 1, 1, 5, 1]
 
 

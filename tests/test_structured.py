@@ -322,7 +322,7 @@ def test_schemas_are_followed_on_a_gpu_beside_others(launch: Launch, smollm2: Pa
         jsonschema.Draft202012Validator(wanted).validate(json.loads(result.text))
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_schemas_are_followed_by_the_default_model(launch: Launch, smollm2: Path, count: int) -> None:
     """Every answer is complete and valid, greedy or not, many at a time."""
     rng = random.Random(count)

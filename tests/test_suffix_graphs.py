@@ -221,7 +221,7 @@ def test_attention_of_a_suffix(device: str, count: int, before: int) -> None:
 
 def test_they_take_what_memory_is_left() -> None:
     """At the Llama-3-8B shape."""
-    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    shape = KVShape((LayerSpec(),) * 32, query_heads=32, kv_heads=8, head_dim=128, dtype_name="bfloat16")
     most = [
         most_tokens(shape, 131_072, spare, codes=codes)
         for spare, codes in (

@@ -45,7 +45,7 @@ class Model:
     @property
     def shape(self) -> KVShape:
         return KVShape(
-            (LayerSpec(),) * self.layers, self.query_heads, self.kv_heads, self.head_dim, torch.bfloat16
+            (LayerSpec(),) * self.layers, self.query_heads, self.kv_heads, self.head_dim, "bfloat16"
         )
 
     @property

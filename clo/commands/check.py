@@ -73,11 +73,9 @@ def fitting(config: ServerConfig) -> Iterator[str]:
 
     model = resolve(config.model)
     model_config = read_config(model.folder)
-    shape = kv_shape(
-        model_config, getattr(torch, model.dtype), codes=config.cache.prefix_attention == "sparse"
-    )
+    shape = kv_shape(model_config, model.dtype, codes=config.cache.prefix_attention == "sparse")
     cache = check_model(model, config.cache)
-    weights = weight_bytes(model_config, shape.dtype)
+    weights = weight_bytes(model_config, model.dtype)
     yield (
         f"{model.name}: {shape.layers} layers of {shape.kv_heads} KV heads, in {model.dtype}, "
         f"up to {model.max_model_len} tokens; {format_size(weights)} of weights, "

@@ -196,7 +196,7 @@ def load_decoder(model: ResolvedModel) -> Decoder:
     """
     quiet_transformers()
     config = read_config(model.folder)
-    shape = kv_shape(config, getattr(torch, model.dtype))
+    shape = kv_shape(config, model.dtype)
     weights = load_weights(model, config, shape)
     return Decoder(weights, shape, config.rms_norm_eps, config.max_position_embeddings)
 

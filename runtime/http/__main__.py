@@ -10,10 +10,9 @@ import sys
 from typing import Any
 
 if __name__ == "__main__":
-    # The gateway wants transformers for its tokenizer alone, which computes nothing with tensors. Without
-    # torch the process starts in half the time and takes a third of the memory.
-    sys.modules["torch"] = None  # type: ignore[assignment]  # so an import of it fails, and nobody finds it
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # transformers would say that torch is missing
+    from clo.runtime.machine.process import keep_torch_out
+
+    keep_torch_out()
 
 import msgspec
 import uvicorn

@@ -1,8 +1,15 @@
-"""Whether this machine has a GPU that CLO can use, asked before anything is loaded."""
+"""Whether this machine has a GPU that CLO can use, asked before anything is loaded.
+
+``python -m clo.runtime.machine.gpu ASKED PARENT`` answers on stdout, for ``choose_device``.
+"""
 
 import importlib
 import importlib.util
+import os
+import subprocess
+import sys
 
+from clo.runtime.machine.process import EXIT_EXPLAINED, die_with_parent
 from clo.runtime.wire.errors import ConfigError
 
 _OLDEST = 8, 0  # compute capability: asynchronous copies and bfloat16
@@ -10,6 +17,9 @@ _OLDEST = 8, 0  # compute capability: asynchronous copies and bfloat16
 
 def choose_device(asked: str) -> str:
     """ "cuda" or "cpu".
+
+    PyTorch and CuPy are asked in a process of their own, so that the launcher's, which computes nothing,
+    stays without them and without a context on a GPU.
 
     Args:
         asked: "cuda", "cpu", or "auto", which takes the GPUs if PyTorch sees any.
@@ -19,6 +29,23 @@ def choose_device(asked: str) -> str:
     """
     if asked == "cpu":
         return "cpu"
+    command = [sys.executable, "-m", "clo.runtime.machine.gpu", asked, str(os.getpid())]
+    asking = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    answer = asking.stdout.rstrip().rpartition("\n")[2]  # behind whatever a library has printed
+    if asking.returncode == EXIT_EXPLAINED:
+        raise ConfigError(answer)
+    if asking.returncode != 0:  # such as a crash in a driver
+        raise ConfigError(
+            f"PyTorch could not say which GPUs are here (exit code {asking.returncode}); start with "
+            "--device cpu, or see what it says: python -c 'import torch; torch.cuda.init()'."
+        )
+    return answer
+
+
+def find_device(asked: str) -> str:
+    """The same in this process, where "cpu" is not asked for. Raises what ``choose_device`` does."""
     import torch  # here, because it takes seconds
 
     if not torch.cuda.is_available():
@@ -67,3 +94,18 @@ def _check_cupy(cuda: str) -> None:
             f"CuPy is built for CUDA {found} and PyTorch for CUDA {cuda}: {install} in its place, or start "
             "with --device cpu."
         )
+
+
+def main() -> int:
+    """Answer with a device, or with a sentence and the exit code of an error that is explained."""
+    die_with_parent(int(sys.argv[2]))
+    try:
+        print(find_device(sys.argv[1]))
+    except ConfigError as error:
+        print(error)
+        return EXIT_EXPLAINED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib.util
 import logging
 import os
 import resource
@@ -35,6 +36,22 @@ def die_with_parent(parent: int) -> None:
         raise OSError(error, os.strerror(error))
     if os.getppid() != parent:  # it ended before the request above, so no signal will come
         sys.exit(EXIT_UNEXPECTED)
+
+
+def keep_torch_out() -> None:
+    """Let no import in this process load PyTorch, unless it is there already. To be called before
+    transformers is imported.
+
+    Launcher and gateway want transformers for configurations and tokenizers alone, which compute nothing with
+    tensors. Without PyTorch they start in half the time and take a third of the memory.
+
+    Raises:
+        ModuleNotFoundError: it is not installed, so that no worker could start.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # an import fails, and nobody finds it
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # transformers would say that it is missing
 
 
 def read_key() -> str:

