@@ -267,7 +267,7 @@ def main() -> None:
             "stretch are of answers that ended in it.",
             f"prefix: {CONVERSATIONS} conversations of {TURNS} turns that begin {APART_S:g} s apart, about "
             f"{DOCUMENTS} documents of {SHARED} random tokens with which prompts begin; each turn adds "
-            f"{ADDED}, {THINK_S:g} s after an answer. Answers of {ANSWER} tokens do not become part of prompts.",
+            f"{ADDED}, {THINK_S:g} s after an answer. Answers, of {ANSWER} tokens, are not sent back.",
         ],
     )
 
