@@ -24,8 +24,10 @@ RUN apt-get update \
 # the versions that have been measured on a GPU, in a layer of their own since they are large and change rarely
 RUN pip install --no-cache-dir torch==2.11.0 transformers==5.17.0 "cupy-cuda13x[ctk]==14.2.0"
 
+# ray besides is for replicas over machines (docs/ray.md)
+ARG EXTRAS=cuda,http,structured,otel,encryption
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[cuda,http,structured,otel,encryption]"
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[${EXTRAS}]"
 
 # The cache belongs to the user, so that a volume mounted there does too.
 RUN useradd --create-home clo && install -d -o clo -g clo /home/clo/.cache
