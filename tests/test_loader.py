@@ -249,6 +249,11 @@ def test_damaged_files_are_refused_before_any_weight_is_read(
         (lambda t: t.pop("lm_head.weight"), "lack lm_head.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "have extra, which is not part of it"),
         (lambda t: t.update({NORM: torch.ones(32)}), rf"have {NORM} as \[32\] in place of \[64\]"),
+        (lambda t: t.update({NORM: t[NORM].to(torch.int8)}), f"have {NORM} in the type int8"),
+        (
+            lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}),
+            f"have {NORM} in the type float8_e4m3fn",
+        ),
         (lambda t: t[NORM].__setitem__(3, float("nan")), f"{NORM} holds values that are not finite"),
         (lambda t: t["model.layers.2.mlp.up_proj.weight"].neg_().div_(0.0), "up_proj.weight holds values"),
     ],
@@ -298,6 +303,30 @@ def test_shards_load_like_one_file_and_stay_untouched(
             mapped.write(b"\xff" * file.stat().st_size)
     assert torch.equal(hidden_states(decoder), expected)
     assert capfd.readouterr().err == "", "no progress bar where no one looks"
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1e-6, "1e-6"])
+def test_a_norm_that_cannot_be_computed_is_refused(folder: Path, eps: float | str) -> None:
+    """Before a worker is told of it."""
+    edit_config(folder, rms_norm_eps=eps)
+    with pytest.raises(ConfigError, match="rms_norm_eps"):
+        resolve(named(folder))
+
+
+def test_files_may_have_what_old_ones_had(folder: Path, tiny_model: Path) -> None:
+    """RoPE's frequencies, which are computed; weights in another type."""
+    expected = hidden_states(load_decoder(resolve(named(tiny_model))))
+    old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(4)}
+    edit_weights(folder, lambda tensors: tensors.update(old))
+    assert torch.equal(hidden_states(load_decoder(resolve(named(folder)))), expected)
+    edit_weights(folder, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    assert torch.equal(hidden_states(load_decoder(resolve(named(folder)))), expected)
+
+
+def test_a_tied_head_that_is_in_the_file_as_well_is_left_alone(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    weights = load_decoder(resolve(named(folder)))._weights
+    assert weights.head is weights.embedding
 
 
 def test_tied_weights_are_held_once(folder: Path) -> None:

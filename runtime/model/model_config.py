@@ -118,6 +118,8 @@ def _check(config: Any, path: Path) -> None:
             f"{path} has {config.num_hidden_layers} layers and the layer_types {', '.join(map(str, kinds))}; "
             f"CLO takes one for each layer and knows {', '.join(sorted(LAYER_TYPES))}."
         )
+    if config.rms_norm_eps != 0 and not _is_positive(config.rms_norm_eps):
+        raise ConfigError(f"{path} has an rms_norm_eps of {config.rms_norm_eps}; it is a number from 0 on.")
     _check_rope(config, path)
 
 
