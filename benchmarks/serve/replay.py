@@ -5,6 +5,8 @@ import random
 import sys
 from dataclasses import asdict, dataclass, field
 
+from tqdm import tqdm
+
 from benchmarks.gpu.synthetic import LLAMA_8B, QWEN_HALF_B, Model
 from benchmarks.result import Result
 from benchmarks.serve.agents import Agents
@@ -56,13 +58,16 @@ async def replay(client: AsyncClient, agents: Agents) -> Replayed:
                 raise EndpointError(f"An answer ended after {len(result.tokens)} of {agents.answer} tokens.")
             found.prompt_tokens += result.usage.prompt_tokens
             found.cached_tokens += result.usage.cached_tokens
+            bar.update()
             if turn + 1 < agents.turns:
                 prompt = prompt + list(result.tokens) + agents.added(number, turn + 1)
                 await asyncio.sleep(agents.think_s)
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(agents.sessions):
-            group.create_task(session(number))
+    turns = agents.sessions * agents.turns
+    with tqdm(total=turns, desc="Turns", mininterval=10) as bar:
+        async with asyncio.TaskGroup() as group:
+            for number in range(agents.sessions):
+                group.create_task(session(number))
     return found
 
 
@@ -100,7 +105,7 @@ def servers(agents: Agents, device: str, model: Model, options: str = "") -> lis
     if device == "cuda":
         shape = model.shape
         wanted = agents.sessions * -(-room // shape.block_tokens) * shape.block_bytes
-        held = min(wanted, available_memory([0])[0] * 3 // 4) // 2**30
+        held = -(-min(wanted, available_memory([0])[0] * 3 // 4) // 2**30)
         sizes = f"--dtype bfloat16 {sizes} --kv-size {held}GiB"
     return [
         Server(
