@@ -22,6 +22,9 @@ from clo.runtime.model.kv_shape import KVShape
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # at most; longer ones are no faster
 _BUFFERS = {"cpu": 1, "cuda": 2}  # for rows: of this layer, and of the one that is being stored and indexed
 LEAST_TOKENS = {"cpu": 64, "cuda": 256}  # shorter chunks waste the device
+# And so do those of less arithmetic, which a device has done before the next unit is launched. A rate that is
+# measured while it waits for its host is low, and would ask for ever smaller units.
+LEAST_FLOPS = {"cpu": 0.0, "cuda": 4e11}
 _STEP = {"cpu": 1, "cuda": 128}  # of which chunks are multiples: tiles of attention
 
 
@@ -128,7 +131,7 @@ class Prefill:
         own = self.total - cached
         even = -(-own // -(-own // most))
         self._chunk = -(-even // self._step) * self._step  # nearly equal chunks
-        self._least = min(self._chunk, LEAST_TOKENS[device.type])
+        self._least, self._least_flops = LEAST_TOKENS[device.type], LEAST_FLOPS[device.type]
         self._layer = self._start = self._taken = 0
         self._loaded: DeviceEvent | None = None  # the rows of this layer that are in the arena already
         least = cache.least_prefix
@@ -160,9 +163,10 @@ class Prefill:
         return layers - decoder.layer_flops(self._start - cached, cached)
 
     def unit(self, flops: float) -> tuple[int, float]:
-        """Tokens of the next unit of at most so much arithmetic, and the arithmetic that it is."""
-        cost = self._flops(1)
-        tokens = max(self._least, min(self._chunk, int(min(flops, 1e18) / cost) // self._step * self._step))
+        """Tokens of the next unit of at most so much arithmetic, or the least that is worth a launch, and the
+        arithmetic that it is."""
+        affordable = int(min(max(flops, self._least_flops), 1e18) / self._flops(1))
+        tokens = min(self._chunk, max(self._least, affordable // self._step * self._step))
         left = self.total - self._start
         # the last chunk holds all queries that something is done with
         if left - tokens < PROMPT_QUERIES + self._last:

@@ -23,7 +23,7 @@ from clo.gpu_worker.in_process import (
     wait_for,
 )
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
-from clo.gpu_worker.prefill import Prefill, PromptAttention
+from clo.gpu_worker.prefill import LEAST_FLOPS, Prefill, PromptAttention
 from clo.kernels.blocks import gather_tokens
 from clo.kernels.score import Scores, sum_runs
 from clo.kernels.sparse_prompt import attend_prompt_sparse
@@ -163,6 +163,19 @@ def test_a_prompt_in_units_of_any_size_is_as_one_in_whole_chunks(decoder: Decode
         assert differing.float().mean() < 1e-3, "an entry between two levels may go either way"
         torch.testing.assert_close(scales[:, :length], other_scales[:, :length], rtol=0.02, atol=1e-3)
         assert torch.equal(mine.resident.positions.sort(-1)[0], its.resident.positions.sort(-1)[0])
+
+
+def test_a_unit_is_worth_its_launch(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little time is left for it, and however little the model computes."""
+    monkeypatch.setitem(LEAST_FLOPS, "cpu", 300 * decoder.layer_flops(1, 0))
+    engine = make_engine(decoder, CacheConfig(), 1, 1600)
+    units = [
+        engine.prefill(0, random_tokens(decoder, 1536), blocks_of(engine, 0, 1600)).unit(f)
+        for f in (0.0, 1e18)
+    ]
+    (least, arithmetic), (most, _) = units
+    assert 290 <= least <= 300 and arithmetic >= 290 * decoder.layer_flops(1, 0)
+    assert most == 512, "a whole chunk"
 
 
 def test_a_prompt_that_attends_to_all_blocks_is_as_a_dense_one(decoder: Decoder) -> None:
