@@ -3,9 +3,11 @@
 A rank adds up what all of them have computed twice in a layer, after attention and after the MLP, and puts
 their logits together. It uses torch.distributed: NCCL on GPUs, Gloo on the CPU, both within one machine.
 
-On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There each rank puts its share
-into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel adds them up;
-the long sums of prompts go through NCCL. Where GPUs cannot read each other's memory, all of them do.
+On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There the matrix product writes
+a rank's share into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel
+adds up what all have left there, with the residual and the norm that follow (``clo.kernels.add_shares``);
+other sums are left to PyTorch's kernel for such memory. The long sums of prompts go through NCCL. Where GPUs
+cannot read each other's memory, all of them do.
 """
 
 import logging
@@ -13,12 +15,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, FileStore, ReduceOp  # type: ignore[attr-defined]
 
+from clo.kernels.add_shares import MOST_ROWS, Meeting, add_shares
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
@@ -42,6 +46,13 @@ _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the
 _logger = logging.getLogger(__name__)
 
 
+class Sum(IntEnum):
+    """The sums of a layer, which take turns."""
+
+    ATTENTION = 0
+    MLP = 1
+
+
 class Group:
     """This process as a rank of its group. All ranks have to call the same methods in the same order.
 
@@ -56,6 +67,8 @@ class Group:
 
     Attributes:
         shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
+        meetings: the same for those of ``add_shares``: this rank's shares [bytes] uint8, and where those of
+            all are, by ``Sum``; None where there is none.
 
     Raises:
         ConfigError: the ranks cannot connect.
@@ -79,7 +92,8 @@ class Group:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
-        self.shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
+        self.shared: Tensor | None = None
+        self.meetings: tuple[tuple[Tensor, Meeting], ...] | None = None
         self._name = ""
         if cuda:
             self._share_memory()
@@ -105,6 +119,20 @@ class Group:
         with self._explained():
             dist.all_reduce(share)
         return share
+
+    def share(self, which: Sum, hidden: Tensor) -> Tensor | None:
+        """Memory like ``hidden`` [B, hidden] that becomes this rank's share for ``add_shares``; None where
+        that is not for such a sum."""
+        if self.meetings is None or hidden.nbytes > _SYMMETRIC_BYTES or len(hidden) > MOST_ROWS:
+            return None
+        memory, _ = self.meetings[which]
+        return memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+
+    def add_shares(self, which: Sum, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``hidden`` and what all ranks have written to ``share``, added up, and the RMSNorm of that; see
+        ``clo.kernels.add_shares``. Both sums of a layer are to be asked for in turn."""
+        assert self.meetings is not None, "who has a share has met"
+        return add_shares(hidden, norm, self.meetings[which][1], self.rank.number, eps)
 
     def join(self, share: Tensor) -> Tensor:
         """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
@@ -139,6 +167,9 @@ class Group:
 
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         shared: Tensor | None = None
+        addresses: list[int] = []
+        flag_bytes = 4 * MOST_ROWS * self.rank.count
+        size = _SYMMETRIC_BYTES * (1 + len(Sum)) + flag_bytes
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(
             other == self._device.index or torch.cuda.can_device_access_peer(self._device.index, other)
@@ -146,13 +177,23 @@ class Group:
         )
         if self.least(able):
             try:
-                shared = symmetric_memory.empty(_SYMMETRIC_BYTES, dtype=torch.uint8, device=self._device)
-                symmetric_memory.rendezvous(shared, name)
+                shared = symmetric_memory.empty(size, dtype=torch.uint8, device=self._device)
+                addresses = symmetric_memory.rendezvous(shared, name).buffer_ptrs
             except RuntimeError as error:
                 _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
                 shared = None
         if self.least(shared is not None):
-            self.shared, self._name = shared, name
+            assert shared is not None
+            self.shared, *shares, flags = shared.split([_SYMMETRIC_BYTES] * (1 + len(Sum)) + [flag_bytes])
+            self._name = name
+            flags.zero_()
+            self.least(0)  # as all ranks have done
+            starts = torch.tensor(addresses, device=self._device)
+            sums = torch.zeros(MOST_ROWS, dtype=torch.int32, device=self._device)
+            self.meetings = tuple(
+                (memory, Meeting(starts + number * _SYMMETRIC_BYTES, starts + size - flag_bytes, sums))
+                for number, memory in enumerate(shares, 1)
+            )
         elif self.leads:
             _logger.info("All sums of the ranks go through NCCL.")
 

@@ -6,7 +6,8 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
 
 - tp/step/2: a decode step of 24 sequences of 32K, of which each head fetches 9 % of its selection anew.
   ``tp/all-reduce``: what a sum of the ranks takes in a graph of nothing else, and what all of them take in
-  the step, by NCCL and through memory that both GPUs read. ``tp/idle``: what is left of the latter beyond the
+  the step: by NCCL; through memory that both GPUs read, by PyTorch (symmetric); and there by the kernel that
+  adds the residual and norms the sum as well (fused). ``tp/idle``: what is left of the latter beyond the
   former: a rank waits for the other.
 - tp/prefill/2: a prompt of 32K tokens, dense.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
@@ -49,7 +50,7 @@ from benchmarks.gpu.synthetic import (
 from benchmarks.result import Result, write
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.graphs import DecodeGraphs
-from clo.gpu_worker.group import Group
+from clo.gpu_worker.group import Group, Sum
 from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.memory import plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder
@@ -67,6 +68,7 @@ LENGTH = CONTEXT - 300
 NEW_ROWS = round(SELECTED * 0.09)
 _REPEATS, _ROUNDS = 16, 5  # steps one behind the other that are timed together, and how often
 _SUMS = 64  # of a graph
+WAYS = "fused", "symmetric", "nccl"  # in which ranks add up, the one that is taken where it can be first
 _ANSWER_S = 240  # for a rank to finish a part
 _CONTEXT_BYTES = 2**30
 _BLOCKS = 2**20  # of an arena that is no limit
@@ -106,22 +108,31 @@ def step(place: Place) -> Figures:
     if group is None:
         return {"step": step_ms(engine, SEQUENCES)}
     figures = dict[str, float]()
-    shared = group.shared
-    for name in ("symmetric", "nccl"):
-        if name == "symmetric" and shared is None:
-            continue
-        if name == "nccl":
-            group.shared = None
-        figures[f"step/{name}"] = step_ms(engine, SEQUENCES)
-        share = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
-        graph = graph_of(lambda: [group.sum(share) for _ in range(_SUMS)])  # noqa: B023
-        figures[f"sum/{name}"] = 1e3 * together_ms(graph.replay) / _SUMS
+    meetings, shared = group.meetings, group.shared
+    hidden = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
+    for way in WAYS if shared is not None else WAYS[-1:]:
+        group.meetings = meetings if way == "fused" else None
+        group.shared = None if way == "nccl" else shared
+        figures[f"step/{way}"] = step_ms(engine, SEQUENCES)
+        sum_all = partial(sums, group, hidden)
+        sum_all()
+        graph = graph_of(sum_all)
+        figures[f"sum/{way}"] = 1e3 * together_ms(graph.replay) / _SUMS
         del graph
-        said(f"{name}: {figures}")
+        said(f"{way}: {figures}")
     decoder.group = _Silent(group)  # type: ignore[assignment]
     figures["step/without"] = step_ms(engine, SEQUENCES)
-    decoder.group, group.shared = group, shared
+    decoder.group, group.meetings, group.shared = group, meetings, shared
     return figures
+
+
+def sums(group: Group, hidden: Tensor) -> None:
+    """Many sums, one behind the other."""
+    for which in list(Sum) * (_SUMS // len(Sum)):
+        if group.share(which, hidden) is None:
+            group.sum(hidden)
+        else:
+            group.add_shares(which, hidden, hidden[0], 1e-5)
 
 
 class _Silent:
@@ -134,6 +145,9 @@ class _Silent:
 
     def sum(self, share: Tensor) -> Tensor:
         return share
+
+    def share(self, which: Sum, hidden: Tensor) -> None:
+        """None of its own memory."""
 
 
 @torch.inference_mode()
@@ -404,11 +418,11 @@ def _of_step(one: float, both: list[Figures]) -> Iterator[Result]:
     """The results of ``step``. one: milliseconds on one GPU."""
     first = both[0]
     sums = 2 * LLAMA_8B.layers + 1
-    used = "symmetric" if "step/symmetric" in first else "nccl"
+    used = next(way for way in WAYS if f"step/{way}" in first)
     took = first[f"step/{used}"]
     yield Result("tp/step/2", f"time, {used}", took, "ms", one, took / one)
     yield Result("tp/step/2", "rate", SEQUENCES / took * 1e3, "tokens/s", SEQUENCES / one * 1e3, one / took)
-    for way in ("nccl", "symmetric"):
+    for way in WAYS:
         if f"step/{way}" not in first:
             continue
         step, alone = first[f"step/{way}"], first[f"sum/{way}"]

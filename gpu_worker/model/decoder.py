@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clo.gpu_worker.group import Group
+from clo.gpu_worker.group import Group, Sum
 from clo.gpu_worker.model import eager
 from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
-from clo.gpu_worker.model.weights import Weights, load_weights
+from clo.gpu_worker.model.weights import Linear, Weights, load_weights
 from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape, kv_shape
@@ -175,8 +175,8 @@ class Decoder:
             Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
-        out = self._whole(weights.output(attended.flatten(1)))
-        return self._add(hidden, out, weights.mlp_norm, in_place=in_place)
+        norm = weights.mlp_norm
+        return self._add(Sum.ATTENTION, hidden, weights.output, attended.flatten(1), norm, in_place=in_place)
 
     def add_mlp(
         self, layer: int, hidden: Tensor, normed: Tensor, *, in_place: bool = False
@@ -187,8 +187,8 @@ class Decoder:
             Hidden states [N, hidden] that enter the next layer, and the same after ``input_norm`` for it.
         """
         weights = self._weights.layers[layer]
-        out = self._whole(weights.down(self._gated(weights.gate_up(normed))))
-        return self._add(hidden, out, self._norm_of(layer + 1), in_place=in_place)
+        gated, norm = self._gated(weights.gate_up(normed)), self._norm_of(layer + 1)
+        return self._add(Sum.MLP, hidden, weights.down, gated, norm, in_place=in_place)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
@@ -202,18 +202,25 @@ class Decoder:
             .contiguous()
         )
 
-    def _whole(self, share: Tensor) -> Tensor:
-        """What a product yields, given the share of it that is this rank's."""
-        return share if self.group is None else self.group.sum(share)
-
     def _norm_of(self, layer: int) -> Tensor:
         layers = self._weights.layers
         return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _add(self, hidden: Tensor, x: Tensor, norm: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    def _add(
+        self, which: Sum, hidden: Tensor, product: Linear, x: Tensor, norm: Tensor, *, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states plus a product, of which a rank computes its share, and the RMSNorm of that."""
+        eps = self._norm_eps
+        if self.group is not None:
+            if not in_place and (share := self.group.share(which, hidden)) is not None:
+                product(x, into=share)
+                return self.group.add_shares(which, hidden, norm, eps)
+            added = self.group.sum(product(x))
+        else:
+            added = product(x)
         if in_place:
-            return hidden, self._add_in_place(hidden, x, norm, self._norm_eps)
-        return self._add_and_norm(hidden, x, norm, self._norm_eps)
+            return hidden, self._add_in_place(hidden, added, norm, eps)
+        return self._add_and_norm(hidden, added, norm, eps)
 
     def _project(self, layer: int, normed: Tensor, heads: int) -> Tensor:
         """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""
