@@ -12,7 +12,7 @@ cannot read each other's memory, all of them do.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -111,7 +111,7 @@ class Group:
     def sum(self, share: Tensor) -> Tensor:
         """The sum of what all ranks give, the same for all but for rounding; ``share`` may become it."""
         shared = self.shared
-        if shared is not None and share.nbytes <= len(shared) and share.dtype in _SYMMETRIC_TYPES:
+        if shared is not None and self._short(share):
             mine = shared[: share.nbytes].view(share.dtype).view(share.shape)
             mine.copy_(share)
             summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name)
@@ -119,6 +119,22 @@ class Group:
         with self._explained():
             dist.all_reduce(share)
         return share
+
+    def begin_sum(self, share: Tensor) -> Callable[[], Tensor]:
+        """The same, beside what comes next on this stream until what is returned is called, which yields the
+        sum; ``share`` is not to be touched meanwhile."""
+        if self._short(share):
+            summed = self.sum(share)
+            return lambda: summed
+        with self._explained():
+            work = dist.all_reduce(share, async_op=True)
+
+        def finish() -> Tensor:
+            with self._explained():
+                work.wait()  # on a GPU it is the stream that waits
+            return share
+
+        return finish
 
     def share(self, which: Sum, hidden: Tensor) -> Tensor | None:
         """Memory like ``hidden`` [B, hidden] that becomes this rank's share for ``add_shares``; None where
@@ -160,6 +176,11 @@ class Group:
         with self._explained():
             dist.all_reduce(total)
         return float(total) / self.rank.count
+
+    def _short(self, share: Tensor) -> bool:
+        """Whether PyTorch adds it up in memory that all ranks read."""
+        small = self.shared is not None and share.nbytes <= len(self.shared)
+        return small and share.dtype in _SYMMETRIC_TYPES
 
     def _share_memory(self) -> None:
         """Take memory that all ranks can read, if every one of them gets it."""
