@@ -13,8 +13,10 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
   for what CUDA and NCCL take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
-- tp/qwen3-32b: the same step at the Qwen3-32B shape, with random weights, on two GPUs; the reference is the
-  floor of what each of them has to compute and to read.
+- tp/qwen3-32b: the same step of 12 sequences at the Qwen3-32B shape, with random weights, on two GPUs; the
+  reference is the floor of what each of them has to compute and to read. tp/qwen3-32b/full: its rate beside
+  the floor of full attention whose KV never left both GPUs, of this memory and of 80 GB, at the largest batch
+  that fits.
 """
 
 import multiprocessing
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.baseline import release
-from benchmarks.gpu.ceilings import gemm_step, graph_of
+from benchmarks.gpu.ceilings import full_attention, gemm_step, graph_of
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED
@@ -218,17 +220,23 @@ def gather(place: Place) -> Figures:
 
 @torch.inference_mode()
 def qwen(place: Place) -> Figures:
-    """Milliseconds of a step, and its floor."""
+    """Milliseconds of a step and its floor, and tokens/s of the floors of full attention."""
     group = place.group
     assert group is not None, "it is for several GPUs"
     sequences = SEQUENCES // 2  # which have as much KV as those of the smaller model
-    gemm = gemm_step(QWEN3_32B.share(group.rank), sequences)
+    share = QWEN3_32B.share(group.rank)
+    gemm = gemm_step(share, sequences)
     release()
+    full: Figures = {}
+    for name, memory in (("of this memory", None), ("of 80 GB", 80 * 10**9)):
+        batch, full[f"full attention, {name}"] = full_attention(share, CONTEXT, place.hbm, memory)
+        full[f"batch, {name}"] = batch
+        release()
     said("qwen3-32b: matrix products done")
     decoder = random_decoder(QWEN3_32B, MAX_TOKENS, group)
     engine = decoding(place, QWEN3_32B, decoder, sequences)
     read = index_bytes_read(engine, sequences, CONTEXT) + engine.cache.resident_bytes // group.rank.count
-    return {"step": step_ms(engine, sequences), "floor": 1e3 * (gemm + read / place.hbm)}
+    return {"step": step_ms(engine, sequences), "floor": 1e3 * (gemm + read / place.hbm), **full}
 
 
 PARTS: dict[str, Callable[[Place], Figures]] = {
@@ -411,7 +419,13 @@ def results_of(name: str, one: Figures, both: list[Figures]) -> list[Result]:
             return [
                 compared("tp/qwen3-32b", "random weights", rates[0], "tokens/s", rates[1]),
                 compared("tp/qwen3-32b", "step", first["step"], "ms", first["floor"]),
-            ]
+            ] + [
+                compared(
+                    "tp/qwen3-32b/full", f"beside {first[f'batch, {gpus}']} sequences on GPUs {gpus}", rates[0],
+                    "tokens/s", first[f"full attention, {gpus}"],
+                )
+                for gpus in ("of this memory", "of 80 GB")
+            ]  # fmt: skip
 
 
 def _of_step(one: float, both: list[Figures]) -> Iterator[Result]:
