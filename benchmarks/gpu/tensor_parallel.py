@@ -69,6 +69,7 @@ RANKS, SEQUENCES = 2, 24
 LENGTH = CONTEXT - 300
 NEW_ROWS = round(SELECTED * 0.09)
 _REPEATS, _ROUNDS = 16, 5  # steps one behind the other that are timed together, and how often
+MEMORIES = {"of this memory": None, "of 80 GB": 80 * 10**9}  # of which full attention's GPUs are
 _SUMS = 64  # of a graph
 WAYS = "fused", "symmetric", "nccl"  # in which ranks add up, the one that is taken where it can be first
 _ANSWER_S = 240  # for a rank to finish a part
@@ -228,7 +229,7 @@ def qwen(place: Place) -> Figures:
     gemm = gemm_step(share, sequences)
     release()
     full: Figures = {}
-    for name, memory in (("of this memory", None), ("of 80 GB", 80 * 10**9)):
+    for name, memory in MEMORIES.items():
         batch, full[f"full attention, {name}"] = full_attention(share, CONTEXT, place.hbm, memory)
         full[f"batch, {name}"] = batch
         release()
@@ -415,17 +416,25 @@ def results_of(name: str, one: Figures, both: list[Figures]) -> list[Result]:
                 )
             ]
         case _:
-            rates = [SEQUENCES / 2 / first[key] * 1e3 for key in ("step", "floor")]
-            return [
-                compared("tp/qwen3-32b", "random weights", rates[0], "tokens/s", rates[1]),
-                compared("tp/qwen3-32b", "step", first["step"], "ms", first["floor"]),
-            ] + [
-                compared(
-                    "tp/qwen3-32b/full", f"beside {first[f'batch, {gpus}']} sequences on GPUs {gpus}", rates[0],
-                    "tokens/s", first[f"full attention, {gpus}"],
-                )
-                for gpus in ("of this memory", "of 80 GB")
-            ]  # fmt: skip
+            return list(_of_qwen(first))
+
+
+def _of_qwen(first: Figures) -> Iterator[Result]:
+    """The results of ``qwen``."""
+    step, floor = first["step"], first["floor"]
+    rate, most = (SEQUENCES / 2 / took * 1e3 for took in (step, floor))
+    yield Result("tp/qwen3-32b", "random weights", rate, "tokens/s", most, rate / most)
+    yield Result("tp/qwen3-32b", "step", step, "ms", floor, step / floor)
+    for gpus in MEMORIES:
+        full, batch = first[f"full attention, {gpus}"], first[f"batch, {gpus}"]
+        yield Result(
+            "tp/qwen3-32b/full",
+            f"beside {batch} sequences on GPUs {gpus}",
+            rate,
+            "tokens/s",
+            full,
+            rate / full,
+        )
 
 
 def _of_step(one: float, both: list[Figures]) -> Iterator[Result]:
