@@ -378,7 +378,7 @@ class Supervisor:
                     self._router.tell_store(name, Expect(number, pid, _store_in(folder, node)))
             return child
 
-        await self._keep(self._workers[index], identity, start, lose)
+        await self._keep(self._workers[index], [identity, *others], start, lose)
 
     async def _keep_store(self, index: int) -> None:
         """The same for a store, with which its workers end: what they know of its arena is lost."""
@@ -404,7 +404,7 @@ class Supervisor:
             child = self._stores[index] = await self._start_store(index, folder)
             return child
 
-        await self._keep(self._stores[index], store_identity(name), start, lose)
+        await self._keep(self._stores[index], [store_identity(name)], start, lose)
 
     async def _keep_gateway(self, listener: Listener) -> None:
         """The same for the HTTP gateway. Its clients' connections end with it, and so do their requests."""
@@ -413,7 +413,7 @@ class Supervisor:
             child = self._gateways[0] = await self._start_gateway(listener, folder)
             return child
 
-        await self._keep(self._gateways[0], GATEWAY_IDENTITY, start, lambda error: None)
+        await self._keep(self._gateways[0], [GATEWAY_IDENTITY], start, lambda error: None)
 
     async def _carry_out(self, message: ToControl, tell: Tell) -> Reloaded | Examined:
         """What this server's user has asked for.
@@ -465,7 +465,7 @@ class Supervisor:
     async def _keep(
         self,
         child: Child,
-        identity: bytes,
+        identities: list[bytes],
         start: Callable[[PrivateFolder], Awaitable[Child]],
         lose: Callable[[WorkerDied], None],
     ) -> None:
@@ -485,7 +485,8 @@ class Supervisor:
                     door = await self._router.listen_at(_router_in(folder))
                     try:
                         child = await start(folder)
-                        begun = asyncio.create_task(self._router.until_begun(identity))
+                        # all ranks, as nobody can connect any more once the door is closed
+                        begun = asyncio.create_task(self._until_all_begun(identities))
                         ended = asyncio.create_task(self._end_of(child))
                         await asyncio.wait((begun, ended), return_when=asyncio.FIRST_COMPLETED)
                     finally:

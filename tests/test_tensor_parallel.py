@@ -248,6 +248,27 @@ def test_a_rank_that_does_not_answer_takes_its_worker_along(
         ]
 
 
+LATE = """\
+import sys
+import clo.runtime.children, clo.launch
+clo.runtime.children.STARTING_S = 10.0
+sys.exit(clo.launch.main(sys.argv[1:], worker="tests.late_rank"))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_may_connect_after_its_worker_is_ready(launch: Launch, tiny_model: Path) -> None:
+    """Also where it was started again: what does not connect is killed after a while."""
+    line = ("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2")
+    with launch(*line, program=("-c", LATE)) as server:
+        server.children("tests.late_rank")[0].kill()
+        asyncio.run(answers(server.address))
+        serving = server.children("tests.late_rank")
+        time.sleep(12)
+        assert server.children("tests.late_rank") == serving
+        assert len(server.stderr.read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_a_server_stops_at_a_lost_rank_where_it_shall_not_recover(launch: Launch, tiny_model: Path) -> None:
     line = ("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2", "--recovery", "off")
