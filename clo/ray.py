@@ -303,7 +303,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     for name in _OWN:
         if name in args:
             raise ConfigError(f"'{name}' is each replica's own; Serve's http_options say where clients come.")
-    config_from(_arguments(args), "clo.ray")
+    config_from(_arguments(args), "clo serve")
     replicas = serve.deployment(
         Server,
         name="CLO",

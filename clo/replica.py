@@ -11,4 +11,4 @@ from clo.runtime.machine.process import die_with_parent
 if __name__ == "__main__":
     parent, *options = sys.argv[1:]
     die_with_parent(int(parent))
-    sys.exit(main(options, "clo.ray"))
+    sys.exit(main(options, "clo serve"))

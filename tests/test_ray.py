@@ -276,8 +276,9 @@ def test_a_replica_dies_together_with_the_entrance(cluster: Nodes, client: OpenA
     ids=lambda args: next(iter(args)),
 )
 def test_wrong_options_are_refused_before_anything_starts(args: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(args))):
+    with pytest.raises(ConfigError, match=next(iter(args))) as caught:
         clo_ray.app(args)
+    assert "clo.ray --help" not in str(caught.value), "there is no such command"
 
 
 def serve_configurations() -> dict[str, Any]:
