@@ -46,11 +46,11 @@ def prefill_bytes(shape: KVShape, tokens: int, *, sparse: bool, codes: bool) -> 
         sparse: whether it attends to chosen blocks.
         codes: whether it may attend to what it begins with from codes.
     """
-    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
     rows = _BUFFERS["cuda"] * shape.kv_heads * shape.row_bytes
     ranking = PROMPT_QUERIES * shape.query_heads * 8 + shape.kv_heads * 8
     rope = 8 * shape.head_dim
-    whole = tokens * (width + rows + rope + ranking) + CHUNK_TOKENS["cuda"] * 24 * width
+    whole = tokens * (shape.hidden_bytes + rows + rope + ranking)
+    whole += CHUNK_TOKENS["cuda"] * (20 * shape.width_bytes + 4 * shape.hidden_bytes)
     whole += codes * min(tokens, DECODED_TOKENS) * shape.kv_heads * shape.row_bytes // 2
     return whole + sparse * chosen_bytes(shape.query_heads, CHUNK_TOKENS["cuda"], tokens)
 

@@ -25,8 +25,7 @@ _MOST_PROMPTS = 32  # of a graph
 
 def prompt_graph_bytes(shape: KVShape) -> int:
     """About the GPU memory of the graphs' activations."""
-    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
-    return SIZES[-1] * (24 * width + shape.token_bytes)
+    return SIZES[-1] * (20 * shape.width_bytes + 4 * shape.hidden_bytes + shape.token_bytes)
 
 
 class ShortPrompt(NamedTuple):

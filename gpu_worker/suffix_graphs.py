@@ -45,9 +45,9 @@ def most_tokens(shape: KVShape, max_tokens: int, spare: int | None, *, codes: bo
     most = min(max_tokens, _MOST_OF_CODES if codes else _MOST_TOKENS)
     if spare is None:
         return most
-    width = shape.query_heads * shape.head_dim * shape.dtype.itemsize
     token_bytes = shape.kv_heads * (2 * shape.row_bytes + 3 * PROMPT_QUERIES)
-    fitting = (spare - SIZES[-1] * 18 * width) // token_bytes - SIZES[-1]
+    activations = SIZES[-1] * (14 * shape.width_bytes + 4 * shape.hidden_bytes)
+    fitting = (spare - activations) // token_bytes - SIZES[-1]
     return min(most, fitting) if fitting >= _LEAST_TOKENS else 0
 
 

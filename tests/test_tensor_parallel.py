@@ -23,6 +23,9 @@ from clo.gpu_worker.commands import Follower, Leader
 from clo.gpu_worker.group import Group
 from clo.gpu_worker.in_process import make_engine, stats_of, teacher_force
 from clo.gpu_worker.model.decoder import load_decoder
+from clo.gpu_worker.prefill import prefill_bytes
+from clo.gpu_worker.prompt_graphs import SIZES as PROMPT_SIZES
+from clo.gpu_worker.prompt_graphs import prompt_graph_bytes
 from clo.runtime.client import AsyncClient
 from clo.runtime.config import CacheConfig, ModelConfig
 from clo.runtime.machine.process import GroupEnded
@@ -162,6 +165,15 @@ def test_each_query_head_is_with_its_kv_head(query_heads: int, kv_heads: int, ra
         for place, query in enumerate(range(query_heads)[queries]):
             assert own[place // shape.group] == query // whole.group
     assert seen == list(range(query_heads))
+
+
+def test_memory_is_planned_for_hidden_states_that_each_rank_has_whole() -> None:
+    """At the Llama-3-70B shape, and 8 ranks."""
+    whole = KVShape((LayerSpec(),) * 80, query_heads=64, kv_heads=8, head_dim=128, dtype_name="bfloat16")
+    share, hidden, tokens = Rank(0, 8).shape(whole), 8192 * 2, 100_000
+    short, long = (prefill_bytes(share, count, sparse=False, codes=False) for count in (tokens, 2 * tokens))
+    assert long - short > tokens * hidden
+    assert prompt_graph_bytes(share) > 4 * PROMPT_SIZES[-1] * hidden
 
 
 class Tape:

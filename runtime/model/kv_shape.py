@@ -31,6 +31,7 @@ class KVShape:
         dtype_name: one of ``ITEM_BYTES``.
         codes: whether a block in the arena has the codes of its rows behind them.
         whole_heads: KV heads of the model, where this is the share of a rank; None where it is all of it.
+        ranks: among which the model's query heads are divided. Hidden states are whole at each of them.
     """
 
     specs: tuple[LayerSpec, ...]
@@ -40,6 +41,7 @@ class KVShape:
     dtype_name: str
     codes: bool = False
     whole_heads: int | None = None
+    ranks: int = 1
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -57,6 +59,16 @@ class KVShape:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def width_bytes(self) -> int:
+        """Bytes of a token's queries, of these heads."""
+        return self.query_heads * self.head_dim * ITEM_BYTES[self.dtype_name]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a token's hidden states, about: as wide as the queries of all ranks."""
+        return self.ranks * self.width_bytes
 
     @property
     def row_bytes(self) -> int:

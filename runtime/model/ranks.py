@@ -41,6 +41,7 @@ class Rank:
             query_heads=whole.query_heads // self.count,
             kv_heads=heads.stop - heads.start,
             whole_heads=whole.kv_heads,
+            ranks=self.count,
         )
 
 
