@@ -76,6 +76,7 @@ class Forced(NamedTuple):
 
     logprobs: np.ndarray  # [tokens, vocab]
     fetched: int  # by the heads of this rank
+    kv_bytes: int  # of the whole model
 
 
 def forced(group: Group | None, folder: str, config: CacheConfig) -> Forced:
@@ -85,7 +86,7 @@ def forced(group: Group | None, folder: str, config: CacheConfig) -> Forced:
     tokens: list[int] = torch.randint(0, decoder.vocab, (320,), generator=generator).tolist()
     logits = teacher_force(engine, tokens[:300], tokens[300:])
     stats = stats_of(engine, 319, 19)
-    return Forced(logits.log_softmax(-1).numpy(), stats.fetched_rows)
+    return Forced(logits.log_softmax(-1).numpy(), stats.fetched_rows, stats.kv_bytes)
 
 
 def all_forced(group: Group | None, folders: list[str], config: CacheConfig) -> list[Forced]:
@@ -119,6 +120,7 @@ def assert_same(
             found, wanted = map(torch.from_numpy, (part.logprobs, one.logprobs))
             torch.testing.assert_close(found, wanted, **TOLERANCE, msg=partial("{1}: {0}".format, name))
         assert sum(part.fetched for part in parts) == one.fetched, name
+        assert {part.kv_bytes for part in parts} == {one.kv_bytes}, name
 
 
 def test_two_ranks_compute_what_one_process_does(folders: dict[str, str], tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ class KVCache:
             missed_millionths=missed,
             resident_bytes=ranks * sum(layer.resident.rows[0].nbytes for layer in self.sparse_layers),
             index_bytes=ranks * tokens * self._index_token_bytes,
-            kv_bytes=ranks * tokens * self.shape.token_bytes,
+            kv_bytes=tokens * self.shape.layers * self.shape.all_heads * self.shape.row_bytes,
             cached_tokens=0,
         )
 

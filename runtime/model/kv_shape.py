@@ -56,6 +56,11 @@ class KVShape:
         return len(self.specs)
 
     @property
+    def all_heads(self) -> int:
+        """KV heads of the model, of all ranks together; one that several of them have counts once."""
+        return self.whole_heads or self.kv_heads
+
+    @property
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.query_heads // self.kv_heads
@@ -84,8 +89,7 @@ class KVShape:
         """Tokens of a block: a power of two so that one layer's part, of all ranks together, is about 2 MiB,
         within 64 to 512."""
         smallest, largest = _BLOCK_TOKENS
-        heads = self.whole_heads or self.kv_heads
-        fitting = _BLOCK_LAYER_BYTES // (heads * self.row_bytes)
+        fitting = _BLOCK_LAYER_BYTES // (self.all_heads * self.row_bytes)
         return max(smallest, min(largest, 1 << max(0, fitting.bit_length() - 1)))
 
     @property
