@@ -13,7 +13,7 @@ _logger = logging.getLogger(__name__)
 def store_of(worker: int, first: int | None, stores: Sequence[int]) -> int:
     """The store that a worker uses, where each is called by its NUMA node: that of its first GPU, which is on
     node ``first``, where there is one, and else they take turns."""
-    return first if first in stores else stores[worker % len(stores)]
+    return stores[worker % len(stores)] if first is None or first not in stores else first
 
 
 def head_nodes(config: ServerConfig, model: ResolvedModel, stores: Sequence[int]) -> list[tuple[int, ...]]:
