@@ -447,7 +447,7 @@ class ServerConfig:
     kvstore: tuple[str, ...] = option(
         ("numa0",),
         "KV stores, one for each NUMA node named: numa0 or numa0,numa1; a worker uses the store on its GPU's "
-        "node, or else they take turns",
+        "node, or else they take turns; of a worker on GPUs of several nodes each KV head lies on its GPU's",
         "NODES",
         _names,
         default_text="numa0",
