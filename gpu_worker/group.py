@@ -3,22 +3,26 @@
 A rank adds up what all of them have computed twice in a layer, after attention and after the MLP, and puts
 their logits together. It uses torch.distributed: NCCL on GPUs, Gloo on the CPU, both within one machine.
 
-On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There each rank puts its share
-into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel adds them up;
-the long sums of prompts go through NCCL. Where GPUs cannot read each other's memory, all of them do.
+On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There the matrix product writes
+a rank's share into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel
+adds up what all have left there, with the residual and the norm that follow (``clo.kernels.add_shares``);
+other sums are left to PyTorch's kernel for such memory. The long sums of prompts go through NCCL. Where GPUs
+cannot read each other's memory, all of them do.
 """
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, FileStore, ReduceOp  # type: ignore[attr-defined]
 
+from clo.kernels.add_shares import MOST_ROWS, Meeting, add_shares
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
@@ -42,6 +46,13 @@ _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the
 _logger = logging.getLogger(__name__)
 
 
+class Sum(IntEnum):
+    """The sums of a layer, which take turns."""
+
+    ATTENTION = 0
+    MLP = 1
+
+
 class Group:
     """This process as a rank of its group. All ranks have to call the same methods in the same order.
 
@@ -56,6 +67,8 @@ class Group:
 
     Attributes:
         shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
+        meetings: the same for those of ``add_shares``: this rank's shares [bytes] uint8, and where those of
+            all are, by ``Sum``; None where there is none.
 
     Raises:
         ConfigError: the ranks cannot connect.
@@ -79,7 +92,8 @@ class Group:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
-        self.shared: Tensor | None = None  # [_SYMMETRIC_BYTES] uint8, which all ranks read
+        self.shared: Tensor | None = None
+        self.meetings: tuple[tuple[Tensor, Meeting], ...] | None = None
         self._name = ""
         if cuda:
             self._share_memory()
@@ -97,7 +111,7 @@ class Group:
     def sum(self, share: Tensor) -> Tensor:
         """The sum of what all ranks give, the same for all but for rounding; ``share`` may become it."""
         shared = self.shared
-        if shared is not None and share.nbytes <= len(shared) and share.dtype in _SYMMETRIC_TYPES:
+        if shared is not None and self._short(share):
             mine = shared[: share.nbytes].view(share.dtype).view(share.shape)
             mine.copy_(share)
             summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name)
@@ -105,6 +119,36 @@ class Group:
         with self._explained():
             dist.all_reduce(share)
         return share
+
+    def begin_sum(self, share: Tensor) -> Callable[[], Tensor]:
+        """The same, beside what comes next on this stream until what is returned is called, which yields the
+        sum; ``share`` is not to be touched meanwhile."""
+        if self._short(share):
+            summed = self.sum(share)
+            return lambda: summed
+        with self._explained():
+            work = dist.all_reduce(share, async_op=True)
+
+        def finish() -> Tensor:
+            with self._explained():
+                work.wait()  # on a GPU it is the stream that waits
+            return share
+
+        return finish
+
+    def share(self, which: Sum, hidden: Tensor) -> Tensor | None:
+        """Memory like ``hidden`` [B, hidden] that becomes this rank's share for ``add_shares``; None where
+        that is not for such a sum."""
+        if self.meetings is None or hidden.nbytes > _SYMMETRIC_BYTES or len(hidden) > MOST_ROWS:
+            return None
+        memory, _ = self.meetings[which]
+        return memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+
+    def add_shares(self, which: Sum, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``hidden`` and what all ranks have written to ``share``, added up, and the RMSNorm of that; see
+        ``clo.kernels.add_shares``. Both sums of a layer are to be asked for in turn."""
+        assert self.meetings is not None, "who has a share has met"
+        return add_shares(hidden, norm, self.meetings[which][1], self.rank.number, eps)
 
     def join(self, share: Tensor) -> Tensor:
         """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
@@ -133,12 +177,20 @@ class Group:
             dist.all_reduce(total)
         return float(total) / self.rank.count
 
+    def _short(self, share: Tensor) -> bool:
+        """Whether PyTorch adds it up in memory that all ranks read."""
+        small = self.shared is not None and share.nbytes <= len(self.shared)
+        return small and share.dtype in _SYMMETRIC_TYPES
+
     def _share_memory(self) -> None:
         """Take memory that all ranks can read, if every one of them gets it."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         shared: Tensor | None = None
+        addresses: list[int] = []
+        flag_bytes = 4 * MOST_ROWS * self.rank.count
+        size = _SYMMETRIC_BYTES * (1 + len(Sum)) + flag_bytes
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(
             other == self._device.index or torch.cuda.can_device_access_peer(self._device.index, other)
@@ -146,13 +198,23 @@ class Group:
         )
         if self.least(able):
             try:
-                shared = symmetric_memory.empty(_SYMMETRIC_BYTES, dtype=torch.uint8, device=self._device)
-                symmetric_memory.rendezvous(shared, name)
+                shared = symmetric_memory.empty(size, dtype=torch.uint8, device=self._device)
+                addresses = symmetric_memory.rendezvous(shared, name).buffer_ptrs
             except RuntimeError as error:
                 _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
                 shared = None
         if self.least(shared is not None):
-            self.shared, self._name = shared, name
+            assert shared is not None
+            self.shared, *shares, flags = shared.split([_SYMMETRIC_BYTES] * (1 + len(Sum)) + [flag_bytes])
+            self._name = name
+            flags.zero_()
+            self.least(0)  # as all ranks have done
+            starts = torch.tensor(addresses, device=self._device)
+            sums = torch.zeros(MOST_ROWS, dtype=torch.int32, device=self._device)
+            self.meetings = tuple(
+                (memory, Meeting(starts + number * _SYMMETRIC_BYTES, starts + size - flag_bytes, sums))
+                for number, memory in enumerate(shares, 1)
+            )
         elif self.leads:
             _logger.info("All sums of the ranks go through NCCL.")
 

@@ -69,8 +69,7 @@ def load_kernels(decoder: Decoder, longest: int) -> None:
         hidden = decoder.embed(torch.zeros(count, dtype=torch.int64, device=decoder.device))
         rope = decoder.rope(torch.arange(count, device=decoder.device))
         query, _ = decoder.qkv(0, decoder.input_norm(0, hidden), rope)
-        _, normed = decoder.add_attention(0, hidden, query, in_place=True)
-        decoder.add_mlp(0, hidden, normed, in_place=True)
+        decoder.complete(0, hidden, query)
 
 
 class Prefill:
@@ -219,14 +218,16 @@ class Prefill:
             self._layer = layer + 1
             if not final:
                 self._begin_layer()
-        hidden = hidden[-wanted:]
-        _, normed = decoder.add_attention(layer, hidden, attended[-wanted:], in_place=True)
-        _, normed = decoder.add_mlp(layer, hidden, normed, in_place=True)
-        if final and self.scores is not None:
+        if not final:
+            decoder.complete(layer, hidden, attended)
+            return None
+        hidden, normed = decoder.add_attention(layer, hidden[-wanted:], attended[-wanted:])
+        _, normed = decoder.add_mlp(layer, hidden, normed)
+        if self.scores is not None:
             rows = self.scores.rows(decoder.vocab)
             for first in range(0, tokens, rows):
                 self.scores.take(start + first, decoder.logits(normed[first : first + rows]))
-        return decoder.logits(normed[-self._last :]) if final and ending else None
+        return decoder.logits(normed[-self._last :]) if ending else None
 
     def _begin_layer(self) -> None:
         """The layer's rows begin with those that are in the arena already. Those of the next layer come

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clo.kernels.add_shares import MOST_ROWS, Meeting, add_shares
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
 from clo.kernels.attend_tail import attend_tail, tail_parts
@@ -59,6 +60,9 @@ SHAPES = [
     Shape(256, 1, 8, torch.float32),
 ]
 """Those at which the kernels are compared with their references."""
+
+
+_kept: list[Tensor] = []  # whose addresses are in calls
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,13 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     scores = Scores(
         zeros(*heads, tokens, dtype=torch.int16), zeros(*heads, -(-tokens // RUN), 2, dtype=torch.int16)
     )
+    met, width = min(batch, MOST_ROWS), 4 * head_dim
+    places = [zeros(2, dtype=torch.int64) for _ in range(2)]
+    if device == "cpu":  # where the reference reads what is at an address; the other rank has been there
+        memory = zeros(met, width), zeros(met, 2, dtype=torch.int32) + 2**30
+        places = [torch.tensor([tensor.data_ptr()] * 2) for tensor in memory]
+        _kept.extend(memory)
+    meeting = Meeting(places[0], places[1], zeros(met, dtype=torch.int32))
     runs = zeros(*heads, sizes.runs, dtype=torch.int32)
     tail = TailList(runs, runs + 1, zeros(*heads, dtype=torch.int32), zeros(*heads, dtype=torch.float32))
     queries = *heads, 1, group  # attended in one part, as the reference does
@@ -317,6 +328,13 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
             {
                 "flag": zeros(1, dtype=torch.int64) + 1, "number": 1, "timeout_ns": 0,
                 "status": zeros(1, dtype=torch.int64),
+            },
+        ),
+        Call(
+            add_shares,
+            {
+                "hidden": zeros(met, width), "weight": zeros(width), "meeting": meeting, "rank": 1,
+                "eps": 1e-5,
             },
         ),
     ]  # fmt: skip

@@ -80,15 +80,16 @@ def gemm_step(model: Model, batch: int) -> float:
     return seconds(graph.replay)
 
 
-def full_attention(model: Model, context: int, hbm: float) -> tuple[int, float]:
+def full_attention(model: Model, context: int, hbm: float, memory: int | None = None) -> tuple[int, float]:
     """The floor of full attention whose KV never left the GPU.
 
     Args:
-        context: tokens of each sequence; hbm: bytes per second.
+        context: tokens of each sequence; hbm: bytes per second; memory: bytes of a GPU; None for this one's.
 
     Returns:
         (sequences that fit beside the weights into nine tenths of the GPU memory, tokens per second).
     """
     kv = context * model.shape.token_bytes
-    batch = int(0.9 * torch.cuda.mem_get_info()[1] - model.weight_bytes) // kv
+    memory = memory or torch.cuda.mem_get_info()[1]
+    batch = int(0.9 * memory - model.weight_bytes) // kv
     return batch, batch / (gemm_step(model, batch) + batch * kv / hbm)

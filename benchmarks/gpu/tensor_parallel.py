@@ -6,14 +6,17 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
 
 - tp/step/2: a decode step of 24 sequences of 32K, of which each head fetches 9 % of its selection anew.
   ``tp/all-reduce``: what a sum of the ranks takes in a graph of nothing else, and what all of them take in
-  the step, by NCCL and through memory that both GPUs read. ``tp/idle``: what is left of the latter beyond the
+  the step: by NCCL; through memory that both GPUs read, by PyTorch (symmetric); and there by the kernel that
+  adds the residual and norms the sum as well (fused). ``tp/idle``: what is left of the latter beyond the
   former: a rank waits for the other.
 - tp/prefill/2: a prompt of 32K tokens, dense.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
   for what CUDA and NCCL take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
-- tp/qwen3-32b: the same step at the Qwen3-32B shape, with random weights, on two GPUs; the reference is the
-  floor of what each of them has to compute and to read.
+- tp/qwen3-32b: the same step of 12 sequences at the Qwen3-32B shape, with random weights, on two GPUs; the
+  reference is the floor of what each of them has to compute and to read. tp/qwen3-32b/full: its rate beside
+  the floor of full attention whose KV never left both GPUs, of this memory and of 80 GB, at the largest batch
+  that fits.
 """
 
 import multiprocessing
@@ -32,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.baseline import release
-from benchmarks.gpu.ceilings import gemm_step, graph_of
+from benchmarks.gpu.ceilings import full_attention, gemm_step, graph_of
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED
@@ -49,7 +52,7 @@ from benchmarks.gpu.synthetic import (
 from benchmarks.result import Result, write
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.graphs import DecodeGraphs
-from clo.gpu_worker.group import Group
+from clo.gpu_worker.group import Group, Sum
 from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.memory import plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder
@@ -66,7 +69,9 @@ RANKS, SEQUENCES = 2, 24
 LENGTH = CONTEXT - 300
 NEW_ROWS = round(SELECTED * 0.09)
 _REPEATS, _ROUNDS = 16, 5  # steps one behind the other that are timed together, and how often
+MEMORIES = {"of this memory": None, "of 80 GB": 80 * 10**9}  # of which full attention's GPUs are
 _SUMS = 64  # of a graph
+WAYS = "fused", "symmetric", "nccl"  # in which ranks add up, the one that is taken where it can be first
 _ANSWER_S = 240  # for a rank to finish a part
 _CONTEXT_BYTES = 2**30
 _BLOCKS = 2**20  # of an arena that is no limit
@@ -106,22 +111,31 @@ def step(place: Place) -> Figures:
     if group is None:
         return {"step": step_ms(engine, SEQUENCES)}
     figures = dict[str, float]()
-    shared = group.shared
-    for name in ("symmetric", "nccl"):
-        if name == "symmetric" and shared is None:
-            continue
-        if name == "nccl":
-            group.shared = None
-        figures[f"step/{name}"] = step_ms(engine, SEQUENCES)
-        share = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
-        graph = graph_of(lambda: [group.sum(share) for _ in range(_SUMS)])  # noqa: B023
-        figures[f"sum/{name}"] = 1e3 * together_ms(graph.replay) / _SUMS
+    meetings, shared = group.meetings, group.shared
+    hidden = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
+    for way in WAYS if shared is not None else WAYS[-1:]:
+        group.meetings = meetings if way == "fused" else None
+        group.shared = None if way == "nccl" else shared
+        figures[f"step/{way}"] = step_ms(engine, SEQUENCES)
+        sum_all = partial(sums, group, hidden)
+        sum_all()
+        graph = graph_of(sum_all)
+        figures[f"sum/{way}"] = 1e3 * together_ms(graph.replay) / _SUMS
         del graph
-        said(f"{name}: {figures}")
+        said(f"{way}: {figures}")
     decoder.group = _Silent(group)  # type: ignore[assignment]
     figures["step/without"] = step_ms(engine, SEQUENCES)
-    decoder.group, group.shared = group, shared
+    decoder.group, group.meetings, group.shared = group, meetings, shared
     return figures
+
+
+def sums(group: Group, hidden: Tensor) -> None:
+    """Many sums, one behind the other."""
+    for which in list(Sum) * (_SUMS // len(Sum)):
+        if group.share(which, hidden) is None:
+            group.sum(hidden)
+        else:
+            group.add_shares(which, hidden, hidden[0], 1e-5)
 
 
 class _Silent:
@@ -134,6 +148,9 @@ class _Silent:
 
     def sum(self, share: Tensor) -> Tensor:
         return share
+
+    def share(self, which: Sum, hidden: Tensor) -> None:
+        """None of its own memory."""
 
 
 @torch.inference_mode()
@@ -204,17 +221,23 @@ def gather(place: Place) -> Figures:
 
 @torch.inference_mode()
 def qwen(place: Place) -> Figures:
-    """Milliseconds of a step, and its floor."""
+    """Milliseconds of a step and its floor, and tokens/s of the floors of full attention."""
     group = place.group
     assert group is not None, "it is for several GPUs"
     sequences = SEQUENCES // 2  # which have as much KV as those of the smaller model
-    gemm = gemm_step(QWEN3_32B.share(group.rank), sequences)
+    share = QWEN3_32B.share(group.rank)
+    gemm = gemm_step(share, sequences)
     release()
+    full: Figures = {}
+    for name, memory in MEMORIES.items():
+        batch, full[f"full attention, {name}"] = full_attention(share, CONTEXT, place.hbm, memory)
+        full[f"batch, {name}"] = batch
+        release()
     said("qwen3-32b: matrix products done")
     decoder = random_decoder(QWEN3_32B, MAX_TOKENS, group)
     engine = decoding(place, QWEN3_32B, decoder, sequences)
     read = index_bytes_read(engine, sequences, CONTEXT) + engine.cache.resident_bytes // group.rank.count
-    return {"step": step_ms(engine, sequences), "floor": 1e3 * (gemm + read / place.hbm)}
+    return {"step": step_ms(engine, sequences), "floor": 1e3 * (gemm + read / place.hbm), **full}
 
 
 PARTS: dict[str, Callable[[Place], Figures]] = {
@@ -393,22 +416,36 @@ def results_of(name: str, one: Figures, both: list[Figures]) -> list[Result]:
                 )
             ]
         case _:
-            rates = [SEQUENCES / 2 / first[key] * 1e3 for key in ("step", "floor")]
-            return [
-                compared("tp/qwen3-32b", "random weights", rates[0], "tokens/s", rates[1]),
-                compared("tp/qwen3-32b", "step", first["step"], "ms", first["floor"]),
-            ]
+            return list(_of_qwen(first))
+
+
+def _of_qwen(first: Figures) -> Iterator[Result]:
+    """The results of ``qwen``."""
+    step, floor = first["step"], first["floor"]
+    rate, most = (SEQUENCES / 2 / took * 1e3 for took in (step, floor))
+    yield Result("tp/qwen3-32b", "random weights", rate, "tokens/s", most, rate / most)
+    yield Result("tp/qwen3-32b", "step", step, "ms", floor, step / floor)
+    for gpus in MEMORIES:
+        full, batch = first[f"full attention, {gpus}"], first[f"batch, {gpus}"]
+        yield Result(
+            "tp/qwen3-32b/full",
+            f"beside {batch} sequences on GPUs {gpus}",
+            rate,
+            "tokens/s",
+            full,
+            rate / full,
+        )
 
 
 def _of_step(one: float, both: list[Figures]) -> Iterator[Result]:
     """The results of ``step``. one: milliseconds on one GPU."""
     first = both[0]
     sums = 2 * LLAMA_8B.layers + 1
-    used = "symmetric" if "step/symmetric" in first else "nccl"
+    used = next(way for way in WAYS if f"step/{way}" in first)
     took = first[f"step/{used}"]
     yield Result("tp/step/2", f"time, {used}", took, "ms", one, took / one)
     yield Result("tp/step/2", "rate", SEQUENCES / took * 1e3, "tokens/s", SEQUENCES / one * 1e3, one / took)
-    for way in ("nccl", "symmetric"):
+    for way in WAYS:
         if f"step/{way}" not in first:
             continue
         step, alone = first[f"step/{way}"], first[f"sum/{way}"]

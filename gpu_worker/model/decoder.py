@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clo.gpu_worker.group import Group
+from clo.gpu_worker.group import Group, Sum
 from clo.gpu_worker.model import eager
 from clo.gpu_worker.model.fused import fused
 from clo.gpu_worker.model.mlp import gated
-from clo.gpu_worker.model.weights import Weights, load_weights
+from clo.gpu_worker.model.weights import Linear, Weights, load_weights
 from clo.kernels.quantize_query import Rope
 from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape, kv_shape
 from clo.runtime.model.ranks import ALONE
+
+_HALVED_TOKENS = 256  # from which the halves of a group's sums are worth their launches
 
 
 class Decoder:
@@ -160,35 +162,45 @@ class Decoder:
         heads, qk_norm = self._project(layer, normed, count), self._weights.layers[layer].qk_norm
         return self._rotate(heads, *rope, qk_norm, self._is_value[:count], self._norm_eps)
 
-    def add_attention(
-        self, layer: int, hidden: Tensor, attended: Tensor, *, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def add_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """From the output of a layer's attention to its MLP.
 
         Args:
             layer: number of the layer.
             hidden: hidden states [N, hidden] that entered the layer.
             attended: output of attention [N, query_heads, head_dim].
-            in_place: whether ``hidden`` itself becomes the sum.
 
         Returns:
             Hidden states [N, hidden] between attention and MLP, and the same after the MLP's norm.
         """
         weights = self._weights.layers[layer]
-        out = self._whole(weights.output(attended.flatten(1)))
-        return self._add(hidden, out, weights.mlp_norm, in_place=in_place)
+        norm = weights.mlp_norm
+        return self._add(Sum.ATTENTION, hidden, weights.output, attended.flatten(1), norm)
 
-    def add_mlp(
-        self, layer: int, hidden: Tensor, normed: Tensor, *, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The rest of a layer, given what ``add_attention`` returned; ``in_place`` as there.
+    def add_mlp(self, layer: int, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of a layer, given what ``add_attention`` returned.
 
         Returns:
             Hidden states [N, hidden] that enter the next layer, and the same after ``input_norm`` for it.
         """
         weights = self._weights.layers[layer]
-        out = self._whole(weights.down(self._gated(weights.gate_up(normed))))
-        return self._add(hidden, out, self._norm_of(layer + 1), in_place=in_place)
+        gated, norm = self._gated(weights.gate_up(normed)), self._norm_of(layer + 1)
+        return self._add(Sum.MLP, hidden, weights.down, gated, norm)
+
+    def complete(self, layer: int, hidden: Tensor, attended: Tensor) -> None:
+        """Both of these for many tokens: ``hidden`` becomes what enters the next layer.
+
+        In a group the products of one half of the tokens are computed while the ranks add up the other's.
+        """
+        weights, eps = self._weights.layers[layer], self._norm_eps
+        parts = hidden.tensor_split(1 if self.group is None or len(hidden) < _HALVED_TOKENS else 2)
+        shares = attended.flatten(1).split(len(parts[0]))
+        sums = [self._begin_sum(weights.output(share)) for share in shares]
+        for number, part in enumerate(parts):
+            normed = self._add_in_place(part, sums[number](), weights.mlp_norm, eps)
+            sums[number] = self._begin_sum(weights.down(self._gated(weights.gate_up(normed))))
+        for part, whole in zip(parts, sums, strict=True):
+            part += whole()
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
@@ -202,18 +214,24 @@ class Decoder:
             .contiguous()
         )
 
-    def _whole(self, share: Tensor) -> Tensor:
-        """What a product yields, given the share of it that is this rank's."""
-        return share if self.group is None else self.group.sum(share)
-
     def _norm_of(self, layer: int) -> Tensor:
         layers = self._weights.layers
         return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _add(self, hidden: Tensor, x: Tensor, norm: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
-        if in_place:
-            return hidden, self._add_in_place(hidden, x, norm, self._norm_eps)
-        return self._add_and_norm(hidden, x, norm, self._norm_eps)
+    def _begin_sum(self, share: Tensor) -> Callable[[], Tensor]:
+        """What yields the sum of all ranks' shares, which are added up meanwhile."""
+        return (lambda: share) if self.group is None else self.group.begin_sum(share)
+
+    def _add(
+        self, which: Sum, hidden: Tensor, product: Linear, x: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states plus a product, of which a rank computes its share, and the RMSNorm of that."""
+        if self.group is None:
+            return self._add_and_norm(hidden, product(x), norm, self._norm_eps)
+        if (share := self.group.share(which, hidden)) is None:
+            return self._add_and_norm(hidden, self.group.sum(product(x)), norm, self._norm_eps)
+        product(x, into=share)
+        return self.group.add_shares(which, hidden, norm, self._norm_eps)
 
     def _project(self, layer: int, normed: Tensor, heads: int) -> Tensor:
         """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""

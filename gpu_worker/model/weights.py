@@ -28,8 +28,13 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """[N, out] of [N, in]; ``into`` becomes it where that is given."""
+        if into is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight.T, out=into)
+        return torch.addmm(self.bias, x, self.weight.T, out=into)
 
     def first(self, rows: int) -> "Linear":
         """The part that computes the first ``rows`` outputs, without a copy."""

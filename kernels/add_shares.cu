@@ -1,0 +1,89 @@
+// A block has a row. Before it reads what the other ranks have left for it, it meets the same block of each
+// of them: it writes the number of this sum to their flags, and waits for theirs in its own. All of this is
+// plain stores, which a rank waits for once, where atomics over the GPUs' link would take a way there and
+// back.
+#include "common.cuh"
+
+__device__ inline void say(uint32* flag, uint32 number) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+}
+
+__device__ inline uint32 heard(const uint32* flag) {
+    uint32 number;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(number) : "l"(flag) : "memory");
+    return number;
+}
+
+__device__ inline uint4 pack(const float (&values)[PER_CHUNK]) {
+    uint32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if ELEMENT == 2
+        words[i] = __float_as_uint(values[i]);
+#else
+        words[i] = (uint32)to_element(values[2 * i]) | (uint32)to_element(values[2 * i + 1]) << 16;
+#endif
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+extern "C" __global__ void add_shares(
+    const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 chunks, const int64* shares,
+    const int64* flags, uint32* sums, int64 rank, float eps) {
+    __shared__ float room[32];
+    const int64 row = blockIdx.x;
+    const uint32 number = sums[row] + 1;
+    uint4 before[CHUNKS], factors[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const int64 chunk = threadIdx.x + i * blockDim.x;
+        if (chunk < chunks) {
+            before[i] = hidden[row * chunks + chunk];
+            factors[i] = weight[chunk];
+        }
+    }
+    if (threadIdx.x < RANKS) {
+        say((uint32*)flags[threadIdx.x] + row * RANKS + rank, number);
+        const uint32* own = (const uint32*)flags[rank] + row * RANKS + threadIdx.x;
+        while ((int)(heard(own) - number) < 0) {}
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) sums[row] = number;
+    float values[CHUNKS][PER_CHUNK], squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const int64 chunk = threadIdx.x + i * blockDim.x;
+        if (chunk >= chunks) continue;
+        uint4 given[RANKS];
+#pragma unroll
+        for (int other = 0; other < RANKS; other++)
+            given[other] = ((const uint4*)shares[other])[row * chunks + chunk];
+        float sum[PER_CHUNK] = {};
+#pragma unroll
+        for (int other = 0; other < RANKS; other++) {  // in one order at all ranks
+            float part[PER_CHUNK];
+            unpack(given[other], part);
+#pragma unroll
+            for (int j = 0; j < PER_CHUNK; j++) sum[j] += part[j];
+        }
+        unpack(before[i], values[i]);
+#pragma unroll
+        for (int j = 0; j < PER_CHUNK; j++) {
+            values[i][j] = to_float(to_element(values[i][j] + sum[j]));
+            squares += values[i][j] * values[i][j];
+        }
+        total[row * chunks + chunk] = pack(values[i]);
+    }
+    squares = block_sum(squares, room);
+    const float factor = rsqrtf(squares / (float)(chunks * PER_CHUNK) + eps);
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const int64 chunk = threadIdx.x + i * blockDim.x;
+        if (chunk >= chunks) continue;
+        float scales[PER_CHUNK];
+        unpack(factors[i], scales);
+#pragma unroll
+        for (int j = 0; j < PER_CHUNK; j++) scales[j] *= values[i][j] * factor;
+        normed[row * chunks + chunk] = pack(scales);
+    }
+}

@@ -1,0 +1,69 @@
+"""Ranks that add up their shares within one process: each with memory of its own, which all of them know."""
+
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clo.kernels.add_shares import Meeting, add_shares
+
+EPS = 1e-5
+
+
+class Place(NamedTuple):
+    """A rank's memory for its shares, and where all ranks' is, for one of two sums that take turns."""
+
+    share: Tensor
+    meeting: Meeting
+
+
+def places(ranks: int, rows: int, width: int, dtype: torch.dtype, device: str) -> list[list[Place]]:
+    """Both places of each rank."""
+
+    def addresses(tensors: list[Tensor]) -> Tensor:
+        return torch.tensor([tensor.data_ptr() for tensor in tensors], device=device)
+
+    shares = [
+        [torch.full((rows, width), float("nan"), dtype=dtype, device=device) for _ in range(ranks)]
+        for _ in range(2)
+    ]
+    flags = [torch.zeros(rows, ranks, dtype=torch.int32, device=device) for _ in range(ranks)]
+    sums = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(ranks)]
+    known = addresses(flags), *map(addresses, shares)
+    _kept.append((shares, flags))
+    return [
+        [Place(shares[turn][rank], Meeting(known[1 + turn], known[0], sums[rank])) for turn in range(2)]
+        for rank in range(ranks)
+    ]
+
+
+_kept: list[object] = []  # of whose memory only addresses are known
+
+
+def add_up(rank: int, mine: list[Place], hidden: Tensor, weight: Tensor, given: list[Tensor]) -> list[Tensor]:
+    """Several sums one behind the other, each of which begins with the total of the one before, of which
+    every second one has fewer rows; the norms of all.
+
+    Args:
+        given: this rank's share of each.
+    """
+    found = []
+    for place, share in zip(cycle(mine), given, strict=False):
+        rows = len(share)
+        place.share[:rows].copy_(share)
+        total, normed = add_shares(hidden[:rows].contiguous(), weight, place.meeting, rank, EPS)
+        hidden[:rows] = total
+        found.append(normed)
+    return found
+
+
+def expected(hidden: Tensor, weight: Tensor, given: list[list[Tensor]]) -> list[Tensor]:
+    """The same, given the shares of all ranks, in float32."""
+    hidden, found = hidden.float().clone(), []
+    for shares in zip(*given, strict=True):
+        rows = len(shares[0])
+        hidden[:rows] += sum(share.float() for share in shares)
+        norm = torch.nn.functional.rms_norm(hidden[:rows], hidden.shape[1:], weight.float(), EPS)
+        found.append(norm)
+    return found
