@@ -23,8 +23,9 @@ from clo.kvstore.client import StoreClient
 from clo.kvstore.layout import arena_parts, by_block, codes_of, rows_of
 from clo.runtime.config import CacheConfig, GroupConfig, PrefillAttention, ResolvedModel, WorkerConfig
 from clo.runtime.machine.host_memory import available_memory
-from clo.runtime.machine.numa import bind, device_node
+from clo.runtime.machine.numa import bind
 from clo.runtime.model.kv_shape import kv_shape
+from clo.runtime.model.placement import store_of
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
 from clo.runtime.wire.messages import Attach, Attached
@@ -74,8 +75,7 @@ def start(
 def _choose_store(config: WorkerConfig) -> str:
     """Take this process's GPU, and the store on the NUMA node of the worker's first one; returns the store's
     address."""
-    nodes = list(config.stores)
-    own = node = nodes[config.worker % len(nodes)]  # without a GPU one is as near as another
+    first = near = None  # without a GPU one store is as near as another
     if config.model.device == "cuda":
         gpus = torch.cuda.device_count()
         if config.process >= gpus:
@@ -84,21 +84,15 @@ def _choose_store(config: WorkerConfig) -> str:
                 f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower {lower}."
             )
         torch.cuda.set_device(config.process)
-        first, near = (device_node(number) for number in (config.process - config.rank, config.process))
-        if first in config.stores:
-            own = node = first
-        elif first is not None:
+        nodes = config.model.gpu_nodes
+        first, near = nodes[config.process - config.rank], nodes[config.process]
+        if first is not None and first not in config.stores:
             _logger.info(
                 "The GPU of worker %d is on NUMA node %d, which has no KV store.", config.worker, first
             )
-        if near is not None and near != first:
-            _logger.warning(
-                "GPU %d is on NUMA node %d and the KV store of its worker on node %d; rows take longer.",
-                config.process, near, node,
-            )  # fmt: skip
-            own = near
-    bind(own)
-    return config.stores[node]
+    store = store_of(config.worker, first, list(config.stores))
+    bind(store if near is None or near == first else near)
+    return config.stores[store]
 
 
 def _group(config: GroupConfig, device: str) -> Group:
@@ -198,7 +192,7 @@ def _plan(config: WorkerConfig, decoder: Decoder, blocks: int) -> MemoryPlan:
         memory = group.least(free), group.least(total)
         plan = plan_gpu_memory(*sizes, memory) if group.leads else _NO_PLAN
     else:
-        free, place = available_memory([0])
+        free, place = available_memory([[0]])
         if group is None:
             return plan_cpu_memory(*sizes, (free, place))
         free = group.least(free) // config.ranks

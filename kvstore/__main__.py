@@ -5,12 +5,13 @@ The key of the server's sockets comes through stdin.
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from clo.kvstore.arena import Arena
+from clo.kvstore.arena import Arena, Piece
 from clo.kvstore.block_file import read_disk_key
 from clo.kvstore.disk import DiskTier, root_of
 from clo.kvstore.layout import ArenaLayout, arena_bytes
@@ -46,8 +47,7 @@ def main() -> None:
         )
     key = read_key()
     with zmq.Context() as context, listen(context, config.endpoint, key) as socket:
-        check_memory({config.node: config.arena_bytes})
-        arena = Arena.create(config.arena_bytes)
+        arena = _arena(config, blocks)
         disk = _disk_tier(config, arena, blocks)
         keep = config.prefix_caching == "on"
         pool = BlockPool(blocks, config.block.tokens, keep=keep, report=config.kv_events, lower=disk)
@@ -59,15 +59,33 @@ def main() -> None:
         store.run()
 
 
+def _layout(config: StoreConfig, blocks: int) -> ArenaLayout:
+    block = config.block
+    return ArenaLayout.of_block(block.layers, block.kv_heads, blocks, block.bytes)
+
+
+def _arena(config: StoreConfig, blocks: int) -> Arena:
+    """The arena, whose KV heads lie where they should. Raises ``ConfigError`` where they have no room."""
+    pieces, held = list[Piece](), Counter[int]()
+    if config.head_nodes:
+        pieces += _layout(config, blocks).on_nodes(config.head_nodes, config.arena_bytes)
+    for piece in pieces or [Piece(0, config.arena_bytes, config.node)]:
+        held[piece.node] += piece.stop - piece.start
+    check_memory(held)
+    try:
+        return Arena.create(config.arena_bytes, pieces)
+    except OSError as error:  # the launcher has tried it
+        raise ConfigError(f"The memory of {config.name} cannot be bound to NUMA nodes: {error}.") from None
+
+
 def _disk_tier(config: StoreConfig, arena: Arena, blocks: int) -> DiskTier | None:
     if config.disk is None:
         return None
     block, folder = config.block, Path(config.disk.folder).expanduser() / config.name
-    layout = ArenaLayout.of_block(block.layers, block.kv_heads, blocks, block.bytes)
     root = root_of(config.disk.model, block.layers, block.kv_heads, block.tokens, block.bytes)
     try:
         key = None if config.disk.key is None else read_disk_key(Path(config.disk.key).expanduser())
-        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, layout), key)
+        return DiskTier(folder, config.disk.bytes, root, arena_bytes(arena, _layout(config, blocks)), key)
     except ConfigError as error:
         if config.disk.needed:
             raise

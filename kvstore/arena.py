@@ -8,12 +8,14 @@ import contextlib
 import math
 import mmap
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from clo.runtime.machine.numa import bind_pages
 from clo.runtime.wire.errors import ConfigError, WorkerDied
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TOUCH_BYTES = 64 * 2**20  # touched by one thread at a time
+
+
+class Piece(NamedTuple):
+    """Bytes of an arena, whole pages of it, that lie on one NUMA node."""
+
+    start: int
+    stop: int
+    node: int
 
 
 class Arena:
@@ -40,14 +50,24 @@ class Arena:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     @classmethod
-    def create(cls, size: int) -> "Arena":
+    def create(cls, size: int, pieces: Iterable[Piece] = ()) -> "Arena":
         """Make an arena and touch every page of it, so that a lack of memory shows now and not while a
-        request is served; call ``clo.runtime.machine.host_memory.check_memory`` before. The pages are
-        zero."""
+        request is served; call ``clo.runtime.machine.host_memory.check_memory`` before. The pages are zero.
+
+        Args:
+            size: bytes.
+            pieces: those that have a NUMA node of their own; the rest lies where this process is bound to.
+
+        Raises:
+            OSError: a piece cannot be bound, see ``bind_pages``.
+        """
         fd = os.memfd_create("clo-arena")
         os.ftruncate(fd, size)
         arena = cls(fd, size)
         arena.fd = fd
+        start = np.frombuffer(arena._memory, np.uint8).ctypes.data
+        for piece in pieces:
+            bind_pages(start + piece.start, piece.stop - piece.start, piece.node)
         arena._touch()
         return arena
 

@@ -1,15 +1,20 @@
 """The layout of the arena, which is the order of its rows. Everyone who reads or writes a row asks here."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, groupby, product
 from typing import TYPE_CHECKING
+
+from clo.kvstore.arena import Arena, Piece
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from clo.kvstore.arena import Arena
     from clo.runtime.model.kv_shape import KVShape
+
+_PAGE = 2 * 2**20  # a huge page of most machines, and a multiple of any other
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,20 @@ class ArenaLayout:
         """Byte at which one layer and head of a block begins."""
         return ((layer * self.kv_heads + kv_head) * self.blocks + block) * self.part_bytes
 
+    def on_nodes(self, head_nodes: Sequence[int], size: int) -> Iterator[Piece]:
+        """The pieces of an arena of ``size`` bytes where each KV head lies on a NUMA node of its own, in
+        every layer. They begin and end where pages do: a page that several heads share lies on the node of
+        the one with which it begins, and what is behind the last block on the last one's."""
+        heads = product(range(self.layers), range(self.kv_heads))
+        starts = [min(size, -(-self.offset(*head, 0) // _PAGE) * _PAGE) for head in heads]
+        pieces = map(Piece, starts, [*starts[1:], size], cycle(head_nodes))
+        held = (piece for piece in pieces if piece.start < piece.stop)
+        for node, run in groupby(held, lambda piece: piece.node):
+            same = list(run)
+            yield Piece(same[0].start, same[-1].stop, node)
 
-def arena_parts(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor":
+
+def arena_parts(arena: Arena, shape: "KVShape", blocks: int) -> "torch.Tensor":
     """The bytes of an arena as a tensor, in the order of memory: [layers, kv_heads, blocks, part_bytes]."""
     import torch  # here, because the store itself needs none
 
@@ -73,12 +90,12 @@ def codes_of(parts: "torch.Tensor", shape: "KVShape") -> "torch.Tensor | None":
     return parts[..., shape.block_tokens * shape.row_bytes :].permute(2, 0, 1, 3)
 
 
-def arena_tensor(arena: "Arena", shape: "KVShape", blocks: int) -> "torch.Tensor":
+def arena_tensor(arena: Arena, shape: "KVShape", blocks: int) -> "torch.Tensor":
     """The rows of an arena, see ``rows_of``."""
     return rows_of(arena_parts(arena, shape, blocks), shape)
 
 
-def arena_bytes(arena: "Arena", layout: ArenaLayout) -> "NDArray[np.uint8]":
+def arena_bytes(arena: Arena, layout: ArenaLayout) -> "NDArray[np.uint8]":
     """The bytes of an arena in the order of memory: [layers * kv_heads][blocks][part_bytes]."""
     return arena.bytes((layout.layers * layout.kv_heads, layout.blocks, layout.part_bytes))
 

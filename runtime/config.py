@@ -138,6 +138,8 @@ class ResolvedModel:
         architecture: of the whole model.
         dtype: type of weights and KV cache, a name such as "bfloat16".
         device: "cuda" or "cpu".
+        gpu_nodes: NUMA node of each GPU, in the order in which PyTorch numbers them; None where the machine
+            does not say.
     """
 
     name: str
@@ -148,6 +150,7 @@ class ResolvedModel:
     device: str
     load_format: LoadFormat
     seed: int
+    gpu_nodes: tuple[int | None, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -444,7 +447,7 @@ class ServerConfig:
     kvstore: tuple[str, ...] = option(
         ("numa0",),
         "KV stores, one for each NUMA node named: numa0 or numa0,numa1; a worker uses the store on its GPU's "
-        "node, or else they take turns",
+        "node, or else they take turns; of a worker on GPUs of several nodes each KV head lies on its GPU's",
         "NODES",
         _names,
         default_text="numa0",
@@ -578,7 +581,8 @@ class DiskConfig:
 @dataclass(frozen=True)
 class StoreConfig:
     """One KV store: its name (``numa0``), NUMA node, arena size in bytes, its own address and the router's,
-    its blocks, the workers, by number, that may attach, and its disk, if it has one."""
+    its blocks, the workers, by number, that may attach, and its disk, if it has one. ``head_nodes`` has the
+    NUMA node of each KV head where not all of them lie on ``node``."""
 
     name: str
     node: int
@@ -591,6 +595,7 @@ class StoreConfig:
     prefix_caching: PrefixCaching = "on"
     kv_events: bool = False
     log_level: LogLevel = "warning"
+    head_nodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

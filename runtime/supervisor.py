@@ -38,6 +38,7 @@ from clo.runtime.model.files import resolve
 from clo.runtime.model.fingerprint import fingerprint
 from clo.runtime.model.kv_shape import kv_shape
 from clo.runtime.model.kv_size import kv_size
+from clo.runtime.model.placement import head_nodes
 from clo.runtime.model.ranks import check_ranks
 from clo.runtime.router import Router
 from clo.runtime.wire.errors import CLOError, ConfigError, InvalidRequest, ServerStopped, WorkerDied
@@ -199,7 +200,8 @@ class Supervisor:
         self._listener = None if config.gateway.http is None else Listener(config)
         self._model = resolve(config.model)
         check_ranks(self._model.architecture, config.tensor_parallel_size)
-        self._kv_size = kv_size(config, self._model, self._nodes)
+        self._head_nodes = head_nodes(config, self._model, self._nodes)
+        self._kv_size = kv_size(config, self._model, self._head_nodes)
         shape = kv_shape(
             self._model.architecture,
             self._model.dtype,
@@ -291,6 +293,7 @@ class Supervisor:
 
     async def _start_store(self, index: int, folder: PrivateFolder) -> Child:
         config, name, node = self._config, self._config.kvstore[index], self._nodes[index]
+        heads = self._head_nodes[index]
         store = StoreConfig(
             name=name,
             node=node,
@@ -307,6 +310,7 @@ class Supervisor:
             prefix_caching=config.prefix_caching,
             kv_events=config.kv_events_port is not None,
             log_level=config.log_level,
+            head_nodes=heads if set(heads) != {node} else (),
         )
         child = await Child.start(f"KV store {name}", "clo.kvstore", [Part(store)], self._key, threads=1)
         self._router.expect(store_identity(name), child.name, *child.pids)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from clo.runtime.machine.gpu import choose_device, find_device
+from clo.runtime.machine import numa
+from clo.runtime.machine.gpu import Found, choose_device, find_device
 from clo.runtime.wire.errors import ConfigError
 
 INSTALL = "pip install 'cupy-cuda13x[ctk]>=14.2'"
@@ -29,19 +30,23 @@ def fail(error: Exception) -> Callable[[], int]:
 def put_cupy(
     monkeypatch: pytest.MonkeyPatch, version: Callable[[], int], nvrtc: Callable[[], Any] = lambda: (13, 0)
 ) -> None:
-    """A CuPy whose CUDA runtime has a version, or fails."""
+    """A CuPy whose CUDA runtime has a version, or fails. GPU 2 is on bus 62."""
     cupy: Any = ModuleType("cupy")
     cupy.__spec__ = ModuleSpec("cupy", None)
-    cupy.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(runtimeGetVersion=version), nvrtc=SimpleNamespace(getVersion=nvrtc)
+    cupy.cuda = cuda = ModuleType("cupy.cuda")
+    cupy.cuda.nvrtc = SimpleNamespace(getVersion=nvrtc)
+    cupy.cuda.runtime = SimpleNamespace(
+        runtimeGetVersion=version, deviceGetPCIBusId=lambda device: f"0000:6{device}:00.0"
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100, PyTorch for CUDA 13.0 and a CuPy that fits."""
+    """A machine with three H100, PyTorch for CUDA 13.0 and a CuPy that fits."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -55,18 +60,23 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
-def test_with_a_gpu(asked: str) -> None:
-    assert find_device(asked) == "cuda"
+def test_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """Their nodes are given in PyTorch's order, whatever the order of their buses."""
+    monkeypatch.setattr(numa, "_DEVICES", tmp_path)
+    for bus, node in (("60", "1\n"), ("61", "-1\n"), ("62", "0\n"), ("63", "7\n")):
+        (tmp_path / f"0000:{bus}:00.0").mkdir()
+        (tmp_path / f"0000:{bus}:00.0/numa_node").write_text(node)
+    assert find_device(asked) == Found("cuda", (1, None, 0))
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_it_is_the_cpu() -> None:
-    assert find_device("auto") == "cpu"
+    assert find_device("auto") == Found("cpu")
 
 
 def test_who_wants_the_cpu_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked for GPUs"))
-    assert choose_device("cpu") == "cpu"
+    assert choose_device("cpu") == Found("cpu")
 
 
 PRETENDER = """
@@ -82,13 +92,13 @@ print("a greeting that a library prints")
 @pytest.mark.parametrize(
     ("asked", "seen", "answer"),
     [
-        ("auto", "False", "cpu"),
+        ("auto", "False", Found("cpu")),
         ("cuda", "False", "PyTorch sees no CUDA GPU here: run nvidia-smi"),
         ("auto", "__import__('os').abort()", "PyTorch could not say which GPUs are here (exit code -6)"),
     ],
 )
 def test_another_process_looks_for_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, seen: str, answer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, seen: str, answer: str | Found
 ) -> None:
     """What it finds, and what it says, is what a server's user gets."""
     (tmp_path / "sitecustomize.py").write_text(PRETENDER.format(seen=seen))
@@ -96,7 +106,7 @@ def test_another_process_looks_for_gpus(
     try:
         assert choose_device(asked) == answer
     except ConfigError as error:
-        assert str(error).startswith(answer) and "--device cpu" in str(error)
+        assert str(error).startswith(str(answer)) and "--device cpu" in str(error)
 
 
 @pytest.mark.usefixtures("no_gpu")

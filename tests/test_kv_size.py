@@ -72,7 +72,7 @@ def test_an_8b_model_gets_24_requests_of_32k_on_a_machine_of_128_gib(
     llama: Llama, machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(free=120.5)
-    size = kv_size(ServerConfig(), llama("cuda", "bfloat16", 131_072), [0])
+    size = kv_size(ServerConfig(), llama("cuda", "bfloat16", 131_072), [[0]])
     assert size == int(0.8 * int(120.5 * 2**20) * 1024)
     assert size // (128 * 1024) >= 24 * 32_768
     assert capsys.readouterr().err == (
@@ -84,11 +84,14 @@ def test_an_8b_model_gets_24_requests_of_32k_on_a_machine_of_128_gib(
 @pytest.mark.parametrize(
     ("free", "nodes", "container", "stores", "expected", "place"),
     [
-        (100, (1000,), None, [0], 80, "on this machine"),
-        (100, (60, 50), None, [1], 40, "on NUMA node 1"),
-        (100, (60, 50), None, [0, 1], 40, "on"),  # 50 on each, of the machine and of the smaller node
-        (100, (60, 60), 70, [0, 1], 28, "in this container or control group"),
-        (100, (1000,), 10, [0], 8, "in this container or control group"),
+        (100, (1000,), None, [[0]], 80, "on this machine"),
+        (100, (60, 50), None, [[1]], 40, "on NUMA node 1"),
+        (100, (60, 50), None, [[0], [1]], 40, "on"),  # 50 on each, of the machine and of the smaller node
+        (100, (60, 60), 70, [[0], [1]], 28, "in this container or control group"),
+        (100, (1000,), 10, [[0]], 8, "in this container or control group"),
+        (100, (60, 40), None, [[0, 0, 1, 1]], 64, "with 1/2 of it on NUMA node 1"),
+        (100, (60, 60), None, [[0, 0, 1, 1]], 80, "on this machine"),
+        (200, (60, 90), None, [[0, 0, 0, 1], [1] * 4], 57.6, "with 5/4 of it on NUMA node 1"),
     ],
 )
 def test_the_smallest_limit_counts_and_stores_share_what_is_shared(
@@ -98,7 +101,7 @@ def test_the_smallest_limit_counts_and_stores_share_what_is_shared(
     free: float,
     nodes: tuple[float, ...],
     container: float | None,
-    stores: list[int],
+    stores: list[list[int]],
     expected: float,
     place: str,
 ) -> None:
@@ -113,10 +116,10 @@ def test_no_more_is_taken_than_all_requests_can_use(
 ) -> None:
     machine(free=2000)
     config = ServerConfig(engine=EngineConfig(max_num_seqs=24), workers=3)
-    assert kv_size(config, llama("cuda", "bfloat16", 32_700), [0]) == 3 * 24 * 32_768 * 128 * 1024
+    assert kv_size(config, llama("cuda", "bfloat16", 32_700), [[0]]) == 3 * 24 * 32_768 * 128 * 1024
     assert "(72 requests of 32700 tokens, the most at a time)" in capsys.readouterr().err
-    assert kv_size(ServerConfig(), llama("cuda", "bfloat16", 1024), [0]) == 64 * 1024 * 128 * 1024
-    assert kv_size(ServerConfig(), llama("cpu", "bfloat16", 1024), [0]) == 8 * 1024 * 128 * 1024
+    assert kv_size(ServerConfig(), llama("cuda", "bfloat16", 1024), [[0]]) == 64 * 1024 * 128 * 1024
+    assert kv_size(ServerConfig(), llama("cpu", "bfloat16", 1024), [[0]]) == 8 * 1024 * 128 * 1024
 
 
 def test_on_the_cpu_the_weights_have_their_place_first(
@@ -124,11 +127,13 @@ def test_on_the_cpu_the_weights_have_their_place_first(
 ) -> None:
     """8.03e9 parameters of Llama-3.1-8B, in 4 bytes each."""
     machine(free=50)
-    size = kv_size(ServerConfig(), llama("cpu", "float32", 131_072), [0])
+    size = kv_size(ServerConfig(), llama("cpu", "float32", 131_072), [[0]])
     assert abs(size - 0.8 * (50 * GIB - 4 * 8.03e9)) < 0.05 * GIB
     assert "beside 29.9 GiB of weights" in capsys.readouterr().err
     machine(free=20)
-    assert kv_size(ServerConfig(), llama("cpu", "float32", 131_072), [0]) > 0, "one block, which may not fit"
+    assert kv_size(ServerConfig(), llama("cpu", "float32", 131_072), [[0]]) > 0, (
+        "one block, which may not fit"
+    )
 
 
 def test_what_was_asked_for_is_checked_and_said_nothing_about(
@@ -136,10 +141,21 @@ def test_what_was_asked_for_is_checked_and_said_nothing_about(
 ) -> None:
     machine(free=10)
     model = llama("cuda", "bfloat16", 131_072)
-    assert kv_size(ServerConfig(kv_size=10 * GIB), model, [0]) == 10 * GIB
+    assert kv_size(ServerConfig(kv_size=10 * GIB), model, [[0]]) == 10 * GIB
     with pytest.raises(ConfigError, match=r"only 10\.0 GiB are available on this machine: lower --kv-size"):
-        kv_size(ServerConfig(kv_size=11 * GIB), model, [0])
+        kv_size(ServerConfig(kv_size=11 * GIB), model, [[0]])
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_asked_for_has_to_fit_the_nodes_of_its_heads(llama: Llama, machine: Machine) -> None:
+    machine(free=100, nodes=(63, 20))
+    model = llama("cuda", "bfloat16", 131_072)
+    heads = [[0] * 6 + [1] * 2]
+    assert kv_size(ServerConfig(kv_size=80 * GIB), model, heads) == 80 * GIB
+    with pytest.raises(ConfigError, match=r"wants 21\.0 GiB .* only 20\.0 GiB are available on NUMA node 1"):
+        kv_size(ServerConfig(kv_size=84 * GIB), model, heads)
+    with pytest.raises(ConfigError, match=r"wants 64\.0 GiB .* only 63\.0 GiB are available on NUMA node 0"):
+        kv_size(ServerConfig(kv_size=64 * GIB), model, [[0] * 8])
 
 
 def test_a_server_says_what_it_takes_by_itself(

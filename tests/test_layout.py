@@ -1,12 +1,14 @@
 """The layout of the arena: everyone who computes where a row lies finds the same place."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from clo.kvstore.arena import Arena
-from clo.kvstore.layout import ArenaLayout, arena_tensor, by_block
+from clo.kvstore.layout import ArenaLayout, arena_parts, arena_tensor, by_block
 from clo.runtime.model.kv_shape import KVShape, LayerSpec
+from clo.runtime.model.ranks import Rank
 
 SHAPE = KVShape((LayerSpec(),) * 3, query_heads=4, kv_heads=2, head_dim=16, dtype_name="bfloat16")
 BLOCKS = 5
@@ -37,6 +39,18 @@ def test_what_one_layer_and_head_needs_of_all_blocks_lies_together() -> None:
     for layer, head in product(range(3), range(2)):
         starts = [layout.offset(layer, head, block) for block in range(5)]
         assert starts == list(range(starts[0], starts[0] + 500, 100))
+
+
+def test_the_heads_of_a_rank_are_one_piece_of_each_layer_with_their_codes() -> None:
+    shape = replace(SHAPE, kv_heads=4, codes=True)
+    layout = ArenaLayout.of_block(shape.layers, shape.kv_heads, BLOCKS, shape.block_bytes)
+    parts = arena_parts(Arena.create(BLOCKS * shape.block_bytes), shape, BLOCKS)
+    for layer, rank in product(range(shape.layers), range(2)):
+        heads = Rank(rank, 2).kv_heads(shape.kv_heads)
+        own = parts[layer, heads]
+        start, stop = (layout.offset(layer, head, 0) for head in (heads.start, heads.stop))
+        assert own.is_contiguous() and own.nbytes == stop - start
+        assert own.data_ptr() - parts.data_ptr() == start
 
 
 @pytest.mark.parametrize(("layers", "kv_heads"), [(7, 2), (3, 401)])

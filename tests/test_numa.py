@@ -1,9 +1,14 @@
 """Binding to a NUMA node, and the memory that is available there, in a container and on the machine."""
 
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,24 +16,34 @@ from typing import Any
 import pytest
 import torch
 
+from clo.commands import check
 from clo.gpu_worker import startup
-from clo.runtime.config import ResolvedModel, WorkerConfig
+from clo.kvstore.arena import Arena, Piece
+from clo.kvstore.layout import ArenaLayout
+from clo.runtime.config import GroupConfig, ModelConfig, ResolvedModel, ServerConfig, WorkerConfig
 from clo.runtime.machine import host_memory, numa
+from clo.runtime.machine.gpu import Found
+from clo.runtime.model import files, placement
+from clo.runtime.model.placement import head_nodes
+from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
 from tests.conftest import TINY
-from tests.store import running_store
+from tests.server import READY_S, Server
+from tests.store import ARENA_BYTES, MIB, running_store
 
 GIB = 2**30
+Nodes = tuple[int | None, ...]
+MISSING = 998  # a node that no machine has
 NODE_0 = Path("/sys/devices/system/node/node0/cpulist")
 
 
 def test_a_store_for_a_node_that_is_missing_warns_once_and_serves() -> None:
-    with running_store(node=999) as store:
+    with running_store(node=MISSING) as store:
         store.worker(0)
         store.process.terminate()
         warnings = store.process.communicate()[1]
     assert warnings.count("\n") == 1
-    assert "Not bound to NUMA node 999" in warnings
+    assert "Not bound to NUMA node 998" in warnings
 
 
 def test_a_node_that_the_machine_has_not_got_is_refused(
@@ -170,13 +185,13 @@ def test_a_worker_on_a_gpu_takes_the_store_of_the_nearest_node(
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(near))
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(startup, "device_node", near.__getitem__)
-    assert chosen_stores(monkeypatch, "cuda", nodes, len(near)) == chosen
+    gpus = tuple(near.values())
+    assert chosen_stores(monkeypatch, "cuda", nodes, len(near), gpus) == chosen
     assert taken == list(near), "each worker has a GPU of its own"
     with pytest.raises(
         ConfigError, match=rf"Worker {len(near)} has no GPU .* sees {len(near)}: lower --work"
     ):
-        startup._choose_store(worker_config("cuda", nodes, len(near)))
+        startup._choose_store(worker_config("cuda", nodes, len(near), gpus))
 
 
 def test_workers_without_a_gpu_take_the_stores_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,16 +199,187 @@ def test_workers_without_a_gpu_take_the_stores_in_turn(monkeypatch: pytest.Monke
 
 
 def chosen_stores(
-    monkeypatch: pytest.MonkeyPatch, device: str, nodes: tuple[int, ...], workers: int
+    monkeypatch: pytest.MonkeyPatch, device: str, nodes: tuple[int, ...], workers: int, gpus: Nodes = ()
 ) -> list[int]:
     """The nodes of the stores that ``workers`` workers take."""
     bound: list[int] = []
     monkeypatch.setattr(startup, "bind", bound.append)
-    addresses = [startup._choose_store(worker_config(device, nodes, number)) for number in range(workers)]
+    configs = [worker_config(device, nodes, number, gpus) for number in range(workers)]
+    addresses = list(map(startup._choose_store, configs))
     assert addresses == [f"store of {node}" for node in bound]
     return bound
 
 
-def worker_config(device: str, nodes: tuple[int, ...], number: int) -> WorkerConfig:
-    model = ResolvedModel("tiny", "", TINY, 1, "float32", device, "auto", 0)
+def worker_config(device: str, nodes: tuple[int, ...], number: int, gpus: Nodes) -> WorkerConfig:
+    model = ResolvedModel("tiny", "", TINY, 1, "float32", device, "auto", 0, gpus)
     return WorkerConfig(number, "", {node: f"store of {node}" for node in nodes}, model)
+
+
+def test_ranks_bind_themselves_to_their_own_nodes_and_share_the_store_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound: list[int] = []
+    monkeypatch.setattr(startup, "bind", bound.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    config = worker_config("cuda", (0, 1), 1, (0, 0, 1, 0))
+    for rank in range(2):
+        ranked = replace(config, group=GroupConfig(rank, 2, -1, ()))
+        assert startup._choose_store(ranked) == "store of 1"
+    assert bound == [1, 0]
+
+
+# ------------------------------------------------------------------------- heads on several nodes
+
+
+@pytest.mark.parametrize(
+    ("stores", "workers", "ranks", "heads", "gpus", "placed"),
+    [
+        ((0,), 1, 2, 8, (0, 1), [(0,) * 4 + (1,) * 4]),
+        ((0,), 1, 4, 4, (0, 0, 1, 1), [(0, 0, 1, 1)]),
+        ((0,), 1, 2, 4, (1, 0), [(1, 1, 0, 0)]),  # the first GPU is elsewhere
+        ((1,), 1, 2, 2, (0, None), [(0, 1)]),  # not known: the store's
+        ((0,), 2, 2, 4, (0, 1, 0, 1), [(0, 0, 1, 1)]),
+        ((0, 1), 2, 2, 4, (0, 1, 1, 0), [(0, 0, 1, 1), (1, 1, 0, 0)]),  # each has its own group
+        ((0, 1), 1, 2, 4, (0, 1), [(0, 0, 1, 1), (1, 1, 1, 1)]),  # nobody uses the other one
+        ((0,), 1, 4, 2, (0, 1, 1, 1), [(0, 1)]),  # two ranks share a head: the first one's node
+        ((0,), 1, 4, 1, (0, 0, 1, 1), [(0,)]),
+        ((0,), 2, 2, 4, (0, 0, 1, 1), [(0, 0, 0, 0)]),  # a node for each worker
+        ((0, 1), 2, 2, 4, (0, 0, 1, 1), [(0, 0, 0, 0), (1, 1, 1, 1)]),
+        ((0,), 1, 2, 4, (1, 1), [(0, 0, 0, 0)]),
+        ((0,), 2, 1, 4, (0, 1), [(0, 0, 0, 0)]),
+        ((0,), 1, 2, 4, (None, None), [(0, 0, 0, 0)]),
+        ((0,), 1, 2, 4, (), [(0, 0, 0, 0)]),  # no GPUs
+        ((0,), 2, 2, 4, (0, 1, 1), [(0, 0, 1, 1)]),  # too few, which the worker says
+    ],
+)
+def test_heads_lie_on_the_nodes_of_their_gpus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stores: tuple[int, ...], workers: int,
+    ranks: int, heads: int, gpus: Nodes, placed: list[tuple[int, ...]],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(placement, "check_pages", lambda node: None)
+    config, model = of_ranks(stores, workers, ranks, heads, gpus)
+    assert head_nodes(config, model, stores) == placed
+    assert not caplog.records
+
+
+def test_workers_that_differ_leave_a_store_on_its_own_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is said once, of that store alone."""
+    monkeypatch.setattr(placement, "check_pages", lambda node: None)
+    config, model = of_ranks((0, 1), 4, 2, 4, (0, 1, 0, 0, 1, 0, 1, 0))
+    assert head_nodes(config, model, (0, 1)) == [(0,) * 4, (1, 1, 0, 0)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "KV store numa0 lies on one NUMA node alone, rows take longer to GPUs on others: "
+        "the GPUs of its workers are not on the same nodes, rank by rank."
+    ]
+
+
+def test_where_memory_cannot_be_bound_a_store_stays_on_its_own_node(caplog: pytest.LogCaptureFixture) -> None:
+    config, model = of_ranks((0,), 1, 2, 4, (0, MISSING))
+    assert head_nodes(config, model, [0]) == [(0,) * 4]
+    (record,) = caplog.records
+    assert re.search(r"numa0 lies on one .* on others: \[Errno \d+\] mbind: ", record.getMessage())
+
+
+def of_ranks(
+    stores: tuple[int, ...], workers: int, ranks: int, heads: int, gpus: Nodes
+) -> tuple[ServerConfig, ResolvedModel]:
+    names = tuple(f"numa{node}" for node in stores)
+    config = ServerConfig(workers=workers, tensor_parallel_size=ranks, kvstore=names)
+    architecture = replace(TINY, num_key_value_heads=heads)
+    return config, ResolvedModel("tiny", "", architecture, 1, "float32", "cuda", "auto", 0, gpus)
+
+
+def test_every_byte_lies_on_one_node_and_whole_pages_of_a_rank_on_its_own() -> None:
+    """For random shapes, with codes behind the rows or without, and with bytes behind the last block."""
+    draw = random.Random()
+    page = 2 * MIB
+    for _ in range(200):
+        ranks = draw.choice((1, 2, 4, 8))
+        heads = ranks * draw.randint(1, 3)
+        layers, blocks, part = draw.randint(1, 5), draw.randint(1, 60), draw.randint(1, 3000) * 128
+        layout = ArenaLayout(layers, heads, blocks, part)
+        used = layers * heads * blocks * part
+        size = used + draw.randrange(layers * heads * part)
+        near = [draw.randrange(3) for _ in range(ranks)]
+        nodes = [near[rank] for rank in range(ranks) for _ in range(heads // ranks)]
+        pieces = list(layout.on_nodes(nodes, size))
+        case = layout, size, nodes
+        assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])], case
+        assert pieces[-1].stop == size and all(piece.start < piece.stop for piece in pieces), case
+        assert all(piece.start % page == 0 for piece in pieces), case
+        assert all(one.node != other.node for one, other in pairwise(pieces)), case
+        for layer, rank in product(range(layers), range(ranks)):
+            own = Rank(rank, ranks).kv_heads(heads)
+            start, stop = (layout.offset(layer, head, 0) for head in (own.start, own.stop))
+            for byte in range(-(-start // page) * page, stop, page):  # pages that begin in its heads
+                (node,) = (piece.node for piece in pieces if piece.start <= byte < piece.stop)
+                assert node == near[rank], (*case, layer, rank)
+
+
+@pytest.mark.skipif(not NODE_0.exists(), reason="this kernel has no NUMA")
+def test_pieces_of_an_arena_are_bound_before_it_is_touched() -> None:
+    pages = 2 * MIB // os.sysconf("SC_PAGESIZE")
+    try:
+        arena = Arena.create(8 * MIB, [Piece(2 * MIB, 4 * MIB, 0), Piece(6 * MIB, 8 * MIB, 0)])
+    except OSError as error:
+        pytest.skip(f"this container forbids it: {error}")
+    try:
+        found = [line.split() for line in maps(os.getpid()) if "clo-arena" in line]
+        assert [words[1] for words in found] == ["default", "bind:0", "default", "bind:0"]
+        assert all(f"N0={pages}" in words for words in found[1::2])
+    finally:
+        arena.close()
+    with pytest.raises(OSError, match="mbind: Invalid argument"):
+        Arena.create(2 * MIB, [Piece(0, 2 * MIB, MISSING)])
+
+
+@pytest.mark.skipif(not NODE_0.exists(), reason="this kernel has no NUMA")
+def test_a_store_places_its_heads() -> None:
+    """It is bound to no node itself, so that what its arena's policy says is that of the heads."""
+    with running_store(node=MISSING, head_nodes=(0, 0)) as store:
+        _, attached = store.worker(0)
+        (line,) = (line for line in maps(attached.pid) if "clo-arena" in line)
+        if line.split()[1] != "bind:0":
+            pytest.skip("this container forbids mbind")
+        assert attached.arena_bytes == ARENA_BYTES
+
+
+def maps(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/numa_maps").read_text().splitlines()
+
+
+PLACED = f"""
+import sys
+from clo import launch
+from clo.runtime.machine.gpu import Found
+from clo.runtime.model import files, placement
+files.choose_device = lambda asked: Found("cpu", (0, {MISSING}))
+placement.check_pages = lambda node: None
+sys.exit(launch.main(sys.argv[1:]))
+"""
+"""A launcher that takes the ranks of a CPU worker to be on GPUs of two nodes, and finds nothing wrong with
+the one that is not there."""
+
+
+def test_the_launcher_tells_the_store_where_heads_lie(
+    launch: Callable[..., AbstractContextManager[Server]], tiny_model: Path
+) -> None:
+    arguments = "--model", str(tiny_model), "--kv-size", "64MiB", "--tensor-parallel-size", "2"
+    with launch(*arguments, program=("-c", PLACED), ready=False) as server:
+        server.process.wait(READY_S)
+        assert server.wait() == 1
+        assert server.stderr.read_text().startswith(
+            "error: The memory of numa0 cannot be bound to NUMA nodes: [Errno "
+        )
+
+
+def test_check_says_where_heads_lie(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    monkeypatch.setattr(files, "choose_device", lambda asked: Found("cpu", (0, MISSING)))
+    config = ServerConfig(ModelConfig(str(tiny_model)), tensor_parallel_size=2, kv_size=64 * MIB)
+    line = f"KV heads in numa0 are on the NUMA nodes 0, {MISSING}, as their GPUs"
+    assert line not in list(check.fitting(config))
+    monkeypatch.setattr(placement, "check_pages", lambda node: None)
+    assert line in list(check.fitting(config))

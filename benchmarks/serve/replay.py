@@ -105,7 +105,7 @@ def servers(agents: Agents, device: str, model: Model, options: str = "") -> lis
     if device == "cuda":
         shape = model.shape
         wanted = agents.sessions * -(-room // shape.block_tokens) * shape.block_bytes
-        held = -(-min(wanted, available_memory([0])[0] * 3 // 4) // 2**30)
+        held = -(-min(wanted, available_memory([[0]])[0] * 3 // 4) // 2**30)
         sizes = f"--dtype bfloat16 {sizes} --kv-size {held}GiB"
     return [
         Server(

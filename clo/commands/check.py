@@ -57,8 +57,7 @@ def machine(config: ServerConfig) -> Iterator[str]:
 
     cpus = len(os.sched_getaffinity(0))
     yield f"System: {platform.system()} {platform.release()}, Python {platform.python_version()}, {cpus} CPUs"
-    nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
-    free, place = available_memory(nodes)
+    free, place = available_memory([[int(name.removeprefix("numa"))] for name in config.kvstore])
     yield f"CPU memory for each of {', '.join(config.kvstore)}: {format_size(free)} {place}"
     yield f"PyTorch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
     for number in range(torch.cuda.device_count()):
@@ -78,6 +77,7 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     from clo.runtime.model.files import resolve
     from clo.runtime.model.kv_shape import kv_shape
     from clo.runtime.model.kv_size import kv_size, weight_bytes
+    from clo.runtime.model.placement import head_nodes
     from clo.runtime.model.ranks import check_ranks, fitting_counts
 
     model, ranks = resolve(config.model), config.tensor_parallel_size
@@ -98,7 +98,11 @@ def fitting(config: ServerConfig) -> Iterator[str]:
         f"{format_size(shape.token_bytes)} of KV for each token"
     )
     nodes = [int(name.removeprefix("numa")) for name in config.kvstore]
-    blocks = kv_size(config, model, nodes) // shape.block_bytes
+    stores = head_nodes(config, model, nodes)
+    for node, heads in zip(nodes, stores, strict=True):
+        if set(heads) != {node}:
+            yield f"KV heads in numa{node} are on the NUMA nodes {', '.join(map(str, heads))}, as their GPUs"
+    blocks = kv_size(config, model, stores) // shape.block_bytes
     longest = blocks * shape.block_tokens / model.max_model_len
     yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
     plan = partial(_requests, replace(config, cache=cache), model, shape, blocks, weights)
@@ -129,7 +133,7 @@ def _requests(
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         return plan_gpu_memory(*sizes, (free - weights // ranks, total)).slots
-    free, place = available_memory([0])
+    free, place = available_memory([[0]])
     return plan_cpu_memory(*sizes, ((free - weights - blocks * shape.block_bytes) // ranks, place)).slots
 
 

@@ -8,15 +8,32 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
+import msgspec
+
+from clo.runtime.machine.numa import device_node
 from clo.runtime.machine.process import EXIT_EXPLAINED, die_with_parent
 from clo.runtime.wire.errors import ConfigError
 
 _OLDEST = 8, 0  # compute capability: asynchronous copies and bfloat16
 
 
-def choose_device(asked: str) -> str:
-    """ "cuda" or "cpu".
+class Found(NamedTuple):
+    """What a model runs on.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        nodes: NUMA node of each GPU, in the order in which PyTorch numbers them; None where the machine does
+            not say.
+    """
+
+    device: str
+    nodes: tuple[int | None, ...] = ()
+
+
+def choose_device(asked: str) -> Found:
+    """The GPUs, or the CPU.
 
     PyTorch and CuPy are asked in a process of their own, so that the launcher's, which computes nothing,
     stays without them and without a context on a GPU.
@@ -28,7 +45,7 @@ def choose_device(asked: str) -> str:
         ConfigError: a GPU is wanted, and something that it needs is missing.
     """
     if asked == "cpu":
-        return "cpu"
+        return Found("cpu")
     command = [sys.executable, "-m", "clo.runtime.machine.gpu", asked, str(os.getpid())]
     asking = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -41,16 +58,16 @@ def choose_device(asked: str) -> str:
             f"PyTorch could not say which GPUs are here (exit code {asking.returncode}); start with "
             "--device cpu, or see what it says: python -c 'import torch; torch.cuda.init()'."
         )
-    return answer
+    return msgspec.json.decode(answer, type=Found)
 
 
-def find_device(asked: str) -> str:
+def find_device(asked: str) -> Found:
     """The same in this process, where "cpu" is not asked for. Raises what ``choose_device`` does."""
     import torch  # here, because it takes seconds
 
     if not torch.cuda.is_available():
         if asked == "auto":
-            return "cpu"
+            return Found("cpu")
         if torch.version.cuda is None:
             raise ConfigError(
                 "This PyTorch was built without CUDA; install a CUDA build (pip install torch on Linux), or "
@@ -61,7 +78,7 @@ def find_device(asked: str) -> str:
         )
     _check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     _check_cupy((torch.version.cuda or "").partition(".")[0])
-    return "cuda"
+    return Found("cuda", tuple(map(device_node, range(torch.cuda.device_count()))))
 
 
 def _check_capability(name: str, capability: tuple[int, int]) -> None:
@@ -97,10 +114,10 @@ def _check_cupy(cuda: str) -> None:
 
 
 def main() -> int:
-    """Answer with a device, or with a sentence and the exit code of an error that is explained."""
+    """Answer with a ``Found`` as JSON, or with a sentence and the exit code of an error that is explained."""
     die_with_parent(int(sys.argv[2]))
     try:
-        print(find_device(sys.argv[1]))
+        print(msgspec.json.encode(find_device(sys.argv[1])).decode())
     except ConfigError as error:
         print(error)
         return EXIT_EXPLAINED

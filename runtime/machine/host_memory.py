@@ -1,6 +1,8 @@
 """How much memory is really available, asked before any of it is touched."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from clo.runtime.units import format_size
@@ -13,7 +15,7 @@ def check_memory(wanted: Mapping[int, int]) -> None:
     """Check that arenas fit into the machine, the container and their NUMA nodes.
 
     Args:
-        wanted: bytes of the arena on each NUMA node.
+        wanted: bytes of all arenas on each NUMA node.
 
     Raises:
         ConfigError: they do not fit.
@@ -28,10 +30,29 @@ def check_memory(wanted: Mapping[int, int]) -> None:
                 raise _too_large(size, available, place)
 
 
-def available_memory(nodes: Sequence[int]) -> tuple[int, str]:
-    """Bytes that an arena on each of these nodes can have at most, and the place that sets this limit."""
-    shared = [(available // len(nodes), place) for available, place in _shared_limits()]
-    return min(*shared, *(limit for node in nodes for limit in _node_limits(node)), (2**63, ""))
+def available_memory(arenas: Sequence[Sequence[int]]) -> tuple[int, str]:
+    """Bytes that each of several arenas, all of one size, can have at most, and the place that sets this
+    limit.
+
+    Args:
+        arenas: of each one the NUMA nodes of its parts, which are of one size, too: ``[[0], [1]]`` are two
+            arenas, ``[[0, 1]]`` is one with a half on each node.
+    """
+    limits = [(available // len(arenas), place) for available, place in _shared_limits()]
+    for node, share in node_shares(arenas).items():
+        for available, place in _node_limits(node):
+            where = place if share == 1 else f"with {share} of it {place}"
+            limits.append((int(available / share), where))
+    return min(*limits, (2**63, ""))
+
+
+def node_shares(arenas: Sequence[Sequence[int]]) -> dict[int, Fraction]:
+    """What lies on each NUMA node of arenas as in ``available_memory``, in sizes of one arena."""
+    shares = dict[int, Fraction]()
+    for nodes in arenas:
+        for node, parts in Counter(nodes).items():
+            shares[node] = shares.get(node, Fraction()) + Fraction(parts, len(nodes))
+    return shares
 
 
 def _too_large(wanted: int, available: int, place: str) -> ConfigError:

@@ -38,7 +38,7 @@ def resolve(model: ModelConfig) -> ResolvedModel:
             CLO can use.
     """
     quiet_transformers()
-    device = choose_device(model.device)
+    found = choose_device(model.device)
     folder = _find(model)
     _refuse_adapter(folder)
     config = read_config(folder)
@@ -49,10 +49,11 @@ def resolve(model: ModelConfig) -> ResolvedModel:
         path=str(folder),
         architecture=architecture(config),
         max_model_len=context_length(config, model.max_model_len),
-        dtype=_dtype(model.dtype, device, config),
-        device=device,
+        dtype=_dtype(model.dtype, found.device, config),
+        device=found.device,
         load_format=model.load_format,
         seed=model.seed,
+        gpu_nodes=found.nodes,
     )
 
 

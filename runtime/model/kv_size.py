@@ -1,33 +1,38 @@
 """How much CPU memory each KV store takes."""
 
+import math
 import sys
 from collections.abc import Sequence
 
 from clo.runtime.config import AUTO_SEQS, Architecture, ResolvedModel, ServerConfig
-from clo.runtime.machine.host_memory import available_memory, check_memory
+from clo.runtime.machine.host_memory import available_memory, check_memory, node_shares
 from clo.runtime.model.kv_shape import ITEM_BYTES, kv_shape
 from clo.runtime.units import format_size
 
 SHARE = 0.8  # of the memory that is free; the rest is for whatever else the machine does
 
 
-def kv_size(config: ServerConfig, model: ResolvedModel, nodes: Sequence[int]) -> int:
-    """Bytes of the KV store on each of ``nodes``: what ``--kv-size`` says, or a share of what is free, though
+def kv_size(config: ServerConfig, model: ResolvedModel, stores: Sequence[Sequence[int]]) -> int:
+    """Bytes of each KV store: what ``--kv-size`` says, or a share of what is free, though
     no more than all requests together can use. What is chosen here is said on stderr.
+
+    Args:
+        stores: of each one the NUMA nodes of its KV heads (``clo.runtime.model.placement.head_nodes``).
 
     Raises:
         ConfigError: ``--kv-size`` does not fit.
     """
     if config.kv_size is not None:
-        check_memory(dict.fromkeys(nodes, config.kv_size))
+        shares = node_shares(stores)
+        check_memory({node: math.ceil(share * config.kv_size) for node, share in shares.items()})
         return config.kv_size
     shape = kv_shape(model.architecture, model.dtype, codes=config.cache.prefix_attention == "sparse")
-    free, place = available_memory(nodes)
+    free, place = available_memory(stores)
     weights = 0
     if model.device == "cpu":  # the workers hold them in the same memory
-        weights = config.workers * weight_bytes(model.architecture, model.dtype) // len(nodes)
+        weights = config.workers * weight_bytes(model.architecture, model.dtype) // len(stores)
     share = int(SHARE * max(0, free - weights))
-    requests = -(-config.workers // len(nodes)) * (config.engine.max_num_seqs or AUTO_SEQS[model.device])
+    requests = -(-config.workers // len(stores)) * (config.engine.max_num_seqs or AUTO_SEQS[model.device])
     blocks = -(-model.max_model_len // shape.block_tokens)
     useful = requests * blocks * shape.block_bytes
     if useful <= share:
