@@ -192,18 +192,19 @@ class Group:
         flag_bytes = 4 * MOST_ROWS * self.rank.count
         size = _SYMMETRIC_BYTES * (1 + len(Sum)) + flag_bytes
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
-        able = all(
-            other == self._device.index or torch.cuda.can_device_access_peer(self._device.index, other)
-            for other in self._peers()
-        )
+        able = all(_reach(self._device.index, other) for other in self._peers())
         if self.least(able):
             try:
                 shared = symmetric_memory.empty(size, dtype=torch.uint8, device=self._device)
+            except RuntimeError as error:
+                _logger.info("A GPU has no memory to share: %s.", str(error).splitlines()[0])
+        if self.least(shared is not None):
+            assert shared is not None
+            try:
                 addresses = symmetric_memory.rendezvous(shared, name).buffer_ptrs
             except RuntimeError as error:
                 _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
-                shared = None
-        if self.least(shared is not None):
+        if self.least(bool(addresses)):
             assert shared is not None
             self.shared, *shares, flags = shared.split([_SYMMETRIC_BYTES] * (1 + len(Sum)) + [flag_bytes])
             self._name = name
@@ -230,3 +231,21 @@ class Group:
             yield
         except self._lost as error:
             raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None
+
+
+def _reach(own: int, other: int) -> bool:
+    """Whether a GPU can read and write another one's memory, and exchange values there in one piece, as
+    PyTorch's sums do. Over PCIe most can do the former alone."""
+    from cuda.bindings import driver  # here, because a machine without a GPU needs none
+
+    if own == other:
+        return True
+    attributes = driver.CUdevice_P2PAttribute
+    for attribute in (
+        attributes.CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED,
+        attributes.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED,
+    ):
+        status, value = driver.cuDeviceGetP2PAttribute(attribute, own, other)
+        if status != driver.CUresult.CUDA_SUCCESS or not value:
+            return False
+    return True

@@ -108,6 +108,8 @@ class Scheduler:
         self._pacing = pacing
         self._block_tokens = engine.decoder.shape.block_tokens
         self._room = min(_ROOM, self._block_tokens)
+        # When a token has come from the first rank, the others may still be storing that step's rows.
+        self._behind = 0 if engine.decoder.group is None else 1
         self._report, self._ask_store = report, ask_store
         self._free_slots = list(range(engine.slots))
         self._sequences: dict[int, Sequence] = {}  # by id; all that are not GONE
@@ -443,8 +445,11 @@ class Scheduler:
                 sequence.launched -= 1
                 continue
             self._report_scores(sequence)
-            if sequence.committed == sequence.cached or len(sequence.tokens) % self._block_tokens == 0:
-                self._commit(sequence)
+            if sequence.committed == sequence.cached:
+                self._commit(sequence, len(sequence.tokens))
+            stored = len(sequence.tokens) - self._behind
+            if stored > sequence.committed and stored % self._block_tokens == 0:
+                self._commit(sequence, stored)
             if run.forced is not None:
                 token = run.forced[sequence.generated]
             sequence.tokens.append(token)
@@ -477,11 +482,11 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------- leaving
 
-    def _commit(self, sequence: Sequence) -> None:
-        """Tell the store which tokens its blocks hold now."""
-        tokens = sequence.tokens[sequence.committed :]
+    def _commit(self, sequence: Sequence, count: int) -> None:
+        """Tell the store that its blocks hold the first ``count`` tokens now."""
+        tokens = sequence.tokens[sequence.committed : count]
         self._ask_store(Commit(sequence.id, sequence.committed, tokens))
-        sequence.committed = len(sequence.tokens)
+        sequence.committed = count
 
     def _retire(self, sequence: Sequence) -> None:
         """No further step for the sequence."""

@@ -27,7 +27,7 @@ __device__ inline uint4 pack(const float (&values)[PER_CHUNK]) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-extern "C" __global__ void add_shares(
+extern "C" __global__ void __launch_bounds__(1024) add_shares(
     const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 chunks, const int64* shares,
     const int64* flags, uint32* sums, int64 rank, float eps) {
     __shared__ float room[32];

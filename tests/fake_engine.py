@@ -112,8 +112,8 @@ class FakeEngine:
 
     depth = 2
 
-    def __init__(self) -> None:
-        self.slots = SLOTS
+    def __init__(self, group: object = None) -> None:
+        self.slots, self.group = SLOTS, group
         self.decoder = self.cache = self.shape = self  # all that the scheduler looks at is here
         self.block_tokens, self.layers = BLOCK_TOKENS, UNITS
         self.prompt_graphs = FakeGraphs()
