@@ -103,11 +103,6 @@ class Group:
         """Whether this is the first rank, which decides for all."""
         return self.rank.number == 0
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether short sums go through memory that all ranks read."""
-        return self.shared is not None
-
     def sum(self, share: Tensor) -> Tensor:
         """The sum of what all ranks give, the same for all but for rounding; ``share`` may become it."""
         shared = self.shared
@@ -140,6 +135,8 @@ class Group:
         """Memory like ``hidden`` [B, hidden] that becomes this rank's share for ``add_shares``; None where
         that is not for such a sum."""
         if self.meetings is None or hidden.nbytes > _SYMMETRIC_BYTES or len(hidden) > MOST_ROWS:
+            return None
+        if hidden.shape[1] % 8:  # which the kernel does not take
             return None
         memory, _ = self.meetings[which]
         return memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)

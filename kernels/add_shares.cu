@@ -14,19 +14,6 @@ __device__ inline uint32 heard(const uint32* flag) {
     return number;
 }
 
-__device__ inline uint4 pack(const float (&values)[PER_CHUNK]) {
-    uint32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#if ELEMENT == 2
-        words[i] = __float_as_uint(values[i]);
-#else
-        words[i] = (uint32)to_element(values[2 * i]) | (uint32)to_element(values[2 * i + 1]) << 16;
-#endif
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 extern "C" __global__ void __launch_bounds__(1024) add_shares(
     const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 chunks, const int64* shares,
     const int64* flags, uint32* sums, int64 rank, float eps) {

@@ -43,6 +43,7 @@ _SIGNATURE = Signature(
     (
         Rule("hidden % 8 == 0", "it moves 16 bytes at a time", gpu=True),
         Rule("0 <= rank < ranks", "it is one of them"),
+        Rule(f"ranks <= {_THREADS}", "each has a thread that meets it", gpu=True),
         Rule("B <= rows", "each row of a batch has flags of its own"),
         Rule(f"rows <= {MOST_ROWS}", "blocks that wait for one another run at the same time", gpu=True),
     ),
@@ -74,7 +75,7 @@ def add_shares(
     if not hidden.is_cpu:
         total, normed = torch.empty_like(hidden), torch.empty_like(hidden)
         chunks = hidden.shape[1] * hidden.itemsize // _CHUNK_BYTES
-        threads = min(_THREADS, -(-chunks // 32) * 32)
+        threads = min(_THREADS, -(-max(chunks, ranks) // 32) * 32)  # each rank has one that meets it
         launch(
             "add_shares.cu", "add_shares", (len(hidden),), threads,
             [hidden, weight, total, normed, chunks, *meeting, rank, eps],

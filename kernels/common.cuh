@@ -78,6 +78,19 @@ __device__ inline void unpack(const uint4& chunk, float (&values)[PER_CHUNK]) {
 #endif
     }
 }
+
+__device__ inline uint4 pack(const float (&values)[PER_CHUNK]) {
+    uint32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if ELEMENT == 2
+        words[i] = __float_as_uint(values[i]);
+#else
+        words[i] = (uint32)to_element(values[2 * i]) | (uint32)to_element(values[2 * i + 1]) << 16;
+#endif
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
 #endif
 
 __device__ inline float power_of_2(float exponent) {

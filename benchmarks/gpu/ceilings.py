@@ -81,7 +81,7 @@ def gemm_step(model: Model, batch: int) -> float:
 
 
 def full_attention(model: Model, context: int, hbm: float, memory: int | None = None) -> tuple[int, float]:
-    """The floor of full attention whose KV never left the GPU.
+    """The floor of full attention whose KV never left the GPU: weights and KV are read as fast as it copies.
 
     Args:
         context: tokens of each sequence; hbm: bytes per second; memory: bytes of a GPU; None for this one's.
@@ -92,4 +92,4 @@ def full_attention(model: Model, context: int, hbm: float, memory: int | None = 
     kv = context * model.shape.token_bytes
     memory = memory or torch.cuda.mem_get_info()[1]
     batch = int(0.9 * memory - model.weight_bytes) // kv
-    return batch, batch / (gemm_step(model, batch) + batch * kv / hbm)
+    return batch, batch * hbm / (model.bytes_read + batch * kv)

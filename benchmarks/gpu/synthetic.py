@@ -76,6 +76,11 @@ class Model:
         layer = sum(outputs * inputs for outputs, inputs in self.matrices.values())
         return 2 * (self.layers * layer + 2 * self.vocab * self.hidden)
 
+    @property
+    def bytes_read(self) -> int:
+        """Of these, by a decode step: all but the embedding."""
+        return self.weight_bytes - 2 * self.vocab * self.hidden
+
 
 LLAMA_8B = Model("llama-3-8b", 32, 32, 8, 4096, 14336, 128256)
 QWEN_HALF_B = Model("qwen2.5-0.5b", 24, 14, 2, 896, 4864, 151936, head_dim=64, qkv_bias=True)

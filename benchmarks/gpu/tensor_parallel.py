@@ -14,7 +14,7 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
   for what CUDA and NCCL take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
 - tp/qwen3-32b: the same step of 12 sequences at the Qwen3-32B shape, with random weights, on two GPUs; the
-  reference is the floor of what each of them has to compute and to read. tp/qwen3-32b/full: its rate beside
+  reference is the time in which a GPU copies as much as each has to read. tp/qwen3-32b/full: its rate beside
   the floor of full attention whose KV never left both GPUs, of this memory and of 80 GB, at the largest batch
   that fits.
 """
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.baseline import release
-from benchmarks.gpu.ceilings import full_attention, gemm_step, graph_of
+from benchmarks.gpu.ceilings import full_attention, graph_of
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.prefill import prefill
 from benchmarks.gpu.step import CONFIG, CONTEXT, MAX_TOKENS, SELECTED
@@ -226,18 +226,15 @@ def qwen(place: Place) -> Figures:
     assert group is not None, "it is for several GPUs"
     sequences = SEQUENCES // 2  # which have as much KV as those of the smaller model
     share = QWEN3_32B.share(group.rank)
-    gemm = gemm_step(share, sequences)
-    release()
     full: Figures = {}
     for name, memory in MEMORIES.items():
         batch, full[f"full attention, {name}"] = full_attention(share, CONTEXT, place.hbm, memory)
         full[f"batch, {name}"] = batch
-        release()
-    said("qwen3-32b: matrix products done")
     decoder = random_decoder(QWEN3_32B, MAX_TOKENS, group)
     engine = decoding(place, QWEN3_32B, decoder, sequences)
     read = index_bytes_read(engine, sequences, CONTEXT) + engine.cache.resident_bytes // group.rank.count
-    return {"step": step_ms(engine, sequences), "floor": 1e3 * (gemm + read / place.hbm), **full}
+    floor = 1e3 * (share.bytes_read + read) / place.hbm
+    return {"step": step_ms(engine, sequences), "floor": floor, **full}
 
 
 PARTS: dict[str, Callable[[Place], Figures]] = {
