@@ -59,11 +59,12 @@ def add_up(rank: int, mine: list[Place], hidden: Tensor, weight: Tensor, given: 
 
 
 def expected(hidden: Tensor, weight: Tensor, given: list[list[Tensor]]) -> list[Tensor]:
-    """The same, given the shares of all ranks, in float32."""
-    hidden, found = hidden.float().clone(), []
+    """The same, given the shares of all ranks; the norms in float32."""
+    dtype, hidden, found = hidden.dtype, hidden.float().clone(), []
     for shares in zip(*given, strict=True):
         rows = len(shares[0])
-        hidden[:rows] += sum(share.float() for share in shares)
+        total = hidden[:rows] + sum(share.float() for share in shares)
+        hidden[:rows] = total.to(dtype).float()  # as what follows begins with
         norm = torch.nn.functional.rms_norm(hidden[:rows], hidden.shape[1:], weight.float(), EPS)
         found.append(norm)
     return found
