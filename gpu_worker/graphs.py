@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clo.gpu_worker.side_stream import Priority
+
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -58,7 +60,7 @@ class DecodeGraphs:
     def __init__(self, step: Callable[[int], Tensor], device: torch.device) -> None:
         self._step = step
         # one stream for all captures, as graphs that share a pool need
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=Priority.STEP) if device.type == "cuda" else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._pool: Any = None

@@ -3,9 +3,18 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Priority(IntEnum):
+    """Whose blocks go first where streams want the same multiprocessors, as CUDA counts."""
+
+    STEP = -2  # what all the rest of a decode step waits for
+    SOON = -1  # what the step waits for next
+    LATER = 0
 
 
 class SideStream:
@@ -15,14 +24,12 @@ class SideStream:
 
     Args:
         device: the device that does the work.
-        urgent: whether its blocks go before those of the current stream.
+        priority: of the work.
     """
 
-    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+    def __init__(self, device: torch.device, priority: Priority = Priority.LATER) -> None:
         self._device = device
-        self._stream = (
-            torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
-        )
+        self._stream = torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
 
     @contextmanager
     def fork(self, *inputs: Tensor) -> Iterator[None]:

@@ -27,7 +27,9 @@ class Scores(NamedTuple):
 
 
 _UNIT = BLOCK_TOKENS_STEP  # tokens that a warp scores at a time
-_WARPS, _UNITS, _STAGES = 4, 8, 3  # warps of a block; units of a warp; units on their way to it
+_WARPS, _STAGES = 4, 3  # warps of a block; units on their way to a warp
+_FEW_LINES = 128  # of heads and sequences, up to which blocks are shorter
+_UNITS = 4, 8  # of a warp, up to there and beyond: more take less time alone, but hold up the kernels beside
 
 _SIGNATURE = Signature(
     "score_codes",
@@ -160,14 +162,15 @@ def score_codes(
             torch.empty(batch, kv_heads, span, dtype=torch.int16, device=integers.device),
             torch.empty(batch, kv_heads, span // RUN, 2, dtype=torch.int16, device=integers.device),
         )
+        units = _UNITS[batch * kv_heads > _FEW_LINES]
         columns = -(-group // 8) * (4 if group <= 4 else 8)
         stage_bytes = _UNIT * dim // 4 + _UNIT * 2 + -(-columns * 4 // 16) * 16
         launch(
-            "score.cu", "score_codes", (-(-span // (_WARPS * _UNITS * _UNIT)), kv_heads, batch), 32 * _WARPS,
+            "score.cu", "score_codes", (-(-span // (_WARPS * units * _UNIT)), kv_heads, batch), 32 * _WARPS,
             [*quantized, pages.codes, pages.scales, reselect, lengths, page_table, max_blocks,
              page_table.stride(0), *scores, sinks, latest, scale],
             shared=_WARPS * _STAGES * stage_bytes, DIM=dim, GROUP=group, BLOCK_TOKENS=block_tokens,
-            WARPS=_WARPS, UNITS=_UNITS, STAGES=_STAGES,
+            WARPS=_WARPS, UNITS=units, STAGES=_STAGES,
         )  # fmt: skip
         return scores
     codes = pages.codes.numpy(), pages.scales.view(torch.int16).numpy()

@@ -14,7 +14,7 @@ from benchmarks.gpu.ceilings import graph_of, seconds
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.synthetic import Model, arena_of
 from benchmarks.result import Result
-from clo.gpu_worker.side_stream import SideStream
+from clo.gpu_worker.side_stream import Priority, SideStream
 from clo.kernels.attend import attend_resident
 from clo.kernels.fetch import fetch
 from clo.kernels.resident import ResidentSet
@@ -41,7 +41,7 @@ def measure(machine: Machine) -> list[Result]:
     lengths = torch.full((_SEQUENCES,), CONTEXT, device="cuda")
     entries = torch.arange(_ROWS, device="cuda").int().expand(*lines, _ROWS).contiguous()
     fetch_list = FetchList(entries, torch.full(lines, _ROWS, dtype=torch.int32, device="cuda"))
-    fetching = SideStream(torch.device("cuda"), urgent=True)
+    fetching = SideStream(torch.device("cuda"), Priority.SOON)
 
     def draw(span: int) -> Tensor:
         drawn = torch.rand(*lines, span, device="cuda").argsort(-1)[..., :_ROWS].sort(-1).values

@@ -16,7 +16,7 @@ from clo.gpu_worker.cache.index import ExactIndex, TwoBitIndex, random_rotation
 from clo.gpu_worker.cache.layer import LayerCache, LayerState, LayerStreams
 from clo.gpu_worker.cache.pages import IndexPages
 from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts
-from clo.gpu_worker.side_stream import DeviceEvent, SideStream
+from clo.gpu_worker.side_stream import DeviceEvent, Priority, SideStream
 from clo.kernels.attend import AttentionState
 from clo.kernels.limits import RUN
 from clo.kernels.quantize_query import Rope
@@ -110,8 +110,8 @@ class KVCache:
             LayerStreams(
                 *shared,
                 SideStream(device),
-                SideStream(device, urgent=True),
-                SideStream(device, urgent=True),
+                SideStream(device, Priority.SOON),
+                SideStream(device, Priority.SOON),
             )
             for _ in range(2)
         ]
