@@ -3,16 +3,17 @@
 A rank adds up what all of them have computed twice in a layer, after attention and after the MLP, and puts
 their logits together. It uses torch.distributed: NCCL on GPUs, Gloo on the CPU, both within one machine.
 
-On GPUs the sums of decode steps, a few hundred KB each, are bound by latency. There the matrix product writes
-a rank's share into memory that the others can read (``torch.distributed._symmetric_memory``), and one kernel
-adds up what all have left there, with the residual and the norm that follow (``clo.kernels.add_shares``);
-other sums are left to PyTorch's kernel for such memory. The long sums of prompts go through NCCL. Where GPUs
-cannot read each other's memory, all of them do.
+On GPUs the matrix product writes a rank's share into memory that the others can read
+(``torch.distributed._symmetric_memory``), and one kernel adds up what all have left there, with the residual
+and the norm that follow (``clo.kernels.add_shares``). There each rank reads the shares of all others, which
+for more than two ranks is more than NCCL moves, so the sums of prompts, which are bound by the link and not
+by latency, go through NCCL then. Other short sums are left to PyTorch's kernel for such memory. Where GPUs
+cannot read each other's memory, all of them go through NCCL.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, FileStore, ReduceOp  # type: ignore[attr-defined]
 
-from clo.kernels.add_shares import MOST_ROWS, Meeting, add_shares
+from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
@@ -38,7 +39,7 @@ _ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 _TIMEOUT = timedelta(hours=1)  # who is stuck is found by the launcher, long before
-_SYMMETRIC_BYTES = 2**20  # of the largest sum that goes through memory that all ranks read
+_SHORT_BYTES = 2**20  # of the largest sum that is bound by latency
 _SYMMETRIC_TYPES = (torch.bfloat16, torch.float32)  # that PyTorch adds up there
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name from torch 2.13 on
@@ -64,6 +65,7 @@ class Group:
         device: of this rank alone.
         rendezvous: descriptor of an anonymous file that all ranks have opened, and no other process; the
             ranks find one another through it.
+        longest: bytes of the longest sum that a residual and a norm follow.
 
     Attributes:
         shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
@@ -75,7 +77,9 @@ class Group:
         GroupEnded: another rank has ended; so do all methods.
     """
 
-    def __init__(self, rank: Rank, device: torch.device, rendezvous: int) -> None:
+    def __init__(
+        self, rank: Rank, device: torch.device, rendezvous: int, longest: int = _SHORT_BYTES
+    ) -> None:
         self.rank, self._device = rank, device
         os.environ.update(_ENVIRONMENT)
         cuda = device.type == "cuda"
@@ -96,7 +100,7 @@ class Group:
         self.meetings: tuple[tuple[Tensor, Meeting], ...] | None = None
         self._name = ""
         if cuda:
-            self._share_memory()
+            self._share_memory(longest if rank.count == 2 else _SHORT_BYTES)
 
     @property
     def leads(self) -> bool:
@@ -115,37 +119,24 @@ class Group:
             dist.all_reduce(share)
         return share
 
-    def begin_sum(self, share: Tensor) -> Callable[[], Tensor]:
-        """The same, beside what comes next on this stream until what is returned is called, which yields the
-        sum; ``share`` is not to be touched meanwhile."""
-        if self._short(share):
-            summed = self.sum(share)
-            return lambda: summed
-        with self._explained():
-            work = dist.all_reduce(share, async_op=True)
-
-        def finish() -> Tensor:
-            with self._explained():
-                work.wait()  # on a GPU it is the stream that waits
-            return share
-
-        return finish
-
     def share(self, which: Sum, hidden: Tensor) -> Tensor | None:
         """Memory like ``hidden`` [B, hidden] that becomes this rank's share for ``add_shares``; None where
         that is not for such a sum."""
-        if self.meetings is None or hidden.nbytes > _SYMMETRIC_BYTES or len(hidden) > MOST_ROWS:
-            return None
-        if hidden.shape[1] % 8:  # which the kernel does not take
+        if self.meetings is None or hidden.shape[1] % 8:  # which the kernel does not take
             return None
         memory, _ = self.meetings[which]
+        if hidden.nbytes > len(memory):
+            return None
         return memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
 
-    def add_shares(self, which: Sum, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_shares(
+        self, which: Sum, hidden: Tensor, norm: Tensor, eps: float, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """``hidden`` and what all ranks have written to ``share``, added up, and the RMSNorm of that; see
         ``clo.kernels.add_shares``. Both sums of a layer are to be asked for in turn."""
         assert self.meetings is not None, "who has a share has met"
-        return add_shares(hidden, norm, self.meetings[which][1], self.rank.number, eps)
+        meeting = self.meetings[which][1]
+        return add_shares(hidden, norm, meeting, self.rank.number, eps, in_place=in_place)
 
     def join(self, share: Tensor) -> Tensor:
         """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
@@ -179,20 +170,21 @@ class Group:
         small = self.shared is not None and share.nbytes <= len(self.shared)
         return small and share.dtype in _SYMMETRIC_TYPES
 
-    def _share_memory(self) -> None:
-        """Take memory that all ranks can read, if every one of them gets it."""
+    def _share_memory(self, longest: int) -> None:
+        """Take memory that all ranks can read, if every one of them gets it; ``longest`` bytes for a sum that
+        ``add_shares`` is for."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         shared: Tensor | None = None
         addresses: list[int] = []
-        flag_bytes = 4 * MOST_ROWS * self.rank.count
-        size = _SYMMETRIC_BYTES * (1 + len(Sum)) + flag_bytes
+        place = -(-longest // _SHORT_BYTES) * _SHORT_BYTES
+        sizes = _SHORT_BYTES, *[place] * len(Sum), 4 * MOST_BLOCKS * self.rank.count
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(_reach(self._device.index, other) for other in self._peers())
         if self.least(able):
             try:
-                shared = symmetric_memory.empty(size, dtype=torch.uint8, device=self._device)
+                shared = symmetric_memory.empty(sum(sizes), dtype=torch.uint8, device=self._device)
             except RuntimeError as error:
                 _logger.info("A GPU has no memory to share: %s.", str(error).splitlines()[0])
         if self.least(shared is not None):
@@ -203,15 +195,15 @@ class Group:
                 _logger.info("GPUs do not share memory: %s.", str(error).splitlines()[0])
         if self.least(bool(addresses)):
             assert shared is not None
-            self.shared, *shares, flags = shared.split([_SYMMETRIC_BYTES] * (1 + len(Sum)) + [flag_bytes])
+            self.shared, *places, flags = shared.split(sizes)
             self._name = name
             flags.zero_()
             self.least(0)  # as all ranks have done
             starts = torch.tensor(addresses, device=self._device)
-            sums = torch.zeros(MOST_ROWS, dtype=torch.int32, device=self._device)
+            sums = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
             self.meetings = tuple(
-                (memory, Meeting(starts + number * _SYMMETRIC_BYTES, starts + size - flag_bytes, sums))
-                for number, memory in enumerate(shares, 1)
+                (memory, Meeting(starts + _SHORT_BYTES + number * place, starts + sum(sizes[:-1]), sums))
+                for number, memory in enumerate(places)
             )
         elif self.leads:
             _logger.info("All sums of the ranks go through NCCL.")

@@ -15,6 +15,7 @@ from clo.gpu_worker.group import Group
 from clo.gpu_worker.memory import MemoryPlan, plan_cpu_memory, plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
+from clo.gpu_worker.prefill import CHUNK_TOKENS
 from clo.kernels.launch import block_shared_bytes
 from clo.kernels.limits import SHARED_BYTES, check_limits
 from clo.kernels.sparse_prompt import DENSE_TOKENS, block_sparse_attention
@@ -24,7 +25,7 @@ from clo.kvstore.layout import arena_parts, by_block, codes_of, rows_of
 from clo.runtime.config import CacheConfig, GroupConfig, PrefillAttention, ResolvedModel, WorkerConfig
 from clo.runtime.machine.host_memory import available_memory
 from clo.runtime.machine.numa import bind
-from clo.runtime.model.kv_shape import kv_shape
+from clo.runtime.model.kv_shape import ITEM_BYTES, kv_shape
 from clo.runtime.model.placement import store_of
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
@@ -61,7 +62,7 @@ def start(
         WorkerDied: the store does not answer.
     """
     endpoint = _choose_store(config)
-    group = None if config.group is None else _group(config.group, config.model.device)
+    group = None if config.group is None else _group(config.group, config.model)
     config = replace(config, cache=check_model(config.model, config.cache, config.ranks))
     decoder = load_decoder(config.model, group)
     store = StoreClient(context, endpoint, key)
@@ -95,10 +96,12 @@ def _choose_store(config: WorkerConfig) -> str:
     return config.stores[store]
 
 
-def _group(config: GroupConfig, device: str) -> Group:
+def _group(config: GroupConfig, model: ResolvedModel) -> Group:
     """This process as a rank of its worker."""
-    own = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    return Group(Rank(config.rank, config.ranks), own, config.rendezvous)
+    cuda = model.device == "cuda"
+    own = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    longest = CHUNK_TOKENS[model.device] * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
+    return Group(Rank(config.rank, config.ranks), own, config.rendezvous, longest)
 
 
 def check_model(model: ResolvedModel, cache: CacheConfig, ranks: int = 1) -> CacheConfig:

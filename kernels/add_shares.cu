@@ -1,7 +1,7 @@
-// A block has a row. Before it reads what the other ranks have left for it, it meets the same block of each
-// of them: it writes the number of this sum to their flags, and waits for theirs in its own. All of this is
-// plain stores, which a rank waits for once, where atomics over the GPUs' link would take a way there and
-// back.
+// A block has a row, or every so-manieth one. Before it reads what the other ranks have left for it, it meets
+// the same block of each of them: it writes the number of this sum to their flags, and waits for theirs in
+// its own. All of this is plain stores, which a rank waits for once, where atomics over the GPUs' link would
+// take a way there and back. While it adds up one row, the next one's shares are on their way.
 #include "common.cuh"
 
 __device__ inline void say(uint32* flag, uint32 number) {
@@ -15,62 +15,69 @@ __device__ inline uint32 heard(const uint32* flag) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024) add_shares(
-    const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 chunks, const int64* shares,
-    const int64* flags, uint32* sums, int64 rank, float eps) {
+    const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 rows, int64 chunks,
+    const int64* shares, const int64* flags, uint32* sums, int64 rank, float eps) {
     __shared__ float room[32];
-    const int64 row = blockIdx.x;
-    const uint32 number = sums[row] + 1;
-    uint4 before[CHUNKS], factors[CHUNKS];
+    const uint32 number = sums[blockIdx.x] + 1;
+    uint4 before[CHUNKS], factors[CHUNKS], given[CHUNKS][RANKS];
+    const auto each_chunk = [&](auto visit) {
 #pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        const int64 chunk = threadIdx.x + i * blockDim.x;
-        if (chunk < chunks) {
-            before[i] = hidden[row * chunks + chunk];
-            factors[i] = weight[chunk];
+        for (int i = 0; i < CHUNKS; i++) {
+            const int64 chunk = threadIdx.x + i * blockDim.x;
+            if (chunk < chunks) visit(i, chunk);
         }
-    }
+    };
+    int64 row = blockIdx.x;
+    each_chunk(
+        [&](int i, int64 chunk) { before[i] = hidden[row * chunks + chunk], factors[i] = weight[chunk]; });
     if (threadIdx.x < RANKS) {
-        say((uint32*)flags[threadIdx.x] + row * RANKS + rank, number);
-        const uint32* own = (const uint32*)flags[rank] + row * RANKS + threadIdx.x;
+        say((uint32*)flags[threadIdx.x] + blockIdx.x * RANKS + rank, number);
+        const uint32* own = (const uint32*)flags[rank] + blockIdx.x * RANKS + threadIdx.x;
         while ((int)(heard(own) - number) < 0) {}
     }
     __syncthreads();
-    if (threadIdx.x == 0) sums[row] = number;
-    float values[CHUNKS][PER_CHUNK], squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        const int64 chunk = threadIdx.x + i * blockDim.x;
-        if (chunk >= chunks) continue;
-        uint4 given[RANKS];
+    if (threadIdx.x == 0) sums[blockIdx.x] = number;
+    const auto load_shares = [&](int i, int64 chunk) {
 #pragma unroll
         for (int other = 0; other < RANKS; other++)
-            given[other] = ((const uint4*)shares[other])[row * chunks + chunk];
-        float sum[PER_CHUNK] = {};
+            given[i][other] = ((const uint4*)shares[other])[row * chunks + chunk];
+    };
+    each_chunk(load_shares);
+    while (true) {
+        const int64 place = row * chunks;
+        float values[CHUNKS][PER_CHUNK], squares = 0.f;
+        each_chunk([&](int i, int64 chunk) {
+            float sum[PER_CHUNK] = {};
 #pragma unroll
-        for (int other = 0; other < RANKS; other++) {  // in one order at all ranks
-            float part[PER_CHUNK];
-            unpack(given[other], part);
+            for (int other = 0; other < RANKS; other++) {  // in one order at all ranks
+                float part[PER_CHUNK];
+                unpack(given[i][other], part);
 #pragma unroll
-            for (int j = 0; j < PER_CHUNK; j++) sum[j] += part[j];
-        }
-        unpack(before[i], values[i]);
+                for (int j = 0; j < PER_CHUNK; j++) sum[j] += part[j];
+            }
+            unpack(before[i], values[i]);
 #pragma unroll
-        for (int j = 0; j < PER_CHUNK; j++) {
-            values[i][j] = to_float(to_element(values[i][j] + sum[j]));
-            squares += values[i][j] * values[i][j];
-        }
-        total[row * chunks + chunk] = pack(values[i]);
-    }
-    squares = block_sum(squares, room);
-    const float factor = rsqrtf(squares / (float)(chunks * PER_CHUNK) + eps);
+            for (int j = 0; j < PER_CHUNK; j++) {
+                values[i][j] = to_float(to_element(values[i][j] + sum[j]));
+                squares += values[i][j] * values[i][j];
+            }
+        });
+        row += gridDim.x;
+        if (row < rows)
+            each_chunk([&](int i, int64 chunk) {
+                load_shares(i, chunk);
+                before[i] = hidden[row * chunks + chunk];
+            });
+        each_chunk([&](int i, int64 chunk) { total[place + chunk] = pack(values[i]); });
+        squares = block_sum(squares, room);
+        const float factor = rsqrtf(squares / (float)(chunks * PER_CHUNK) + eps);
+        each_chunk([&](int i, int64 chunk) {
+            float scales[PER_CHUNK];
+            unpack(factors[i], scales);
 #pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        const int64 chunk = threadIdx.x + i * blockDim.x;
-        if (chunk >= chunks) continue;
-        float scales[PER_CHUNK];
-        unpack(factors[i], scales);
-#pragma unroll
-        for (int j = 0; j < PER_CHUNK; j++) scales[j] *= values[i][j] * factor;
-        normed[row * chunks + chunk] = pack(scales);
+            for (int j = 0; j < PER_CHUNK; j++) scales[j] *= values[i][j] * factor;
+            normed[place + chunk] = pack(scales);
+        });
+        if (row >= rows) break;
     }
 }

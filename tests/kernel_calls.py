@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import MOST_ROWS, Meeting, add_shares
+from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
 from clo.kernels.attend_tail import attend_tail, tail_parts
@@ -134,7 +134,7 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
     scores = Scores(
         zeros(*heads, tokens, dtype=torch.int16), zeros(*heads, -(-tokens // RUN), 2, dtype=torch.int16)
     )
-    met, width = min(batch, MOST_ROWS), 4 * head_dim
+    met, width = min(batch, MOST_BLOCKS), 4 * head_dim
     places = [zeros(2, dtype=torch.int64) for _ in range(2)]
     if device == "cpu":  # where the reference reads what is at an address; the other rank has been there
         memory = zeros(met, width), zeros(met, 2, dtype=torch.int32) + 2**30

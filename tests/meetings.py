@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import Meeting, add_shares
+from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
 
 EPS = 1e-5
 
@@ -18,8 +18,10 @@ class Place(NamedTuple):
     meeting: Meeting
 
 
-def places(ranks: int, rows: int, width: int, dtype: torch.dtype, device: str) -> list[list[Place]]:
-    """Both places of each rank."""
+def places(
+    ranks: int, rows: int, width: int, dtype: torch.dtype, device: str, blocks: int = MOST_BLOCKS
+) -> list[list[Place]]:
+    """Both places of each rank; ``blocks`` at most share the rows of a sum."""
 
     def addresses(tensors: list[Tensor]) -> Tensor:
         return torch.tensor([tensor.data_ptr() for tensor in tensors], device=device)
@@ -28,8 +30,8 @@ def places(ranks: int, rows: int, width: int, dtype: torch.dtype, device: str) -
         [torch.full((rows, width), float("nan"), dtype=dtype, device=device) for _ in range(ranks)]
         for _ in range(2)
     ]
-    flags = [torch.zeros(rows, ranks, dtype=torch.int32, device=device) for _ in range(ranks)]
-    sums = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(ranks)]
+    flags = [torch.zeros(blocks, ranks, dtype=torch.int32, device=device) for _ in range(ranks)]
+    sums = [torch.zeros(blocks, dtype=torch.int32, device=device) for _ in range(ranks)]
     known = addresses(flags), *map(addresses, shares)
     _kept.append((shares, flags))
     return [
@@ -43,7 +45,7 @@ _kept: list[object] = []  # of whose memory only addresses are known
 
 def add_up(rank: int, mine: list[Place], hidden: Tensor, weight: Tensor, given: list[Tensor]) -> list[Tensor]:
     """Several sums one behind the other, each of which begins with the total of the one before, of which
-    every second one has fewer rows; the norms of all.
+    every second one has fewer rows, and takes the place of what it begins with; the norms of all.
 
     Args:
         given: this rank's share of each.
@@ -52,8 +54,10 @@ def add_up(rank: int, mine: list[Place], hidden: Tensor, weight: Tensor, given: 
     for place, share in zip(cycle(mine), given, strict=False):
         rows = len(share)
         place.share[:rows].copy_(share)
-        total, normed = add_shares(hidden[:rows].contiguous(), weight, place.meeting, rank, EPS)
-        hidden[:rows] = total
+        fewer = rows < len(hidden)
+        total, normed = add_shares(hidden[:rows], weight, place.meeting, rank, EPS, in_place=fewer)
+        if not fewer:
+            hidden.copy_(total)
         found.append(normed)
     return found
 

@@ -12,12 +12,13 @@ from tests.meetings import add_up, expected, places
 ROWS, WIDTH, SUMS = 5, 64, 30
 
 
+@pytest.mark.parametrize("blocks", [ROWS, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_add_up_what_all_of_them_have(ranks: int) -> None:
+def test_ranks_add_up_what_all_of_them_have(ranks: int, blocks: int) -> None:
     """However long one is late, and nobody's share is overwritten before it is read."""
     hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH)
     given = [[torch.randn(ROWS - number % 2, WIDTH) for number in range(SUMS)] for _ in range(ranks)]
-    memory = places(ranks, ROWS, WIDTH, torch.float32, "cpu")
+    memory = places(ranks, ROWS, WIDTH, torch.float32, "cpu", blocks)
 
     def late(rank: int) -> list[torch.Tensor]:
         found, state = [], hidden.clone()

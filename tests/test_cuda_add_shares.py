@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import MOST_ROWS
+from clo.kernels.add_shares import MOST_BLOCKS
 from tests.meetings import add_up, expected, places
 
 pytestmark = pytest.mark.gpu
@@ -16,10 +16,11 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
     ("rows", "width", "dtype"),
     [
         (24, 4096, torch.bfloat16),
-        (MOST_ROWS // 4, 8192, torch.float16),
+        (MOST_BLOCKS // 4, 8192, torch.float16),
         (3, 576, torch.bfloat16),
         (7, 16 * 1024, torch.float32),
         (2, 8, torch.float32),
+        (5 * MOST_BLOCKS + 3, 4096, torch.bfloat16),
     ],
 )
 def test_ranks_add_up_what_all_of_them_have(ranks: int, rows: int, width: int, dtype: torch.dtype) -> None:

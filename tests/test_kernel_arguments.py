@@ -129,7 +129,7 @@ def test_gaps_are_refused_where_the_kernel_reads_in_order(operation: str, argume
         ("post", "mailbox", torch.zeros(4, 3, dtype=torch.int64), "width > N"),
         ("wait", "number", 0, "number >= 1"),
         ("add_shares", "rank", 2, "0 <= rank < ranks"),
-        ("add_shares", "meeting.sums", torch.zeros(2, dtype=torch.int32), "B <= rows"),
+        ("add_shares", "meeting.sums", torch.zeros(0, dtype=torch.int32), "blocks >= 1"),
         ("gate", "query", torch.zeros(3, 23, 16), "query_heads % kv_heads == 0"),
     ],
 )  # fmt: skip

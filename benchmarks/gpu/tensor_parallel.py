@@ -57,6 +57,7 @@ from clo.gpu_worker.in_process import GREEDY
 from clo.gpu_worker.memory import plan_gpu_memory
 from clo.gpu_worker.model.decoder import Decoder
 from clo.gpu_worker.pinning import pin
+from clo.gpu_worker.prefill import CHUNK_TOKENS
 from clo.kernels.fetch import fetch
 from clo.kernels.resident import ResidentSet
 from clo.kernels.update_resident import FetchList
@@ -297,7 +298,8 @@ def serve(
     own = torch.device(device, rank.number) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(own)
-    group = Group(rank, own, os.open(meeting, os.O_RDWR))
+    longest = CHUNK_TOKENS["cuda"] * 2 * max(LLAMA_8B.hidden, QWEN3_32B.hidden)
+    group = Group(rank, own, os.open(meeting, os.O_RDWR), longest)
     memory = Arena.open(pid, fd, size).tensor(torch.uint8, (size,))
     place = Place(group, pin(memory) if device == "cuda" else memory, hbm)
     pipe.send({})

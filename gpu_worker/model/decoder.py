@@ -20,8 +20,6 @@ from clo.runtime.config import ResolvedModel
 from clo.runtime.model.kv_shape import KVShape, kv_shape
 from clo.runtime.model.ranks import ALONE
 
-_HALVED_TOKENS = 256  # from which the halves of a group's sums are worth their launches
-
 
 class Decoder:
     """The model as functions of hidden states; attention itself is the caller's.
@@ -188,19 +186,14 @@ class Decoder:
         return self._add(Sum.MLP, hidden, weights.down, gated, norm)
 
     def complete(self, layer: int, hidden: Tensor, attended: Tensor) -> None:
-        """Both of these for many tokens: ``hidden`` becomes what enters the next layer.
-
-        In a group the products of one half of the tokens are computed while the ranks add up the other's.
-        """
-        weights, eps = self._weights.layers[layer], self._norm_eps
-        parts = hidden.tensor_split(1 if self.group is None or len(hidden) < _HALVED_TOKENS else 2)
-        shares = attended.flatten(1).split(len(parts[0]))
-        sums = [self._begin_sum(weights.output(share)) for share in shares]
-        for number, part in enumerate(parts):
-            normed = self._add_in_place(part, sums[number](), weights.mlp_norm, eps)
-            sums[number] = self._begin_sum(weights.down(self._gated(weights.gate_up(normed))))
-        for part, whole in zip(parts, sums, strict=True):
-            part += whole()
+        """Both of these for many tokens: ``hidden`` becomes what enters the next layer."""
+        weights, norm = self._weights.layers[layer], self._weights.layers[layer].mlp_norm
+        _, normed = self._add(Sum.ATTENTION, hidden, weights.output, attended.flatten(1), norm, in_place=True)
+        gated = self._gated(weights.gate_up(normed))
+        if self._share(Sum.MLP, hidden) is None:  # then no norm need be computed with the sum
+            hidden += self._whole(weights.down(gated))
+        else:
+            self._add(Sum.MLP, hidden, weights.down, gated, self._norm_of(layer + 1), in_place=True)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [N, vocab] float32 of the last layer's hidden states [N, hidden], after ``input_norm``."""
@@ -218,20 +211,28 @@ class Decoder:
         layers = self._weights.layers
         return layers[layer].attention_norm if layer < len(layers) else self._weights.norm
 
-    def _begin_sum(self, share: Tensor) -> Callable[[], Tensor]:
-        """What yields the sum of all ranks' shares, which are added up meanwhile."""
-        return (lambda: share) if self.group is None else self.group.begin_sum(share)
+    def _share(self, which: Sum, hidden: Tensor) -> Tensor | None:
+        """Where a rank leaves its share of a sum for the others; None where it does not."""
+        return None if self.group is None else self.group.share(which, hidden)
+
+    def _whole(self, share: Tensor) -> Tensor:
+        """The sum of all ranks' shares."""
+        return share if self.group is None else self.group.sum(share)
 
     def _add(
-        self, which: Sum, hidden: Tensor, product: Linear, x: Tensor, norm: Tensor
+        self, which: Sum, hidden: Tensor, product: Linear, x: Tensor, norm: Tensor, *, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states plus a product, of which a rank computes its share, and the RMSNorm of that."""
-        if self.group is None:
-            return self._add_and_norm(hidden, product(x), norm, self._norm_eps)
-        if (share := self.group.share(which, hidden)) is None:
-            return self._add_and_norm(hidden, self.group.sum(product(x)), norm, self._norm_eps)
+        """Hidden states plus a product, of which a rank computes its share, and the RMSNorm of that; with
+        ``in_place`` they become the sum."""
+        share, eps = self._share(which, hidden), self._norm_eps
+        if share is None:
+            whole = self._whole(product(x))
+            if in_place:
+                return hidden, self._add_in_place(hidden, whole, norm, eps)
+            return self._add_and_norm(hidden, whole, norm, eps)
+        assert self.group is not None, "who has a share is in a group"
         product(x, into=share)
-        return self.group.add_shares(which, hidden, norm, self._norm_eps)
+        return self.group.add_shares(which, hidden, norm, eps, in_place=in_place)
 
     def _project(self, layer: int, normed: Tensor, heads: int) -> Tensor:
         """The first ``heads`` heads of the fused projection: [N, heads, head_dim]."""
