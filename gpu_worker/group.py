@@ -3,12 +3,14 @@
 A rank adds up what all of them have computed twice in a layer, after attention and after the MLP, and puts
 their logits together. It uses torch.distributed: NCCL on GPUs, Gloo on the CPU, both within one machine.
 
-On GPUs the matrix product writes a rank's share into memory that the others can read
-(``torch.distributed._symmetric_memory``), and one kernel adds up what all have left there, with the residual
-and the norm that follow (``clo.kernels.add_shares``). There each rank reads the shares of all others, which
+On GPUs the ranks exchange what is short through memory that all of them read
+(``torch.distributed._symmetric_memory``). The matrix products of attention and MLP write a rank's share
+there, and one kernel adds up what all have left, with the residual and the norm that follow
+(``clo.kernels.add_shares``); logits and tokens are taken from there (``clo.kernels.take_shares``); the sums
+of embeddings are left to PyTorch's kernel for such memory. Each rank reads the shares of all others, which
 for more than two ranks is more than NCCL moves, so the sums of prompts, which are bound by the link and not
-by latency, go through NCCL then. Other short sums are left to PyTorch's kernel for such memory. Where GPUs
-cannot read each other's memory, all of them go through NCCL.
+by latency, go through NCCL then. So does what is long, and where GPUs cannot read each other's memory,
+everything.
 """
 
 import logging
@@ -23,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, FileStore, ReduceOp  # type: ignore[attr-defined]
 
-from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
+from clo.kernels.add_shares import add_shares
+from clo.kernels.meeting import MOST_BLOCKS, Meeting
+from clo.kernels.take_shares import take_shares
 from clo.runtime.machine.process import GroupEnded
 from clo.runtime.model.ranks import Rank
 from clo.runtime.wire.errors import ConfigError
@@ -40,6 +44,7 @@ _ENVIRONMENT = {
 }
 _TIMEOUT = timedelta(hours=1)  # who is stuck is found by the launcher, long before
 _SHORT_BYTES = 2**20  # of the largest sum that is bound by latency
+_TAKEN_BYTES = 2**24  # of the most that a rank leaves for the others to take: logits of a hundred sequences
 _SYMMETRIC_TYPES = (torch.bfloat16, torch.float32)  # that PyTorch adds up there
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name from torch 2.13 on
@@ -71,6 +76,7 @@ class Group:
         shared: [bytes] uint8, memory that all ranks read, for short sums; None where there is none.
         meetings: the same for those of ``add_shares``: this rank's shares [bytes] uint8, and where those of
             all are, by ``Sum``; None where there is none.
+        exchange: the same for what is taken from a rank as it is.
 
     Raises:
         ConfigError: the ranks cannot connect.
@@ -97,7 +103,8 @@ class Group:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"The ranks of a worker cannot connect to one another ({reason}).") from None
         self.shared: Tensor | None = None
-        self.meetings: tuple[tuple[Tensor, Meeting], ...] | None = None
+        self.meetings: list[tuple[Tensor, Meeting]] | None = None
+        self.exchange: tuple[Tensor, Meeting] | None = None
         self._name = ""
         if cuda:
             self._share_memory(longest if rank.count == 2 else _SHORT_BYTES)
@@ -140,15 +147,17 @@ class Group:
 
     def join(self, share: Tensor) -> Tensor:
         """What all ranks give, tensors of one shape, one behind the other in a new first dimension."""
-        joined = share.new_empty(self.rank.count, *share.shape)
-        with self._explained():
-            _gather(joined.flatten(0, 1), share.contiguous())
+        joined, share = share.new_empty(self.rank.count, *share.shape), share.contiguous()
+        if not self._take(joined.flatten(1), share):
+            with self._explained():
+                _gather(joined.flatten(0, 1), share)
         return joined
 
     def take_from_first(self, tensor: Tensor) -> Tensor:
-        """``tensor``, which becomes that of the first rank."""
-        with self._explained():
-            dist.broadcast(tensor, 0)
+        """``tensor``, contiguous, which becomes that of the first rank."""
+        if not self._take(tensor.view(1, -1), tensor):
+            with self._explained():
+                dist.broadcast(tensor, 0)
         return tensor
 
     def least(self, number: int) -> int:
@@ -165,6 +174,16 @@ class Group:
             dist.all_reduce(total)
         return float(total) / self.rank.count
 
+    def _take(self, taken: Tensor, share: Tensor) -> bool:
+        """Make ``taken`` [ranks, any] what the first ranks give, through memory that all of them read, if that
+        can be done, and say whether."""
+        if self.exchange is None or share.nbytes > len(self.exchange[0]) or share.nbytes % 8:
+            return False
+        memory, meeting = self.exchange
+        memory[: share.nbytes].view(share.dtype).view(share.shape).copy_(share)
+        take_shares(taken.view(torch.int64), meeting, self.rank.number)
+        return True
+
     def _short(self, share: Tensor) -> bool:
         """Whether PyTorch adds it up in memory that all ranks read."""
         small = self.shared is not None and share.nbytes <= len(self.shared)
@@ -179,7 +198,7 @@ class Group:
         shared: Tensor | None = None
         addresses: list[int] = []
         place = -(-longest // _SHORT_BYTES) * _SHORT_BYTES
-        sizes = _SHORT_BYTES, *[place] * len(Sum), 4 * MOST_BLOCKS * self.rank.count
+        sizes = _SHORT_BYTES, _TAKEN_BYTES, *[place] * len(Sum), 4 * MOST_BLOCKS * self.rank.count
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(_reach(self._device.index, other) for other in self._peers())
         if self.least(able):
@@ -199,11 +218,11 @@ class Group:
             self._name = name
             flags.zero_()
             self.least(0)  # as all ranks have done
-            starts = torch.tensor(addresses, device=self._device)
-            sums = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
-            self.meetings = tuple(
-                (memory, Meeting(starts + _SHORT_BYTES + number * place, starts + sum(sizes[:-1]), sums))
-                for number, memory in enumerate(places)
+            begins = torch.tensor(addresses, device=self._device)
+            met = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
+            self.exchange, *self.meetings = (
+                (memory, Meeting(begins + sum(sizes[:number]), begins + sum(sizes[:-1]), met))
+                for number, memory in enumerate(places, 1)
             )
         elif self.leads:
             _logger.info("All sums of the ranks go through NCCL.")

@@ -1,24 +1,12 @@
-// A block has a row, or every so-manieth one. Before it reads what the other ranks have left for it, it meets
-// the same block of each of them: it writes the number of this sum to their flags, and waits for theirs in
-// its own. All of this is plain stores, which a rank waits for once, where atomics over the GPUs' link would
-// take a way there and back. While it adds up one row, the next one's shares are on their way.
-#include "common.cuh"
-
-__device__ inline void say(uint32* flag, uint32 number) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
-}
-
-__device__ inline uint32 heard(const uint32* flag) {
-    uint32 number;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(number) : "l"(flag) : "memory");
-    return number;
-}
+// A block has a row, or every so-manieth one. While it adds up one row, the next one's shares are on their
+// way.
+#include "meeting.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024) add_shares(
     const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 rows, int64 chunks,
-    const int64* shares, const int64* flags, uint32* sums, int64 rank, float eps) {
+    const int64* shares, const int64* flags, uint32* met, int64 rank, float eps) {
     __shared__ float room[32];
-    const uint32 number = sums[blockIdx.x] + 1;
+    const uint32 number = met[blockIdx.x] + 1;
     uint4 before[CHUNKS], factors[CHUNKS], given[CHUNKS][RANKS];
     const auto each_chunk = [&](auto visit) {
 #pragma unroll
@@ -30,13 +18,8 @@ extern "C" __global__ void __launch_bounds__(1024) add_shares(
     int64 row = blockIdx.x;
     each_chunk(
         [&](int i, int64 chunk) { before[i] = hidden[row * chunks + chunk], factors[i] = weight[chunk]; });
-    if (threadIdx.x < RANKS) {
-        say((uint32*)flags[threadIdx.x] + blockIdx.x * RANKS + rank, number);
-        const uint32* own = (const uint32*)flags[rank] + blockIdx.x * RANKS + threadIdx.x;
-        while ((int)(heard(own) - number) < 0) {}
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) sums[blockIdx.x] = number;
+    meet(flags, rank, number);
+    if (threadIdx.x == 0) met[blockIdx.x] = number;
     const auto load_shares = [&](int i, int64 chunk) {
 #pragma unroll
         for (int other = 0; other < RANKS; other++)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
+from clo.kernels.add_shares import add_shares
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, merge_fetched
 from clo.kernels.attend_tail import attend_tail, tail_parts
@@ -24,12 +24,14 @@ from clo.kernels.gate import gate
 from clo.kernels.limits import RUN
 from clo.kernels.load import load_blocks, load_rows
 from clo.kernels.mailbox import post
+from clo.kernels.meeting import MOST_BLOCKS, Meeting
 from clo.kernels.quantize_query import QuantizedQuery, Rope, quantize_query
 from clo.kernels.resident import ResidentSet
 from clo.kernels.sample import Adjustments, SamplingState, sample
 from clo.kernels.score import Scores, score_codes
 from clo.kernels.store import store_new, store_prompts
 from clo.kernels.take import take
+from clo.kernels.take_shares import take_shares
 from clo.kernels.update_resident import FetchList, TailList, update_resident
 
 
@@ -336,6 +338,10 @@ def calls(shape: Shape, device: str, sizes: Sizes | None = None) -> dict[str, Ca
                 "hidden": zeros(met, width), "weight": zeros(width), "meeting": meeting, "rank": 1,
                 "eps": 1e-5,
             },
+        ),
+        Call(
+            take_shares,
+            {"taken": zeros(2, 4, dtype=torch.int64), "meeting": meeting, "rank": 1},
         ),
     ]  # fmt: skip
     return {call.function.__name__: call for call in found}

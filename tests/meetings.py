@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import MOST_BLOCKS, Meeting, add_shares
+from clo.kernels.add_shares import add_shares
+from clo.kernels.meeting import MOST_BLOCKS, Meeting
+from clo.kernels.take_shares import take_shares
 
 EPS = 1e-5
 
@@ -60,6 +62,15 @@ def add_up(rank: int, mine: list[Place], hidden: Tensor, weight: Tensor, given: 
             hidden.copy_(total)
         found.append(normed)
     return found
+
+
+def take_all(rank: int, place: Place, share: Tensor, ranks: int) -> Tensor:
+    """What the first ``ranks`` ranks leave, where this one leaves ``share``: [ranks, *share.shape]."""
+    count = share.numel()
+    place.share.view(-1)[:count].view(share.shape).copy_(share)
+    taken = share.new_empty(ranks, *share.shape)
+    take_shares(taken.flatten(1).view(torch.int64), place.meeting, rank)
+    return taken
 
 
 def expected(hidden: Tensor, weight: Tensor, given: list[list[Tensor]]) -> list[Tensor]:

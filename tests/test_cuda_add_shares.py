@@ -1,14 +1,37 @@
-"""The sum of all ranks' shares by its kernel, with the ranks as streams of one GPU."""
+"""What ranks add up and take from one another by kernels, with the ranks as streams of one GPU."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from clo.kernels.add_shares import MOST_BLOCKS
-from tests.meetings import add_up, expected, places
+from clo.kernels.meeting import MOST_BLOCKS
+from tests.meetings import add_up, expected, places, take_all
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+
+
+def captured(
+    ranks: int, work: Callable[[int], list[Tensor]]
+) -> tuple[Callable[[], None], list[list[Tensor]]]:
+    """What lets all ranks do their work at the same time, a graph each, and what each of them then finds."""
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(ranks)]
+    found: list[list[Tensor]] = []
+    for rank, (graph, stream) in enumerate(zip(graphs, streams, strict=True)):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            found.append(work(rank))
+
+    def replay() -> None:
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+
+    return replay, found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -34,21 +57,13 @@ def test_ranks_add_up_what_all_of_them_have(ranks: int, rows: int, width: int, d
     ]
     memory = places(ranks, rows, width, dtype, "cuda")
     states = [hidden.clone() for _ in range(ranks)]
-    streams = [torch.cuda.Stream() for _ in range(ranks)]
-    found: list[list[Tensor]] = [[] for _ in range(ranks)]
-    graphs = []
-    for rank, stream in enumerate(streams):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1], stream=stream, capture_error_mode="thread_local"):
-            found[rank] = add_up(rank, memory[rank], states[rank], weight, given[rank])
+    replay, found = captured(
+        ranks, lambda rank: add_up(rank, memory[rank], states[rank], weight, given[rank])
+    )
     for _ in range(3):
         for state in states:
             state.copy_(hidden)
-        torch.cuda.synchronize()
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        torch.cuda.synchronize()
+        replay()
         right = expected(hidden, weight, given)
         for rank in range(ranks):
             for number, norm in enumerate(found[rank]):
@@ -56,3 +71,29 @@ def test_ranks_add_up_what_all_of_them_have(ranks: int, rows: int, width: int, d
                 torch.testing.assert_close(
                     norm.float(), right[number], rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
                 )
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 1000), (24, 32064)])
+@pytest.mark.parametrize(("ranks", "sources"), [(1, 1), (2, 1), (2, 2), (3, 3)])
+def test_ranks_take_what_the_first_ones_leave(ranks: int, sources: int, rows: int, width: int) -> None:
+    """Time and again from the same memory, between sums."""
+    given = [[torch.randn(rows, width, device="cuda") for _ in range(6)] for _ in range(ranks)]
+    weight, memory = torch.ones(width, device="cuda"), places(ranks, rows, width, torch.float32, "cuda")
+
+    def work(rank: int) -> list[Tensor]:
+        taken = []
+        for number, share in enumerate(given[rank]):
+            taken.append(take_all(rank, memory[rank][0], share, sources))
+            if number % 3 == 2:
+                add_up(rank, memory[rank], share.clone(), weight, [share, share])
+        return taken
+
+    replay, found = captured(ranks, work)
+    for _ in range(3):
+        for shares in given:
+            for share in shares:
+                share.normal_()
+        replay()
+        for rank in range(ranks):
+            for taken, *shares in zip(found[rank], *given, strict=True):
+                assert torch.equal(taken, torch.stack(shares[:sources]))

@@ -75,6 +75,34 @@ def sums(group: Group) -> tuple[bool, list[list[float]]]:
     return group.shared is not None and group.meetings is not None, found
 
 
+def taken(group: Group) -> list[bool]:
+    """Whether what ranks take from one another within a graph is what they gave: logits, tokens, and what is
+    too long for the memory that they share."""
+    generator, right = torch.Generator().manual_seed(0), []
+    for rows, width in ((24, 64128), (1, 8), (200, 64128)):
+        both = torch.randn(2, rows, width, generator=generator).bfloat16().cuda()
+        tokens = torch.randint(0, 2**40, (2, rows), generator=generator).cuda()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            group.join(both[group.rank.number])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(3):
+                joined = group.join(both[group.rank.number])
+                first = group.take_from_first(tokens[group.rank.number].clone())
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        right += [torch.equal(joined, both), torch.equal(first, tokens[0])]
+        del graph
+    return right
+
+
+def test_ranks_take_from_one_another_within_graphs(tmp_path: Path) -> None:
+    assert in_group(tmp_path, 2, taken, device="cuda") == [[True] * 6] * 2
+
+
 def test_sums_within_graphs(tmp_path: Path) -> None:
     (symmetric, first), (other, second) = in_group(tmp_path, 2, sums, device="cuda")
     assert first == second == [[3.0]] * 3

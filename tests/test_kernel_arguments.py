@@ -129,7 +129,8 @@ def test_gaps_are_refused_where_the_kernel_reads_in_order(operation: str, argume
         ("post", "mailbox", torch.zeros(4, 3, dtype=torch.int64), "width > N"),
         ("wait", "number", 0, "number >= 1"),
         ("add_shares", "rank", 2, "0 <= rank < ranks"),
-        ("add_shares", "meeting.sums", torch.zeros(0, dtype=torch.int32), "blocks >= 1"),
+        ("add_shares", "meeting.met", torch.zeros(0, dtype=torch.int32), "blocks >= 1"),
+        ("take_shares", "taken", torch.zeros(3, 4, dtype=torch.int64), "sources <= ranks"),
         ("gate", "query", torch.zeros(3, 23, 16), "query_heads % kv_heads == 0"),
     ],
 )  # fmt: skip
@@ -154,7 +155,7 @@ GPU_LIMITS = {
         (Shape(head_dim, 2, 3, torch.float16), Sizes(), operation)
         for head_dim in (24, 72, 272)
         for operation in CALLS
-        if operation not in ("update_resident", "sample", "take", "post", "wait", "add_shares")
+        if operation not in ("update_resident", "sample", "take", "post", "wait", "add_shares", "take_shares")
     ],
     "vocab <= 2\\*\\*19 must hold on a GPU": [(SHAPE, Sizes(vocab=2**19 + 1), "sample")],
     "block_tokens % 64 == 0 must hold on a GPU": [(SHAPE, Sizes(block_tokens=32), "score_codes")],
