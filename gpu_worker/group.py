@@ -175,8 +175,8 @@ class Group:
         return float(total) / self.rank.count
 
     def _take(self, taken: Tensor, share: Tensor) -> bool:
-        """Make ``taken`` [ranks, any] what the first ranks give, through memory that all of them read, if that
-        can be done, and say whether."""
+        """Make ``taken`` [ranks, any] what the first ranks give, through memory that all of them read; says
+        whether that could be done."""
         if self.exchange is None or share.nbytes > len(self.exchange[0]) or share.nbytes % 8:
             return False
         memory, meeting = self.exchange
@@ -198,7 +198,9 @@ class Group:
         shared: Tensor | None = None
         addresses: list[int] = []
         place = -(-longest // _SHORT_BYTES) * _SHORT_BYTES
-        sizes = _SHORT_BYTES, _TAKEN_BYTES, *[place] * len(Sum), 4 * MOST_BLOCKS * self.rank.count
+        multiprocessors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        blocks = self.least(min(MOST_BLOCKS, multiprocessors))  # each of which may need one of its own
+        sizes = _SHORT_BYTES, _TAKEN_BYTES, *[place] * len(Sum), 4 * blocks * self.rank.count
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(_reach(self._device.index, other) for other in self._peers())
         if self.least(able):
@@ -219,7 +221,7 @@ class Group:
             flags.zero_()
             self.least(0)  # as all ranks have done
             begins = torch.tensor(addresses, device=self._device)
-            met = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self._device)
+            met = torch.zeros(blocks, dtype=torch.int32, device=self._device)
             self.exchange, *self.meetings = (
                 (memory, Meeting(begins + sum(sizes[:number]), begins + sum(sizes[:-1]), met))
                 for number, memory in enumerate(places, 1)

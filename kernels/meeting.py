@@ -12,7 +12,8 @@ from torch import Tensor
 from clo.kernels.arguments import Argument, Rule
 
 MOST_BLOCKS = 128
-"""Blocks that wait for those of other ranks: few enough that a GPU runs them all at the same time."""
+"""Blocks that wait for those of other ranks. A GPU with fewer multiprocessors gets fewer, so that all of them
+run at the same time."""
 
 MOST_THREADS = 1024
 """Of a block: each rank has one that meets it."""

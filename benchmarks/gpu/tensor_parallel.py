@@ -4,7 +4,8 @@
 The reference of each figure is one GPU in the same run, where nothing else is said. The ranks are processes
 with a GPU each, and read the same pinned memory, each its heads' rows of it.
 
-- tp/step/2: a decode step of 24 sequences of 32K, of which each head fetches 9 % of its selection anew.
+- tp/step/2: a decode step of 24 sequences of 32K, of which each head fetches 9 % of its selection anew, and
+  one of a single sequence (``one``).
   ``tp/all-reduce``: what a sum of the ranks takes in a graph of nothing else, and what all of them take in
   the step: by NCCL; through memory that both GPUs read, by PyTorch (symmetric); and there by the kernel that
   adds the residual and norms the sum as well (fused). ``tp/idle``: what is left of the latter beyond the
@@ -105,18 +106,17 @@ Figures = dict[str, float]
 
 @torch.inference_mode()
 def step(place: Place) -> Figures:
-    """Milliseconds of a step, and microseconds of a sum."""
+    """Milliseconds of a step, also of a single sequence, and microseconds of a sum."""
     decoder = random_decoder(LLAMA_8B, MAX_TOKENS, place.group)
     engine = decoding(place, LLAMA_8B, decoder, SEQUENCES)
-    group = place.group
+    group, figures = place.group, {"step/one": step_ms(engine, 1)}
     if group is None:
-        return {"step": step_ms(engine, SEQUENCES)}
-    figures = dict[str, float]()
-    meetings, shared = group.meetings, group.shared
+        return {"step": step_ms(engine, SEQUENCES), **figures}
+    meetings, shared, exchange = group.meetings, group.shared, group.exchange
     hidden = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
     for way in WAYS if shared is not None else WAYS[-1:]:
         group.meetings = meetings if way == "fused" else None
-        group.shared = None if way == "nccl" else shared
+        group.shared, group.exchange = (None, None) if way == "nccl" else (shared, exchange)
         figures[f"step/{way}"] = step_ms(engine, SEQUENCES)
         sum_all = partial(sums, group, hidden)
         sum_all()
@@ -124,9 +124,11 @@ def step(place: Place) -> Figures:
         figures[f"sum/{way}"] = 1e3 * together_ms(graph.replay) / _SUMS
         del graph
         said(f"{way}: {figures}")
+    group.shared, group.exchange = shared, exchange
     decoder.group = _Silent(group)  # type: ignore[assignment]
     figures["step/without"] = step_ms(engine, SEQUENCES)
-    decoder.group, group.meetings, group.shared = group, meetings, shared
+    decoder.group = group
+    group.meetings, group.shared, group.exchange = meetings, shared, exchange
     return figures
 
 
@@ -398,7 +400,10 @@ def results_of(name: str, one: Figures, both: list[Figures]) -> list[Result]:
     first = both[0]
     match name:
         case "step":
-            return list(_of_step(one["step"], both))
+            return [
+                *_of_step(one["step"], both),
+                compared("tp/step/2/one", "time", first["step/one"], "ms", one["step/one"]),
+            ]
         case "prefill":
             took = max(figures["prefill"] for figures in both)
             return [compared("tp/prefill/2", "time", took, "s", one["prefill"])]
