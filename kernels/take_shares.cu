@@ -3,7 +3,7 @@
 
 extern "C" __global__ void __launch_bounds__(1024) take_shares(
     int64* taken, int64 sources, int64 words, const int64* shares, const int64* flags, uint32* met,
-    int64 rank, int64 first) {
+    int64 rank) {
     const uint32 number = met[blockIdx.x] + 1;
     meet(flags, rank, number);
     for (int64 source = 0; source < sources; source++) {

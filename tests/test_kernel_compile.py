@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from torch import Tensor
 
 from clo.kernels.launch import FOLDER, STANDARD, Launch, recorded
 from clo.kernels.limits import SHARED_BYTES, UPDATE_STATIC_BYTES
@@ -116,3 +117,27 @@ def test_every_kernel_fits_at_every_shape_and_size(shape: Shape, capability: int
 def test_every_source_is_compiled() -> None:
     sources = {path.name for path in FOLDER.glob("*.cu")}
     assert sources == {program.file for program in launches(SHAPES[:1], [_LARGE])} - {str(_REPLAY)}
+
+
+def test_launches_give_every_parameter() -> None:
+    """The driver reads as many arguments as a kernel has parameters, whatever it is given."""
+    for program, asked in launches(SHAPES, [_LARGE]).items():
+        if program.file == str(_REPLAY):  # which is not launched here
+            continue
+        source = (FOLDER / program.file).read_text()
+        for launch in asked:
+            found = re.search(rf"__global__[^;{{]*\b{launch.name}\(([^)]*)\)\s*{{", source)
+            assert found, f"{launch.name} is not in {program.file}"
+            wanted = [_kind(parameter) for parameter in found[1].split(",")]
+            given = [
+                "pointer" if argument is None or isinstance(argument, Tensor) else type(argument).__name__
+                for argument in launch.args
+            ]
+            assert given == wanted, launch.name
+
+
+def _kind(parameter: str) -> str:
+    """What stands for a parameter in the arguments of a launch."""
+    if "*" in parameter:
+        return "pointer"
+    return "float" if parameter.split()[0] == "float" else "int"
