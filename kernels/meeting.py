@@ -56,7 +56,7 @@ def meet(meeting: Meeting, rank: int, blocks: int) -> None:
     meeting.met[:blocks] = number
     for theirs in flags:
         theirs[:, rank] = number
-    while (flags[rank] < number.numpy()[:, None]).any():
+    while (flags[rank] - number.numpy()[:, None] < 0).any():  # also where the numbers begin anew
         time.sleep(_PAUSE_SECONDS)
 
 

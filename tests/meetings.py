@@ -11,6 +11,7 @@ from clo.kernels.meeting import MOST_BLOCKS, Meeting
 from clo.kernels.take_shares import take_shares
 
 EPS = 1e-5
+_MET = 2**31 - 5  # that often ranks have met before, so that the numbers of meetings wrap round
 
 
 class Place(NamedTuple):
@@ -23,7 +24,10 @@ class Place(NamedTuple):
 def places(
     ranks: int, rows: int, width: int, dtype: torch.dtype, device: str, blocks: int = MOST_BLOCKS
 ) -> list[list[Place]]:
-    """Both places of each rank; ``blocks`` at most share the rows of a sum."""
+    """Both places of each rank; ``blocks`` at most share the rows of a sum, on a GPU so many that those of
+    all ranks run at the same time."""
+    if device == "cuda":
+        blocks = min(blocks, torch.cuda.get_device_properties(0).multi_processor_count // ranks)
 
     def addresses(tensors: list[Tensor]) -> Tensor:
         return torch.tensor([tensor.data_ptr() for tensor in tensors], device=device)
@@ -32,8 +36,8 @@ def places(
         [torch.full((rows, width), float("nan"), dtype=dtype, device=device) for _ in range(ranks)]
         for _ in range(2)
     ]
-    flags = [torch.zeros(blocks, ranks, dtype=torch.int32, device=device) for _ in range(ranks)]
-    sums = [torch.zeros(blocks, dtype=torch.int32, device=device) for _ in range(ranks)]
+    flags = [torch.full((blocks, ranks), _MET, dtype=torch.int32, device=device) for _ in range(ranks)]
+    sums = [torch.full((blocks,), _MET, dtype=torch.int32, device=device) for _ in range(ranks)]
     known = addresses(flags), *map(addresses, shares)
     _kept.append((shares, flags))
     return [
