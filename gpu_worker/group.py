@@ -80,7 +80,8 @@ class Group:
 
     Raises:
         ConfigError: the ranks cannot connect.
-        GroupEnded: another rank has ended; so do all methods.
+        GroupEnded: another rank has ended; so do all methods where torch.distributed says so. Through memory
+            that all ranks read the device waits instead, until the launcher ends this process.
     """
 
     def __init__(

@@ -8,11 +8,12 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
   one of a single sequence (``one``).
   ``tp/all-reduce``: what a sum of the ranks takes in a graph of nothing else, and what all of them take in
   the step: by NCCL; through memory that both GPUs read, by PyTorch (symmetric); and there by the kernel that
-  adds the residual and norms the sum as well (fused). ``tp/idle``: what is left of the latter beyond the
-  former: a rank waits for the other.
+  adds the residual and norms the sum as well (fused), which replaces kernels of a step without sums, so that
+  less seems to be taken by it. Logits and tokens pass in the same way in all of them. ``tp/idle``: what is
+  left of the latter beyond the former, if anything: a rank waits for the other.
 - tp/prefill/2: a prompt of 32K tokens, dense.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
-  for what CUDA and NCCL take; computed, not tried.
+  for what CUDA, NCCL and the memory that both GPUs read take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
 - tp/qwen3-32b: the same step of 12 sequences at the Qwen3-32B shape, with random weights, on two GPUs; the
   reference is the time in which a GPU copies as much as each has to read. tp/qwen3-32b/full: its rate beside
@@ -112,11 +113,11 @@ def step(place: Place) -> Figures:
     group, figures = place.group, {"step/one": step_ms(engine, 1)}
     if group is None:
         return {"step": step_ms(engine, SEQUENCES), **figures}
-    meetings, shared, exchange = group.meetings, group.shared, group.exchange
+    meetings, shared = group.meetings, group.shared
     hidden = torch.randn(SEQUENCES, LLAMA_8B.hidden, dtype=torch.bfloat16, device="cuda")
     for way in WAYS if shared is not None else WAYS[-1:]:
         group.meetings = meetings if way == "fused" else None
-        group.shared, group.exchange = (None, None) if way == "nccl" else (shared, exchange)
+        group.shared = None if way == "nccl" else shared
         figures[f"step/{way}"] = step_ms(engine, SEQUENCES)
         sum_all = partial(sums, group, hidden)
         sum_all()
@@ -124,11 +125,10 @@ def step(place: Place) -> Figures:
         figures[f"sum/{way}"] = 1e3 * together_ms(graph.replay) / _SUMS
         del graph
         said(f"{way}: {figures}")
-    group.shared, group.exchange = shared, exchange
     decoder.group = _Silent(group)  # type: ignore[assignment]
     figures["step/without"] = step_ms(engine, SEQUENCES)
     decoder.group = group
-    group.meetings, group.shared, group.exchange = meetings, shared, exchange
+    group.meetings, group.shared = meetings, shared
     return figures
 
 

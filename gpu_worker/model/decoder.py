@@ -25,8 +25,8 @@ class Decoder:
     """The model as functions of hidden states; attention itself is the caller's.
 
     As a rank of a group it has the group's share of heads alone, and hidden states and logits of the whole
-    model: ``embed``, ``add_attention``, ``add_mlp``, ``complete`` and ``logits`` are to be called by all ranks
-    together.
+    model: ``embed``, ``add_attention``, ``add_mlp``, ``complete`` and ``logits`` are to be called by all
+    ranks together.
 
     Args:
         weights: the weights; their device and dtype are the model's.
