@@ -2,7 +2,7 @@
 // way.
 #include "meeting.cuh"
 
-extern "C" __global__ void __launch_bounds__(1024) add_shares(
+extern "C" __global__ void __launch_bounds__(THREADS) add_shares(
     const uint4* hidden, const uint4* weight, uint4* total, uint4* normed, int64 rows, int64 chunks,
     const int64* shares, const int64* flags, uint32* met, int64 rank, float eps) {
     __shared__ float room[32];

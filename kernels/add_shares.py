@@ -50,7 +50,7 @@ def add_shares(
         launch(
             "add_shares.cu", "add_shares", (blocks,), threads,
             [hidden, weight, total, normed, len(hidden), chunks, *meeting, rank, eps],
-            ELEMENT=ELEMENTS[hidden.dtype], RANKS=ranks, CHUNKS=-(-chunks // threads),
+            ELEMENT=ELEMENTS[hidden.dtype], RANKS=ranks, CHUNKS=-(-chunks // threads), THREADS=threads,
         )  # fmt: skip
         return total, normed
     meet(meeting, rank, blocks)

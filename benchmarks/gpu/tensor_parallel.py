@@ -372,6 +372,7 @@ def measure(machine: Machine) -> list[Result]:
         said(f"tp needs {RANKS} GPUs, and PyTorch sees {torch.cuda.device_count()}: it is left out.")
         return []
     names = os.environ.get("CLO_TP_PARTS", ",".join(PARTS)).split(",")
+    file = "gpu-tp" if set(names) == set(PARTS) else f"gpu-tp-{'-'.join(names)}"
     alone = Place(None, machine.memory, machine.hbm)
     results = list[Result]()
     with ranks_of(machine) as work:
@@ -381,7 +382,7 @@ def measure(machine: Machine) -> list[Result]:
             release()
             said(f"tp: {name} on {RANKS} GPUs")
             results += results_of(name, one, work(name))
-            write("gpu-tp", [*machine.results(), *results], [NOTE])
+            write(file, [*machine.results(), *results], [NOTE])
     return []  # they are written
 
 
@@ -458,4 +459,5 @@ def _of_step(one: float, both: list[Figures]) -> Iterator[Result]:
         yield Result(f"tp/all-reduce/{way}", f"{sums} of a step", spent, "ms", step, spent / step)
         for rank, figures in enumerate(both):
             idle = figures[f"step/{way}"] - figures["step/without"] - sums * figures[f"sum/{way}"] / 1e3
-            yield Result(f"tp/idle/{way}", f"GPU {rank}", max(0.0, idle), "ms", step, max(0.0, idle) / step)
+            if idle > 0:
+                yield Result(f"tp/idle/{way}", f"GPU {rank}", idle, "ms", step, idle / step)
