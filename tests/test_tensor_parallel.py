@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from clo.gpu_worker.commands import Follower, Leader
@@ -118,7 +119,7 @@ def assert_same(
     for name, one, *parts in zip(names, expected, *by_rank, strict=True):
         for part in parts:
             found, wanted = map(torch.from_numpy, (part.logprobs, one.logprobs))
-            torch.testing.assert_close(found, wanted, **TOLERANCE, msg=partial("{1}: {0}".format, name))
+            assert_close(found, wanted, **TOLERANCE, msg=partial("{1}: {0}".format, name))
         assert sum(part.fetched for part in parts) == one.fetched, name
         assert {part.kv_bytes for part in parts} == {one.kv_bytes}, name
 
@@ -128,8 +129,29 @@ def test_two_ranks_compute_what_one_process_does(folders: dict[str, str], tmp_pa
 
 
 def test_two_ranks_drop_the_rows_that_one_process_drops(folders: dict[str, str], tmp_path: Path) -> None:
-    """Where a rank has whole KV heads. Ranks that share one choose its rows each for its own query heads."""
     assert_same(folders, [name for name in MODELS if "one KV head" not in name], 2, DROPPING, tmp_path)
+
+
+def test_ranks_that_share_a_kv_head_drop_rows_as_if_each_had_its_own(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    """Each chooses for its own query heads, as one process does of a model that has the head twice."""
+    one = folders["one KV head"]
+    model = AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)
+    weights = {
+        name: torch.cat((weight, weight)) if "k_proj" in name or "v_proj" in name else weight
+        for name, weight in model.state_dict().items()
+    }
+    model.config.num_key_value_heads = 2
+    copied = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    copied.load_state_dict(weights)
+    copied.save_pretrained(str(tmp_path / "copied"))
+    expected = forced(None, str(tmp_path / "copied"), DROPPING)
+    parts = in_group(tmp_path, 2, forced, one, DROPPING)
+    for part in parts:
+        assert_close(torch.from_numpy(part.logprobs), torch.from_numpy(expected.logprobs), **TOLERANCE)
+    assert sum(part.fetched for part in parts) == expected.fetched
+    assert forced(None, one, DROPPING).fetched < expected.fetched
 
 
 @pytest.mark.slow
