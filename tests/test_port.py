@@ -30,8 +30,8 @@ from clo.runtime.wire.messages import (
 from clo.runtime.wire.port import Caller, Delivery, Port, TooLarge, listen_tcp, listen_unix
 from clo.runtime.wire.sockets import configure, encode, present
 from tests.faults import WAIT_S
+from tests.routers import in_loop
 from tests.store import new_endpoint
-from tests.test_router import in_loop
 
 Heard = ToRouter | ProtocolError | TooLarge
 
