@@ -1,7 +1,7 @@
 """What the tests of the router share: requests, an event loop for each test, and fixtures.
 
-A file has the fixtures that it assigns to names of its own. Imported, they would look to ruff as if nobody used
-them, and in conftest.py ``quiet`` would be for every test.
+A file has the fixtures that it assigns to names of its own. Imported, they would look to ruff as if nobody
+used them, and in conftest.py ``quiet`` would be for every test.
 """
 
 import asyncio
