@@ -108,7 +108,7 @@ class Group:
         self.exchange: tuple[Tensor, Meeting] | None = None
         self._name = ""
         if cuda:
-            self._share_memory(longest if rank.count == 2 else _SHORT_BYTES)
+            self._share_memory(longest)
 
     @property
     def leads(self) -> bool:
@@ -191,17 +191,15 @@ class Group:
         return small and share.dtype in _SYMMETRIC_TYPES
 
     def _share_memory(self, longest: int) -> None:
-        """Take memory that all ranks can read, if every one of them gets it; ``longest`` bytes for a sum that
-        ``add_shares`` is for."""
+        """Take memory that all ranks can read, if every one of them gets it; ``longest`` as for ``Group``."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         shared: Tensor | None = None
         addresses: list[int] = []
-        place = -(-longest // _SHORT_BYTES) * _SHORT_BYTES
         multiprocessors = torch.cuda.get_device_properties(self._device).multi_processor_count
         blocks = self.least(min(MOST_BLOCKS, multiprocessors))  # each of which may need one of its own
-        sizes = _SHORT_BYTES, _TAKEN_BYTES, *[place] * len(Sum), 4 * blocks * self.rank.count
+        sizes = _shared_sizes(self.rank.count, longest, blocks)
         # The ranks agree before they meet in ``rendezvous``, or one would wait there for the others.
         able = all(_reach(self._device.index, other) for other in self._peers())
         if self.least(able):
@@ -242,6 +240,17 @@ class Group:
             yield
         except self._lost as error:
             raise GroupEnded("The other ranks do not answer: " + str(error).partition("\n")[0]) from None
+
+
+def shared_bytes(ranks: int, longest: int) -> int:
+    """GPU memory of each of so many ranks that the others read, at most; ``longest`` as for ``Group``."""
+    return sum(_shared_sizes(ranks, longest, MOST_BLOCKS)) if ranks > 1 else 0
+
+
+def _shared_sizes(ranks: int, longest: int, blocks: int) -> tuple[int, ...]:
+    """Bytes for PyTorch's sums, for what is taken, for each ``Sum``, and for the flags of so many blocks."""
+    place = -(-longest // _SHORT_BYTES) * _SHORT_BYTES if ranks == 2 else _SHORT_BYTES
+    return _SHORT_BYTES, _TAKEN_BYTES, *[place] * len(Sum), 4 * blocks * ranks
 
 
 def _reach(own: int, other: int) -> bool:

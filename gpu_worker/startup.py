@@ -100,8 +100,12 @@ def _group(config: GroupConfig, model: ResolvedModel) -> Group:
     """This process as a rank of its worker."""
     cuda = model.device == "cuda"
     own = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    longest = CHUNK_TOKENS[model.device] * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
-    return Group(Rank(config.rank, config.ranks), own, config.rendezvous, longest)
+    return Group(Rank(config.rank, config.ranks), own, config.rendezvous, longest_sum(model))
+
+
+def longest_sum(model: ResolvedModel) -> int:
+    """Bytes of the longest sum of a group's ranks that a residual and a norm follow."""
+    return CHUNK_TOKENS[model.device] * model.architecture.hidden_size * ITEM_BYTES[model.dtype]
 
 
 def check_model(model: ResolvedModel, cache: CacheConfig, ranks: int = 1) -> CacheConfig:

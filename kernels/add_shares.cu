@@ -1,5 +1,5 @@
-// A block has a row, or every so-manieth one. While it adds up one row, the next one's shares are on their
-// way.
+// A block has one row, or of many rows every n-th, where there are n blocks. While it adds up one, the next
+// one's shares are on their way.
 #include "meeting.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_shares(

@@ -29,7 +29,7 @@ class Scores(NamedTuple):
 _UNIT = BLOCK_TOKENS_STEP  # tokens that a warp scores at a time
 _WARPS, _STAGES = 4, 3  # warps of a block; units on their way to a warp
 _FEW_LINES = 128  # of heads and sequences, up to which blocks are shorter
-_UNITS = 4, 8  # of a warp, up to there and beyond: more take less time alone, but hold up the kernels beside
+_UNITS = 4, 8  # of a warp, up to there and beyond: long blocks hold up what is urgent beside them
 
 _SIGNATURE = Signature(
     "score_codes",

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from clo.gpu_worker.commands import Follower, Leader
-from clo.gpu_worker.group import Group
+from clo.gpu_worker.group import Group, shared_bytes
 from clo.gpu_worker.in_process import make_engine, stats_of, teacher_force
 from clo.gpu_worker.model.decoder import load_decoder
 from clo.gpu_worker.prefill import prefill_bytes
@@ -198,6 +198,14 @@ def test_memory_is_planned_for_hidden_states_that_each_rank_has_whole() -> None:
     short, long = (prefill_bytes(share, count, sparse=False, codes=False) for count in (tokens, 2 * tokens))
     assert long - short > tokens * hidden
     assert prompt_graph_bytes(share) > 4 * PROMPT_SIZES[-1] * hidden
+
+
+def test_memory_that_ranks_share_is_planned() -> None:
+    """Two of them add up chunks of prompts there, twice in a layer; more of them only what is short."""
+    chunk = 8192 * 4096 * 2
+    assert shared_bytes(1, chunk) == 0
+    assert 2 * chunk < shared_bytes(2, chunk) < 2 * chunk + 32 * 2**20
+    assert shared_bytes(4, chunk) < 32 * 2**20
 
 
 class Tape:

@@ -125,14 +125,17 @@ def _requests(
     model. Raises ``ConfigError`` where not even one fits."""
     import torch
 
+    from clo.gpu_worker.group import shared_bytes
     from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+    from clo.gpu_worker.startup import longest_sum
     from clo.runtime.model.ranks import Rank
 
     own = Rank(0, ranks).shape(shape)
     sizes = own, config.cache, config.engine, blocks, model.max_model_len, model.vocab_size
     if model.device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return plan_gpu_memory(*sizes, (free - weights // ranks, total)).slots
+        taken = weights // ranks + shared_bytes(ranks, longest_sum(model))
+        return plan_gpu_memory(*sizes, (free - taken, total)).slots
     free, place = available_memory([[0]])
     return plan_cpu_memory(*sizes, ((free - weights - blocks * shape.block_bytes) // ranks, place)).slots
 

@@ -188,8 +188,8 @@ class Decoder:
 
     def complete(self, layer: int, hidden: Tensor, attended: Tensor) -> None:
         """Both of these for many tokens: ``hidden`` becomes what enters the next layer."""
-        weights, norm = self._weights.layers[layer], self._weights.layers[layer].mlp_norm
-        _, normed = self._add(Sum.ATTENTION, hidden, weights.output, attended.flatten(1), norm, in_place=True)
+        weights, flat = self._weights.layers[layer], attended.flatten(1)
+        _, normed = self._add(Sum.ATTENTION, hidden, weights.output, flat, weights.mlp_norm, in_place=True)
         gated = self._gated(weights.gate_up(normed))
         if self._share(Sum.MLP, hidden) is None:  # then no norm need be computed with the sum
             hidden += self._whole(weights.down(gated))
