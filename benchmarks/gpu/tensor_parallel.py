@@ -11,7 +11,8 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
   adds the residual and norms the sum as well (fused), which replaces kernels of a step without sums, so that
   less seems to be taken by it. Logits and tokens pass in the same way in all of them. ``tp/idle``: what is
   left of the latter beyond the former, if anything: a rank waits for the other.
-- tp/prefill/2: a prompt of 32K tokens, dense.
+- tp/prefill/2: a prompt of 32K tokens, dense, and one of 128K. Half of one GPU's time is the least that any
+  division of a prompt among two GPUs could take: what is beyond it is what another one may save.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
   for what CUDA, NCCL and the memory that both GPUs read take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
@@ -70,6 +71,8 @@ from clo.runtime.model.ranks import Rank
 ARENA_GIB = 98
 RANKS, SEQUENCES = 2, 24
 LENGTH = CONTEXT - 300
+LONGEST = 131072
+PROMPTS = {"tp/prefill/2": (CONTEXT, 3), "tp/prefill/2/128k": (LONGEST, 1)}  # tokens, and how often
 NEW_ROWS = round(SELECTED * 0.09)
 _REPEATS, _ROUNDS = 16, 5  # steps one behind the other that are timed together, and how often
 MEMORIES = {"of this memory": None, "of 80 GB": 80 * 10**9}  # of which full attention's GPUs are
@@ -158,12 +161,16 @@ class _Silent:
 
 @torch.inference_mode()
 def prompt(place: Place) -> Figures:
-    """Seconds of a prompt."""
-    decoder = random_decoder(LLAMA_8B, MAX_TOKENS, place.group)
-    engine = Engine(decoder, place.arena(LLAMA_8B, 1, MAX_TOKENS), CONFIG, 1, MAX_TOKENS)
+    """Seconds of a prompt of each length."""
+    decoder = random_decoder(LLAMA_8B, LONGEST + 512, place.group)
     torch.manual_seed(0)  # the ranks draw the same prompts
-    prefill(engine, CONTEXT)  # compiles
-    return {"prefill": median(prefill(engine, CONTEXT) for _ in range(3))}
+    figures: Figures = {}
+    for case, (length, times) in PROMPTS.items():
+        room = length + 512
+        engine = Engine(decoder, place.arena(LLAMA_8B, 1, room), CONFIG, 1, room)
+        prefill(engine, length)  # compiles
+        figures[case] = median(prefill(engine, length) for _ in range(times))
+    return figures
 
 
 @torch.inference_mode()
@@ -406,8 +413,10 @@ def results_of(name: str, one: Figures, both: list[Figures]) -> list[Result]:
                 compared("tp/step/2/one", "time", first["step/one"], "ms", one["step/one"]),
             ]
         case "prefill":
-            took = max(figures["prefill"] for figures in both)
-            return [compared("tp/prefill/2", "time", took, "s", one["prefill"])]
+            return [
+                compared(case, "time", max(figures[case] for figures in both), "s", alone)
+                for case, alone in one.items()
+            ]
         case "fit":
             most = min(figures["fit"] for figures in both)
             return [compared("tp/fit", "sequences of 32K", most, "sequences", one["fit"])]
