@@ -11,7 +11,7 @@ from clo import launch
 from clo.gpu_worker import outputs
 from clo.gpu_worker.cache import staging
 from clo.kvstore import disk
-from clo.runtime import grammars, router
+from clo.runtime import accounts, grammars
 from clo.runtime.wire import liveness
 from clo.runtime.wire.errors import CLOError, ConfigError, DeviceStuck
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES
@@ -129,8 +129,8 @@ def test_the_figures_in_the_table_of_errors_are_those_of_the_code() -> None:
         f"brings nothing for {disk.STUCK_S:g} s",
         f"the store writes them first, for {liveness.DRAIN_S:g} s at most",
         f"takes more than {grammars.COMPILE_S:g} s or {grammars.MEMORY_BYTES >> 30} GiB",
-        f"More than {router.OPEN_REQUESTS:,} requests of one client open, or of more than "
-        f"{router.OPEN_BYTES >> 20} MiB",
+        f"More than {accounts.OPEN_REQUESTS:,} requests of one client open, or of more than "
+        f"{accounts.OPEN_BYTES >> 20} MiB",
         f"A prompt of more than {MAX_MESSAGE_BYTES >> 20} MiB",
     ):
         assert figure in ERRORS, figure
