@@ -118,9 +118,8 @@ class _Inputs:
         for some in (parts[:first], parts[first:]):
             columns += [[part[field] for part in some] for field in range(4)]
         unused = [0] * len(columns)
-        unused[14] = unused[
-            15
-        ] = -1  # and before the suffix no block and page: ``load_blocks`` asks these alone
+        # and before the suffix no block and page: ``load_blocks`` asks these alone
+        unused[14] = unused[15] = -1
         values: list[int] = []
         for column, width, value in zip(columns, self._widths, unused, strict=True):
             values += column + [value] * (width - len(column))
