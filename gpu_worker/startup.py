@@ -80,10 +80,13 @@ def _choose_store(config: WorkerConfig) -> str:
     if config.model.device == "cuda":
         gpus = torch.cuda.device_count()
         if config.process >= gpus:
-            lower = "--workers" if config.group is None else "--workers or --tensor-parallel-size"
-            raise ConfigError(
-                f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower {lower}."
-            )
+            who, lower = f"Worker {config.worker}", "--workers"
+            if config.group is not None:
+                who, lower = (
+                    f"Rank {config.rank} of worker {config.worker}",
+                    "--workers or --tensor-parallel-size",
+                )
+            raise ConfigError(f"{who} has no GPU of its own, PyTorch sees {gpus}: lower {lower}.")
         torch.cuda.set_device(config.process)
         nodes = config.model.gpu_nodes
         first, near = nodes[config.process - config.rank], nodes[config.process]
