@@ -291,7 +291,9 @@ def _check(args: Mapping[str, Any]) -> None:
     named = _named(args)
     for name, value in named.items():
         if name in _OWN:
-            raise ConfigError(f"'{name}' is each replica's own; Serve's http_options say where and how clients come.")
+            raise ConfigError(
+                f"'{name}' is each replica's own; Serve's http_options say where and how clients come."
+            )
         if value is None:
             raise ConfigError(f"'{name}' has no value; give one, or leave the line out.")
         if isinstance(value, list | dict):
