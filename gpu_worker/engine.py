@@ -283,12 +283,6 @@ class Engine:
         return self.prompt_graphs.run(prompts)
 
     @torch.inference_mode()
-    def restore(self, slot: int, tokens: int, blocks: list[int]) -> None:
-        """Make a free slot ready for a sequence of ``tokens`` tokens whose rows are in its blocks already."""
-        self.place(slot, blocks)
-        self.cache.restore(slot, tokens, *self.tables(slot))
-
-    @torch.inference_mode()
     def activate(self, slot: int, length: int, sampling: Sampling, seed: int) -> None:
         """The sequence of a slot, ``length`` tokens long, decodes from now on."""
         self.tell(Activate(slot, length))

@@ -33,9 +33,8 @@ class SlotRelease:
         self._cache = cache
         counters = cache.head_counters(slot)
         if group is not None:
-            counters = (
-                group.join(counters).transpose(0, 1).flatten(1, 2)
-            )  # after all that the ranks have done
+            # after all that the ranks have done
+            counters = group.join(counters).transpose(0, 1).flatten(1, 2)
         self._counters = torch.empty(counters.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._counters.copy_(counters, non_blocking=True)
         cache.reset_counters(slot)

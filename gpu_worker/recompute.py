@@ -1,6 +1,7 @@
 """``python -m clo.gpu_worker.recompute``: computes the rows of blocks again, for ``clo.kvstore.check``.
 
-An ``Examined`` comes through stdin; a list of ``Compared`` goes to stdout, as JSON.
+An ``Examined`` comes through stdin; a list of ``Compared`` goes to stdout, both as MessagePack: JSON has no
+infinity, which a difference may be.
 """
 
 import os
@@ -35,7 +36,7 @@ def main() -> None:
     os.nice(_NICENESS)
     decode: Decoder[Examined] = Decoder(Examined)
     compared = compare(decode(sys.stdin.buffer.read()))
-    sys.stdout.buffer.write(msgspec.json.encode(compared))
+    sys.stdout.buffer.write(msgspec.msgpack.encode(compared))
 
 
 def compare(examined: Examined) -> list[Compared]:

@@ -203,7 +203,7 @@ class Scheduler:
             sequence.blocks = sequence.blocks + message.blocks  # the engine has the former list
             if sequence.state is State.DECODING:
                 self._engine.extend(sequence.slot, message.blocks)
-        else:
+        elif sequence.state is State.DECODING:  # others take no further step, and so need none
             sequence.starving = True
             self._preempt_youngest()
 

@@ -156,7 +156,8 @@ def _prefill_attention(model: ResolvedModel, asked: PrefillAttention) -> Prefill
             return "sparse"
         except ImportError as error:
             missing = (
-                f"the packages of 'clo[cuda]' ({error}): pip install them, or use --prefill-attention dense."
+                f"the packages of 'clo-llm[cuda]' ({error}): pip install them, or use "
+                "--prefill-attention dense."
             )
             level = logging.WARNING
     if asked == "sparse":

@@ -114,11 +114,13 @@ class _Inputs:
             pages[: len(parts)],
             [0], [total], [slot],
         ]  # fmt: skip
-        # the rows of a part lie where its tokens do; one that is not in use has no tokens and no block
+        # the rows of a part lie where its tokens do; one that is not in use has no tokens
         for some in (parts[:first], parts[first:]):
             columns += [[part[field] for part in some] for field in range(4)]
         unused = [0] * len(columns)
-        unused[14] = unused[15] = -1
+        unused[14] = unused[
+            15
+        ] = -1  # and before the suffix no block and page: ``load_blocks`` asks these alone
         values: list[int] = []
         for column, width, value in zip(columns, self._widths, unused, strict=True):
             values += column + [value] * (width - len(column))

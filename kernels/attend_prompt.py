@@ -172,7 +172,7 @@ def flash_attention() -> Callable[..., Any] | None:
     except ImportError as error:
         _logger.warning(
             "Prompts take torch's attention, about half as fast on Hopper and Blackwell as that of "
-            "flash-attn-4 (%s); pip install 'clo[cuda]' installs it.",
+            "flash-attn-4 (%s); pip install 'clo-llm[cuda]' installs it.",
             error,
         )
         return None

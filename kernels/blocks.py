@@ -41,19 +41,3 @@ def gather_tokens(pool: Tensor, block_table: Tensor) -> Tensor:
     """
     blocks: Tensor = pool.index_select(0, block_table.flatten())
     return blocks.view(*block_table.shape, *pool.shape[1:]).transpose(1, 2).flatten(2, 3)
-
-
-def locate(positions: Tensor, block_table: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
-    """Block ids and offsets of tokens.
-
-    Args:
-        positions: [B, ...] int64, positions of tokens.
-        block_table: [B, max_blocks] int64.
-        block_tokens: tokens of a block.
-
-    Returns:
-        (blocks, offsets), each of the shape of ``positions``.
-    """
-    index = (positions // block_tokens).clamp_(0, block_table.shape[1] - 1)
-    blocks = block_table.gather(1, index.flatten(1)).view_as(positions)
-    return blocks, torch.remainder(positions, block_tokens)

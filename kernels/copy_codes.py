@@ -1,7 +1,7 @@
 """Copy codes: those of whole blocks of one layer, from the pages of the index to the arena, and back.
 
 A prompt that begins with blocks that are there already has their codes for an eighth of what their rows take
-on the way (``clo.gpu_worker.cache.prefix``). In the arena the codes of a block, for each KV head, are the
+on the way (``clo.gpu_worker.prefill``). In the arena the codes of a block, for each KV head, are the
 keys' codes, their scales, their centre, the values' codes and their scales, as in the pages, one behind the
 other.
 """

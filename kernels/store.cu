@@ -2,8 +2,8 @@
 // and walk through the chunks of all tokens.
 #include "common.cuh"
 
-// The same for the parts of many prompts. A thread counts chunks over all parts, so that those of a part that
-// ends early go on with the next one, and its stride is never broken.
+// Rows of the parts of many prompts. A thread counts chunks over all parts, so that those of a part that ends
+// early go on with the next one, and its stride is never broken.
 extern "C" __global__ void store_prompts(
     const uint4* rows, int64 kv_heads, int64 chunks, const int64* starts, const int64* counts,
     const int64* blocks, int64 parts, char* arena, int64 block_stride, int64 head_stride) {

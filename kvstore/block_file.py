@@ -24,10 +24,9 @@ offset  bytes  field
 and the file is called by the name in hexadecimal digits and ``.kv``. Against a disk that makes mistakes a
 CRC does, in less than half the time of BLAKE2b; and who may write files may write their hashes, too.
 
-A name is a hash of tokens, against
-which anybody can test a guess of a prompt. So an encrypted file is called by a hash of the name under the
-key, and all but the first 48 bytes of it are encrypted. What it still shows is its size, which is that of all
-the others, and when it was written and used.
+A name is a hash of tokens, against which anybody can test a guess of a prompt. So an encrypted file is called
+by a hash of the name under the key, and all but the first 48 bytes of it are encrypted. What it still shows
+is its size, which is that of all the others, and when it was written and used.
 
 An encrypted file has a key of its own, derived from the key of ``--kv-disk-key`` and from its salt by
 HKDF-SHA256 (RFC 5869). With that key AES-256-GCM is used twice: with nonce 0 for the page, whose first 48

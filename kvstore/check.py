@@ -138,7 +138,7 @@ def _recompute(examined: Examined) -> list[Compared]:
     )
     if done.returncode:
         raise CLOError("The rows could not be computed again, see above.")
-    return msgspec.json.decode(done.stdout, type=list[Compared])
+    return msgspec.msgpack.decode(done.stdout, type=list[Compared])
 
 
 def _still_there(server: str, compared: list[Compared]) -> list[Compared]:

@@ -18,9 +18,8 @@ mode 0700 and the files 0600, and with a key they are encrypted.
 Where the folder is full, the files end first whose chains were used longest ago, of a chain the end before
 the beginning. The order is that of use, not of a clock; only at a start the files' times stand for it.
 
-Each thread that reads or writes holds one block besides the arena. All methods are for the thread of the
-store's loop. Threads of this tier's own read and write, and wake the
-loop through ``DiskTier.fd``.
+Threads of this tier's own read and write, each with one block besides the arena, and wake the store's loop
+through ``DiskTier.fd``. All methods are for the thread of that loop.
 """
 
 import fcntl

@@ -104,7 +104,7 @@ class _Wait:
     prompt: "array[int]"
     root: bytes
     names: list[bytes]
-    most: int  # blocks that it may share
+    shareable: int  # blocks that it may share
     passed: int = 0  # new blocks that later ones were given meanwhile
 
 
@@ -268,7 +268,7 @@ class BlockPool:
             blocks = shared + [self._take() for _ in range(new)]
             holding = _Holding(blocks, wait.prompt, wait.root, wait.names, len(shared), self.block_tokens)
             self._held.setdefault(group, {})[sequence] = holding
-            if wait.most:
+            if wait.shareable:
                 self.asked_tokens += len(wait.prompt)
                 self.cached_tokens += len(holding.tokens)
             if self._lower is not None:
@@ -497,7 +497,7 @@ class BlockPool:
     def _match(self, wait: _Wait) -> list[int]:
         """Committed blocks of a prompt, from its first one on."""
         blocks = []
-        for name in wait.names[: wait.most]:
+        for name in wait.names[: wait.shareable]:
             block = self._by_name.get(name)
             if block is None:
                 break
@@ -507,7 +507,7 @@ class BlockPool:
     def _fits(self, wait: _Wait, shared: list[int]) -> bool:
         """Whether a sequence can be served that shares these blocks: there is room for the others, and the
         next one is not being loaded for somebody else, with whom it can share that, too."""
-        following = wait.names[len(shared) : wait.most][:1]
+        following = wait.names[len(shared) : wait.shareable][:1]
         if any(load.names[: len(following)] == following for load in self._loads if following):
             return False
         return wait.blocks - len(shared) <= self._takeable(shared)
@@ -517,7 +517,7 @@ class BlockPool:
         if self._lower is None:
             return False
         first = holding.committed
-        names = wait.names[first : min(wait.most, len(holding.blocks))]
+        names = wait.names[first : min(wait.shareable, len(holding.blocks))]
         names = names[: self._lower.found(names)]
         if not names:
             return False

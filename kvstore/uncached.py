@@ -4,6 +4,9 @@ Memory of the host that a server has not pinned is what is left for others, and 
 with blocks for which the arena is the better cache. With ``O_DIRECT`` the disk reads and writes a buffer
 itself; where a file system refuses that (EINVAL), what was written is flushed and the cache is told to drop
 it, as it is after a read.
+
+Places in memory and in a file, and what is transferred, are multiples of 4096 bytes: a disk's own sectors
+have 512 or as many.
 """
 
 import errno
@@ -15,8 +18,6 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
-
-ALIGNMENT = 4096  # of places in memory and in a file; a disk's own sectors have 512 or 4096 bytes
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
@@ -46,7 +47,7 @@ def write(descriptor: int, buffer: NDArray[np.uint8]) -> None:
     """Write a file and flush it, for only then is it known whether the disk had space.
 
     Args:
-        buffer: the whole file; from ``aligned``, and a multiple of ``ALIGNMENT`` long.
+        buffer: the whole file; from ``aligned``, and a multiple of 4096 bytes long.
 
     Raises:
         OSError: it cannot be written.
@@ -60,7 +61,7 @@ def read(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
 
     Args:
         buffer: a part of one from ``aligned``; its beginning and its end, like ``offset``, are multiples of
-            ``ALIGNMENT``.
+            4096.
 
     Returns:
         How many bytes there were, if fewer than the buffer has.

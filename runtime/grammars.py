@@ -77,7 +77,9 @@ class Grammars:
             self._process = None
 
     async def _check(self, text: bytes) -> str:
-        process = self._process = self._process or await _start()
+        if self._process is None or self._process.returncode is not None:  # killed between two grammars
+            self._process = await _start()
+        process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(text + b"\n")

@@ -7,20 +7,20 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
+from clo.runtime.accounts import Accounts
 from clo.runtime.children import Children
 from clo.runtime.config import ResolvedModel, ServerConfig
 from clo.runtime.grammars import GRAMMAR_BYTES, Grammars
 from clo.runtime.kv_events import KVEventPublisher
 from clo.runtime.machine.addresses import not_bound, numeric_host
-from clo.runtime.model.generation import read_generation
 from clo.runtime.request import Request, State
+from clo.runtime.sampling import SamplingRules
 from clo.runtime.tokenizer import Detokenizer, Tokenizer, takes_long
 from clo.runtime.traffic import TrafficMeter
 from clo.runtime.wire.errors import (
@@ -67,7 +67,6 @@ from clo.runtime.wire.messages import (
     Reason,
     Refused,
     Run,
-    Sampling,
     SamplingParams,
     Stepped,
     StoreExamined,
@@ -85,7 +84,6 @@ from clo.runtime.wire.port import Delivery, Port, TooLarge, listen_tcp, listen_u
 from clo.runtime.wire.strangers import INTRUDER, Strangers
 
 UNREAD_BYTES = 16 * 2**20  # that a client may leave unread before its requests are dropped
-OPEN_REQUESTS, OPEN_BYTES = 10_000, MAX_MESSAGE_BYTES  # of one client at a time: its memory has a bound
 TOKEN_BYTES = 16  # of a message for each token of the longest prompt, at most: far more than text takes
 OTHER_BYTES = 2**16 + GRAMMAR_BYTES  # that a message may have besides
 QUIET_S = 0.7  # a client hears something at least once a second while a request is open
@@ -105,14 +103,6 @@ _TURNED_AWAY = "A client was turned away: it has another API key, or none."
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Account:
-    """What a client has open, or has closed while it is still being tokenised."""
-
-    requests: int = 0
-    bytes: int = 0  # of the messages that opened them
 
 
 class Router:
@@ -136,7 +126,7 @@ class Router:
         self._config, self._model = config, model
         self._handlers = handlers_of(Router, ToRouter | FromChild)
         self._tokenizer = Tokenizer(model.folder, model.vocab_size)
-        self._defaults = read_generation(model.folder)
+        self._rules = SamplingRules(model)
         self._grammars = Grammars()
         host = numeric_host(config.host)
         try:
@@ -170,7 +160,7 @@ class Router:
             self.kv_events = KVEventPublisher(config.host, config.kv_events_port, config.kv_events_topic)
         self._stores = [store_identity(name) for name in config.kvstore]
         self._open: dict[tuple[bytes, str], Request] = {}  # by client and name
-        self._accounts: dict[bytes, _Account] = {}  # of clients with open requests or questions
+        self._accounts = Accounts()  # of open requests and questions
         self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # to tokenise
         self._permits: WeakValueDictionary[bytes, asyncio.Semaphore] = WeakValueDictionary()  # by client
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
@@ -374,29 +364,16 @@ class Router:
     def on_get_info(self, client: bytes, message: GetInfo, size: int) -> None:
         if self._charge(client, message.request, size):
             task = self._spawn(self._inform(client, message.request))
-            task.add_done_callback(lambda _: self._discharge(client, size))
+            task.add_done_callback(lambda _: self._accounts.discharge(client, size))
 
     def _charge(self, client: bytes, name: str, size: int) -> bool:
         """Count a request of a client as open; False where it has too many and was told so."""
-        account = self._accounts.get(client) or _Account()
-        if account.requests < OPEN_REQUESTS and account.bytes + size <= OPEN_BYTES:
-            account.requests += 1
-            account.bytes += size
-            self._accounts[client] = account
-            return True
-        text = (
-            f"A client may have {OPEN_REQUESTS} requests with {OPEN_BYTES} bytes in all open at a time; "
-            "wait for answers before sending more."
-        )
-        self._send(client, Failed(name, Overloaded.code, text))
-        return False
-
-    def _discharge(self, client: bytes, size: int) -> None:
-        account = self._accounts[client]
-        account.requests -= 1
-        account.bytes -= size
-        if not account.requests:
-            del self._accounts[client]
+        try:
+            self._accounts.charge(client, size)
+        except Overloaded as error:
+            self._send(client, Failed(name, error.code, str(error)))
+            return False
+        return True
 
     async def _admit(self, request: Request, message: Generate) -> None:
         """Tokenise, check, wait until the workers are ready, and give the request to one of them."""
@@ -409,8 +386,7 @@ class Router:
                 params = SamplingParams(
                     max_tokens=len(forced), logprobs=params.logprobs or 0, cache_salt=params.cache_salt
                 )
-            self._check_params(params)
-            self._check_length(len(tokens), params)
+            self._rules.check(params, len(tokens))
             if params.structured_outputs is not None:
                 grammar = await self._grammars.compile(params.structured_outputs)
             if params.echo:
@@ -442,7 +418,7 @@ class Router:
         request.permits = permits
         worker = self._least_loaded()
         capacity = self._ready_workers[worker].capacity_tokens
-        sampling = self._sampling(params, len(tokens), capacity, grammar)
+        sampling = self._rules.fill_in(params, len(tokens), capacity, grammar)
         request.max_tokens = sampling.max_tokens
         seed = secrets.randbits(63) if params.seed is None or params.seed == -1 else params.seed % 2**63
         client = int.from_bytes(request.client)
@@ -471,7 +447,7 @@ class Router:
     def _admitted(self, request: Request) -> None:
         request.admitted = True
         if not request.open:
-            self._discharge(request.client, request.size)
+            self._accounts.discharge(request.client, request.size)
 
     def _leave_worker(self, worker: bytes, sequence: int) -> Request | None:
         """A worker has nothing more to do with a request, if it had."""
@@ -484,63 +460,6 @@ class Router:
         if request.permits is not None:
             request.permits.release()
             request.permits = None
-
-    def _check_params(self, params: SamplingParams) -> None:
-        """Raises ``InvalidRequest`` where parameters contradict each other or the vocabulary."""
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            raise InvalidRequest("max_tokens is 0, which only scores a prompt; set prompt_logprobs too.")
-        if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-            raise InvalidRequest(
-                f"min_tokens is {params.min_tokens} and max_tokens is {params.max_tokens}; lower min_tokens."
-            )
-        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if max(tokens, default=0) >= self._model.vocab_size:
-                raise InvalidRequest(
-                    f"{name} has the token id {max(tokens)}, which is not in the vocabulary; ids go up to "
-                    f"{self._model.vocab_size - 1}."
-                )
-
-    def _check_length(self, prompt: int, params: SamplingParams) -> None:
-        """Raises ``PromptTooLong`` where a prompt and its answer exceed the model length."""
-        longest, max_tokens = self._model.max_model_len, params.max_tokens
-        if max_tokens is None and prompt + max(1, params.min_tokens) > longest:
-            answer = f"an answer of {params.min_tokens} tokens" if params.min_tokens else "an answer"
-            raise PromptTooLong(
-                f"The prompt has {prompt} tokens, which leaves no room for {answer}: {context_is(longest)}. "
-                "Shorten the prompt."
-            )
-        if max_tokens is not None and prompt + max_tokens > longest:
-            raise PromptTooLong(
-                f"The prompt has {prompt} tokens and max_tokens is {max_tokens}, which is too much together: "
-                f"{context_is(longest)}. Shorten the prompt or lower max_tokens."
-            )
-
-    def _sampling(self, params: SamplingParams, prompt: int, capacity: int, grammar: str | None) -> Sampling:
-        """What a client wants, with the model's defaults; a store holds ``capacity`` tokens."""
-        defaults = self._defaults
-        room = min(self._model.max_model_len, capacity) - prompt
-        max_tokens, penalty = params.max_tokens, params.repetition_penalty
-        if max_tokens is None:
-            wanted = room if defaults.max_tokens is None else min(defaults.max_tokens, room)
-            max_tokens = max(1, params.min_tokens, wanted)
-        return Sampling(
-            temperature=defaults.temperature if params.temperature is None else params.temperature,
-            top_p=defaults.top_p if params.top_p is None else params.top_p,
-            top_k=defaults.top_k if params.top_k is None else max(0, params.top_k),
-            min_p=defaults.min_p if params.min_p is None else params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
-            logit_bias=params.logit_bias,
-            max_tokens=max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=params.stop_token_ids,
-            ignore_eos=params.ignore_eos,
-            logprobs=params.logprobs,
-            prompt_logprobs=params.prompt_logprobs,
-            grammar=grammar,
-            cache_salt=params.cache_salt,
-        )
 
     async def _tokens(
         self, request: Request, prompt: Text | Chat | Tokens, continues: bool = False
@@ -778,7 +697,7 @@ class Router:
         self._traffic.end(request, how, asyncio.get_running_loop().time())
         del self._open[request.client, request.name]
         if request.admitted:
-            self._discharge(request.client, request.size)
+            self._accounts.discharge(request.client, request.size)
 
     def _stop(self, request: Request, reason: Reason) -> None:
         """Have the worker end a request for a reason that the worker does not know."""

@@ -51,3 +51,15 @@ def resident_set(batch: int, kv_heads: int, capacity: int, dim: int, dtype: torc
 def same(*pairs: tuple[Tensor, Tensor]) -> None:
     for expected, found in pairs:
         assert torch.equal(expected, found.cpu())
+
+
+def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Queries as a view of fused projections, and rows."""
+    heads = kv_heads * (group + 2)
+    query = torch.randn(count, heads, dim, dtype=torch.bfloat16, device="cuda")[:, : kv_heads * group]
+    return query, torch.randn(total, kv_heads, 2, dim, dtype=torch.bfloat16, device="cuda")
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """As a share of what is expected."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())

@@ -25,23 +25,13 @@ from clo.gpu_worker.prompt_graphs import SIZES
 from clo.kernels.attend_prompt import attend_prompt, attend_prompts
 from clo.runtime.config import Attention, CacheConfig, ModelConfig
 from clo.runtime.model.files import resolve
+from tests.cuda_tensors import error, random_prompt
 
 pytestmark = pytest.mark.gpu
 
 SOURCES = (QuerySource.OWN, QuerySource.INPUT, QuerySource.MIDDLE, QuerySource.INPUT)
 LONGEST = 900
 CONFIG = CacheConfig(select_k=16, resident=LONGEST)
-
-
-def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Queries as a view of fused projections, and rows."""
-    heads = kv_heads * (group + 2)
-    query = torch.randn(count, heads, dim, dtype=torch.bfloat16, device="cuda")[:, : kv_heads * group]
-    return query, torch.randn(total, kv_heads, 2, dim, dtype=torch.bfloat16, device="cuda")
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 3, 64), (8, 4, 128), (2, 7, 128), (4, 1, 96)])

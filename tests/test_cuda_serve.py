@@ -25,7 +25,7 @@ MODEL = Model("tiny", 4, 4, 2, 256, 512, LLAMA_8B.vocab, head_dim=64)
 def test_only_sequences_with_more_rows_than_a_head_keeps_replay() -> None:
     """Those get the stated share of new rows, each from a place of its own among the candidates."""
     k, resident, longest, latest = 100, 128, 1024, 64
-    decoder = random_decoder(MODEL, longest)
+    decoder = random_decoder(MODEL)
     config = CacheConfig(select_k=k, resident=resident)
     engine = ReplayEngine(decoder, make_arena(decoder, 3, longest), config, 3, longest)
     layer = engine.cache.layers[0]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from clo.kernels.attend_prompt import attend_prompt
 from clo.kernels.sparse_prompt import (
@@ -12,6 +11,7 @@ from clo.kernels.sparse_prompt import (
     choose_blocks,
 )
 from clo.kernels.weigh_blocks import BLOCK, weigh_blocks
+from tests.cuda_tensors import error, random_prompt
 
 pytestmark = pytest.mark.gpu
 
@@ -25,17 +25,6 @@ counts = pytest.mark.parametrize(("count", "total"), [(512, 4096), (300, 2333), 
 @pytest.fixture(autouse=True)
 def package() -> None:
     pytest.importorskip("cudnn", "1.32", reason="needs the package nvidia-cudnn-frontend, 1.32 or later")
-
-
-def random_prompt(count: int, total: int, kv_heads: int, group: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Queries as a view of fused projections, and rows."""
-    heads = kv_heads * (group + 2)
-    query = torch.randn(count, heads, dim, dtype=torch.bfloat16, device="cuda")[:, : kv_heads * group]
-    return query, torch.randn(total, kv_heads, 2, dim, dtype=torch.bfloat16, device="cuda")
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 @shapes

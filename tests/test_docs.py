@@ -11,7 +11,7 @@ from clo import launch
 from clo.gpu_worker import outputs
 from clo.gpu_worker.cache import staging
 from clo.kvstore import disk
-from clo.runtime import grammars, router
+from clo.runtime import accounts, grammars
 from clo.runtime.wire import liveness
 from clo.runtime.wire.errors import CLOError, ConfigError, DeviceStuck
 from clo.runtime.wire.messages import MAX_MESSAGE_BYTES
@@ -35,8 +35,39 @@ def test_the_example_of_a_new_option_applies() -> None:
     "document", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda p: p.name
 )
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    """To a file that is there and, where they name one, to a heading of it."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)", document.read_text()):
+        name, _, anchor = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{document.name} links to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a document in links to them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_table_of_files_has_every_module_and_no_other_file() -> None:
+    text = (ROOT / "docs/structure.md").read_text()
+    table = text[text.index("## Files") : text.index("## Three walks")]
+    listed: set[str] = set()
+    folder = ""
+    for row in re.findall(r"^\| ([^|]*`[^|]*|\*\*[^|]*) \|", table, re.MULTILINE):
+        if room := re.match(r"\*\*(.*)\*\*", row):
+            folder = f"{room[1]}/"
+        else:
+            listed |= {folder + name for name in re.findall(r"`([\w./]+)`", row)}
+    for file in listed:
+        assert (ROOT / file).exists(), file
+    rooms = [ROOT / name for name in ("runtime", "kvstore", "kernels", "gpu_worker")]
+    modules = {*(ROOT / "clo").glob("*.py"), *(ROOT / "clo/commands").glob("*.py"), ROOT / "launch.py"}
+    modules = {file for file in modules if not file.is_symlink()}.union(
+        *(room.rglob("*.py") for room in rooms)
+    )
+    named = {str(file.relative_to(ROOT)) for file in modules if file.name != "__init__.py"}
+    assert named <= listed, named - listed
 
 
 def errors_table() -> list[dict[str, str]]:
@@ -98,8 +129,8 @@ def test_the_figures_in_the_table_of_errors_are_those_of_the_code() -> None:
         f"brings nothing for {disk.STUCK_S:g} s",
         f"the store writes them first, for {liveness.DRAIN_S:g} s at most",
         f"takes more than {grammars.COMPILE_S:g} s or {grammars.MEMORY_BYTES >> 30} GiB",
-        f"More than {router.OPEN_REQUESTS:,} requests of one client open, or of more than "
-        f"{router.OPEN_BYTES >> 20} MiB",
+        f"More than {accounts.OPEN_REQUESTS:,} requests of one client open, or of more than "
+        f"{accounts.OPEN_BYTES >> 20} MiB",
         f"A prompt of more than {MAX_MESSAGE_BYTES >> 20} MiB",
     ):
         assert figure in ERRORS, figure

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import TwoBitIndex
+from clo.gpu_worker.cache.layer import PROMPT_QUERIES
 from clo.gpu_worker.cache.query_prediction import QuerySource
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.in_process import (
@@ -262,62 +263,10 @@ def test_a_slot_keeps_nothing_of_its_predecessor(decoder: Decoder) -> None:
     assert greedy(used, [second], 30) == fresh
 
 
-def restored(engine: Engine, prompt: list[int], continuation: list[int]) -> Tensor:
-    """Slot 0 computes a prompt and is left; slot 1 takes over its blocks and is fed the continuation.
-
-    Returns:
-        [len(continuation) - 1, vocab]: what follows each of its tokens but the last.
-    """
-    total = len(prompt) + len(continuation)
-    prefill(engine, 0, prompt, total)
-    engine.retire(0)
-    engine.restore(1, len(prompt), blocks_of(engine, 0, total))
-    engine.activate(1, len(prompt), GREEDY, 0)
-    rows = []
-    for step, token in enumerate(continuation[:-1], 1):
-        engine.feed(1, token)
-        rows.append(engine.forward(2, len(prompt) + step)[1:])
-    return torch.cat(rows)
-
-
-@pytest.mark.parametrize("prefetch", ["off", "verified", "predicted"])
-def test_a_restored_sequence_loses_nothing_in_a_set_as_large_as_its_context(
-    decoder: Decoder, prefetch: str
-) -> None:
-    """Its rows come from blocks that another slot wrote."""
-    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
-    full = teacher_force(make_engine(decoder, CacheConfig(attention="full"), 1, 530), prompt, continuation)
-    config = CacheConfig(resident=530, select_k=64, prefetch=prefetch)  # type: ignore[arg-type]
-    logits = restored(make_engine(decoder, config, 2, 530, SOURCES), prompt, continuation)
-    torch.testing.assert_close(logits, full[1:], rtol=1e-3, atol=1e-4)
-
-
-def test_a_restored_sequence_whose_context_exceeds_its_set_stays_close(decoder: Decoder) -> None:
-    """Its first step selects anew: no worse than after a prefill, far better than the latest tokens alone."""
-    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
-    config, latest = CacheConfig(resident=256, select_k=64), CacheConfig(resident=1, select_k=1)
-    full, prefilled, dropped = (
-        teacher_force(make_engine(decoder, how, 1, 530, SOURCES), prompt, continuation)[1:]
-        for how in (CacheConfig(attention="full"), config, latest)
-    )
-    engine = make_engine(decoder, config, 2, 530, SOURCES)
-    logits = restored(engine, prompt, continuation)
-    assert int(engine.cache.counters(1)[3]) > 0, "rows were fetched"
-    assert divergence(logits, full) < 1.5 * divergence(prefilled, full)
-    assert divergence(logits, full) < 0.2 * divergence(dropped, full)
-
-
-def test_full_attention_restores_at_once(decoder: Decoder) -> None:
-    prompt, continuation = random_tokens(decoder, 500), random_tokens(decoder, 30, seed=1)
-    config = CacheConfig(attention="full")
-    full = teacher_force(make_engine(decoder, config, 1, 530), prompt, continuation)
-    logits = restored(make_engine(decoder, config, 2, 530), prompt, continuation)
-    torch.testing.assert_close(logits, full[1:], rtol=1e-3, atol=1e-4)
-
-
 def test_two_sequences_go_on_differently_from_blocks_that_they_share(decoder: Decoder) -> None:
-    """Both hold the block of their common prompt, and each one of its own for what follows."""
-    prompt = random_tokens(decoder, decoder.shape.block_tokens)
+    """Both hold the first block of their common prompt, and each one of its own for what follows."""
+    block_tokens = decoder.shape.block_tokens
+    prompt = random_tokens(decoder, block_tokens + PROMPT_QUERIES)
     ways = [random_tokens(decoder, 20, seed) for seed in (1, 2)]
     total = len(prompt) + 20
     expected = [
@@ -327,7 +276,9 @@ def test_two_sequences_go_on_differently_from_blocks_that_they_share(decoder: De
     engine = make_engine(decoder, CacheConfig(resident=total, select_k=64), 2, total, SOURCES)
     prefill(engine, 0, prompt, total)
     shared, own = blocks_of(engine, 0, total)
-    engine.restore(1, len(prompt), [shared, own + 1])
+    work = engine.prefill(1, prompt, [shared, own + 1], cached=block_tokens)
+    while work.advance() is None:
+        pass
     engine.activate(1, len(prompt), GREEDY, 0)
     found: list[list[Tensor]] = [[], []]
     for step, pair in enumerate(zip(*(way[:-1] for way in ways), strict=True), 1):

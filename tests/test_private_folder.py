@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,16 @@ signal.pause()
 """
     (parent / "clo-file").touch()
     (parent / "other").mkdir()
+    own = parent / "clo-ofauser"  # a name such as the server's folders have
+    own.mkdir(mode=0o700)
+    (own / "precious").touch()
     environment = os.environ | {"XDG_RUNTIME_DIR": str(parent)}
     line = [sys.executable, "-c", code]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as other:
         assert other.stdout is not None
         left = Path(other.stdout.readline().strip())
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(left / "router"))
         with PrivateFolder() as folder:
             assert left.exists() and folder.path.exists(), "both are in use"
             PrivateFolder().remove()
@@ -67,7 +73,8 @@ signal.pause()
     assert left.exists()
     with PrivateFolder():
         assert not left.exists()
-    assert {path.name for path in parent.iterdir()} == {"clo-file", "other"}
+    assert {path.name for path in parent.iterdir()} == {"clo-file", "other", own.name}
+    assert (own / "precious").exists()
 
 
 def test_what_cannot_be_made_is_explained(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from clo.runtime import accounts
 from clo.runtime import router as router_module
 from clo.runtime import tokenizer as tokenizer_module
 from clo.runtime.client import AsyncClient
@@ -216,7 +217,7 @@ async def test_what_is_cancelled_while_it_is_tokenised_counts_as_open_until_then
         return [1]
 
     monkeypatch.setattr(tokenizer, "encode", slow)
-    monkeypatch.setattr(router_module, "OPEN_REQUESTS", 3)
+    monkeypatch.setattr(accounts, "OPEN_REQUESTS", 3)
     async with running(model) as wire:
         client, (worker,) = wire.client(), wire.workers
         for number in range(3):
@@ -239,7 +240,7 @@ async def test_open_requests_of_a_client_have_a_bound_in_bytes(
     """What would exceed it is refused until another one has ended; other clients are served meanwhile."""
     prompt = Text("x" * 20_000)
     monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: [1])
-    monkeypatch.setattr(router_module, "OPEN_BYTES", 2 * len(encode(Generate("a", prompt, SEVEN))))
+    monkeypatch.setattr(accounts, "OPEN_BYTES", 2 * len(encode(Generate("a", prompt, SEVEN))))
     async with running(model) as wire:
         greedy, other, (worker,) = wire.client(), wire.client(), wire.workers
         for name in "ab":

@@ -1,8 +1,8 @@
 """The scheduler alone: answers that grow, and give their blocks back where there are too few for all."""
 
 from clo.gpu_worker.sequence import State
-from clo.runtime.wire.messages import Allocate, ToStore
-from tests.scheduler_world import World, done
+from clo.runtime.wire.messages import Allocate, Grown, ToStore
+from tests.scheduler_world import BLOCKS, World, done
 
 
 def allocations(world: World) -> list[int]:
@@ -88,4 +88,25 @@ def test_nothing_is_written_where_no_block_is_because_the_store_is_late() -> Non
     assert world.state(number) in (State.RELEASING, State.ALLOCATING), "it has given its blocks back"
     world.serve()
     assert asked == [number, number] and done(world, number) == ("length", list(range(1, 21)))
+    world.check_over()
+
+
+def test_who_takes_no_further_step_takes_no_blocks_from_others() -> None:
+    """The store says that there are none when all steps of the one that asked have been launched."""
+    world = World()
+    number = world.add(prompt=4, max_tokens=5)  # its last token needs no row, and so no third block
+    world.store_works()
+    world.store_answers()
+    world.pool.allocate(1, 99, BLOCKS - 2)  # of another worker
+    assert len(list(world.pool.grants())) == 1
+    while world.state(number) is not State.DRAINING:
+        world.engine.finish(1)
+        world.advance()
+    world.store_works()
+    assert Grown(number, []) in world.answers
+    world.store_answers()
+    assert world.state(number) is State.DRAINING
+    world.pool.free(1, 99)
+    world.serve()
+    assert done(world, number) == ("length", [1, 2, 3, 4, 5]) and world.scheduler.preemptions == 0
     world.check_over()

@@ -40,15 +40,16 @@ def examine(server: Server, message: Examine) -> StoreExamined:
     return store
 
 
-def spoil(store: StoreExamined, folder: Path, block: int) -> None:
+def spoil(store: StoreExamined, folder: Path, block: int, factor: float) -> None:
     """Write another V of one token into the arena, in layer 1, KV head 1."""
     arena = Arena.open(store.pid, store.fd, store.arena_bytes)
     rows = by_block(arena_tensor(arena, kv_shape(read_config(folder), "float32"), store.blocks))
-    rows[block, 1, 1, 5, 1] = -rows[block, 1, 1, 5, 1]
+    rows[block, 1, 1, 5, 1] *= factor
 
 
-def test_a_healthy_store_and_one_with_a_spoilt_row(launch: Launch, tiny_model: Path) -> None:
-    """While requests run, and with the rows of all blocks computed again."""
+def test_a_healthy_store_and_one_with_spoilt_rows(launch: Launch, tiny_model: Path) -> None:
+    """While requests run, and with the rows of all blocks computed again. One row has other numbers, and one
+    has none."""
     with launch("--model", str(tiny_model), *EXACT) as server:
         done = check(server.address, "--recompute", "5")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -66,15 +67,23 @@ def test_a_healthy_store_and_one_with_a_spoilt_row(launch: Launch, tiny_model: P
         done = check(server.address, "--recompute", "100")
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"recomputed {store.committed_blocks} blocks, 0 of them wrong" in done.stdout
-        second = next(found for found in store.described if len(found.tokens) == 2 * store.block_tokens)
-        spoil(store, tiny_model, second.block)
+        first, second = (
+            next(found for found in store.described if len(found.tokens) == count * store.block_tokens)
+            for count in (1, 2)
+        )
+        spoil(store, tiny_model, first.block, float("nan"))
+        spoil(store, tiny_model, second.block, -1.0)
         done = check(server.address, "--recompute", "100")
-        assert done.returncode == 1
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
-        token = store.block_tokens + 5
-        assert line.startswith(f"WRONG: block {second.block} of KV store numa0 has other rows")
-        assert f"V of token {token} in layer 1, KV head 1, differs by" in line
-        assert f"recomputed {store.committed_blocks} blocks, 1 of them wrong" in done.stdout
+        assert done.returncode == 1, done.stderr
+        wrong = sorted(line for line in done.stdout.splitlines() if line.startswith("WRONG"))
+        for line, block in zip(
+            wrong, sorted((first, second), key=lambda found: str(found.block)), strict=True
+        ):
+            token = len(block.tokens) - store.block_tokens + 5
+            assert line.startswith(f"WRONG: block {block.block} of KV store numa0 has other rows")
+            assert f"V of token {token} in layer 1, KV head 1, differs by" in line
+            assert ("by inf of its length" in line) == (block is first)
+        assert f"recomputed {store.committed_blocks} blocks, 2 of them wrong" in done.stdout
         assert_serves(server)
         assert server.stderr.read_text() == ""
 

@@ -93,6 +93,21 @@ def test_what_cannot_be_followed_is_refused_in_one_sentence_that_says_why() -> N
         assert grammar == found[1]
 
 
+def test_a_grammar_is_not_blamed_where_the_process_was_killed_before_it() -> None:
+    async def run() -> None:
+        grammars = Grammars()
+        try:
+            first = await grammars.compile(StructuredOutputs(regex="[a-z]+"))
+            assert grammars._process is not None
+            grammars._process.kill()
+            await grammars._process.wait()
+            assert await grammars.compile(StructuredOutputs(regex="[0-9]+")) != first
+        finally:
+            await grammars.close()
+
+    asyncio.run(run())
+
+
 def test_a_grammar_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars_module, "COMPILE_S", 0.0)
     (refusal,) = compiled(StructuredOutputs(regex="[a-z]+"))

@@ -87,7 +87,7 @@ class CutLayer(ReplayLayer):
 
 def measure(machine: Machine) -> list[Result]:
     arena = arena_of(machine.memory, LLAMA_8B.shape, _SEQUENCES, MAX_TOKENS)
-    decoder = random_decoder(LLAMA_8B, MAX_TOKENS)
+    decoder = random_decoder(LLAMA_8B)
     results = []
     for share in (9, 50):
         prefix = "ablation" if share == 9 else f"ablation/{share}%"

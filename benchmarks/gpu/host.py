@@ -180,7 +180,7 @@ def measure(machine: Machine) -> list[Result]:
     model, max_tokens = LLAMA_8B, CONTEXT + _LONGEST
     arena = arena_of(machine.memory, model.shape, SEQUENCES, max_tokens)
     config = CacheConfig()
-    decoder = random_decoder(model, max_tokens)
+    decoder = random_decoder(model)
     engine = filled_engine(
         decoder, arena, config, SEQUENCES, CONTEXT, max_tokens, engine_type=PrefilledEngine
     )

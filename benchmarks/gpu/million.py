@@ -29,7 +29,7 @@ def measure(machine: Machine) -> list[Result]:
     config = CacheConfig()
     gemm = gemm_step(model, 1)
     before = memory_in_use()
-    decoder = random_decoder(model, max_tokens)
+    decoder = random_decoder(model)
     weights = memory_in_use() - before
     arena = arena_of(machine.memory, model.shape, 1, max_tokens)
     engine = filled_engine(decoder, arena, config, 1, CONTEXT, max_tokens)

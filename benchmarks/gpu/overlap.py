@@ -26,7 +26,7 @@ ARENA_GIB = 14
 @torch.inference_mode()
 def measure(machine: Machine) -> list[Result]:
     model = LLAMA_8B
-    decoder, config = random_decoder(model, PROMPT + 512), CacheConfig()
+    decoder, config = random_decoder(model), CacheConfig()
     arena = arena_of(machine.memory, model.shape, SEQUENCES, CONTEXT + 512)
     engine = filled_engine(decoder, arena, config, SEQUENCES, CONTEXT - 512, CONTEXT + 512)
     replay(engine, ROWS)

@@ -54,7 +54,7 @@ class WatchedLayer(LayerCache):
 def measure(machine: Machine) -> list[Result]:
     model, room = LLAMA_8B, max(LENGTHS) + 512
     weights = random_weights(model)
-    decoder = Decoder(weights, model.shape, 1e-5, room)
+    decoder = Decoder(weights, model.shape, 1e-5)
     arena = arena_of(machine.memory, model.shape, 1, room)
     config = CacheConfig()
     engine = Engine(decoder, arena, config, 1, room, layer_type=WatchedLayer)
@@ -92,7 +92,7 @@ def measure_sparse(engine: Engine, model: Model, total: int, dense: float) -> li
 def measure_million(machine: Machine) -> list[Result]:
     """A million tokens at the Qwen2.5-7B shape, dense and sparse."""
     model, room = replace(QWEN_7B, layers=2), MILLION + 512
-    decoder = random_decoder(model, room)
+    decoder = random_decoder(model)
     arena = arena_of(machine.memory, model.shape, 1, room)
     engine = Engine(decoder, arena, CacheConfig(), 1, room)
     prefill(engine, LENGTHS[0], SPARSE)  # compiles

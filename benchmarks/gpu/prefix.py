@@ -30,7 +30,7 @@ _REPEATS = 5
 @torch.inference_mode()
 def measure(machine: Machine) -> list[Result]:
     shape, room = LLAMA_8B.shape, max(LENGTHS) + 512
-    decoder = random_decoder(LLAMA_8B, room)
+    decoder = random_decoder(LLAMA_8B)
     prompts = {total: torch.randint(0, decoder.vocab, (total + SUFFIX,)).tolist() for total in LENGTHS}
     results, exact = [], {}
     engine = Engine(decoder, arena_of(machine.memory, shape, 1, room), CacheConfig(), 1, room)

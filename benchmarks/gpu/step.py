@@ -48,7 +48,7 @@ def measure(machine: Machine) -> list[Result]:
     model, sequences = LLAMA_8B, 24
     gemm = gemm_step(model, sequences)
     arena = arena_of(machine.memory, model.shape, sequences, MAX_TOKENS)
-    decoder = random_decoder(model, MAX_TOKENS)
+    decoder = random_decoder(model)
     engine = filled_engine(
         decoder, arena, CONFIG, sequences, CONTEXT - 300, MAX_TOKENS, layer_type=StoringLayer
     )

@@ -120,12 +120,12 @@ def random_weights(model: Model) -> Weights:
     )
 
 
-def random_decoder(model: Model, max_positions: int, group: Group | None = None) -> Decoder:
+def random_decoder(model: Model, group: Group | None = None) -> Decoder:
     """A decoder on the GPU with random bfloat16 weights, or this rank's share of one."""
     if group is None:
-        return Decoder(random_weights(model), model.shape, 1e-5, max_positions)
+        return Decoder(random_weights(model), model.shape, 1e-5)
     weights = random_weights(model.share(group.rank))
-    return Decoder(weights, group.rank.shape(model.shape), 1e-5, max_positions, group, model.vocab)
+    return Decoder(weights, group.rank.shape(model.shape), 1e-5, group, model.vocab)
 
 
 def arena_of(memory: Tensor, shape: KVShape, sequences: int, tokens: int) -> Tensor:

@@ -111,7 +111,7 @@ Figures = dict[str, float]
 @torch.inference_mode()
 def step(place: Place) -> Figures:
     """Milliseconds of a step, also of a single sequence, and microseconds of a sum."""
-    decoder = random_decoder(LLAMA_8B, MAX_TOKENS, place.group)
+    decoder = random_decoder(LLAMA_8B, place.group)
     engine = decoding(place, LLAMA_8B, decoder, SEQUENCES)
     group, figures = place.group, {"step/one": step_ms(engine, 1)}
     if group is None:
@@ -162,7 +162,7 @@ class _Silent:
 @torch.inference_mode()
 def prompt(place: Place) -> Figures:
     """Seconds of a prompt of each length."""
-    decoder = random_decoder(LLAMA_8B, LONGEST + 512, place.group)
+    decoder = random_decoder(LLAMA_8B, place.group)
     torch.manual_seed(0)  # the ranks draw the same prompts
     figures: Figures = {}
     for case, (length, times) in PROMPTS.items():
@@ -176,7 +176,7 @@ def prompt(place: Place) -> Figures:
 @torch.inference_mode()
 def fit(place: Place) -> Figures:
     """Sequences for which a GPU has room."""
-    decoder = random_decoder(LLAMA_8B, MAX_TOKENS, place.group)
+    decoder = random_decoder(LLAMA_8B, place.group)
 
     def spare(sequences: int) -> int:
         engine = EngineConfig(max_num_seqs=sequences)
@@ -240,7 +240,7 @@ def qwen(place: Place) -> Figures:
     for name, memory in MEMORIES.items():
         batch, full[f"full attention, {name}"] = full_attention(share, CONTEXT, place.hbm, memory)
         full[f"batch, {name}"] = batch
-    decoder = random_decoder(QWEN3_32B, MAX_TOKENS, group)
+    decoder = random_decoder(QWEN3_32B, group)
     engine = decoding(place, QWEN3_32B, decoder, sequences)
     read = index_bytes_read(engine, sequences, CONTEXT) + engine.cache.resident_bytes // group.rank.count
     floor = 1e3 * (share.bytes_read + read) / place.hbm

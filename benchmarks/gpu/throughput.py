@@ -68,7 +68,7 @@ def _compare(machine: Machine, model: Model, case: str) -> list[Result]:
 def _rates(machine: Machine, model: Model, sequences: int) -> tuple[float, float]:
     """Tokens per second of CLO where every head selects at every step, and where half of them do."""
     arena = arena_of(machine.memory, model.shape, sequences, MAX_TOKENS)
-    decoder = random_decoder(model, MAX_TOKENS)
+    decoder = random_decoder(model)
 
     def rate(layer_type: type[ReplayLayer], new: float) -> float:
         engine = filled_engine(

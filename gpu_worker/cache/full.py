@@ -50,9 +50,6 @@ class FullLayer:
     ) -> None:
         """Nothing to do: there are no resident rows."""
 
-    def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
-        """Nothing to do: the rows are in the arena already."""
-
     def attend(
         self,
         query: Tensor,

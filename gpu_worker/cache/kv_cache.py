@@ -271,11 +271,6 @@ class KVCache:
         assert isinstance(cached, LayerCache), "full attention has no sets"
         cached.start_chosen(rows, prompts, chosen, lse)
 
-    def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
-        """Make a slot ready from blocks that are in the arena already; see ``LayerCache.restore``."""
-        for layer in self.layers:
-            layer.restore(slot, tokens, block_table, page_table)
-
     def rows_taken(self) -> tuple[DeviceEvent, DeviceEvent]:
         """Once both are reached, the rows of prompts that were given so far are not read any more."""
         return self._storing.event(), self._filling.event()

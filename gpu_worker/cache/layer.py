@@ -7,13 +7,12 @@ from torch import Tensor
 
 from clo.gpu_worker.cache.batch import Batch
 from clo.gpu_worker.cache.index import Index, TwoBitIndex
-from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts, one_prompt
+from clo.gpu_worker.cache.prompt import ExactRows, LastTokens, Prompts
 from clo.gpu_worker.cache.ranking import Ranking
 from clo.gpu_worker.side_stream import SideStream
 from clo.kernels.append import append
 from clo.kernels.attend import AttentionState, attend_resident, empty_state, merge_fetched
 from clo.kernels.attend_tail import tail_parts
-from clo.kernels.blocks import gather_tokens
 from clo.kernels.fetch import fetch
 from clo.kernels.fill_resident import fill_resident
 from clo.kernels.gate import gate
@@ -230,28 +229,6 @@ class LayerCache:
         """As ``start_sets`` for one prompt, with the rows [kv_heads, capacity] int32 that ``chosen`` says."""
         with self._streams.filling.fork(rows, chosen, lse):
             self._begin(rows, prompts, chosen.unsqueeze(0).contiguous(), lse)
-
-    def restore(self, slot: int, tokens: int, block_table: Tensor, page_table: Tensor) -> None:
-        """Make a slot ready from rows that are in the arena already.
-
-        The resident set begins with the latest tokens, since no query is known that could choose; the first
-        decode step selects.
-
-        Args:
-            slot: the sequence's slot.
-            tokens: its length.
-            block_table, page_table: [max_blocks] int64, those of the sequence.
-        """
-        rows = gather_tokens(self.arena, block_table.unsqueeze(0))[0].transpose(0, 1)[:tokens].contiguous()
-        prompts = one_prompt(slot, tokens, [], block_table, page_table, self.arena.shape[2])
-        resident, device = self.resident, rows.device
-        chosen: Tensor | None = None
-        if tokens > resident.whole:
-            end = tokens - resident.recent
-            latest = torch.arange(end - 1, end - 1 - resident.capacity, -1, dtype=torch.int32, device=device)
-            chosen = latest.expand(1, resident.kv_heads, -1).contiguous()
-        self.index.write_prompts(rows, prompts.blocks)
-        self._begin(rows, prompts, chosen, self.state.lse.new_zeros(1, self.state.lse.shape[1]))
 
     def _begin(self, rows: Tensor, prompts: Prompts, chosen: Tensor | None, lse: Tensor) -> None:
         """Resident rows and state of the prompts' slots; ``chosen`` as for ``fill_resident``."""

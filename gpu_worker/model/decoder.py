@@ -32,7 +32,6 @@ class Decoder:
         weights: the weights; their device and dtype are the model's.
         shape: shape of the KV cache, for a rank that of its share.
         norm_eps: epsilon of every RMSNorm.
-        max_positions: positions that the model was made for.
         group: the group that this process is a rank of; None where it is alone. Also an attribute.
         vocab: tokens of the model; None for as many as ``weights`` has.
     """
@@ -42,14 +41,12 @@ class Decoder:
         weights: Weights,
         shape: KVShape,
         norm_eps: float,
-        max_positions: int,
         group: Group | None = None,
         vocab: int | None = None,
     ) -> None:
         self._weights = weights
         self._norm_eps = norm_eps
         self.shape, self.group = shape, group
-        self.max_positions = max_positions
         self.vocab = vocab or weights.head.shape[0]
         self.scale = shape.head_dim**-0.5  # factor of the attention scores
         self.device = weights.embedding.device
@@ -250,8 +247,7 @@ def load_decoder(model: ResolvedModel, group: Group | None = None) -> Decoder:
     config = model.architecture
     whole, rank = kv_shape(config, model.dtype), ALONE if group is None else group.rank
     weights = load_weights(model, whole, rank)
-    shape, positions = rank.shape(whole), config.max_position_embeddings
-    return Decoder(weights, shape, config.rms_norm_eps, positions, group, config.vocab_size)
+    return Decoder(weights, rank.shape(whole), config.rms_norm_eps, group, config.vocab_size)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -51,7 +51,8 @@ class Speller:
     def completion(
         self, tokens: Sequence[int], logprobs: Sequence[Logprob | None], wanted: int, offsets: "Offsets"
     ) -> CompletionLogprobs:
-        """
+        """Of a text's tokens, in the shape of ``/v1/completions``.
+
         Args:
             logprobs: for each token, None for one that has none: the first of a prompt.
             wanted: most likely tokens beside each; the token itself is always among them.

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -69,7 +70,8 @@ def _parent() -> Path:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove folders of this user's former servers, whose locks nobody holds any more."""
+    """Remove folders of this user's former servers, whose locks nobody holds any more. They have nothing but
+    sockets: a folder that the user has given such a name is left alone."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another one has removed it, or it is of another user
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -77,6 +79,11 @@ def _sweep(parent: Path) -> None:
                 found = os.fstat(lock)
                 if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _YOUNG_S:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    with os.scandir(lock) as entries:
+                        modes = {entry.name: entry.stat(follow_symlinks=False).st_mode for entry in entries}
+                    if all(map(stat.S_ISSOCK, modes.values())):
+                        for name in modes:
+                            os.unlink(name, dir_fd=lock)
+                        folder.rmdir()
             finally:
                 os.close(lock)

@@ -37,7 +37,7 @@ def context_is(tokens: int) -> str:
 
 
 class Overloaded(CLOError):
-    """The client does not read its stream; its requests were dropped."""
+    """The client has too many requests open, or does not read its stream, whose requests were dropped."""
 
     code = "overloaded"
 

@@ -313,15 +313,13 @@ class WorkerStats(msgspec.Struct, frozen=True):
     generated_tokens: Count
     resident_bytes: Count  # allocated for all slots, at all ranks
     index_bytes: Count
-    private_bytes: (
-        Count  # memory of the worker process, the first of several, that is not the arena (RssAnon)
-    )
+    # memory of the worker process, the first of several, that is not the arena (RssAnon)
+    private_bytes: Count
     gpu_bytes: Count  # GPU memory that PyTorch holds for that process, in use or not; 0 on the CPU
     drift_check: DriftStats | None  # None without --drift-check
     head_rows: HeadRows | None  # None with full attention, which selects nothing
-    late_rows: (
-        Count | None
-    )  # those fetched by layers that choose no earlier; None where they are not told apart
+    # those fetched by layers that choose no earlier; None where they are not told apart
+    late_rows: Count | None
     preemptions: Count = 0  # how often a sequence gave back its blocks so that another could grow
 
 
