@@ -15,10 +15,11 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
 
 FROM python:3.12-slim-bookworm
 
-# Triton, which torch.compile uses, compiles a little C when the server starts.
+# Triton, which torch.compile uses, compiles a little C when the server starts. KubeRay, but for its latest versions,
+# asks by wget whether a node of Ray lives.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev wget \
     && rm -rf /var/lib/apt/lists/*
 
 # the versions that have been measured on a GPU, in a layer of their own since they are large and change rarely

@@ -35,7 +35,7 @@ from clo.launch import config_from
 from clo.runtime.http.errors import APIError
 from clo.runtime.wire.errors import ConfigError, ServerUnreachable, WorkerDied
 
-_OWN = ("host", "port", "http")  # options that a replica chooses itself
+_OWN = ("host", "port", "http", "ssl-certfile", "ssl-keyfile")  # of a server that is on loopback alone
 _PROMPT_CHARACTERS = 65536  # of the beginning by which a request is routed
 _REPLICA_REQUESTS = 256  # open at a replica, where those wait that it does not run yet
 _BUSY_REQUESTS = 16  # open at a replica on average: with more of them Ray adds replicas
@@ -275,15 +275,37 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
     """The command line of a replica's server. YAML reads ``on`` and ``off`` as truths."""
     words = {True: "on", False: "off"}
     given = [
-        f"--{name.replace('_', '-')}={words[value] if isinstance(value, bool) else value}"
-        for name, value in options.items()
+        f"--{name}={words[value] if isinstance(value, bool) else value}"
+        for name, value in _named(options).items()
     ]
     return [*given, "--port=0", "--http=0"]
 
 
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by the names that ``launch.py`` has, of which YAML may have ``_`` in the place of ``-``."""
+    return {name.replace("_", "-"): value for name, value in options.items()}
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    """Raises ``ConfigError`` for what cannot be an option of a replica."""
+    named = _named(args)
+    for name, value in named.items():
+        if name in _OWN:
+            raise ConfigError(
+                f"'{name}' is each replica's own; Serve's http_options say where and how clients come."
+            )
+        if value is None:
+            raise ConfigError(f"'{name}' has no value; give one, or leave the line out.")
+        if isinstance(value, list | dict):
+            raise ConfigError(f"'{name}' has to be one text, as launch.py takes it, such as numa0,numa1.")
+    if len(named) < len(args):
+        raise ConfigError("An option is there twice, once with '-' and once with '_'; give it once.")
+    config_from(_arguments(args), "clo serve")
+
+
 def _gpus(options: Mapping[str, Any]) -> int:
     """How many a replica needs."""
-    named = {name.replace("_", "-"): value for name, value in options.items()}
+    named = _named(options)
     if named.get("device") == "cpu":
         return 0
     return int(named.get("workers", 1)) * int(named.get("tensor-parallel-size", 1))
@@ -300,10 +322,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises:
         ConfigError: an option is unknown or its value is wrong.
     """
-    for name in _OWN:
-        if name in args:
-            raise ConfigError(f"'{name}' is each replica's own; Serve's http_options say where clients come.")
-    config_from(_arguments(args), "clo serve")
+    _check(args)
     replicas = serve.deployment(
         Server,
         name="CLO",

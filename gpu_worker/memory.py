@@ -89,6 +89,11 @@ def plan_gpu_memory(
     return MemoryPlan(slots, spare - wanted(slots))
 
 
+def rank_memory(free: int, place: str, ranks: int) -> tuple[int, str]:
+    """Of so many free bytes of CPU memory those for each of a worker's ranks, and what sets this limit."""
+    return (free, place) if ranks == 1 else (free // ranks, f"to each of {ranks} ranks {place}")
+
+
 def plan_cpu_memory(
     shape: KVShape,
     config: CacheConfig,

@@ -12,7 +12,7 @@ from clo.gpu_worker.constraint import Constraints
 from clo.gpu_worker.drift_check import DriftCheck
 from clo.gpu_worker.engine import Engine
 from clo.gpu_worker.group import Group
-from clo.gpu_worker.memory import MemoryPlan, plan_cpu_memory, plan_gpu_memory
+from clo.gpu_worker.memory import MemoryPlan, plan_cpu_memory, plan_gpu_memory, rank_memory
 from clo.gpu_worker.model.decoder import Decoder, load_decoder
 from clo.gpu_worker.pinning import pin
 from clo.gpu_worker.prefill import CHUNK_TOKENS
@@ -80,10 +80,13 @@ def _choose_store(config: WorkerConfig) -> str:
     if config.model.device == "cuda":
         gpus = torch.cuda.device_count()
         if config.process >= gpus:
-            lower = "--workers" if config.group is None else "--workers or --tensor-parallel-size"
-            raise ConfigError(
-                f"Worker {config.worker} has no GPU of its own, PyTorch sees {gpus}: lower {lower}."
-            )
+            who, lower = f"Worker {config.worker}", "--workers"
+            if config.group is not None:
+                who, lower = (
+                    f"Rank {config.rank} of worker {config.worker}",
+                    "--workers or --tensor-parallel-size",
+                )
+            raise ConfigError(f"{who} has no GPU of its own, PyTorch sees {gpus}: lower {lower}.")
         torch.cuda.set_device(config.process)
         nodes = config.model.gpu_nodes
         first, near = nodes[config.process - config.rank], nodes[config.process]
@@ -203,6 +206,6 @@ def _plan(config: WorkerConfig, decoder: Decoder, blocks: int) -> MemoryPlan:
         free, place = available_memory([[0]])
         if group is None:
             return plan_cpu_memory(*sizes, (free, place))
-        free = group.least(free) // config.ranks
-        plan = plan_cpu_memory(*sizes, (free, place)) if group.leads else _NO_PLAN
+        each = rank_memory(group.least(free), place, config.ranks)
+        plan = plan_cpu_memory(*sizes, each) if group.leads else _NO_PLAN
     return MemoryPlan(group.least(plan.slots), group.least(plan.spare))

@@ -615,12 +615,13 @@ class GatewayProcessConfig:
 class GroupConfig:
     """Which of ``ranks`` processes of a worker this one is. ``rendezvous`` is the descriptor of an anonymous
     file where they find one another, ``commands`` those of sockets, to each of the others at the first rank
-    and else from that one."""
+    and else from that one. ``turn`` is that of a pipe with one byte: who reads it may explain an error."""
 
     rank: int
     ranks: int
     rendezvous: int
     commands: tuple[int, ...]
+    turn: int
 
 
 @dataclass(frozen=True)

@@ -601,22 +601,28 @@ class Supervisor:
 def _ranks(config: WorkerConfig, count: int) -> Iterator[list[Part]]:
     """What the ranks of a worker are started with: where they meet, and from the first one a pair of sockets
     to each of the others. They have nothing of it that the others could not go without, so that each is told
-    when another ends. This process has it no longer than the body."""
+    when another ends. One byte in a pipe is for the rank that explains an error, which all of them may see.
+    This process has it no longer than the body."""
     if count == 1:
         yield [Part(config)]
         return
     rendezvous = os.memfd_create("clo-ranks")
+    turn, written = os.pipe()
+    os.write(written, b"1")
+    os.close(written)
     pairs = [socket.socketpair() for _ in range(1, count)]
     firsts, seconds = (tuple(end.fileno() for end in ends) for ends in zip(*pairs, strict=True))
     try:
         yield [
             Part(
-                replace(config, group=GroupConfig(rank, count, rendezvous, commands)), (rendezvous, *commands)
+                replace(config, group=GroupConfig(rank, count, rendezvous, commands, turn)),
+                (rendezvous, turn, *commands),
             )
             for rank, commands in enumerate([firsts, *((second,) for second in seconds)])
         ]
     finally:
         os.close(rendezvous)
+        os.close(turn)
         for pair in pairs:
             for end in pair:
                 end.close()

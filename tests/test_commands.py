@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 
 from clo import Client
 from clo.__main__ import COMMANDS
+from clo.commands.check import fitting
 from clo.commands.server import with_files
+from clo.runtime.config import ModelConfig, ServerConfig
+from clo.runtime.model.files import resolve
 from clo.runtime.wire.errors import ConfigError
 from tests.server import ROOT, Server, launch
 
@@ -194,6 +198,18 @@ def test_check_says_what_fits(tiny_model: Path) -> None:
     too_large = clo("check", "--device", "cpu", "--model", str(tiny_model), "--kv-size", "9TiB")
     assert too_large.returncode == 1
     assert too_large.stderr.startswith("error: The KV cache wants 9.0 TiB of memory but only ")
+
+
+def test_check_counts_the_gpus_of_all_workers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ModelConfig(model=str(tiny_model), device="cpu")
+    on_gpu = replace(resolve(asked), device="cuda")
+    monkeypatch.setattr("clo.runtime.model.files.resolve", lambda model: on_gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    lines = fitting(ServerConfig(model=asked, workers=2, tensor_parallel_size=2))
+    with pytest.raises(
+        ConfigError, match=r"--workers 2 with --tensor-parallel-size 2 takes 4 GPUs, .* sees 3"
+    ):
+        next(lines)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

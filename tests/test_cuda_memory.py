@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clo.gpu_worker import outputs, pinning
-from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory, rank_memory
 from clo.gpu_worker.outputs import Mailbox
 from clo.gpu_worker.pinning import pin
 from clo.runtime.config import CacheConfig, EngineConfig
@@ -106,6 +106,9 @@ def test_what_does_not_fit_into_cpu_memory_is_refused_in_one_sentence() -> None:
     assert "\n" not in str(caught.value)
     full = CacheConfig(attention="full")
     assert plan_cpu_memory(LLAMA, full, EngineConfig(3), 4, 1000, VOCAB, (2**40, "here")).slots == 3
+    each = rank_memory(2**33, "here", 2)
+    with pytest.raises(ConfigError, match=r"only 4\.0 GiB are available to each of 2 ranks here: lower"):
+        plan_cpu_memory(LLAMA, CacheConfig(), EngineConfig(1000), 4, 131_072, VOCAB, each)
 
 
 @pytest.mark.parametrize(("blocks", "slots"), [(100, 8), (3, 3)])

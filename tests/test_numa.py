@@ -224,9 +224,14 @@ def test_ranks_bind_themselves_to_their_own_nodes_and_share_the_store_of_the_fir
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     config = worker_config("cuda", (0, 1), 1, (0, 0, 1, 0))
     for rank in range(2):
-        ranked = replace(config, group=GroupConfig(rank, 2, -1, ()))
+        ranked = replace(config, group=GroupConfig(rank, 2, -1, (), -1))
         assert startup._choose_store(ranked) == "store of 1"
     assert bound == [1, 0]
+    ranked = replace(config, group=GroupConfig(2, 3, -1, (), -1))
+    with pytest.raises(
+        ConfigError, match=r"Rank 2 of worker 1 has no GPU of its own, .* or --tensor-parallel"
+    ):
+        startup._choose_store(ranked)
 
 
 # ------------------------------------------------------------------------- heads on several nodes

@@ -272,13 +272,22 @@ def test_a_replica_dies_together_with_the_entrance(cluster: Nodes, client: OpenA
 
 @pytest.mark.parametrize(
     "args",
-    [{"nonsense": 1}, {"workers": 0}, {"http": 8000}, {"host": "0.0.0.0"}],
+    [
+        *({"nonsense": 1}, {"workers": 0}, {"http": 8000}, {"host": "0.0.0.0"}),
+        *({"ssl-certfile": "cert.pem"}, {"ssl_keyfile": "key.pem"}, {"model": None}),
+        *({"kvstore": ["numa0", "numa1"]}, {"allowed-origins": ["http://one", "http://two"]}),
+    ],
     ids=lambda args: next(iter(args)),
 )
 def test_wrong_options_are_refused_before_anything_starts(args: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(args))) as caught:
+    with pytest.raises(ConfigError, match=next(iter(args)).replace("_", "-")) as caught:
         clo_ray.app(args)
     assert "clo.ray --help" not in str(caught.value), "there is no such command"
+
+
+def test_an_option_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        clo_ray.app({"kv-size": "1GiB", "kv_size": "2GiB"})
 
 
 def serve_configurations() -> dict[str, Any]:

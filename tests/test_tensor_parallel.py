@@ -262,6 +262,16 @@ def test_a_killed_rank_takes_its_worker_along_and_requests_go_on(launch: Launch,
         )
 
 
+def test_an_error_of_all_ranks_is_said_once(launch: Launch, tiny_model: Path) -> None:
+    line = ("--model", str(tiny_model), *EXACT_SERVER, "--tensor-parallel-size", "2")
+    with launch(*line, "--prefill-attention", "sparse", ready=False) as server:
+        assert server.wait() == 1
+        assert server.stderr.read_text() == (
+            "error: --prefill-attention sparse needs a 16-bit --dtype on a GPU from Hopper (H100) on; use "
+            "--prefill-attention dense.\n"
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_does_not_answer_takes_its_worker_along(

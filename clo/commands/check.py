@@ -86,8 +86,8 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     gpus = torch.cuda.device_count() if model.device == "cuda" else None
     if gpus is not None and config.workers * ranks > gpus:
         raise ConfigError(
-            f"{config.workers} workers of {ranks} GPUs each take {config.workers * ranks}, and PyTorch sees "
-            f"{gpus}: lower --workers or --tensor-parallel-size."
+            f"--workers {config.workers} with --tensor-parallel-size {ranks} takes {config.workers * ranks} "
+            f"GPUs, and PyTorch sees {gpus}: lower one of them."
         )
     shape = kv_shape(model_config, model.dtype, codes=config.cache.prefix_attention == "sparse")
     cache = check_model(model, config.cache, ranks)
@@ -107,7 +107,7 @@ def fitting(config: ServerConfig) -> Iterator[str]:
     yield f"Each KV store holds {blocks * shape.block_tokens} tokens, {longest:.1f} of the longest requests"
     plan = partial(_requests, replace(config, cache=cache), model, shape, blocks, weights)
     yield f"Each worker serves {plan(ranks)} requests at a time"
-    for count in fitting_counts(model_config, _MOST_RANKS if gpus is None else gpus):
+    for count in fitting_counts(model_config, _MOST_RANKS if gpus is None else gpus // config.workers):
         if count != ranks:
             try:
                 with redirect_stderr(StringIO()):
@@ -126,7 +126,7 @@ def _requests(
     import torch
 
     from clo.gpu_worker.group import shared_bytes
-    from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory
+    from clo.gpu_worker.memory import plan_cpu_memory, plan_gpu_memory, rank_memory
     from clo.gpu_worker.startup import longest_sum
     from clo.runtime.model.ranks import Rank
 
@@ -137,7 +137,8 @@ def _requests(
         taken = weights // ranks + shared_bytes(ranks, longest_sum(model))
         return plan_gpu_memory(*sizes, (free - taken, total)).slots
     free, place = available_memory([[0]])
-    return plan_cpu_memory(*sizes, ((free - weights - blocks * shape.block_bytes) // ranks, place)).slots
+    left = free - weights - blocks * shape.block_bytes
+    return plan_cpu_memory(*sizes, rank_memory(left, place, ranks)).slots
 
 
 def _gpu(number: int) -> str:
