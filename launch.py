@@ -178,9 +178,9 @@ def main(argv: list[str], command: str = "python launch.py", worker: str = "clo.
         return 2
     configure_logging(config.log_level)
     set_threads(os.environ)
-    raise_descriptor_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes both signals over
     try:
+        raise_descriptor_limit()
         try:
             keep_torch_out()
             # It takes a second, and an answer to a wrong option should not.

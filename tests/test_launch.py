@@ -174,6 +174,14 @@ def test_a_python_without_any_package_says_so() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", lacks("msgspec"))
 
 
+def test_too_few_open_files_are_one_sentence() -> None:
+    """Its own processes would be turned away by the router, and it would wait for them for long."""
+    command = ["bash", "-c", 'ulimit -n 255; exec "$0" launch.py --device cpu', sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: A process may have 255 files open here, and a server needs 256: ")
+
+
 @pytest.mark.parametrize("module", ["msgspec", "tokenizers"])
 def test_a_missing_module_of_its_own_is_no_package_to_install(tmp_path: Path, module: str) -> None:
     done = run_without(module, tmp_path, "launch.py", "--model", "no-such-model", name="clo.kernels")

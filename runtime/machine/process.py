@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import Callable, MutableMapping
 
-from clo.runtime.wire.errors import CLOError
+from clo.runtime.wire.errors import CLOError, ConfigError
 
 EXIT_EXPLAINED = 3  # exit code after one line "error: <sentence>" on stderr
 EXIT_UNEXPECTED = 1  # exit code after a logged traceback
 EXIT_ALONE = 4  # exit code after a ``GroupEnded``
 
 _PR_SET_PDEATHSIG = 1
+_LEAST_DESCRIPTORS = 256  # what the router leaves to all else but connections, and some for these
 
 _logger = logging.getLogger(__name__)
 
@@ -66,8 +67,17 @@ def read_key() -> str:
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process and its children have as many descriptors as the system allows: a client takes one."""
+    """Let this process and its children have as many descriptors as the system allows: a client takes one.
+
+    Raises:
+        ConfigError: the system allows so few that a server's own processes could not reach one another.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < _LEAST_DESCRIPTORS:
+        raise ConfigError(
+            f"A process may have {most} files open here, and a server needs {_LEAST_DESCRIPTORS}: raise the "
+            "hard limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker)."
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
