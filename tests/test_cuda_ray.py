@@ -1,5 +1,6 @@
 """Replicas on Ray take the GPUs that Ray chose for them: one each, or two for one."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,10 @@ def replicas(model: Path, count: int, **options: Any) -> Iterator[Nodes]:
 
 
 def free() -> list[int]:
-    """Bytes of each GPU."""
-    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(GPUS)]
+    """Bytes of each GPU, asked so that this process takes none."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(line) * MIB for line in told.split()[:GPUS]]
 
 
 def workers(actor: psutil.Process) -> list[psutil.Process]:
