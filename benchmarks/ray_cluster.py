@@ -59,22 +59,16 @@ class Nodes:
 
 
 @contextmanager
-def nodes(count: int, cpus: float, port: int, gpus: int = 0) -> Iterator[Nodes]:
+def nodes(count: int, cpus: float, port: int) -> Iterator[Nodes]:
     """So many nodes with so many CPUs each, by name; they compute on the same ones in truth.
 
     Args:
-        count: of nodes.
-        cpus: of a node.
         port: of HTTP.
-        gpus: of the first node.
     """
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={
-            "num_cpus": cpus, "num_gpus": gpus, "object_store_memory": _STORE_BYTES,
-            "include_dashboard": False,
-        },
-    )  # fmt: skip
+        head_node_args={"num_cpus": cpus, "object_store_memory": _STORE_BYTES, "include_dashboard": False},
+    )
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         found = Nodes(cluster, port)

@@ -2,14 +2,17 @@
 
 import re
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 from openai import OpenAI
@@ -21,13 +24,28 @@ from ray.serve.schema import ServeDeploySchema
 from benchmarks.ray_cluster import Nodes, actors, nodes, wait_until
 from clo import ray as clo_ray
 from clo.runtime.wire.errors import ConfigError
-from tests.replicas import free_port, left_of, server_url
 from tests.server import ROOT
 
 WAIT_S = 300.0  # only a failure takes as long
 CLIENTS = 8
 REPLICA = {"num_cpus": 0.6}  # of the one that a node has, so each has one
 PROMPT = "and then she said that "
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def left_of(model: Path) -> list[psutil.Process]:
+    """Processes that name the model on their command lines: launchers, gateways, workers."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found += [process] if any(str(model) in word for word in process.cmdline()) else []
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +97,13 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def client(cluster: Nodes) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         yield client
+
+
+def server_url(actor: psutil.Process) -> str:
+    """Where the server of a replica listens for HTTP."""
+    (gateway,) = (child for child in actor.children(recursive=True) if "clo.runtime.http" in child.cmdline())
+    (port,) = (at.laddr.port for at in gateway.net_connections("tcp") if at.status == psutil.CONN_LISTEN)
+    return f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.slow
