@@ -1,4 +1,4 @@
-"""What each client of the router has open: it has a bound, and so has the router's memory."""
+"""What each client of the router has open. It is bounded, and so is the router's memory."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class _Account:
 
 
 class Accounts:
-    """Counts what clients have open, or have closed while it is still being tokenised; they are called by the
-    names of their connections. Those that have nothing open take no memory."""
+    """Counts what clients have open, or have closed while it is still being tokenised. A client is identified
+    by its connection; one that has nothing open takes no memory."""
 
     def __init__(self) -> None:
         self._accounts: dict[bytes, _Account] = {}

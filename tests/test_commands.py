@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,14 +203,23 @@ def test_check_says_what_fits(tiny_model: Path) -> None:
 
 def test_check_counts_the_gpus_of_all_workers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ModelConfig(model=str(tiny_model), device="cpu")
-    on_gpu = replace(resolve(asked), device="cuda")
+    on_gpu = replace(resolve(asked), device="cuda", gpu_nodes=(0, 0, 0))
     monkeypatch.setattr("clo.runtime.model.files.resolve", lambda model: on_gpu)
+    monkeypatch.setattr("clo.gpu_worker.startup.check_model", lambda model, cache, ranks: cache)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    lines = fitting(ServerConfig(model=asked, workers=2, tensor_parallel_size=2))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**34, 2**34))
+    config = ServerConfig(model=asked, kv_size=2**24)
+    others = {
+        workers: re.findall(
+            r"With --tensor-parallel-size (\d+)", "\n".join(fitting(replace(config, workers=workers)))
+        )
+        for workers in (1, 2)
+    }
+    assert others == {1: ["2"], 2: []}
     with pytest.raises(
         ConfigError, match=r"--workers 2 with --tensor-parallel-size 2 takes 4 GPUs, .* sees 3"
     ):
-        next(lines)
+        next(fitting(replace(config, workers=2, tensor_parallel_size=2)))
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -119,14 +119,19 @@ def test_a_store_that_is_told_to_end_writes_first_what_it_has(tmp_path: Path) ->
         assert compute(client, blocks, prompt, 0) == (attached.blocks - 1, data)
 
 
+def refusal_of(tier: DiskConfig) -> str:
+    """What a store says that does not start."""
+    line = command(store_config(new_endpoint(), disk=tier), os.getpid())
+    done = subprocess.run(line, input="key\n", capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 3
+    return done.stderr
+
+
 def test_a_second_store_in_the_folder_of_a_first_says_so_and_ends(tmp_path: Path) -> None:
     tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model")
     with running_store(disk=tier) as store:
         store.worker(0)
-        second = command(store_config(new_endpoint(), disk=tier), os.getpid())
-        done = subprocess.run(second, input="key\n", capture_output=True, text=True, timeout=WAIT_S)
-        assert done.returncode == 3
-        assert done.stderr == (
+        assert refusal_of(tier) == (
             f"error: --kv-disk: {tmp_path}/kv/numa0 is used by another server; "
             "give each a folder of its own.\n"
         )
@@ -139,10 +144,7 @@ def test_a_store_whose_key_others_can_read_says_so_and_ends(tmp_path: Path) -> N
     key = key_file(tmp_path, KEY)
     os.chmod(tmp_path / "key", 0o644)
     tier = DiskConfig(str(tmp_path / "kv"), 256 * MIB, "model", key=key)
-    line = command(store_config(new_endpoint(), disk=tier), os.getpid())
-    done = subprocess.run(line, input="key\n", capture_output=True, text=True, timeout=WAIT_S)
-    assert done.returncode == 3
-    assert done.stderr == (
+    assert refusal_of(tier) == (
         f"error: --kv-disk-key: other users can read {key}; take a new key, in a file of mode 600 that is "
         "this user's.\n"
     )

@@ -104,13 +104,8 @@ def test_two_steps_are_on_their_way_and_no_more() -> None:
     world.check_over()
 
 
-@pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 1)])
-def test_prefill_takes_turns_with_decoding(
-    tokens: int | None, units: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A unit has the work of a token. By itself the scheduler gives a prompt the time of a step, and a unit
-    takes as long as a step."""
-    monkeypatch.setattr("tests.fake_engine.UNITS", 6)
+def prompt_beside_decoding(tokens: int | None) -> tuple[World, int]:
+    """A sequence decodes when a prompt comes to it; also how much the engine had done until then."""
     world = World(tokens=tokens)
     world.add(prompt=2, max_tokens=20)
     world.store_works()
@@ -119,7 +114,17 @@ def test_prefill_takes_turns_with_decoding(
     world.add(prompt=3, max_tokens=2)
     world.store_works()
     world.store_answers()
-    start = len(world.engine.log)
+    return world, len(world.engine.log)
+
+
+@pytest.mark.parametrize(("tokens", "units"), [(1, 1), (2, 2), (3, 3), (None, 1)])
+def test_prefill_takes_turns_with_decoding(
+    tokens: int | None, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit has the work of a token. By itself the scheduler gives a prompt the time of a step, and a unit
+    takes as long as a step."""
+    monkeypatch.setattr("tests.fake_engine.UNITS", 6)
+    world, start = prompt_beside_decoding(tokens)
     world.until(lambda: world.engine.log[start:].count("unit") == 6)
     since, most = 0, 0  # units since the last step
     for name in world.engine.log[start:]:
@@ -133,15 +138,7 @@ def test_prefill_takes_turns_with_decoding(
 def test_no_step_comes_before_what_is_owed_to_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the device takes only a few units ahead, and the host has to come back for the others."""
     monkeypatch.setattr("tests.fake_engine.UNITS", 40)
-    world = World(tokens=1000)
-    world.add(prompt=2, max_tokens=20)
-    world.store_works()
-    world.store_answers()
-    world.until(lambda: "step" in world.engine.log)
-    world.add(prompt=3, max_tokens=2)
-    world.store_works()
-    world.store_answers()
-    start = len(world.engine.log)
+    world, start = prompt_beside_decoding(1000)
     world.until(lambda: world.engine.log[start:].count("unit") == 40, work=1)
     names = world.engine.log[start:]
     first, last = names.index("unit"), len(names) - 1 - names[::-1].index("unit")

@@ -12,7 +12,7 @@ with a GPU each, and read the same pinned memory, each its heads' rows of it.
   less seems to be taken by it. Logits and tokens pass in the same way in all of them. ``tp/idle``: what is
   left of the latter beyond the former, if anything: a rank waits for the other.
 - tp/prefill/2: a prompt of 32K tokens, dense, and one of 128K. Half of one GPU's time is the least that any
-  division of a prompt among two GPUs could take: what is beyond it is what another one may save.
+  division of a prompt among two GPUs could take: what is beyond it is the most that another one saves.
 - tp/fit: sequences of 32K for which nine tenths of each GPU's memory have room, beside the weights and 1 GiB
   for what CUDA, NCCL and the memory that both GPUs read take; computed, not tried.
 - tp/gather: 256 rows of each head, by both GPUs at once; the reference is each of them alone.
